@@ -1,0 +1,260 @@
+"""What a run cost and what it reached: ``efficiency/*`` metrics and ``summary.json``."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, Logger, State, Timestamp
+from composer.utils import dist
+
+from composer_effalgos.errors import InputError
+
+SUMMARY = 'summary.json'
+
+
+@dataclass
+class _Epoch:
+    """One epoch as ``summary.json`` has it, and what the unpruned epoch would have cost."""
+
+    epoch: int
+    seconds: float
+    samples: int
+    batches: int
+    batch_size: int
+    lr: float
+    train_loss: float
+    eval_accuracy: float | None
+    selection_seconds: float
+    samples_full: int
+
+
+@dataclass
+class _Running:
+    """What the timestamps do not hold of the epoch that is under way."""
+
+    loss_sum: float = 0.0
+    loss_samples: int = 0
+    batch_size: int = 0
+    eval_accuracy: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+class EfficiencyMonitor(Callback):
+    """Logs what each epoch cost and writes ``<save_folder>/<run_name>/summary.json``.
+
+    After every epoch the monitor logs, through Composer's loggers, ``efficiency/samples_seen`` (global, since the start of the run),
+    ``efficiency/samples_full`` (what the same epochs cost without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
+    samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the epoch's end),
+    ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
+    ``efficiency/peak_memory_bytes`` and each further fact that an algorithm left for the epoch.
+
+    The summary is replaced as a whole after every epoch, after every evaluation and at the end of ``fit``, by global rank 0; an epoch
+    that ``max_duration`` cut short is in it too. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Time
+    spent on batches that no checkpoint kept is not in it.
+
+    ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
+    name ends in ``Accuracy``. With several evaluators the one labelled ``eval`` counts, else the first that has an accuracy.
+
+    Args:
+        recipe: The settings to copy into the summary, as plain JSON types.
+        save_folder: Folder that holds one folder a run.
+
+    Raises:
+        InputError: If ``recipe`` has no JSON form, or, at the start of the run, if the summary's folder cannot be written.
+    """
+
+    def __init__(self, recipe: dict[str, Any] | None = None, save_folder: str | os.PathLike[str] = 'runs') -> None:
+        try:
+            self.recipe = json.loads(json.dumps(recipe or {}))
+        except TypeError as error:
+            raise InputError(f'EfficiencyMonitor recipe: {error}; give plain dicts, lists, strings, numbers, booleans and None') from error
+        self.save_folder = Path(save_folder)
+        self._epochs: dict[int, _Epoch] = {}
+        self._running = _Running()
+        self._evaluated: dict[str, float] = {}
+        self._peak_memory = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            'epochs': [asdict(entry) for entry in self._epochs.values()],
+            'running': asdict(self._running),
+            'peak_memory': self._peak_memory,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epochs = {entry['epoch']: _Epoch(**entry) for entry in state['epochs']}
+        self._running = _Running(**state['running'])
+        self._peak_memory = state['peak_memory']
+
+    def init(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            folder = self._folder(state)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f'save_folder {str(self.save_folder)!r}: {folder} cannot be made ({error.strerror})') from error
+            if not os.access(folder, os.W_OK):
+                raise InputError(f'save_folder {str(self.save_folder)!r}: {folder} is not writable')
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        # After fit(reset_time=True) the epochs are counted from 0 again: what was recorded beyond now is of another run.
+        within = int(state.timestamp.batch_in_epoch) > 0
+        self._epochs = {epoch: entry for epoch, entry in self._epochs.items() if epoch < int(state.timestamp.epoch) + within}
+        if not within:
+            self._running = _Running()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
+        samples = int(state.timestamp.sample - state.previous_timestamp.sample)
+        running = self._running
+        # total_loss_dict is the mean over the ranks, and Composer has brought it to the host already.
+        if 'loss/train/total' in state.total_loss_dict:
+            running.loss_sum += state.total_loss_dict['loss/train/total'] * samples
+            running.loss_samples += samples
+        running.batch_size = max(running.batch_size, samples)
+        running.facts.update(getattr(state.train_dataloader, 'facts', {}))
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
+        self._record(state, logger, state.previous_timestamp)
+        self._running = _Running()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        batches = int(state.timestamp.batch_in_epoch)
+        if batches > 0:  # max_duration cut the epoch short
+            length = state.dataloader_len
+            self._record(state, logger, state.timestamp, share=batches / int(length) if length else 1.0)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        label = str(state.dataloader_label)
+        names = [name for name in state.eval_metrics.get(label, {}) if name.endswith('Accuracy')]
+        if names:
+            name = 'MulticlassAccuracy' if 'MulticlassAccuracy' in names else names[0]
+            self._evaluated[label] = float(state.eval_metric_values[name])
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        evaluated, self._evaluated = self._evaluated, {}
+        if not evaluated:
+            return
+        accuracy = evaluated.get('eval', next(iter(evaluated.values())))
+        # Evaluation at an epoch's end runs after EPOCH_END, when the timestamp is in the next epoch already.
+        within = int(state.timestamp.batch_in_epoch) > 0
+        epoch = int(state.timestamp.epoch) - (not within)
+        if within:
+            self._running.eval_accuracy = accuracy
+        if epoch in self._epochs:
+            self._epochs[epoch].eval_accuracy = accuracy
+            self._write(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        self._evaluated = {}  # trainer.eval() is not part of the run
+
+    def _record(self, state: State, logger: Logger, timestamp: Timestamp, share: float = 1.0) -> None:
+        """Put the epoch that ends at ``timestamp``, of which ``share`` has run, into the list, the log and the summary."""
+        running = self._running
+        samples = int(timestamp.sample_in_epoch)
+        # Without a plan nothing is pruned: what ran is the full cost, drop_last and padding over the ranks as they are.
+        full = getattr(state.train_dataloader, 'full_samples', None)
+        entry = _Epoch(
+            epoch=int(timestamp.epoch),
+            seconds=timestamp.epoch_wct.total_seconds(),
+            samples=samples,
+            batches=int(timestamp.batch_in_epoch),
+            batch_size=running.batch_size,
+            lr=float(state.optimizers[0].param_groups[0]['lr']),
+            train_loss=running.loss_sum / running.loss_samples if running.loss_samples else float('nan'),
+            eval_accuracy=running.eval_accuracy,
+            selection_seconds=float(running.facts.get('selection_seconds', 0.0)),
+            samples_full=samples if full is None else round(full * share),
+        )
+        self._epochs[entry.epoch] = entry
+        self._peak_memory = max(self._peak_memory, _peak_memory_bytes(state))
+        self._write(state)
+        totals = self._totals()
+        values = running.facts | {
+            'samples_seen': totals['samples_seen'],
+            'samples_full': totals['samples_full'],
+            'saved_fraction': totals['saved_fraction'],
+            'batch_size': entry.batch_size,
+            'lr': entry.lr,
+            'epoch_seconds': entry.seconds,
+            'selection_seconds': entry.selection_seconds,
+            'peak_memory_bytes': self._peak_memory,
+        }
+        logger.log_metrics({f'efficiency/{name}': value for name, value in values.items()})
+
+    def _totals(self) -> dict[str, Any]:
+        epochs = list(self._epochs.values())
+        seen, full = sum(entry.samples for entry in epochs), sum(entry.samples_full for entry in epochs)
+        accuracies = [entry.eval_accuracy for entry in epochs if entry.eval_accuracy is not None]
+        return {
+            'train_seconds': sum(entry.seconds for entry in epochs),
+            'samples_seen': seen,
+            'samples_full': full,
+            'samples_saved': full - seen,
+            'saved_fraction': 1 - seen / full if full else 0.0,
+            'selection_seconds': sum(entry.selection_seconds for entry in epochs),
+            'eval_accuracy': accuracies[-1] if accuracies else None,
+            'peak_memory_bytes': self._peak_memory,
+        }
+
+    def _folder(self, state: State) -> Path:
+        return self.save_folder / state.run_name
+
+    def _write(self, state: State) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        epochs = [asdict(entry) for entry in self._epochs.values()]
+        for entry in epochs:
+            del entry['samples_full']
+        summary = {
+            'run_name': state.run_name,
+            'recipe': self.recipe,
+            'seed': state.rank_zero_seed,
+            'world_size': dist.get_world_size(),
+            'device': torch.cuda.get_device_name() if state.device.name == 'gpu' else state.device.name,
+            'versions': _versions(),
+            'epochs': epochs,
+            'totals': self._totals(),
+        }
+        target = self._folder(state) / SUMMARY
+        part = target.with_name(f'{SUMMARY}.tmp')
+        part.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+        part.replace(target)
+
+
+def _without_nan(value: Any) -> Any:
+    """The same value with ``None`` for each float that JSON has no form for, such as the loss of a run that diverged."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not float('-inf') < value < float('inf'):
+        return None
+    return value
+
+
+def _peak_memory_bytes(state: State) -> int:
+    """Peak memory of this process: what CUDA tensors took on a GPU, else the resident set."""
+    if state.device.name == 'gpu':
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
+
+
+def _versions() -> dict[str, str]:
+    """The versions of what the numbers depend on, as far as it is installed."""
+    versions = {'python': platform.python_version()}
+    for name in ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords'):
+        try:
+            versions[name.replace('-', '_')] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,342 @@
+import datetime
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import composer.trainer.trainer as composer_trainer
+import numpy as np
+import pytest
+import torch
+from composer import Callback, ComposerModel, Evaluator, Trainer
+from composer.loggers import InMemoryLogger
+from composer.models import ComposerClassifier
+from composer.optim import ConstantScheduler, LinearScheduler
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.monitor import EfficiencyMonitor
+
+EPOCH_KEYS = ['epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'train_loss', 'eval_accuracy', 'selection_seconds']
+TOTAL_KEYS = [
+    'train_seconds',
+    'samples_seen',
+    'samples_full',
+    'samples_saved',
+    'saved_fraction',
+    'selection_seconds',
+    'eval_accuracy',
+    'peak_memory_bytes',
+]
+
+
+class PrunedLoader(DataLoader):
+    """A loader that says of itself what a planned one does."""
+
+    full_samples = 40
+    facts: dict[str, float] = {}  # noqa: RUF012
+
+
+def dataset(samples: int = 20) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(samples, 6, generator=generator), torch.randint(0, 3, (samples,), generator=generator))
+
+
+def trainer(folder: Path, monitor: EfficiencyMonitor | None = None, loader: DataLoader | None = None, evaluate: bool = True, **options):
+    torch.manual_seed(3)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    callbacks = [monitor or EfficiencyMonitor(save_folder=folder), *options.pop('callbacks', [])]
+    return Trainer(
+        **{
+            'model': ComposerClassifier(module, num_classes=3),
+            'train_dataloader': loader or DataLoader(dataset(), batch_size=8),
+            'eval_dataloader': DataLoader(dataset(12), batch_size=4) if evaluate else None,
+            'optimizers': torch.optim.SGD(module.parameters(), lr=0.25),
+            'schedulers': ConstantScheduler(),
+            'max_duration': '3ep',
+            'run_name': 'run',
+            'seed': 5,
+            'device': 'cpu',
+            'progress_bar': False,
+            'callbacks': callbacks,
+            **options,
+        }
+    )
+
+
+def summary(folder: Path, run_name: str = 'run') -> dict:
+    return json.loads((folder / run_name / 'summary.json').read_text())
+
+
+def test_summary_and_metrics_of_a_plain_run(tmp_path):
+    log = InMemoryLogger()
+    trainer(tmp_path, EfficiencyMonitor({'run_name': 'run', 'model': {'name': 'mlp'}}, tmp_path), loggers=log).fit()
+    found = summary(tmp_path)
+    assert list(found) == ['run_name', 'recipe', 'seed', 'world_size', 'device', 'versions', 'epochs', 'totals']
+    assert [list(entry) for entry in found['epochs']] == [EPOCH_KEYS] * 3
+    assert list(found['totals']) == TOTAL_KEYS
+    assert found['run_name'] == 'run'
+    assert found['recipe'] == {'run_name': 'run', 'model': {'name': 'mlp'}}
+    assert (found['seed'], found['world_size'], found['device']) == (5, 1, 'cpu')
+    assert found['versions']['torch'] == torch.__version__.split('+')[0]
+    assert found['versions']['python'] == sys.version.split()[0]
+
+    logged = {name: [float(value) for _, value in values] for name, values in log.data.items()}
+    losses = np.array(logged['loss/train/total']).reshape(3, 3)
+    assert [entry['train_loss'] for entry in found['epochs']] == pytest.approx(list(losses @ [8, 8, 4] / 20))
+    assert [entry['eval_accuracy'] for entry in found['epochs']] == pytest.approx(logged['metrics/eval/MulticlassAccuracy'])
+    for number, entry in enumerate(found['epochs']):
+        assert entry['epoch'] == number
+        assert (entry['samples'], entry['batches'], entry['batch_size'], entry['lr']) == (20, 3, 8, 0.25)
+        assert entry['selection_seconds'] == 0
+        assert entry['seconds'] > 0
+    totals = found['totals']
+    assert (totals['samples_seen'], totals['samples_full'], totals['samples_saved'], totals['saved_fraction']) == (60, 60, 0, 0)
+    assert totals['train_seconds'] == pytest.approx(sum(entry['seconds'] for entry in found['epochs']))
+    assert totals['eval_accuracy'] == found['epochs'][-1]['eval_accuracy']
+    assert totals['peak_memory_bytes'] > 10e6  # torch alone is larger
+
+    assert logged['efficiency/samples_seen'] == [20, 40, 60]
+    assert logged['efficiency/saved_fraction'] == [0, 0, 0]
+    assert logged['efficiency/batch_size'] == [8, 8, 8]
+    assert logged['efficiency/epoch_seconds'] == [entry['seconds'] for entry in found['epochs']]
+    assert list((tmp_path / 'run').iterdir()) == [tmp_path / 'run' / 'summary.json']
+
+
+def test_drop_last_counts_what_ran(tmp_path):
+    trainer(tmp_path, loader=DataLoader(dataset(), batch_size=8, drop_last=True), max_duration='2ep').fit()
+    totals = summary(tmp_path)['totals']
+    assert (totals['samples_seen'], totals['samples_full'], totals['saved_fraction']) == (32, 32, 0)
+
+
+def test_the_learning_rate_is_that_of_the_epochs_end(tmp_path):
+    trainer(tmp_path, schedulers=LinearScheduler(alpha_i=1.0, alpha_f=0.0)).fit()
+    # The last of an epoch's three steps sets the rate of batch 2, 5, 8 of 9.
+    assert [entry['lr'] for entry in summary(tmp_path)['epochs']] == pytest.approx([0.25 * (1 - batch / 9) for batch in (2, 5, 8)])
+
+
+def test_savings_and_facts_of_a_planned_loader(tmp_path):
+    log = InMemoryLogger()
+    loader = PrunedLoader(dataset(30), batch_size=8)
+
+    class Select(Callback):
+        def epoch_start(self, state, logger):
+            loader.facts = {'selection_seconds': 1.5 + int(state.timestamp.epoch), 'pruned_fraction': 0.25}
+
+        def epoch_end(self, state, logger):
+            loader.facts = {}
+
+    trainer(tmp_path, loader=loader, loggers=log, max_duration='2ep', callbacks=[Select()]).fit()
+    found = summary(tmp_path)
+    assert [entry['selection_seconds'] for entry in found['epochs']] == [1.5, 2.5]
+    totals = found['totals']
+    assert (totals['samples_seen'], totals['samples_full'], totals['samples_saved'], totals['saved_fraction']) == (60, 80, 20, 0.25)
+    assert totals['selection_seconds'] == 4
+    assert [value for _, value in log.data['efficiency/pruned_fraction']] == [0.25, 0.25]
+    assert [value for _, value in log.data['efficiency/saved_fraction']] == [0.25, 0.25]
+
+
+def test_an_epoch_cut_short_is_recorded_and_replaced_when_it_is_finished(tmp_path):
+    run = trainer(tmp_path, loader=PrunedLoader(dataset(30), batch_size=10), max_duration='5ba')
+    run.fit()
+    cut = summary(tmp_path)
+    assert [(entry['epoch'], entry['samples'], entry['batches']) for entry in cut['epochs']] == [(0, 30, 3), (1, 20, 2)]
+    assert cut['totals']['samples_full'] == 40 + round(40 * 2 / 3)
+    # A run that ends in mid-epoch evaluates after FIT_END.
+    assert cut['epochs'][1]['eval_accuracy'] is not None
+
+    run.fit(duration='4ba')
+    whole = summary(tmp_path)
+    assert [(entry['epoch'], entry['samples']) for entry in whole['epochs']] == [(0, 30), (1, 30), (2, 30)]
+    assert whole['totals']['samples_full'] == 120
+    assert whole['epochs'][0] == cut['epochs'][0]
+
+
+def test_reset_time_starts_a_new_list(tmp_path):
+    run = trainer(tmp_path, max_duration='3ep')
+    run.fit()
+    run.fit(reset_time=True, duration='1ep')
+    assert [entry['epoch'] for entry in summary(tmp_path)['epochs']] == [0]
+    assert summary(tmp_path)['totals']['samples_seen'] == 20
+
+
+@pytest.mark.parametrize('interval', ['1ep', '2ba', '1dur'])
+def test_each_epoch_has_its_own_accuracy(tmp_path, interval):
+    log = InMemoryLogger()
+    trainer(tmp_path, loggers=log, eval_interval=interval).fit()
+    # (epoch as the evaluation saw it, batch in it, accuracy), brought to the epoch that was under way or had just ended.
+    last: dict[int, float] = {}
+    for stamp, value in log.data['metrics/eval/MulticlassAccuracy']:
+        last[int(stamp.epoch) - (int(stamp.batch_in_epoch) == 0)] = float(value)
+    assert [entry['eval_accuracy'] for entry in summary(tmp_path)['epochs']] == [last.get(epoch) for epoch in range(3)]
+    assert summary(tmp_path)['totals']['eval_accuracy'] == last[2]
+
+
+def test_accuracy_is_none_without_evaluation(tmp_path):
+    trainer(tmp_path, evaluate=False).fit()
+    found = summary(tmp_path)
+    assert {entry['eval_accuracy'] for entry in found['epochs']} == {None}
+    assert found['totals']['eval_accuracy'] is None
+
+
+def test_the_evaluator_named_eval_counts_and_a_later_trainer_eval_does_not(tmp_path):
+    log = InMemoryLogger()
+    evaluators = [
+        Evaluator(label=label, dataloader=DataLoader(dataset(samples), batch_size=4), metric_names=['MulticlassAccuracy'])
+        for label, samples in (('other', 9), ('eval', 17), ('third', 5))
+    ]
+    run = trainer(tmp_path, eval_dataloader=evaluators, loggers=log, max_duration='2ep')
+    run.fit()
+    before = summary(tmp_path)
+    assert [entry['eval_accuracy'] for entry in before['epochs']] == [float(v) for _, v in log.data['metrics/eval/MulticlassAccuracy']]
+    run.eval(DataLoader(TensorDataset(torch.zeros(4, 6), torch.arange(4) % 3), batch_size=4))
+    run.fit(duration='1ep')
+    assert summary(tmp_path)['epochs'][:2] == before['epochs']
+
+
+def test_seconds_leave_evaluation_out(tmp_path, monkeypatch):
+    """On a clock that moves 1 s a training step and 100 s an evaluation batch."""
+    clock = SimpleNamespace(now=datetime.datetime(2020, 1, 1))
+
+    class Tick(Callback):
+        def batch_start(self, state, logger):
+            clock.now += datetime.timedelta(seconds=1)
+
+        def eval_batch_start(self, state, logger):
+            clock.now += datetime.timedelta(seconds=100)
+
+    shim = SimpleNamespace(datetime=SimpleNamespace(now=lambda: clock.now), timedelta=datetime.timedelta)
+    monkeypatch.setattr(composer_trainer, 'datetime', shim)
+    trainer(tmp_path, callbacks=[Tick()], eval_interval='2ba').fit()
+    found = summary(tmp_path)
+    assert [entry['seconds'] for entry in found['epochs']] == [3, 3, 3]
+    assert found['totals']['train_seconds'] == 9
+
+
+@pytest.mark.parametrize('checkpoint', ['ba4', 'ba6', 'ep1', 'ep2'])
+def test_resume_neither_doubles_nor_loses_an_epoch(tmp_path, checkpoint):
+    loader = PrunedLoader(dataset(), batch_size=8)
+
+    class Select(Callback):
+        def epoch_start(self, state, logger):
+            loader.facts = {'selection_seconds': 1.0 + int(state.timestamp.epoch)}
+
+    def run(folder, **options):
+        trainer(tmp_path, EfficiencyMonitor(save_folder=tmp_path / folder), loader=loader, callbacks=[Select()], **options).fit()
+        return summary(tmp_path / folder)
+
+    whole = run(
+        'whole',
+        save_folder=str(tmp_path / 'checkpoints'),
+        save_interval='1ba' if 'ba' in checkpoint else '1ep',
+        save_filename='ba{batch}.pt' if 'ba' in checkpoint else 'ep{epoch}.pt',
+        save_latest_filename=None,
+    )
+    loader.facts = {}  # a new process knows nothing of the selection before the checkpoint
+    resumed = run('resumed', load_path=str(tmp_path / 'checkpoints' / f'{checkpoint}.pt'))
+    for found in (whole, resumed):
+        for entry in found['epochs']:
+            del entry['seconds']
+        del found['totals']['train_seconds'], found['totals']['peak_memory_bytes']
+    assert resumed == whole
+    assert [entry['epoch'] for entry in resumed['epochs']] == [0, 1, 2]
+
+
+def test_a_loss_that_is_not_a_number_still_gives_strict_json(tmp_path):
+    class Diverged(ComposerModel):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 3)
+
+        def forward(self, batch):
+            return self.layer(batch[0])
+
+        def loss(self, outputs, batch):
+            return outputs.sum() * math.nan
+
+    model = Diverged()
+    options = {'model': model, 'optimizers': torch.optim.SGD(model.parameters(), lr=0.1)}
+    trainer(tmp_path, evaluate=False, max_duration='1ep', **options).fit()
+    assert summary(tmp_path)['epochs'][0]['train_loss'] is None
+    assert 'NaN' not in (tmp_path / 'run' / 'summary.json').read_text()
+
+
+def test_a_write_that_fails_leaves_the_last_summary_whole(tmp_path, monkeypatch):
+    run = trainer(tmp_path, max_duration='1ep')
+    run.fit()
+    before = (tmp_path / 'run' / 'summary.json').read_bytes()
+
+    def fail(self, target):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(Path, 'replace', fail)
+    with pytest.raises(OSError, match='disk full'):
+        run.fit(duration='1ep')
+    assert (tmp_path / 'run' / 'summary.json').read_bytes() == before
+
+
+def test_another_accuracy_serves_where_there_is_no_multiclass_accuracy(tmp_path):
+    module = torch.nn.Linear(6, 3)
+    metrics = MetricCollection({'TopTwoAccuracy': MulticlassAccuracy(num_classes=3, average='micro', top_k=2)})
+    model = ComposerClassifier(module, num_classes=3, val_metrics=metrics)
+    log = InMemoryLogger()
+    trainer(tmp_path, model=model, optimizers=torch.optim.SGD(module.parameters(), lr=0.1), max_duration='1ep', loggers=log).fit()
+    assert summary(tmp_path)['totals']['eval_accuracy'] == float(log.data['metrics/eval/TopTwoAccuracy'][-1][1])
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match=r'save_folder .*file'):
+        trainer(tmp_path, EfficiencyMonitor(save_folder=tmp_path / 'file'))
+
+
+def test_a_recipe_without_a_json_form_is_refused():
+    with pytest.raises(InputError, match='recipe'):
+        EfficiencyMonitor({'model': torch.nn.Linear(1, 1)})
+
+
+TWO_RANKS = """
+import sys, torch
+from composer import Trainer
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from torch.utils.data import DataLoader, TensorDataset
+from composer_effalgos.monitor import EfficiencyMonitor
+
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(22, 6), torch.randint(0, 3, (22,)))
+module = torch.nn.Linear(6, 3)
+Trainer(
+    model=ComposerClassifier(module, num_classes=3),
+    train_dataloader=DataLoader(data, batch_size=4, sampler=dist.get_sampler(data, shuffle=True)),
+    optimizers=torch.optim.SGD(module.parameters(), lr=0.1),
+    max_duration='2ep', run_name='two', device='cpu', progress_bar=False, callbacks=[EfficiencyMonitor(save_folder=sys.argv[1])],
+).fit()
+"""
+
+
+@pytest.mark.distributed
+def test_two_ranks_write_one_global_summary(tmp_path):
+    script = tmp_path / 'two.py'
+    script.write_text(TWO_RANKS)
+    command = [
+        sys.executable,
+        '-m',
+        'composer.cli.launcher',
+        '-n',
+        '2',
+        '--stdout',
+        str(tmp_path / 'out{rank}'),
+        str(script),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary(tmp_path, 'two')
+    assert found['world_size'] == 2
+    assert [(entry['samples'], entry['batches'], entry['batch_size']) for entry in found['epochs']] == [(22, 3, 8)] * 2
+    assert found['totals']['samples_full'] == 44
