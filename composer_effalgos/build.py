@@ -1,0 +1,175 @@
+"""From a recipe to a Trainer that is ready to fit."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.models import ComposerClassifier
+from composer.utils import dist, get_device, reproducibility
+from torch.utils.data import DataLoader, Dataset
+
+from composer_effalgos.components import Component, one_line
+from composer_effalgos.datasets import build_dataset
+from composer_effalgos.errors import InputError
+from composer_effalgos.models import build_model
+from composer_effalgos.monitor import EfficiencyMonitor
+from composer_effalgos.recipe import Recipe
+
+__all__ = ['build_trainer', 'checkpoint_folder']
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Build everything that a recipe names.
+
+    The order is that of the costs: what is quick to refuse is built first. The model's weights depend on the recipe's seed alone.
+
+    Args:
+        recipe: A checked recipe.
+
+    Returns:
+        The trainer; ``trainer.fit()`` trains, evaluates and writes ``summary.json``.
+
+    Raises:
+        InputError: The recipe cannot be run here; the message names its key.
+    """
+    device = Component(f'{recipe.source}: device', get_device, {'device': recipe.trainer.get('device')}).build()
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device, recipe.trainer.get('dist_timeout', 300.0))
+    on_gpu = device.name == 'gpu'
+    checkpoints = _checkpoint_arguments(recipe)
+
+    algorithms = [component.build() for component in recipe.algorithms]
+    callbacks = [component.build() for component in recipe.callbacks]
+    callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
+    loggers = [component.build() for component in recipe.loggers]
+    scheduler = recipe.scheduler.build() if recipe.scheduler is not None else None
+
+    train_set, eval_set = (_dataset(recipe, split) for split in ('train', 'eval'))
+    train_loader = _loader(recipe, train_set, train=True, on_gpu=on_gpu)
+    eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
+
+    reproducibility.seed_all(recipe.seed)
+    model = _model(recipe, num_classes=train_set.num_classes)
+    optimizer = recipe.optimizer.build(model.parameters())
+
+    settings = Component(
+        recipe.source,
+        Trainer,
+        {
+            'model': model,
+            'train_dataloader': train_loader,
+            'eval_dataloader': eval_loader,
+            'optimizers': optimizer,
+            'schedulers': scheduler,
+            'algorithms': algorithms,
+            'callbacks': callbacks,
+            'loggers': loggers,
+            'max_duration': recipe.max_duration,
+            'run_name': recipe.run_name,
+            'seed': recipe.seed,
+            'precision': _precision(recipe, on_gpu=on_gpu),
+            **recipe.trainer,
+            **checkpoints,
+        },
+    )
+    return settings.build()
+
+
+def checkpoint_folder(recipe: Recipe) -> Path:
+    """Where a recipe's checkpoints go.
+
+    Args:
+        recipe: A checked recipe.
+
+    Returns:
+        ``<save_folder>/<run_name>/checkpoints``.
+    """
+    return recipe.run_folder / 'checkpoints'
+
+
+def _dataset(recipe: Recipe, split: str) -> Any:
+    data = recipe.dataset
+    component = Component(f'{recipe.source}: dataset', build_dataset, {'path': data.path, **data.options})
+    if dist.get_world_size() == 1:
+        return component.build(data.name, split)
+    # A download must not be made twice
+    with dist.run_local_rank_zero_first():
+        return component.build(data.name, split)
+
+
+def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool) -> DataLoader[Any]:
+    data = recipe.dataset
+    key, batch_size = 'batch_size', data.batch_size
+    if not train and data.eval_batch_size is not None:
+        key, batch_size = 'eval_batch_size', data.eval_batch_size
+    ranks, samples = dist.get_world_size(), len(dataset)  # type: ignore[arg-type]
+    if batch_size % ranks:
+        raise InputError(f'{recipe.source}: dataset.{key}: {batch_size} is not divisible by the {ranks} ranks')
+    if train and batch_size > samples:
+        raise InputError(f'{recipe.source}: dataset.batch_size: {batch_size} is larger than the data set of {samples} samples')
+    drop_last = train and data.drop_last
+    return DataLoader(
+        dataset,
+        batch_size=batch_size // ranks,
+        sampler=dist.get_sampler(dataset, shuffle=train, drop_last=drop_last, seed=recipe.seed),
+        drop_last=drop_last,
+        num_workers=data.num_workers,
+        persistent_workers=data.num_workers > 0,
+        prefetch_factor=data.prefetch_factor,
+        pin_memory=on_gpu if data.pin_memory is None else data.pin_memory,
+    )
+
+
+def _model(recipe: Recipe, *, num_classes: int) -> ComposerClassifier:
+    settings = recipe.model
+    if settings.num_classes is not None and settings.num_classes < num_classes:
+        raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
+    num_classes = settings.num_classes or num_classes
+    component = Component(f'{recipe.source}: model', build_model, {'pretrained': settings.pretrained, **settings.options})
+    return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes)
+
+
+def _precision(recipe: Recipe, *, on_gpu: bool) -> str | None:
+    if recipe.precision is None or on_gpu or recipe.precision == 'fp32':
+        return recipe.precision
+    log.warning('note: precision %s needs a GPU; running in fp32', recipe.precision)
+    return 'fp32'
+
+
+def _checkpoint_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The Trainer's arguments for saving, after a look at the checkpoint that it will load."""
+    folder = checkpoint_folder(recipe)
+    load_path, autoresume = recipe.trainer.get('load_path'), recipe.trainer.get('autoresume', False)
+    if load_path is not None and '://' not in load_path and '{' not in load_path:
+        check_checkpoint(f'{recipe.source}: load_path', Path(load_path))
+    if autoresume and (latest := folder / 'latest-rank0.pt').exists():
+        check_checkpoint(f'{recipe.source}: autoresume', latest)
+    saves = autoresume or 'save_interval' in recipe.trainer
+    return {'save_folder': str(folder)} if saves else {}
+
+
+def check_checkpoint(key: str, path: Path) -> None:
+    """See that a file is a whole checkpoint of Composer's.
+
+    Args:
+        key: Where the recipe says so; begins the error message.
+        path: The file.
+
+    Raises:
+        InputError: The file is missing, cut off, or something else.
+    """
+    if not path.is_file():
+        raise InputError(f'{key}: {path}: no such checkpoint')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f'{key}: {path}: not a checkpoint, or cut off ({one_line(error)})') from error
+    if damaged is not None:
+        raise InputError(f'{key}: {path}: damaged checkpoint (in {damaged})')

@@ -1,0 +1,319 @@
+"""Recipes: a run written down in YAML, read and checked as a whole before anything is built.
+
+The schema is this module's dataclasses for what is ours, and the signatures of the classes that a recipe names for everything else
+(see :mod:`composer_effalgos.components`), so a setting of Composer's needs no second definition here.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer import Trainer
+from composer.core import Precision, Time, TimeUnit, ensure_time
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from composer_effalgos import components
+from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, one_line, parameters
+from composer_effalgos.errors import InputError
+
+__all__ = ['DatasetRecipe', 'ModelRecipe', 'Recipe', 'list_recipes', 'load_recipe', 'parse_recipe', 'recipe_folder']
+
+
+@dataclass(frozen=True)
+class DatasetRecipe:
+    """The ``dataset`` section; a key that is not listed here is an option of the data set itself.
+
+    Attributes:
+        name: A name that :func:`composer_effalgos.datasets.build_dataset` knows.
+        batch_size: Training samples in a step, over all ranks together.
+        path: Folder with the data, where the data set needs one.
+        eval_batch_size: Evaluation samples in a step, over all ranks; ``batch_size`` when null.
+        num_workers: Worker processes of each loader on each rank.
+        drop_last: Leave the last, smaller batch of an epoch out.
+        pin_memory: Page-locked batches; on exactly when training on a GPU when null.
+        prefetch_factor: Batches that a worker prepares ahead; the ``DataLoader``'s own default when null.
+        options: What goes to the data set.
+    """
+
+    name: str
+    batch_size: int
+    path: str | None = None
+    eval_batch_size: int | None = None
+    num_workers: int = 0
+    drop_last: bool = False
+    pin_memory: bool | None = None
+    prefetch_factor: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The ``model`` section; a key that is not listed here is an option of the model itself.
+
+    Attributes:
+        name: A name that :func:`composer_effalgos.models.build_model` knows.
+        num_classes: Outputs; as many as the data set has classes when null.
+        pretrained: True for the library's weights, or a file of weights.
+        options: What goes to the model.
+    """
+
+    name: str
+    num_classes: int | None = None
+    pretrained: bool | str = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, checked: every name in it exists and every argument fits its signature.
+
+    Besides these keys a recipe may hold any other argument of :class:`composer.Trainer` (``device``, ``eval_interval``,
+    ``save_interval``, ``load_path``, ``autoresume``, ``device_train_microbatch_size``, ``progress_bar``, ...).
+
+    Attributes:
+        dataset: Data and how to batch it.
+        model: The network.
+        optimizer: ``name`` (torch's, Composer's and timm's) and its arguments.
+        max_duration: Length of training, as a time string or a number of epochs.
+        run_name: Name of the run and of its folder; the file's name without ending when not given.
+        seed: Seeds the weights, the order of the samples and every random draw.
+        precision: Composer's precision; what is not fp32 runs as fp32 on the CPU. Null: Composer's default for the device.
+        save_folder: The run's files go to ``<save_folder>/<run_name>``.
+        scheduler: ``name`` and arguments of a Composer schedule or ``one_cycle``.
+        algorithms: Names with arguments.
+        callbacks: Names with arguments.
+        loggers: Names with arguments.
+        trainer: The other arguments of the Trainer.
+        source: Name of the file, for messages.
+        settings: The recipe as plain data, overrides included.
+    """
+
+    dataset: DatasetRecipe
+    model: ModelRecipe
+    optimizer: Component
+    max_duration: str | int
+    run_name: str
+    seed: int = 17
+    precision: str | None = None
+    save_folder: str = 'runs'
+    scheduler: Component | None = None
+    algorithms: list[Component] = field(default_factory=list)
+    callbacks: list[Component] = field(default_factory=list)
+    loggers: list[Component] = field(default_factory=list)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    source: str = ''
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run's files go."""
+        return Path(self.save_folder) / self.run_name
+
+
+OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer', 'source', 'settings'))
+# What build_trainer sets, or what YAML cannot express
+NOT_FOR_RECIPES = {
+    'self', 'train_dataloader', 'train_dataloader_label', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithm_passes', 'profiler',
+    'load_object_store', 'console_stream',
+}  # fmt: skip
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key=value`` settings on top, in OmegaConf's dot notation.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: No such file, broken YAML, an unknown name or key, a missing or mistyped value.
+    """
+    path = Path(path)
+    settings = _read(path, overrides)
+    return parse_recipe(settings, source=str(path), run_name=path.stem)
+
+
+def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_name: str = 'run') -> Recipe:
+    """Check a recipe that is plain data already.
+
+    Args:
+        settings: The recipe's keys and values.
+        source: Begins every error message.
+        run_name: Name of the run where the settings give none.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: As :func:`load_recipe`.
+    """
+    trainer_hints = {name: item.hint for name, item in parameters(Trainer).items() if name not in NOT_FOR_RECIPES}
+    for key in settings:
+        if key not in OURS and key not in trainer_hints:
+            raise InputError(f'{source}: {key}: unknown key; {did_you_mean(str(key), {*OURS, *trainer_hints})}')
+    for key in ('dataset', 'model', 'optimizer', 'max_duration'):
+        if settings.get(key) is None:
+            raise InputError(f'{source}: {key}: missing; every recipe needs it')
+
+    trainer = {key: value for key, value in settings.items() if key not in OURS}
+    for key, value in trainer.items():
+        check_type(f'{source}: {key}', value, trainer_hints[key])
+    hints = typing.get_type_hints(Recipe)
+    plain = {key: settings[key] for key in ('max_duration', 'run_name', 'seed', 'precision', 'save_folder') if key in settings}
+    for key, value in plain.items():
+        check_type(f'{source}: {key}', value, hints[key])
+    plain.setdefault('run_name', run_name)
+    _check_run_name(source, plain['run_name'])
+    _check_duration(f'{source}: max_duration', plain['max_duration'])
+    if plain.get('precision') is not None:
+        find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
+
+    scheduler = settings.get('scheduler')
+    return Recipe(
+        dataset=_section(DatasetRecipe, f'{source}: dataset', settings['dataset']),
+        model=_section(ModelRecipe, f'{source}: model', settings['model']),
+        optimizer=_named(f'{source}: optimizer', 'optimizer', settings['optimizer'], components.optimizers(), given=('params',)),
+        scheduler=None if scheduler is None else _named(f'{source}: scheduler', 'scheduler', scheduler, components.schedulers()),
+        algorithms=_several(f'{source}: algorithms', 'algorithm', settings.get('algorithms'), components.algorithms()),
+        callbacks=_several(f'{source}: callbacks', 'callback', settings.get('callbacks'), components.callbacks()),
+        loggers=_several(f'{source}: loggers', 'logger', settings.get('loggers'), components.loggers()),
+        trainer=trainer,
+        source=source,
+        settings=dict(settings),
+        **plain,
+    )
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that come with the project lie.
+
+    Returns:
+        ``yamls`` in the working directory, else in the installed package, else beside it (a checkout).
+
+    Raises:
+        InputError: It is in none of these places.
+    """
+    package = Path(__file__).parent
+    places = [Path('yamls'), package / 'yamls', package.parent / 'yamls']
+    for place in places:
+        if place.is_dir():
+            return place
+    raise InputError(f'no folder of recipes at {", ".join(map(str, places))}; give one: effalgos recipes DIR')
+
+
+def list_recipes(folder: Path) -> list[tuple[Path, str]]:
+    """Find the recipes in a folder and its subfolders.
+
+    Args:
+        folder: Where to look.
+
+    Returns:
+        Path and description (the comment on the file's first line) of each, sorted by path.
+
+    Raises:
+        InputError: No such folder, or no recipe in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f'{folder}: no such folder')
+    paths = sorted([*folder.rglob('*.yaml'), *folder.rglob('*.yml')])
+    if not paths:
+        raise InputError(f'{folder}: no recipe (*.yaml) in it')
+    return [(path, _first_comment(path)) for path in paths]
+
+
+def _first_comment(path: Path) -> str:
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    return lines[0].lstrip('# ').rstrip() if lines and lines[0].startswith('#') else ''
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The file with the overrides on it, interpolations resolved, as plain data."""
+    if not path.is_file():
+        raise InputError(f'{path}: no such recipe; give the path of a YAML file (effalgos recipes lists those at hand)')
+    try:
+        config = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = '' if error.problem_mark is None else f'line {error.problem_mark.line + 1}: '
+        raise InputError(f'{path}: {line}not valid YAML: {error.problem or one_line(error)}') from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise InputError(f'{path}: not a readable YAML file: {one_line(error)}') from error
+    if not OmegaConf.is_dict(config) or not config:
+        raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
+    for override in overrides:
+        key, equals, _ = override.partition('=')
+        if not equals or not key.strip():
+            raise InputError(f'override {override!r}: expected key=value, e.g. optimizer.lr=0.05')
+        try:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise InputError(f'override {override!r}: {one_line(error)}') from error
+    try:
+        settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f'{path}: {one_line(error)}') from error
+    assert isinstance(settings, dict)
+    return typing.cast('dict[str, Any]', settings)
+
+
+def _section(schema: type, key: str, settings: Any) -> Any:
+    """A mapping as the dataclass ``schema``, the keys that it does not list gathered in ``options``."""
+    check_type(key, settings, dict)
+    hints = typing.get_type_hints(schema)
+    listed = {item.name: item for item in fields(schema) if item.name != 'options'}
+    for name, item in listed.items():
+        if name in settings:
+            check_type(f'{key}.{name}', settings[name], hints[name])
+        elif item.default is MISSING:
+            raise InputError(f'{key}.{name}: missing; expected {components.describe(hints[name])}')
+    options = {str(name): value for name, value in settings.items() if name not in listed}
+    return schema(options=options, **{name: value for name, value in settings.items() if name in listed})
+
+
+def _named(key: str, kind: str, settings: Any, known: Mapping[str, Any], *, given: Sequence[str] = ()) -> Component:
+    """``{name: x, **arguments}`` as a component."""
+    check_type(key, settings, dict)
+    if not isinstance(settings.get('name'), str):
+        raise InputError(f'{key}.name: missing; expected the name of a {kind}')
+    target = find(f'{key}.name: {settings["name"]}', kind, settings['name'], known)
+    arguments = {str(name): value for name, value in settings.items() if name != 'name'}
+    return Component(key, target, check_arguments(key, target, arguments, given=given))
+
+
+def _several(key: str, kind: str, settings: Any, known: Mapping[str, Any]) -> list[Component]:
+    """``{x: arguments, y: arguments}`` as components; null stands for no arguments."""
+    if settings is None:
+        return []
+    check_type(key, settings, dict)
+    found: list[Component] = []
+    for name, arguments in settings.items():
+        target = find(f'{key}.{name}', kind, str(name), known)
+        if any(item.target is target for item in found):
+            raise InputError(f'{key}.{name}: the same {kind} is named twice; keep one')
+        arguments = {} if arguments is None else arguments
+        check_type(f'{key}.{name}', arguments, dict)
+        found.append(Component(f'{key}.{name}', target, check_arguments(f'{key}.{name}', target, arguments)))
+    return found
+
+
+def _check_run_name(source: str, run_name: str) -> None:
+    # The name becomes a folder below save_folder
+    if not run_name.strip() or run_name in ('.', '..') or any(char in run_name for char in '/\\\0{}'):
+        raise InputError(f'{source}: run_name: expected a plain folder name, got {run_name!r}')
+
+
+def _check_duration(key: str, duration: str | int) -> None:
+    try:
+        time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
+    except ValueError as error:
+        raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
+    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN):
+        raise InputError(f"{key}: expected a positive number of epochs, batches or samples such as '10ep', got {duration!r}")

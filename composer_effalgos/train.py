@@ -1,0 +1,108 @@
+"""Train a recipe: ``composer -n N -m composer_effalgos.train RECIPE.yaml [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from composer.utils import dist
+
+from composer_effalgos.build import build_trainer
+from composer_effalgos.errors import InputError
+from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.recipe import Recipe, load_recipe
+
+
+def train(recipe: Recipe) -> None:
+    """Train a recipe to its end; a run that autoresume finds finished stays as it is.
+
+    Args:
+        recipe: A checked recipe.
+
+    Raises:
+        InputError: The recipe, its data or its checkpoint is at fault.
+    """
+    trainer = build_trainer(recipe)
+    state = trainer.state
+    assert state.max_duration is not None, 'every recipe has one'
+    elapsed = state.timestamp.get(state.max_duration.unit)
+    if elapsed < state.max_duration:
+        try:
+            trainer.fit()
+        except FileExistsError as error:
+            raise InputError(
+                f'{recipe.source}: {recipe.run_folder} holds later checkpoints of a run with this name; '
+                'choose another run_name, or set save_overwrite=true or autoresume=true'
+            ) from error
+    elif not recipe.trainer.get('autoresume', False):
+        raise InputError(
+            f'{recipe.source}: max_duration: {recipe.max_duration}, but the checkpoint has reached {elapsed.to_timestring()} already'
+        )
+    trainer.close()
+
+
+def summary_line(recipe: Recipe) -> str:
+    """What a finished run came to, in one line.
+
+    Args:
+        recipe: The recipe of a run that has written its summary.
+
+    Returns:
+        Accuracy, samples, seconds and the path of ``summary.json``.
+    """
+    path = recipe.run_folder / SUMMARY
+    totals = json.loads(path.read_text(encoding='utf-8'))['totals']
+    accuracy = 'no evaluation' if totals['eval_accuracy'] is None else f'accuracy {totals["eval_accuracy"]:.4f}'
+    return (
+        f'{recipe.run_name}: {accuracy}, {totals["samples_seen"]} samples ({totals["saved_fraction"]:.1%} saved), '
+        f'{totals["train_seconds"]:.1f} s of training; {path}'
+    )
+
+
+def refuse(error: InputError) -> int:
+    """Say what is wrong with the input, once for all ranks.
+
+    Args:
+        error: What was wrong.
+
+    Returns:
+        The exit status for bad input.
+    """
+    # From a DataLoader worker the message comes as a traceback that ends in it
+    last_line = str(error).strip().splitlines()[-1]
+    message = last_line.split('InputError: ', 1)[-1]
+    if dist.get_global_rank() > 0:
+        # Where rank 0 has the same to say, the launcher stops this process meanwhile, and the line appears once
+        time.sleep(5)
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the recipe that the command line names.
+
+    Args:
+        argv: Arguments; those of the process when None.
+
+    Returns:
+        The exit status: 0, or 2 for bad input.
+    """
+    parser = argparse.ArgumentParser(prog='python -m composer_effalgos.train', description='Train a recipe.')
+    parser.add_argument('recipe', help='a YAML file')
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='settings on top of the recipe, e.g. optimizer.lr=0.05')
+    args = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        train(recipe)
+    except InputError as error:
+        return refuse(error)
+    if dist.get_global_rank() == 0:
+        print(summary_line(recipe), flush=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
