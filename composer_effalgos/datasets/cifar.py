@@ -1,0 +1,145 @@
+"""CIFAR-10 and CIFAR-100 in memory, from torchvision's files or from Parquet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from composer.utils import dist
+from torch import Tensor
+
+from composer_effalgos.datasets.images import ImageArray, Pixels, check_at_least, data_folder, decode_image, limited, small_image_transform
+from composer_effalgos.datasets.parquet import read_classes, read_images, read_labels
+from composer_effalgos.errors import InputError
+
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    source: type[torchvision.datasets.CIFAR10]
+    num_classes: int
+    # Of the training images
+    mean: Pixels
+    std: Pixels
+
+
+_CIFAR10 = _Cifar(torchvision.datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = _Cifar(torchvision.datasets.CIFAR100, 100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def cifar10(
+    split: Literal['train', 'eval'],
+    path: str | None,
+    *,
+    augment: bool = True,
+    image_size: int = SIZE,
+    limit: int | None = None,
+    download: bool = False,
+) -> ImageArray:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 10 classes.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        path: A folder with ``train.parquet`` and ``test.parquet`` (columns ``image``, encoded, and ``label``), or else torchvision's
+            folder, the one that holds ``cifar-10-batches-py``.
+        augment: Pad the training images by 4 reflected pixels, crop them back at random, and flip half of them left to right.
+        image_size: Height and width wanted, in pixels; the images are resized.
+        limit: Train on so many images, chosen at random, the same ones every time; from Parquet the others are not decoded.
+        download: Let torchvision fetch the data into ``path`` where it is missing.
+
+    Raises:
+        InputError: Missing, corrupt or mislabelled data; an option out of range.
+    """
+    return _cifar(_CIFAR10, split, path, augment, image_size, limit, download)
+
+
+def cifar100(
+    split: Literal['train', 'eval'],
+    path: str | None,
+    *,
+    augment: bool = True,
+    image_size: int = SIZE,
+    limit: int | None = None,
+    download: bool = False,
+) -> ImageArray:
+    """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 100 classes.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        path: A folder as for :func:`cifar10`, with ``cifar-100-python`` in torchvision's case.
+        augment: As for :func:`cifar10`.
+        image_size: As for :func:`cifar10`.
+        limit: As for :func:`cifar10`.
+        download: As for :func:`cifar10`.
+
+    Raises:
+        InputError: Missing, corrupt or mislabelled data; an option out of range.
+    """
+    return _cifar(_CIFAR100, split, path, augment, image_size, limit, download)
+
+
+def _cifar(
+    kind: _Cifar, split: Literal['train', 'eval'], path: str | None, augment: bool, image_size: int, limit: int | None, download: bool
+) -> ImageArray:
+    check_at_least(1, image_size=image_size)
+    train = split == 'train'
+    limit = limit if train else None
+    files = {name: Path(path or '', f'{name}.parquet').expanduser() for name in ('train', 'test')}
+    if path is not None and all(file.is_file() for file in files.values()):
+        images, targets, classes = _from_parquet(kind, files['train'], files['train' if train else 'test'], limit)
+    else:
+        images, targets, classes = _from_torchvision(kind, path, train, limit, download)
+    randomly = train and augment
+    transform = small_image_transform(
+        size=SIZE,
+        image_size=image_size,
+        mean=kind.mean,
+        std=kind.std,
+        padding=4 if randomly else 0,
+        padding_mode='reflect',
+        flip=randomly,
+    )
+    return ImageArray(images, targets, classes, transform)
+
+
+def _from_parquet(kind: _Cifar, train_file: Path, file: Path, limit: int | None) -> tuple[np.ndarray, Tensor, list[str]]:
+    classes = read_classes(train_file, 'label')
+    if len(classes) > kind.num_classes:
+        raise InputError(f'{train_file}: {len(classes)} classes; {kind.source.__name__} has {kind.num_classes}')
+    classes += [str(index) for index in range(len(classes), kind.num_classes)]
+    targets = read_labels(file, 'label', kind.num_classes)
+    encoded = read_images(file, 'image')
+    rows = limited(len(targets), limit)
+    images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+    for image, row in zip(images, rows.tolist(), strict=True):
+        decoded = decode_image(encoded[row].as_py(), f'{file}: row {row}')
+        if decoded.size != (SIZE, SIZE):
+            raise InputError(f'{file}: row {row}: image of {decoded.width}x{decoded.height} pixels; expected {SIZE}x{SIZE}')
+        image[:] = np.asarray(decoded)
+    return images, targets[rows], classes
+
+
+def _from_torchvision(
+    kind: _Cifar, path: str | None, train: bool, limit: int | None, download: bool
+) -> tuple[np.ndarray, Tensor, list[str]]:
+    name = kind.source.__name__
+    contents = f'train.parquet and test.parquet, or with {kind.source.base_folder} (torchvision; `download: true` fetches it)'
+    if not (download and path is not None):
+        data_folder(name, path, contents)
+    try:
+        # One process of a machine downloads, the others wait and find the files
+        if download:
+            with dist.run_local_rank_zero_first():
+                data = kind.source(path, train=train, download=True)
+        else:
+            data = kind.source(path, train=train)
+    except (RuntimeError, OSError) as error:
+        reason = ' '.join(str(error).split())
+        raise InputError(f'dataset.path: {path}: no usable {name} ({reason}); expected a folder with {contents}') from error
+    rows = limited(len(data), limit)
+    return data.data[rows.numpy()], torch.tensor(data.targets)[rows], list(data.classes)

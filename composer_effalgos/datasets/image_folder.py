@@ -1,0 +1,86 @@
+"""Images in one folder a class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torchvision
+from PIL import Image
+
+from composer_effalgos.components import did_you_mean
+from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, large_image_transform, limited
+from composer_effalgos.errors import InputError
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder, with ``num_classes`` and errors that name the file.
+
+    Args:
+        root: Folder of one split.
+        classes: Class names; a folder of another name is an error, one that is missing is not. None takes the folders' names.
+        transform: PIL image to float32 ``[3, H, W]``.
+        limit: Keep so many images, chosen at random, the same ones every time.
+    """
+
+    samples: list[tuple[str, int]]
+
+    def __init__(
+        self, root: Path, transform: torchvision.transforms.Compose, *, classes: list[str] | None = None, limit: int | None = None
+    ) -> None:
+        self._expected = classes
+        try:
+            super().__init__(root, transform=transform, loader=_load_image, allow_empty=classes is not None)
+        except FileNotFoundError as error:
+            raise InputError(f'{root}: {error}; expected one folder of images a class') from error
+        if not self.samples:
+            raise InputError(f'{root}: no images in its class folders; expected one folder of images a class')
+        rows = limited(len(self.samples), limit).tolist()
+        self.samples = self.imgs = [self.samples[row] for row in rows]
+        self.targets = torch.tensor([label for _, label in self.samples])
+        self.num_classes = len(self.classes)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes, class_to_idx = super().find_classes(directory)
+        if self._expected is None:
+            return classes, class_to_idx
+        for name in classes:
+            if name not in self._expected:
+                raise InputError(f'{directory}/{name}: no such class in the training split; {did_you_mean(name, self._expected)}')
+        return self._expected, {name: index for index, name in enumerate(self._expected)}
+
+
+def image_folder(
+    split: Literal['train', 'eval'], path: str | None, *, augment: bool = True, image_size: int = 224, limit: int | None = None
+) -> ImageFolder:
+    """Images of any size, decoded when they are read, in ``path/train/CLASS/`` and ``path/val/CLASS/``.
+
+    Args:
+        split: ``'train'`` or ``'eval'`` (the folder ``val``).
+        path: The folder that holds ``train`` and ``val``. The classes are the folders in ``train``, in the order of their names.
+        augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
+        image_size: Height and width of the crop, in pixels.
+        limit: Train on so many images, chosen at random, the same ones every time.
+
+    Raises:
+        InputError: Missing or empty folders, class folders that differ between the splits, an option out of range; when an item is read,
+            a corrupt image.
+    """
+    check_at_least(1, image_size=image_size)
+    folder = data_folder('image_folder', path, 'train/CLASS/ and val/CLASS/')
+    transform = large_image_transform(split, image_size=image_size, augment=augment)
+    data_folder('image_folder', str(folder / 'train'), 'one folder of images a class')
+    if split == 'train':
+        return ImageFolder(folder / 'train', transform, limit=limit)
+    data_folder('image_folder', str(folder / 'val'), 'one folder of images a class')
+    classes = sorted(entry.name for entry in (folder / 'train').iterdir() if entry.is_dir())
+    return ImageFolder(folder / 'val', transform, classes=classes)
+
+
+def _load_image(path: str) -> Image.Image:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f'{path}: cannot be read ({error.strerror})') from error
+    return decode_image(data, path)

@@ -1,0 +1,99 @@
+"""Encoded images and labels in two Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import VisionDataset
+
+from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, large_image_transform, limited
+from composer_effalgos.datasets.parquet import read_classes, read_images, read_labels
+from composer_effalgos.errors import InputError
+
+
+class ParquetImages(VisionDataset):
+    """Encoded images in memory, decoded when they are read.
+
+    Args:
+        file: The Parquet file, for messages.
+        images: Encoded images, one a row of the file.
+        rows: int64 ``[N]``, the rows that belong to the data set.
+        targets: int64 ``[N]``, the labels of these rows.
+        classes: Class names.
+        transform: PIL image to float32 ``[3, H, W]``.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        images: pa.ChunkedArray,
+        rows: Tensor,
+        targets: Tensor,
+        classes: Sequence[str],
+        transform: Callable[[Image.Image], Tensor],
+    ) -> None:
+        super().__init__(transform=transform)
+        self.file = file
+        self.images = images
+        self.rows = rows
+        self.targets = targets
+        self.classes = list(classes)
+        self.num_classes = len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = int(self.rows[index])
+        image = decode_image(self.images[row].as_py(), f'{self.file}: row {row}')
+        return self.transform(image), int(self.targets[index])
+
+
+def image_parquet(
+    split: Literal['train', 'eval'],
+    path: str | None,
+    *,
+    augment: bool = True,
+    image_size: int = 224,
+    limit: int | None = None,
+    image_column: str = 'image',
+    label_column: str = 'label',
+) -> ParquetImages:
+    """Images of any size in ``path/train.parquet`` and ``path/test.parquet`` (or ``val.parquet``).
+
+    The encoded files are held in memory and decoded when they are read.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        path: The folder of the files. Class names come from the schema metadata of ``train.parquet``, where they are given: the key
+            ``classes`` (names with commas between) or Hugging Face's description. Otherwise the classes are 0 to its largest label.
+        augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
+        image_size: Height and width of the crop, in pixels.
+        limit: Train on so many images, chosen at random, the same ones every time.
+        image_column: Column of the encoded images: binary, or a struct with binary ``bytes`` as Hugging Face's data sets write it.
+        label_column: Column of the labels: integers from 0.
+
+    Raises:
+        InputError: Missing files or columns, labels out of range, an option out of range; when an item is read, a corrupt image.
+    """
+    check_at_least(1, image_size=image_size)
+    folder = data_folder('image_parquet', path, 'train.parquet and test.parquet (or val.parquet)')
+    train_file = folder / 'train.parquet'
+    classes = read_classes(train_file, label_column)
+    file, limit = (train_file, limit) if split == 'train' else (_eval_file(folder), None)
+    targets = read_labels(file, label_column, len(classes))
+    rows = limited(len(targets), limit)
+    transform = large_image_transform(split, image_size=image_size, augment=augment)
+    return ParquetImages(file, read_images(file, image_column), rows, targets[rows], classes, transform)
+
+
+def _eval_file(folder: Path) -> Path:
+    for name in ('test.parquet', 'val.parquet'):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f'dataset.path: {folder} has no test.parquet or val.parquet; image_parquet expects one of them beside train.parquet')

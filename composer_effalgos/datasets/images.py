@@ -1,0 +1,171 @@
+"""What the image data sets share: pixels, decoding, transforms and subsets.
+
+The pipelines are ``transforms.Compose`` lists around ``transforms.ToTensor``, and the data sets are torchvision ``VisionDataset``, because
+that is where Composer's RandAugment, AugMix and ColOut look for the place to insert themselves.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.datasets import VisionDataset
+from torchvision.transforms import v2
+
+from composer_effalgos.errors import InputError
+
+Pixels = tuple[float, float, float]
+
+IMAGENET_MEAN: Pixels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Pixels = (0.229, 0.224, 0.225)
+
+
+class ImageArray(VisionDataset):
+    """Decoded images in memory.
+
+    Args:
+        images: uint8 ``[N, H, W, 3]``.
+        targets: int64 ``[N]``, in ``[0, len(classes))``.
+        classes: Class names.
+        transform: PIL image to float32 ``[3, H, W]``.
+    """
+
+    def __init__(self, images: np.ndarray, targets: Tensor, classes: Sequence[str], transform: Callable[[Image.Image], Tensor]) -> None:
+        super().__init__(transform=transform)
+        self.images = images
+        self.targets = targets
+        self.classes = list(classes)
+        self.num_classes = len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
+
+
+def decode_image(data: bytes | None, source: str) -> Image.Image:
+    """Decode one image.
+
+    Args:
+        data: An encoded image, e.g. a PNG or JPEG file's bytes.
+        source: Where it comes from; begins the error message.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        InputError: Not an image, or a broken one.
+    """
+    if not data:
+        raise InputError(f'{source}: no image bytes; expected an encoded image such as a PNG or JPEG file')
+    try:
+        return Image.open(io.BytesIO(data)).convert('RGB')
+    except Exception as error:  # what a codec raises for broken bytes is not specified
+        reason = ' '.join(str(error).split())
+        raise InputError(f'{source}: corrupt image ({reason}); expected an encoded image such as a PNG or JPEG file') from error
+
+
+def small_image_transform(
+    *, size: int, image_size: int, mean: Pixels, std: Pixels, padding: int = 0, padding_mode: str = 'constant', flip: bool = False
+) -> transforms.Compose:
+    """The pipeline for small images of one size: random shift, horizontal flip, resize, normalise.
+
+    Args:
+        size: Height and width of the images, in pixels.
+        image_size: Height and width wanted; another one than ``size`` resizes (bilinear, anti-aliased).
+        mean: Channel means, of pixels in [0, 1].
+        std: Channel standard deviations.
+        padding: The image is padded by so many pixels on each side and cropped back at random; 0 for none.
+        padding_mode: What is padded, ``'constant'`` (black) or ``'reflect'``.
+        flip: Flip half of the images left to right.
+
+    Returns:
+        PIL image to float32 ``[3, image_size, image_size]``.
+    """
+    steps: list[Any] = []
+    if padding:
+        steps.append(v2.RandomCrop(size, padding=padding, padding_mode=padding_mode))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if image_size != size:
+        steps.append(v2.Resize((image_size, image_size)))
+    return transforms.Compose([*steps, transforms.ToTensor(), v2.Normalize(mean, std)])
+
+
+def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, augment: bool) -> transforms.Compose:
+    """The usual ImageNet pipeline: random resized crop and flip to train, resize and centre crop (ratio 256/224) otherwise.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        image_size: Height and width wanted, in pixels.
+        augment: False trains on the centre crop as well.
+
+    Returns:
+        PIL image to float32 ``[3, image_size, image_size]``, normalised by ImageNet's mean and standard deviation.
+    """
+    steps: list[Any] = (
+        [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+        if split == 'train' and augment
+        else [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
+    )
+    return transforms.Compose([*steps, transforms.ToTensor(), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def limited(count: int, limit: int | None) -> Tensor:
+    """Choose ``limit`` of ``count`` samples at random, the same ones every time; a smaller limit chooses among those of a larger one.
+
+    Args:
+        count: Samples there are.
+        limit: Samples wanted, or None for all.
+
+    Returns:
+        int64 ``[limit]`` indices in rising order.
+
+    Raises:
+        InputError: Fewer than one wanted, or more than there are.
+    """
+    if limit is None:
+        return torch.arange(count)
+    if not 1 <= limit <= count:
+        raise InputError(f'dataset.limit: {limit} samples asked for; expected 1 to {count}, the number of training samples')
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+
+
+def data_folder(name: str, path: str | None, contents: str) -> Path:
+    """The folder of a data set.
+
+    Args:
+        name: Name of the data set, for the message.
+        path: The folder.
+        contents: What is expected in it, for the message.
+
+    Raises:
+        InputError: No path, no such folder, or an empty one.
+    """
+    if path is None:
+        raise InputError(f'dataset.path: {name} needs a folder with {contents}')
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f'dataset.path: no folder {path}; {name} expects one with {contents}')
+    if not any(folder.iterdir()):
+        raise InputError(f'dataset.path: {path} is empty; {name} expects a folder with {contents}')
+    return folder
+
+
+def check_at_least(minimum: int, **options: float | None) -> None:
+    """Hold numeric options against a lower bound; None passes.
+
+    Raises:
+        InputError: One is smaller; the message names it.
+    """
+    for key, value in options.items():
+        if value is not None and value < minimum:
+            raise InputError(f'dataset.{key}: expected at least {minimum}, got {value}')

@@ -1,0 +1,53 @@
+"""The names under which recipes and scripts find the data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from composer_effalgos.components import check_arguments, did_you_mean
+from composer_effalgos.datasets.cifar import cifar10, cifar100
+from composer_effalgos.datasets.digits import digits
+from composer_effalgos.datasets.image_folder import image_folder
+from composer_effalgos.datasets.image_parquet import image_parquet
+from composer_effalgos.datasets.synthetic import synthetic
+from composer_effalgos.errors import InputError
+
+Split = Literal['train', 'eval']
+
+# Each builder takes (split, path, *, options); its keyword arguments are the options that build_dataset accepts for that name.
+DATASETS: Mapping[str, Callable[..., Dataset[Any]]] = {
+    'digits': digits,
+    'cifar10': cifar10,
+    'cifar100': cifar100,
+    'image_folder': image_folder,
+    'image_parquet': image_parquet,
+    'synthetic': synthetic,
+}
+
+
+def build_dataset(name: str, split: Split, *, path: str | None = None, **options: Any) -> Dataset[Any]:
+    """Build a data set.
+
+    Args:
+        name: One of :data:`DATASETS`.
+        split: ``'train'`` (with random augmentation, unless the option ``augment`` is false) or ``'eval'``.
+        path: Folder of the data; ``digits`` and ``synthetic`` need none and ignore it.
+        **options: Options of that data set, see its builder in :data:`DATASETS`.
+
+    Returns:
+        A map-style data set of ``(image, label)``: float32 ``[3, H, W]``, normalised, and ``int``; with the attributes ``targets``
+        (int64 ``[N]``), ``classes`` (names) and ``num_classes``. Random augmentation draws from torch's global generator and from
+        nothing else.
+
+    Raises:
+        InputError: Unknown name or option, missing or empty folder, columns or files that are not there, labels out of range.
+    """
+    if name not in DATASETS:
+        raise InputError(f'dataset.name: {name!r} is no data set; {did_you_mean(name, DATASETS)}')
+    if split not in ('train', 'eval'):
+        raise InputError(f"dataset split: {split!r} is no split; known: 'train', 'eval'")
+    options = check_arguments('dataset', DATASETS[name], options, given=('split', 'path'))
+    return DATASETS[name](split, path, **options)

@@ -1,0 +1,5 @@
+"""Image classification networks by name."""
+
+from composer_effalgos.models.registry import MODELS, build_model
+
+__all__ = ['MODELS', 'build_model']

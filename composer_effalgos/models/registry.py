@@ -1,0 +1,129 @@
+"""The names under which recipes and scripts find the networks."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torchvision
+from torch import nn
+
+from composer_effalgos.components import check_arguments, did_you_mean
+from composer_effalgos.errors import InputError
+from composer_effalgos.models import cifar
+from composer_effalgos.models.pretrained import load_file, load_weights
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    'resnet18_cifar': cifar.resnet18_cifar,
+    'resnet20_cifar': cifar.resnet20_cifar,
+    'resnet50_cifar': cifar.resnet50_cifar,
+    'resnet56_cifar': cifar.resnet56_cifar,
+    'vgg11_bn_cifar': cifar.vgg11_bn_cifar,
+    'vgg19_bn_cifar': cifar.vgg19_bn_cifar,
+    'alexnet_cifar': cifar.alexnet_cifar,
+    'mobilenet_v2_cifar': cifar.mobilenet_v2_cifar,
+}
+
+
+def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, **options: Any) -> nn.Module:
+    """Build a network that maps float ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
+
+    Args:
+        name: One of :data:`MODELS`, or of torchvision's classification models, or of timm's, looked up in this order;
+            ``torchvision/NAME`` and ``timm/NAME`` name the library.
+        num_classes: Number of classes.
+        pretrained: True for the library's own weights (downloaded, or from its cache), or the path of a local file of weights
+            (see :func:`~composer_effalgos.models.pretrained.load_file`). Where the weights' head has another number of classes,
+            the model's head starts anew, with a line in the log.
+        **options: Arguments of the network's constructor.
+
+    Raises:
+        InputError: Unknown name or option, weights that cannot be had or do not fit.
+    """
+    if num_classes < 1:
+        raise InputError(f'model.num_classes: expected at least 1, got {num_classes}')
+    library, plain_name = _find(name)
+    if library == 'cifar' and pretrained is True:
+        raise InputError(f'model.pretrained: {name} has no published weights; expected false or the path of a file of weights')
+    try:
+        model = _BUILDERS[library](plain_name, num_classes, pretrained is True, options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f'model: {name} refuses its options: {_explain(error, library, plain_name)}') from error
+    except (OSError, RuntimeError) as error:
+        if pretrained is not True:
+            raise
+        raise InputError(
+            f'model.pretrained: the weights of {name} cannot be had ({_one_line(error)}); expected a download or the path of a local file'
+        ) from error
+    if isinstance(pretrained, str):
+        load_file(model, pretrained)
+    return model
+
+
+def _find(name: str) -> tuple[str, str]:
+    """The library that knows a model, and its name there."""
+    known = {'cifar': list(MODELS), 'torchvision': torchvision.models.list_models(module=torchvision.models), 'timm': timm.list_models()}
+    prefix, _, rest = name.partition('/')
+    if rest and prefix in ('torchvision', 'timm'):
+        known, name = {prefix: known[prefix]}, rest
+    for library, names in known.items():
+        # timm's names may carry the weights' tag: resnet18.a1_in1k
+        if name in names or (library == 'timm' and timm.is_model(name)):
+            return library, name
+    every = [item for names in known.values() for item in names]
+    near = difflib.get_close_matches(name, every, n=1)
+    hint = (
+        did_you_mean(name, every)
+        if near
+        else f'known: {", ".join(MODELS)}, and what torchvision.models.list_models() and timm.list_models() list'
+    )
+    raise InputError(f'model.name: {name!r} is no model of ours, torchvision or timm; {hint}')
+
+
+def _from_cifar(name: str, num_classes: int, download: bool, options: dict[str, Any]) -> nn.Module:
+    return MODELS[name](num_classes, **check_arguments('model', MODELS[name], options, given=('num_classes',)))
+
+
+def _from_torchvision(name: str, num_classes: int, download: bool, options: dict[str, Any]) -> nn.Module:
+    if name in ('googlenet', 'inception_v3'):
+        # Auxiliary heads would make the output a tuple; the published weights expect ImageNet's own scaling
+        options = {'aux_logits': False, 'init_weights': not download, 'transform_input': download} | options
+    model = torchvision.models.get_model(name, num_classes=num_classes, **options)
+    if download:
+        weights = torchvision.models.get_model(name, weights='DEFAULT').state_dict()
+        load_weights(model, {key: value for key, value in weights.items() if not key.startswith('AuxLogits.')}, 'torchvision')
+    return model
+
+
+def _from_timm(name: str, num_classes: int, download: bool, options: dict[str, Any]) -> nn.Module:
+    return timm.create_model(name, pretrained=download, num_classes=num_classes, **options)
+
+
+_BUILDERS: Mapping[str, Callable[[str, int, bool, dict[str, Any]], nn.Module]] = {
+    'cifar': _from_cifar,
+    'torchvision': _from_torchvision,
+    'timm': _from_timm,
+}
+
+
+def _explain(error: BaseException, library: str, name: str) -> str:
+    """Why a constructor of torchvision or timm failed; for an unknown option with the nearest one of its class."""
+    text = _one_line(error)
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unexpected is None:
+        return text
+    function = torchvision.models.get_model_builder(name) if library == 'torchvision' else timm.model_entrypoint(name)
+    network = typing.get_type_hints(function).get('return')
+    hint = f'; {did_you_mean(unexpected[1], inspect.signature(network).parameters)}' if inspect.isclass(network) else ''
+    return f'unknown option {unexpected[1]!r}{hint}'
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__
