@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Trainer
 from composer.models import ComposerClassifier
 from composer.utils import dist, get_device, reproducibility
@@ -58,27 +60,30 @@ def build_trainer(recipe: Recipe) -> Trainer:
     model = _model(recipe, num_classes=train_set.num_classes)
     optimizer = recipe.optimizer.build(model.parameters())
 
-    settings = Component(
-        recipe.source,
-        Trainer,
-        {
-            'model': model,
-            'train_dataloader': train_loader,
-            'eval_dataloader': eval_loader,
-            'optimizers': optimizer,
-            'schedulers': scheduler,
-            'algorithms': algorithms,
-            'callbacks': callbacks,
-            'loggers': loggers,
-            'max_duration': recipe.max_duration,
-            'run_name': recipe.run_name,
-            'seed': recipe.seed,
-            'precision': _precision(recipe, on_gpu=on_gpu),
+    precision = _precision(recipe, on_gpu=on_gpu)
+    try:
+        return Trainer(
+            model=model,
+            train_dataloader=train_loader,
+            eval_dataloader=eval_loader,
+            optimizers=optimizer,
+            schedulers=scheduler,
+            algorithms=algorithms,
+            callbacks=callbacks,
+            loggers=loggers,
+            max_duration=recipe.max_duration,
+            run_name=recipe.run_name,
+            seed=recipe.seed,
+            precision=precision,
             **recipe.trainer,
             **checkpoints,
-        },
-    )
-    return settings.build()
+        )
+    except ValueError as error:
+        raise InputError(f'{recipe.source}: {one_line(error)}') from error
+    except RuntimeError as error:
+        if 'loading state_dict' not in str(error):
+            raise
+        raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:
@@ -95,7 +100,7 @@ def checkpoint_folder(recipe: Recipe) -> Path:
 
 def _dataset(recipe: Recipe, split: str) -> Any:
     data = recipe.dataset
-    component = Component(f'{recipe.source}: dataset', build_dataset, {'path': data.path, **data.options})
+    component = Component(recipe.source, build_dataset, {'path': data.path, **data.options})
     if dist.get_world_size() == 1:
         return component.build(data.name, split)
     # A download must not be made twice
@@ -131,7 +136,7 @@ def _model(recipe: Recipe, *, num_classes: int) -> ComposerClassifier:
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
     num_classes = settings.num_classes or num_classes
-    component = Component(f'{recipe.source}: model', build_model, {'pretrained': settings.pretrained, **settings.options})
+    component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})
     return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes)
 
 
@@ -173,3 +178,10 @@ def check_checkpoint(key: str, path: Path) -> None:
         raise InputError(f'{key}: {path}: not a checkpoint, or cut off ({one_line(error)})') from error
     if damaged is not None:
         raise InputError(f'{key}: {path}: damaged checkpoint (in {damaged})')
+    try:
+        # The checksums are right; Composer reads it in the same way, and mmap leaves the tensors on the disk
+        content = torch.load(path, map_location='cpu', mmap=True, weights_only=False)
+    except (RuntimeError, EOFError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(f'{key}: {path}: not a checkpoint ({one_line(error)[:200]})') from error
+    if not isinstance(content, dict) or 'state' not in content:
+        raise InputError(f"{key}: {path}: not a checkpoint of Composer's (it has no 'state'); expected one that this training wrote")

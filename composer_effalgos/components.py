@@ -70,7 +70,7 @@ class Component:
         """
         try:
             return self.target(*args, **self.kwargs)
-        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise InputError(f'{self.key}: {one_line(error)}') from error
 
 

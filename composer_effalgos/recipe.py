@@ -7,7 +7,7 @@ The schema is this module's dataclasses for what is ours, and the signatures of 
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos import components
 from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, one_line, parameters
+from composer_effalgos.datasets import DATASETS
 from composer_effalgos.errors import InputError
+from composer_effalgos.models import MODELS
 
 __all__ = ['DatasetRecipe', 'ModelRecipe', 'Recipe', 'list_recipes', 'load_recipe', 'parse_recipe', 'recipe_folder']
 
@@ -173,14 +175,16 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
         check_type(f'{source}: {key}', value, hints[key])
     plain.setdefault('run_name', run_name)
     _check_run_name(source, plain['run_name'])
+    if not 0 <= plain.get('seed', 0) < 2**32:
+        raise InputError(f'{source}: seed: expected 0 to 2**32 - 1, got {plain["seed"]}')
     _check_duration(f'{source}: max_duration', plain['max_duration'])
     if plain.get('precision') is not None:
         find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
 
     scheduler = settings.get('scheduler')
     return Recipe(
-        dataset=_section(DatasetRecipe, f'{source}: dataset', settings['dataset']),
-        model=_section(ModelRecipe, f'{source}: model', settings['model']),
+        dataset=_dataset(f'{source}: dataset', settings['dataset']),
+        model=_section(ModelRecipe, f'{source}: model', settings['model'], MODELS, given=('num_classes',)),
         optimizer=_named(f'{source}: optimizer', 'optimizer', settings['optimizer'], components.optimizers(), given=('params',)),
         scheduler=None if scheduler is None else _named(f'{source}: scheduler', 'scheduler', scheduler, components.schedulers()),
         algorithms=_several(f'{source}: algorithms', 'algorithm', settings.get('algorithms'), components.algorithms()),
@@ -264,8 +268,24 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return typing.cast('dict[str, Any]', settings)
 
 
-def _section(schema: type, key: str, settings: Any) -> Any:
-    """A mapping as the dataclass ``schema``, the keys that it does not list gathered in ``options``."""
+def _dataset(key: str, settings: Any) -> DatasetRecipe:
+    dataset: DatasetRecipe = _section(DatasetRecipe, key, settings, DATASETS, given=('split', 'path'))
+    if dataset.name not in DATASETS:
+        raise InputError(f'{key}.name: unknown data set; {did_you_mean(dataset.name, DATASETS)}')
+    for name, least in (('batch_size', 1), ('eval_batch_size', 1), ('num_workers', 0), ('prefetch_factor', 1)):
+        value = getattr(dataset, name)
+        if value is not None and value < least:
+            raise InputError(f'{key}.{name}: expected at least {least}, got {value}')
+    if dataset.prefetch_factor is not None and dataset.num_workers == 0:
+        raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
+    return dataset
+
+
+def _section(schema: type, key: str, settings: Any, builders: Mapping[str, Callable[..., Any]], given: Sequence[str]) -> Any:
+    """A mapping as the dataclass ``schema``; the keys that it does not list must be options of the builder that ``name`` names.
+
+    Of a builder that is not ours the options are not known before it is called.
+    """
     check_type(key, settings, dict)
     hints = typing.get_type_hints(schema)
     listed = {item.name: item for item in fields(schema) if item.name != 'options'}
@@ -275,6 +295,12 @@ def _section(schema: type, key: str, settings: Any) -> Any:
         elif item.default is MISSING:
             raise InputError(f'{key}.{name}: missing; expected {components.describe(hints[name])}')
     options = {str(name): value for name, value in settings.items() if name not in listed}
+    if settings['name'] in builders:
+        known = {name: item.hint for name, item in parameters(builders[settings['name']]).items() if name not in given}
+        for name, value in options.items():
+            if name not in known:
+                raise InputError(f'{key}.{name}: unknown key; {did_you_mean(name, {*listed, *known})}')
+            check_type(f'{key}.{name}', value, known[name])
     return schema(options=options, **{name: value for name, value in settings.items() if name in listed})
 
 
