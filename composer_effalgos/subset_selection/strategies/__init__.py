@@ -1,0 +1,313 @@
+"""Picks a weighted subset of a data set from its last-layer gradients."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.subset_selection import cords_backend
+from composer_effalgos.subset_selection.gradients import LastLayerGradients
+from composer_effalgos.subset_selection.problem import Problem, Selection, Solver
+from composer_effalgos.subset_selection.strategies.random import random_subset
+
+__all__ = ['BACKENDS', 'STRATEGIES', 'check_options', 'select_subset']
+
+BACKENDS = ('torch', 'cords')
+GREEDY = ('Stochastic', 'RGreedy', 'Naive')
+TORCH_OPTIMIZERS = ('lazy', 'naive', 'stochastic')
+APRICOT_OPTIMIZERS = (
+    'lazy', 'naive', 'stochastic', 'approximate-lazy', 'two-stage', 'modular', 'random', 'sample', 'greedi', 'bidirectional'
+)  # fmt: skip
+
+COMMON_OPTIONS: dict[str, Any] = {
+    'selection_type': None,
+    'linear_layer': True,
+    'val_gradients': None,
+    'val_labels': None,
+    'batch_size': None,
+    'num_classes': None,
+    'seed': None,
+    'generator': None,
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a strategy accepts: its selection types, the default first, and its own options with their defaults."""
+
+    selection_types: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+_KERNEL_OPTIONS = {'if_convex': False, 'optimizer': 'lazy'}
+_SUBMODULAR = Strategy(('PerClass', 'Supervised'), _KERNEL_OPTIONS)
+_RANDOM = Strategy(('Supervised', 'PerClass'), {})
+STRATEGIES: Mapping[str, Strategy] = {
+    'glister': Strategy(('PerClass', 'PerBatch', 'Supervised'), {'eta': 0.01, 'greedy': 'Stochastic', 'r': 15}),
+    'gradmatch': Strategy(
+        ('PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'),
+        {'eta': 0.01, 'valid': False, 'v1': True, 'lam': 0.5, 'eps': 1e-4},
+    ),
+    'craig': Strategy(('PerClass', 'PerBatch', 'Supervised'), _KERNEL_OPTIONS),
+    'facility-location': _SUBMODULAR,
+    'graph-cut': _SUBMODULAR,
+    'sum-redundancy': _SUBMODULAR,
+    'saturated-coverage': _SUBMODULAR,
+    'random': _RANDOM,
+    'adaptive-random': _RANDOM,
+}
+
+
+def select_subset(
+    strategy: str,
+    gradients: LastLayerGradients,
+    budget: int,
+    *,
+    labels: Tensor | None = None,
+    backend: str = 'torch',
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Picks exactly ``budget`` samples and a weight for each.
+
+    Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al.,
+    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543. Options have the names of the CORDS
+    package.
+
+    Args:
+        strategy (str): ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
+            ``saturated-coverage``, ``random`` or ``adaptive-random`` (``random``, drawn anew by the caller with another seed).
+        gradients (LastLayerGradients): of the N candidates.
+        budget (int): samples to pick, 1 to N.
+        labels (Tensor | None): class indices, integer ``[N]``; needed for the selection types by class.
+        backend (str): ``torch`` (this package's own) or ``cords`` (the CORDS 0.0.4 package).
+        **options: for every strategy ``selection_type`` (``PerClass``, ``PerBatch``, ``Supervised``, ``PerClassPerGradient``; by default
+            ``PerClass`` where there are labels, else ``Supervised``), ``linear_layer`` (``False``: bias gradients alone), ``val_gradients``
+            and ``val_labels`` (of a validation set; the candidates stand in for it if absent), ``batch_size`` (``PerBatch``: rows of a
+            batch), ``num_classes``, and ``seed`` or ``generator`` (seed 0 if neither is given).
+            ``glister``: ``eta`` (step size of the one-step update), ``greedy`` (``Stochastic``, ``RGreedy``, ``Naive``), ``r`` (rounds).
+            ``gradmatch``: ``valid`` (match the validation gradient), ``lam`` (ridge), ``eps`` (relative residual to stop at), ``v1`` (which
+            of CORDS's two solvers), ``eta`` (CORDS asks for it and does not use it). ``craig`` and the submodular functions:
+            ``optimizer``, ``if_convex`` (distances between embeddings instead of gradients).
+
+    Returns:
+        tuple[Tensor, Tensor]: ``budget`` different positions, int64, in the order of selection (class after class for the types by class;
+        CORDS shuffles the order of GradMatch and CRAIG), and their weights, float32, not below zero and as CORDS gives them: ones for
+        GLISTER and random, matching weights for GradMatch, cluster sizes for CRAIG and the submodular functions. Where a solver ends short
+        of the budget (GradMatch has matched the gradient, a batch is short), the rest is filled with random samples of weight 1; where
+        it gives more (a last whole batch), those of the least weight are left out, the last picked first. Both lie on the device of the
+        gradients.
+
+    Raises:
+        InputError: for an unknown strategy, backend, option or value; a budget outside 1 to N; gradients that are not finite; labels that
+            are missing, out of range or of another length.
+    """
+    settings = check_options(strategy, backend=backend, **options)
+    gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings)
+    total = len(gradients)
+    if not _whole(budget) or not 1 <= budget <= total:
+        raise InputError(f'budget: got {budget!r}; a whole number of samples from 1 to {total} is right')
+    selection_type = settings['selection_type'] or ('Supervised' if labels is None else STRATEGIES[strategy].selection_types[0])
+    if selection_type.startswith('PerClass') and labels is None:
+        raise InputError(f'labels: missing; selection_type={selection_type} needs the class of every sample')
+    if selection_type == 'PerBatch' and settings['batch_size'] is None:
+        raise InputError('batch_size: missing; selection_type=PerBatch needs the number of samples in a batch')
+    with torch.no_grad():
+        reference, reference_labels = _reference(gradients, labels, settings)
+        problem = Problem(
+            gradients=gradients,
+            budget=int(budget),
+            labels=labels,
+            reference=reference,
+            reference_labels=reference_labels,
+            batch_size=settings['batch_size'] if selection_type == 'PerBatch' else None,
+            options=settings,
+            generator=settings['generator'] or torch.Generator().manual_seed(settings['seed'] or 0),
+        )
+        solver = _solver(strategy, backend)
+        if not selection_type.startswith('PerClass'):
+            return _exactly(problem, solver(problem))
+        picks = []
+        for rows, part in _by_class(problem, per_gradient=selection_type == 'PerClassPerGradient'):
+            positions, weights = _exactly(part, solver(part))
+            picks.append((rows[positions], weights))
+        return torch.cat([indices for indices, _ in picks]), torch.cat([weights for _, weights in picks])
+
+
+def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> dict[str, Any]:
+    """Every option of a strategy, checked, with the defaults filled in.
+
+    Args:
+        strategy (str): a strategy's name.
+        backend (str): ``torch`` or ``cords``.
+        **options: as for ``select_subset``.
+
+    Raises:
+        InputError: for an unknown name or a value that cannot be.
+    """
+    _check_choice('strategy', strategy, STRATEGIES)
+    _check_choice('backend', backend, BACKENDS)
+    spec = STRATEGIES[strategy]
+    known = {**COMMON_OPTIONS, **spec.options}
+    for name in options:
+        if name not in known:
+            raise InputError(f'{name}: not an option of strategy {strategy}; {_nearest(name, known)}')
+    settings = {**known, **options}
+    if settings['selection_type'] is not None:
+        _check_choice('selection_type', settings['selection_type'], spec.selection_types)
+    if 'greedy' in settings:
+        _check_choice('greedy', settings['greedy'], GREEDY)
+    if 'optimizer' in settings:
+        _check_choice('optimizer', settings['optimizer'], APRICOT_OPTIMIZERS if backend == 'cords' else TORCH_OPTIMIZERS)
+    for name in ('linear_layer', 'if_convex', 'valid', 'v1'):
+        if name in settings and not isinstance(settings[name], bool):
+            raise InputError(f'{name}: got {settings[name]!r}; true or false is right')
+    for name in ('eta', 'lam', 'eps'):
+        value: Any = settings.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+            raise InputError(f'{name}: got {value!r}; a number not below 0 is right')
+    for name in ('r', 'batch_size', 'num_classes'):
+        value = settings.get(name)
+        if value is not None and (not _whole(value) or value < 1):
+            raise InputError(f'{name}: got {value!r}; a whole number from 1 is right')
+    seed = settings['seed']
+    if seed is not None and (not _whole(seed) or not 0 <= seed < 2**63):
+        raise InputError(f'seed: got {seed!r}; a whole number from 0 is right')
+    generator = settings['generator']
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != 'cpu' or seed is not None):
+        raise InputError('generator: a torch.Generator on the CPU, without a seed beside it, is right')
+    return settings
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in tuple(choices):
+        raise InputError(f'{name}: got {value!r}; {_nearest(value, choices)}')
+
+
+def _nearest(value: Any, choices: Any) -> str:
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(str(value).lower(), list(by_lower_case), n=1)
+    suggestion = f'did you mean {by_lower_case[close[0]]}? ' if close else ''
+    return f'{suggestion}known: {", ".join(choices)}'
+
+
+def _check_rows(
+    name: str, gradients: Any, label_name: str, labels: Any, settings: Mapping[str, Any]
+) -> tuple[LastLayerGradients, Tensor | None]:
+    """The gradients in float32 as the options want them, and the labels beside them in int64."""
+    if not isinstance(gradients, LastLayerGradients):
+        raise InputError(f'{name}: got {type(gradients).__name__}; LastLayerGradients is right')
+    for part, factor in (('error', gradients.error), ('embedding', gradients.embedding)):
+        if factor is not None and not torch.isfinite(factor).all():
+            row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
+            raise InputError(f'{name}.{part}: sample {row} has a value that is not finite; check the loss and the precision')
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(gradients),):
+            raise InputError(f'{label_name}: class indices, an integer tensor of shape [{len(gradients)}], are right')
+        classes = settings['num_classes'] or max(gradients.error.shape[1], 2)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise InputError(f'{label_name}: got {int(labels.min())} to {int(labels.max())}; 0 to {classes - 1} is right')
+        labels = labels.detach().long().to(gradients.device)
+    if settings.get('if_convex'):
+        if gradients.embedding is None:
+            raise InputError('if_convex: it compares embeddings, and these gradients have none')
+        return LastLayerGradients(gradients.embedding.detach().float()), labels
+    embedding = gradients.embedding.detach().float() if settings['linear_layer'] and gradients.embedding is not None else None
+    return LastLayerGradients(gradients.error.detach().float(), embedding), labels
+
+
+def _reference(
+    gradients: LastLayerGradients, labels: Tensor | None, settings: Mapping[str, Any]
+) -> tuple[LastLayerGradients, Tensor | None]:
+    if settings['val_gradients'] is None:
+        if settings.get('valid'):
+            raise InputError('val_gradients: missing; valid=True matches the gradient of a validation set')
+        return gradients, labels
+    reference, reference_labels = _check_rows('val_gradients', settings['val_gradients'], 'val_labels', settings['val_labels'], settings)
+    if len(reference) == 0 or reference.dim != gradients.dim or reference.device != gradients.device:
+        raise InputError(
+            f'val_gradients: {len(reference)} of {reference.dim} numbers on {reference.device}; '
+            f'at least one of {gradients.dim} numbers on {gradients.device} is right'
+        )
+    if labels is not None and reference_labels is None:
+        raise InputError('val_labels: missing; with labels for the candidates the validation set needs them too')
+    return reference, reference_labels
+
+
+def _solver(strategy: str, backend: str) -> Solver:
+    if strategy in ('random', 'adaptive-random'):
+        return random_subset
+    return cords_backend.solver(strategy)
+
+
+def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor, Problem]]:
+    """The rows of each class that has a share of the budget, and the problem of picking among them."""
+    assert problem.labels is not None
+    assert problem.reference_labels is not None
+    classes, counts = problem.labels.unique(return_counts=True)
+    for label, budget in zip(classes.tolist(), _shares(counts.tolist(), problem.budget), strict=True):
+        if budget == 0:
+            continue
+        rows = (problem.labels == label).nonzero()[:, 0]
+        reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
+        gradients, reference = problem.gradients.take(rows), problem.reference.take(reference_rows)
+        reference_labels = problem.reference_labels[reference_rows]
+        if len(reference) == 0:  # a class that the validation set lacks is measured against its own training gradients
+            reference, reference_labels = gradients, problem.labels[rows]
+        if per_gradient:  # only what the classifier of this class sees
+            if label >= gradients.error.shape[1]:
+                raise InputError(f'selection_type: PerClassPerGradient needs an output for class {label}; PerClass does not')
+            gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
+        labels = problem.labels[rows]
+        yield (
+            rows,
+            replace(problem, gradients=gradients, budget=budget, labels=labels, reference=reference, reference_labels=reference_labels),
+        )
+
+
+def _shares(counts: list[int], budget: int) -> list[int]:
+    """The budget in proportion to the counts, by largest remainder; every class gets one if there are enough to go round."""
+    quotas = [divmod(budget * count, sum(counts)) for count in counts]
+    shares = [max(whole, int(budget >= len(counts))) for whole, _ in quotas]
+    missing = budget - sum(shares)
+    for i in sorted(range(len(counts)), key=lambda i: -quotas[i][1])[: max(missing, 0)]:
+        shares[i] += 1
+    while missing < 0:  # the ones given to tiny classes are taken from where most is left
+        largest = max(range(len(counts)), key=lambda i: shares[i])
+        shares[largest] -= 1
+        missing += 1
+    return shares
+
+
+def _exactly(problem: Problem, selection: Selection) -> Selection:
+    """The selection without repeated positions, cut or filled to the budget."""
+    positions, weights = selection
+    weights = weights.float().clamp(min=0)
+    seen: dict[int, int] = {}
+    first = []
+    for i, position in enumerate(positions.tolist()):
+        if position in seen:
+            weights[seen[position]] += weights[i]
+        else:
+            seen[position] = i
+            first.append(i)
+    positions, weights = positions[first], weights[first]
+    if len(positions) > problem.budget:
+        by_weight = torch.argsort(weights, descending=True, stable=True)[: problem.budget]
+        kept = by_weight.sort().values
+        return positions[kept], weights[kept]
+    rest = torch.ones(len(problem.gradients), dtype=torch.bool)
+    rest[positions.cpu()] = False
+    rest_positions = rest.nonzero()[:, 0]
+    drawn = rest_positions[torch.randperm(len(rest_positions), generator=problem.generator)[: problem.budget - len(positions)]]
+    device = problem.gradients.device
+    return torch.cat([positions.to(device), drawn.to(device)]), torch.cat([weights.to(device), torch.ones(len(drawn), device=device)])
