@@ -1,0 +1,21 @@
+"""The heart of the package: which samples, with which weight, in batches of which size, each epoch. Nothing here knows an algorithm."""
+
+from composer_effalgos.plan.clock import EpochClock
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resume_epoch, split_batches, stream_seed
+from composer_effalgos.plan.loader import PlannedDataLoader
+from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+from composer_effalgos.plan.plan import Plan
+
+__all__ = [
+    'BatchSize',
+    'EpochClock',
+    'EpochPlan',
+    'PerSampleLoss',
+    'Plan',
+    'PlannedDataLoader',
+    'WeightedLoss',
+    'plan_epoch',
+    'resume_epoch',
+    'split_batches',
+    'stream_seed',
+]

@@ -1,0 +1,160 @@
+"""The epoch clock: learning-rate schedules run on the time of the unpruned epoch at the initial batch size.
+
+Composer's schedules convert epochs into batches through the length of the *current* epoch, so epochs of varying length bend and shift
+them; PyTorch schedulers stepped per batch fall behind. Under the clock both are, at every epoch boundary, where they would be without
+pruning, selection or batch growth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from composer.core import State, Time, TimeUnit
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from composer_effalgos.plan.loader import PlannedDataLoader
+
+
+def virtual_batch(batch: int, num_batches: int, full_batches: int) -> int:
+    """Maps a batch of the planned epoch to a batch of the full one.
+
+    Schedules are stepped *after* a batch's update and *before* the timestamp moves on, so the last batch must map to the last batch:
+    ``b -> b (L - 1) / (n - 1)``, rounded. The time after the epoch maps to the time after the epoch.
+
+    Args:
+        batch: Batch in the planned epoch, 0 to ``num_batches``.
+        num_batches: Batches of the planned epoch, ``n``.
+        full_batches: Batches of the full epoch, ``L``.
+
+    Returns:
+        Batch in the full epoch, 0 to ``full_batches``.
+    """
+    if batch >= num_batches:
+        return full_batches
+    if num_batches == 1:
+        return full_batches - 1
+    return round(batch * (full_batches - 1) / (num_batches - 1))
+
+
+def _is_composer_schedule(scheduler: LRScheduler) -> bool:
+    """Composer compiles its schedules into ``LambdaLR``s whose functions read the trainer's state."""
+    return isinstance(scheduler, LambdaLR) and all(
+        getattr(f, '__module__', None) == 'composer.optim.scheduler' or hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas
+    )
+
+
+class EpochClock:
+    """Shows schedules the time of the unpruned run.
+
+    Composer's schedules are pure functions of the state: they are evaluated while the state shows virtual time. Every other PyTorch
+    scheduler that the trainer steps per batch is stepped again, as often as the full epoch would have stepped it meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.batch_base = 0  # virtual batches, samples before the current epoch
+        self.sample_base = 0
+        self._loader: PlannedDataLoader | None = None
+        self._steps_seen: dict[int, int] = {}
+
+    def state_dict(self) -> dict[str, int]:
+        """The virtual time at which the current epoch began."""
+        return {'batch_base': self.batch_base, 'sample_base': self.sample_base}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.batch_base, self.sample_base = state['batch_base'], state['sample_base']
+
+    def start(self, state: State, loader: PlannedDataLoader) -> None:
+        """Puts the run's schedules on this clock; those that are on it already stay as they are.
+
+        Args:
+            state: The trainer's state at ``FIT_START``.
+            loader: The planned loader, which knows the full epoch.
+        """
+        self._loader = loader
+        for scheduler in state.schedulers:
+            if not _is_composer_schedule(scheduler):
+                continue
+            assert isinstance(scheduler, LambdaLR)
+            fresh = [not hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas]
+            scheduler.lr_lambdas = [self._on_clock(f, state) if new else f for f, new in zip(scheduler.lr_lambdas, fresh, strict=True)]
+            if any(fresh) and scheduler.last_epoch == 0 and state.timestamp.batch > 0:
+                # given to a later fit(): Composer has just set its first value by real time
+                for group, base, function in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                    group['lr'] = base * function(0)
+        self._note_steps(state)
+
+    def _on_clock(self, function: Callable[[int], float], state: State) -> Callable[[int], float]:
+        # a plain function, because LambdaLR saves the attributes of callable objects into checkpoints
+        def clocked(step: int) -> float:
+            with self.virtual_time(state):
+                return function(step)
+
+        clocked.epoch_clock = self  # type: ignore[attr-defined]
+        return clocked
+
+    @contextmanager
+    def virtual_time(self, state: State) -> Iterator[None]:
+        """Lets the state show the time and epoch length of the unpruned run. Real time stays where the run's length is not in epochs.
+
+        Args:
+            state: The trainer's state.
+        """
+        loader = self._loader
+        if loader is None or state.max_duration is None or state.max_duration.unit != TimeUnit.EPOCH:
+            yield
+            return
+        real, real_len = state.timestamp, state._dataloader_len
+        batch = virtual_batch(int(real.batch_in_epoch), len(loader), loader.full_batches)
+        sample = round(batch * loader.full_samples / loader.full_batches)
+        samples = self.sample_base + sample
+        state.timestamp = real.copy(
+            batch=self.batch_base + batch,
+            batch_in_epoch=batch,
+            sample=samples,
+            sample_in_epoch=sample,
+            token=round(int(real.token) * samples / max(1, int(real.sample))),  # tokens of skipped samples are unknown: in proportion
+        )
+        state._dataloader_len = Time(loader.full_batches, TimeUnit.BATCH)  # type: ignore[assignment]  # the setter would clip it to the planned epoch
+        try:
+            yield
+        finally:
+            state.timestamp, state._dataloader_len = real, real_len
+
+    def batch_end(self, state: State) -> None:
+        """Steps PyTorch schedulers that were stepped once for this batch as often as the full epoch would have been.
+
+        Args:
+            state: The trainer's state at ``BATCH_END``.
+        """
+        loader = self._loader
+        assert loader is not None
+        assert state.max_duration is not None
+        if state.max_duration.unit == TimeUnit.EPOCH:
+            done = int(state.timestamp.batch_in_epoch)
+            before, now = (virtual_batch(b - 1, len(loader), loader.full_batches) + 1 if b else 0 for b in (done - 1, done))
+            for scheduler in state.schedulers:
+                if not _is_composer_schedule(scheduler) and _steps(scheduler) > self._steps_seen.get(id(scheduler), 0):
+                    for _ in range(now - before - 1):
+                        scheduler.step()
+        self._note_steps(state)
+
+    def epoch_end(self, state: State) -> None:
+        """Moves on by one full epoch.
+
+        Args:
+            state: The trainer's state at ``EPOCH_END``.
+        """
+        assert self._loader is not None
+        self.batch_base += self._loader.full_batches
+        self.sample_base += self._loader.full_samples
+        self._note_steps(state)
+
+    def _note_steps(self, state: State) -> None:
+        self._steps_seen = {id(s): _steps(s) for s in state.schedulers}
+
+
+def _steps(scheduler: Any) -> int:
+    return getattr(scheduler, '_step_count', 0)

@@ -1,0 +1,177 @@
+"""One epoch's plan as pure functions: which samples, in which order, with which weight, in batches of which size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BatchSize = int | Callable[[int, int], int]
+"""Samples per rank and batch: a constant, or a function of (batch in epoch, samples of the epoch already planned)."""
+
+
+def stream_seed(*keys: int) -> int:
+    """Mixes integers into one 63-bit seed, so that every (seed, purpose, epoch, ...) has a random stream of its own.
+
+    Args:
+        *keys: Non-negative integers.
+
+    Returns:
+        The seed, in [0, 2**63).
+    """
+    high, low = np.random.SeedSequence(keys).generate_state(2, dtype=np.uint32).tolist()
+    return (high << 31 ^ low) & (2**63 - 1)
+
+
+def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, drop_last: bool = False) -> list[int]:
+    """Splits an epoch into global batches.
+
+    Every batch but the last holds ``world_size * batch_size`` samples. Each batch can be dealt out over the ranks with at least one
+    sample for each of them; a remainder too small to give every rank two samples (BatchNorm needs more than one) is folded into the
+    batch before it, and the two are split evenly.
+
+    Args:
+        num_samples: Samples in the epoch, over all ranks.
+        batch_size: Samples per rank and batch.
+        world_size: Number of ranks.
+        drop_last: Drops the remainder instead.
+
+    Returns:
+        Global batch sizes. All but the last are multiples of ``world_size``. Empty where no batch can be made.
+    """
+    sizes: list[int] = []
+    if callable(batch_size):
+        planned = 0
+        while planned < num_samples:
+            sizes.append(world_size * batch_size(len(sizes), planned))
+            planned += sizes[-1]
+        remainder = num_samples - (planned - sizes[-1]) if planned > num_samples else 0
+        sizes = sizes[:-1] if remainder else sizes
+    else:
+        full = world_size * batch_size
+        sizes = [full] * (num_samples // full)
+        remainder = num_samples % full
+    if not remainder or drop_last:
+        return sizes
+    if not sizes:
+        return [remainder] if remainder >= world_size else []
+    if remainder >= 2 * world_size:
+        return [*sizes, remainder]
+    together = sizes.pop() + remainder
+    first = world_size * (together // (2 * world_size))
+    return [*sizes, first, together - first] if together >= 2 * world_size else [*sizes, together]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What one epoch trains on, for all ranks.
+
+    Batch ``b`` holds ``order[stops[b - 1]:stops[b]]``; rank ``r`` of ``w`` takes every ``w``-th of them, from the ``r``-th. Since every
+    batch but the last is a multiple of ``w``, a rank's whole epoch is ``order[start:][r::w]``.
+
+    Attributes:
+        order: Sample indices in the order of training, int64 ``[n]``, no index twice.
+        weights: Loss weights aligned with ``order``, float32 ``[n]``; ``None`` where all are 1.
+        sizes: Global sizes of the batches from ``first_batch`` on.
+        start: Samples of ``order`` that were trained before (a run resumed within the epoch), else 0.
+        first_batch: Number of the first batch in ``sizes``: the batches trained before, else 0.
+    """
+
+    order: Tensor
+    weights: Tensor | None
+    sizes: tuple[int, ...]
+    start: int = 0
+    first_batch: int = 0
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the whole epoch, those trained before included."""
+        return self.first_batch + len(self.sizes)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole epoch over all ranks, those trained before included."""
+        return self.start + sum(self.sizes)
+
+    def rank_order(self, rank: int, world_size: int) -> Tensor:
+        """The samples that ``rank`` trains on from ``first_batch`` on, int64 ``[m]``."""
+        return self.order[self.start : self.num_samples][rank::world_size]
+
+    def rank_weights(self, rank: int, world_size: int) -> Tensor | None:
+        """The weights of :meth:`rank_order`, float32 ``[m]``; ``None`` where all are 1."""
+        return None if self.weights is None else self.weights[self.start : self.num_samples][rank::world_size]
+
+    def rank_offsets(self, rank: int, world_size: int) -> list[int]:
+        """Where the batches of :meth:`rank_order` begin and end: ``len(sizes) + 1`` ascending positions."""
+        stops = np.cumsum((0, *self.sizes))
+        return np.maximum(0, (stops - rank + world_size - 1) // world_size).tolist()
+
+
+def plan_epoch(
+    kept: Tensor,
+    weights: Tensor | None,
+    batch_size: BatchSize,
+    *,
+    seed: int,
+    epoch: int,
+    world_size: int = 1,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    max_batches: int | None = None,
+) -> EpochPlan:
+    """Plans one epoch: a pure function of its arguments, the same on every rank.
+
+    The order depends on ``kept``, ``seed`` and ``epoch`` alone, so it is the same at any world size and batch size.
+
+    Args:
+        kept: Indices of the samples to train on, int64 ``[n]``, no index twice.
+        weights: Loss weights aligned with ``kept``, float32 ``[n]``; ``None`` for ones.
+        batch_size: Samples per rank and batch.
+        seed: The run's seed.
+        epoch: Number of the epoch.
+        world_size: Number of ranks.
+        shuffle: Draws a new order each epoch; otherwise the order is that of ``kept``.
+        drop_last: Drops a last batch that is not full, unless it is the only one.
+        max_batches: Keeps only the first batches.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: Where there are fewer samples than ranks.
+    """
+    sizes = split_batches(len(kept), batch_size, world_size, drop_last) or split_batches(len(kept), batch_size, world_size)
+    if not sizes:
+        raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
+    if shuffle:
+        permutation = torch.randperm(len(kept), generator=torch.Generator().manual_seed(stream_seed(seed, 0, epoch)))
+        kept, weights = kept[permutation], None if weights is None else weights[permutation]
+    return EpochPlan(kept, weights, tuple(sizes[:max_batches]))
+
+
+def resume_epoch(
+    plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_size: int, same_world_size: bool = True, drop_last: bool = False
+) -> EpochPlan:
+    """The rest of an epoch of which ``batches`` batches were trained before.
+
+    Args:
+        plan: The epoch's plan, as the run that was stopped had it.
+        batches: Batches of the epoch trained before.
+        batch_size: Samples per rank and batch, where the rest must be split anew.
+        world_size: Number of ranks now.
+        same_world_size: Whether the batches of ``plan`` can be kept; otherwise the rest is split anew for the new number of ranks.
+        drop_last: Drops a last batch that is not full.
+
+    Returns:
+        The same order with ``start`` and ``first_batch`` set; nothing is trained twice.
+    """
+    done, rest = plan.sizes[: batches - plan.first_batch], plan.sizes[batches - plan.first_batch :]
+    start = plan.start + sum(done)
+    if not same_world_size and rest:
+        size_then = (lambda b, s: batch_size(b + batches, s + start)) if callable(batch_size) else batch_size
+        # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
+        rest = tuple(split_batches(sum(rest), size_then, world_size, drop_last))
+    return EpochPlan(plan.order, plan.weights, rest, start=start, first_batch=batches)

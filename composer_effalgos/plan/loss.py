@@ -1,0 +1,212 @@
+"""The weighted loss: the model's own loss per sample, shown to whoever wants it, and averaged with the plan's weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer.models import ComposerClassifier, ComposerModel
+from torch import Tensor
+
+from composer_effalgos.errors import InputError
+
+PerSampleLoss = Callable[[Any, Any], Tensor]
+"""``(outputs, batch) -> losses``: float ``[B, ...]``, reduced to ``[B]`` by the mean over all other dimensions."""
+
+
+def _takes_reduction(function: Callable) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == 'reduction' or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _find_per_sample(model: ComposerModel, original: Callable[..., Any]) -> PerSampleLoss | None:
+    """The per-sample form of a model's loss, where it has one."""
+    loss_fn = getattr(model, '_loss_fn', None)
+    if isinstance(model, ComposerClassifier) and isinstance(loss_fn, torch.nn.Module):
+        # a torch.nn loss takes no reduction when it is called, but reads its attribute then
+        if not hasattr(loss_fn, 'reduction'):
+            return None
+
+        def module_loss(outputs: Any, batch: Any) -> Tensor:
+            reduction, loss_fn.reduction = loss_fn.reduction, 'none'  # type: ignore[assignment]
+            try:
+                return original(outputs, batch)
+            finally:
+                loss_fn.reduction = reduction
+
+        return module_loss
+    if not _takes_reduction(original) or (isinstance(model, ComposerClassifier) and not _takes_reduction(model._loss_fn)):
+        return None
+    return lambda outputs, batch: original(outputs, batch, reduction='none')
+
+
+def per_sample_mean(losses: Tensor) -> Tensor:
+    """Reduces losses to one a sample.
+
+    Args:
+        losses: Float ``[B, ...]``.
+
+    Returns:
+        Float32 (or float64) ``[B]``: the mean over all but the first dimension.
+    """
+    losses = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
+    return losses if losses.ndim == 1 else losses.flatten(1).mean(dim=1)
+
+
+class WeightedLoss:
+    """Stands in for ``model.loss``.
+
+    During a training step it evaluates the loss per sample, shows the losses to its subscribers and returns
+    ``mean(weight_i * loss_i)``; everywhere else (evaluation, SelectiveBackprop's look-ahead) it is the model's own loss. The position in
+    the batch moves on events, not on calls: MixUp and CutMix call the loss twice for one microbatch, microbatching splits one batch into
+    several calls, and a batch may be replayed after an out-of-memory error. Only a microbatch's first call is shown to subscribers.
+
+    Args:
+        model: The model whose ``loss`` it replaces.
+        per_sample_loss: The caller's per-sample loss; ``None`` to call the model's own with ``reduction='none'``.
+
+    Attributes:
+        subscribers: Called as ``subscriber(losses, where)`` with detached float32 ``[B]`` and the slice of the rank's epoch they fill.
+    """
+
+    def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None) -> None:
+        self.original: Callable[..., Any] = model.loss
+        self.model_name = type(model).__name__
+        self._given = per_sample_loss
+        self._found = _find_per_sample(model, self.original)
+        self.subscribers: list[Callable[[Tensor, slice], None]] = []
+        self._weights: Tensor | None = None
+        self._window: slice | None = None  # the batch's place in the rank's epoch, while it is trained on
+        self._position = self._next_position = 0
+        self._first_call = True
+        self._verified = per_sample_loss is not None
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
+        # a copy of the model (SWA, export) gets its plain loss: it has no plan
+        return copy.deepcopy(self.original, memo)
+
+    def use(self, per_sample_loss: PerSampleLoss) -> None:
+        """Takes the caller's per-sample loss.
+
+        Args:
+            per_sample_loss: ``(outputs, batch) -> [B, ...]``.
+        """
+        self._given, self._verified = per_sample_loss, True
+
+    def require_per_sample(self, why: str) -> None:
+        """Refuses a model whose loss has no per-sample form.
+
+        Args:
+            why: Who needs it.
+
+        Raises:
+            InputError: Naming the model and the way out.
+        """
+        if self._given is None and self._found is None:
+            raise InputError(
+                f"{why}: {self.model_name}.loss has no per-sample form (it takes no reduction='none'); "
+                'pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
+            )
+
+    def per_sample(self, outputs: Any, batch: Any) -> Tensor:
+        """The loss of each sample.
+
+        Args:
+            outputs: The model's outputs.
+            batch: The batch.
+
+        Returns:
+            Float ``[B]``.
+
+        Raises:
+            InputError: Where the loss gives something else.
+        """
+        function = self._given or self._found
+        assert function is not None, 'require_per_sample comes first'
+        losses = function(outputs, batch)
+        if not isinstance(losses, Tensor) or losses.ndim == 0:
+            got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                f'{self.model_name}.loss: the per-sample loss must be a tensor [B, ...], got {got}; pass InfoBatch(per_sample_loss=...)'
+            )
+        return per_sample_mean(losses)
+
+    def start_epoch(self, weights: Tensor | None) -> None:
+        """Takes the weights of the epoch.
+
+        Args:
+            weights: Float32 ``[m]`` on the training device, in the rank's order; ``None`` for ones.
+        """
+        self._weights = weights
+
+    def start_batch(self, window: slice) -> None:
+        """Before a batch is trained on, or replayed.
+
+        Args:
+            window: The batch's place in the rank's epoch.
+        """
+        self._window, self._position, self._first_call = window, 0, True
+
+    def end_microbatch(self) -> None:
+        """After a microbatch's backward pass."""
+        self._position, self._first_call = self._next_position, True
+
+    def end_batch(self) -> None:
+        """After a batch's last backward pass.
+
+        Raises:
+            InputError: Where the batch held other samples than planned.
+        """
+        window, self._window = self._window, None
+        if window is not None and self._active and self._position != window.stop - window.start:
+            self._wrong_size(self._position, window)
+
+    @property
+    def _active(self) -> bool:
+        return bool(self.subscribers) or self._weights is not None
+
+    def _wrong_size(self, seen: int, window: slice) -> None:
+        raise InputError(
+            f'train_dataloader: the plan says {window.stop - window.start} samples in this batch, the loss saw {seen}; another algorithm '
+            'or collate_fn adds or drops samples, so positions no longer name them'
+        )
+
+    def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._window is None or not self._active:
+            return self.original(outputs, batch, *args, **kwargs)
+        losses = self.per_sample(outputs, batch)
+        if not self._verified:
+            self._verify(losses, self.original(outputs, batch))
+        start = self._window.start + self._position
+        where = slice(start, start + len(losses))
+        if where.stop > self._window.stop:
+            self._wrong_size(self._position + len(losses), self._window)
+        self._next_position = self._position + len(losses)
+        if self._first_call:
+            self._first_call = False
+            shown = losses.detach().float()
+            for subscriber in self.subscribers:
+                subscriber(shown, where)
+        return losses.mean() if self._weights is None else (losses * self._weights[where]).mean()
+
+    def _verify(self, losses: Tensor, reference: Any) -> None:
+        """Once a run: the mean of the per-sample losses must be the loss that the model trains with."""
+        self._verified = True
+        mean = losses.detach().mean().float()
+        if not isinstance(reference, Tensor) or reference.numel() != 1:
+            raise InputError(
+                f'{self.model_name}.loss: must return one number, got {type(reference).__name__}; pass InfoBatch(per_sample_loss=...)'
+            )
+        value = reference.detach().float().reshape(())
+        if torch.isfinite(value) and torch.isfinite(mean) and not torch.isclose(mean, value, rtol=1e-2, atol=1e-6):
+            raise InputError(
+                f"{self.model_name}.loss: with reduction='none' its samples average to {mean.item():.6g}, but it returns "
+                f'{value.item():.6g} '
+                '(class weights, ignored labels or another scale); pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
+            )

@@ -1,0 +1,303 @@
+"""The plan of a run: one object that the three algorithms share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer.algorithms import SelectiveBackprop
+from composer.core import Callback, State, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan.clock import EpochClock
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resume_epoch
+from composer_effalgos.plan.loader import PlannedDataLoader
+from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+
+Prune = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+"""``(candidates int64 [n], epoch) -> (positions of the kept ones int64 [k], their weights float32 [k] or None)``."""
+
+
+class Plan(Callback):
+    """Says which samples, with which weight, in batches of which size, each epoch trains on.
+
+    Algorithms contribute and do nothing else to the trainer: ``candidates`` and ``candidate_weights`` (which samples may be trained on),
+    ``prune`` (which of them are), ``batch_size``. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all contributions are
+    there, whatever the order of ``algorithms=[...]``, and the plan puts them together, installs them in the loader, sets the clock and
+    hands the weights to the loss.
+
+    Attributes:
+        candidates: int64 ``[n]``, ascending; ``None`` for all samples.
+        candidate_weights: float32 ``[n]``; ``None`` for ones.
+        prune: Chooses among the candidates; ``None`` to keep them all.
+        batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
+        loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
+        data_changes: Counts the data sets that ``fit`` was given; what is known about samples holds while it stays the same.
+    """
+
+    def __init__(self) -> None:
+        self.candidates: Tensor | None = None
+        self.candidate_weights: Tensor | None = None
+        self.prune: Prune | None = None
+        self.batch_size: Callable[[], BatchSize] | None = None
+        self._loader: PlannedDataLoader | None = None
+        self.loss: WeightedLoss | None = None
+        self.data_changes = 0
+        self.clock = EpochClock()
+        self._by_position: list[str] = []  # who names samples by their position in the batch
+        self._loaded: dict[str, Any] | None = None
+        self._started = self._in_epoch = self._duration_warned = False
+
+    @classmethod
+    def of(cls, state: State) -> Plan:
+        """The run's plan: found, or made by whoever asks first.
+
+        Args:
+            state: The trainer's state.
+
+        Returns:
+            The plan, which is one of the run's callbacks.
+        """
+        for callback in state.callbacks:
+            if isinstance(callback, cls):
+                return callback
+        plan = cls()
+        state.callbacks.append(plan)
+        return plan
+
+    def request_loss(
+        self, state: State, who: str, per_sample_loss: PerSampleLoss | None = None, *, by_position: bool = True
+    ) -> WeightedLoss:
+        """Wraps ``model.loss``, once a run. To be called at ``INIT``.
+
+        Args:
+            state: The trainer's state.
+            who: Who asks, for messages.
+            per_sample_loss: The caller's per-sample loss; ``None`` for the model's own.
+            by_position: Whether scores or weights are given to samples by their position in the batch.
+
+        Returns:
+            The weighted loss.
+        """
+        model = state.model
+        if self.loss is None:
+            found = model.__dict__.get('loss')
+            # a model that is trained again by another Trainer still carries the last run's wrapper
+            if isinstance(found, WeightedLoss):
+                model.loss = found.original  # type: ignore[method-assign,assignment]
+            self.loss = WeightedLoss(model)  # type: ignore[arg-type]
+            model.loss = self.loss  # type: ignore[method-assign,assignment]
+        if per_sample_loss is not None:
+            self.loss.use(per_sample_loss)
+        if by_position:
+            self._by_position.append(who)
+        return self.loss
+
+    @property
+    def loader(self) -> PlannedDataLoader:
+        """The planned loader, from ``FIT_START`` on."""
+        assert self._loader is not None, 'installed at FIT_START'
+        return self._loader
+
+    # ------------------------------------------------------------------ events
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Installs the planned loader over the user's, or finds it there, and puts the schedules on the clock."""
+        self._refuse(state)
+        self._install(state)
+        loader = self.loader
+        assert state.max_duration is not None
+        if self.loss is not None and self.loss.subscribers:
+            self.loss.require_per_sample(self._by_position[0])
+        if state.max_duration.unit != TimeUnit.EPOCH and not self._duration_warned:
+            self._duration_warned = True
+            if self.prune is not None:
+                warnings.warn(
+                    f'max_duration is {state.max_duration.to_timestring()!r}: with a run of fixed length pruned samples are replaced by '
+                    'further ones and save no time, and schedules run on real time; give max_duration in epochs to save any',
+                    stacklevel=2,
+                )
+        in_epoch = int(state.timestamp.batch_in_epoch)
+        if int(state.timestamp.epoch) == 0 and in_epoch == 0:
+            self.clock.load_state_dict({'batch_base': 0, 'sample_base': 0})
+        elif self._loaded is not None:
+            self.clock.load_state_dict(self._loaded['clock'])
+        elif not self._started:  # a checkpoint of a run without us: its epochs were full ones
+            self.clock.load_state_dict(
+                {
+                    'batch_base': int(state.timestamp.batch) - in_epoch,
+                    'sample_base': int(state.timestamp.sample - state.timestamp.sample_in_epoch),
+                }
+            )
+        if in_epoch > 0:
+            self._resume(state)
+        else:
+            loader.plan = None
+        self._loaded, self._started = None, True
+        self.clock.start(state, loader)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """Plans the epoch from what the algorithms contributed."""
+        loader = self.loader
+        epoch = int(state.timestamp.epoch)
+        kept, weights = self._decide(epoch)
+        plan = plan_epoch(
+            kept,
+            weights,
+            self._current_batch_size(),
+            seed=loader.seed,
+            epoch=epoch,
+            world_size=loader.world_size,
+            shuffle=loader.shuffle,
+            drop_last=loader.drop_last,
+            max_batches=loader.max_batches,
+        )
+        self._take(plan, state)
+        logger.log_metrics({f'efficiency/{name}': value for name, value in loader.facts.items()})
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Tells the loss which samples come."""
+        if self.loss is not None:
+            self.loss.start_batch(self.loader.batch_slice(int(state.timestamp.batch_in_epoch)))
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """Moves on to the next microbatch."""
+        if self.loss is not None:
+            self.loss.end_microbatch()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Makes the loss transparent again."""
+        if self.loss is not None:
+            self.loss.end_batch()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Lets PyTorch schedulers catch up."""
+        self.clock.batch_end(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Moves the clock on by one full epoch."""
+        self.clock.epoch_end(state)
+        self._in_epoch = False
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and the current epoch's decision, so that a run resumed within the epoch goes on with it."""
+        if self._loader is None:
+            return {}
+        plan = self.loader.plan if self._in_epoch else None
+        saved: dict[str, Any] = {'clock': self.clock.state_dict(), 'num_samples': self.loader.num_samples, 'plan': None}
+        if plan is not None:
+            saved['plan'] = {
+                'order': plan.order,
+                'weights': plan.weights,
+                'sizes': torch.tensor(plan.sizes),
+                'start': plan.start,
+                'first_batch': plan.first_batch,
+                'world_size': self.loader.world_size,
+            }
+        return saved
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps what :meth:`state_dict` gave until ``FIT_START``, when the loader is there to check it against."""
+        self._loaded = state or None
+
+    # ------------------------------------------------------------------ parts
+
+    def _refuse(self, state: State) -> None:
+        selective = [a for a in state.algorithms if isinstance(a, SelectiveBackprop)]
+        if selective and self._by_position:
+            raise InputError(
+                f'algorithms: SelectiveBackprop cannot be combined with {self._by_position[0]}: it drops samples from a '
+                'loaded batch, so positions no longer name samples; remove one of the two'
+            )
+
+    def _install(self, state: State) -> None:
+        """Puts the planned loader in the place of the user's; what is there already is found, not doubled."""
+        if isinstance(state.dataloader, PlannedDataLoader):
+            if state.dataloader is not self._loader:
+                raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")
+            return
+        given = state.dataloader
+        same_data = self._loader is not None and getattr(given, 'dataset', None) is self._loader.dataset
+        length = state.dataloader_len
+        max_batches = None if length is None or not hasattr(given, '__len__') or int(length) >= len(given) else int(length)  # type: ignore[arg-type]
+        seed = state.rank_zero_seed
+        self._loader = PlannedDataLoader(
+            given,  # type: ignore[arg-type]
+            seed=seed,
+            rank=dist.get_global_rank(),
+            world_size=dist.get_world_size(),
+            max_batches=max_batches,
+        )
+        if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
+            raise InputError(
+                f'load_path: the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
+                f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
+            )
+        if not same_data:
+            self.data_changes += 1
+            if self._loaded is None:
+                self.candidates = self.candidate_weights = None
+        state.set_dataloader(self.loader, state.dataloader_label)
+        state.train_dataloader = self.loader
+
+    def _current_batch_size(self) -> BatchSize:
+        return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
+
+    def _decide(self, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Puts the contributions together: candidates, then pruning among them; weights multiply."""
+        loader = self.loader
+        candidates = torch.arange(loader.num_samples) if self.candidates is None else self.candidates
+        weights = self.candidate_weights
+        if self.prune is None:
+            return candidates, weights
+        positions, factors = self.prune(candidates, epoch)
+        if len(positions) < loader.world_size:  # nothing left to deal out
+            return candidates, weights
+        kept = candidates[positions]
+        if weights is not None:
+            factors = weights[positions] if factors is None else weights[positions] * factors
+        return kept, factors
+
+    def _take(self, plan: EpochPlan, state: State) -> None:
+        loader = self.loader
+        loader.set_plan(plan, int(state.timestamp.epoch))
+        self._in_epoch = True
+        state.set_dataloader(loader, state.dataloader_label)  # reads the epoch's new length
+        if self.loss is not None:
+            weights = plan.rank_weights(loader.rank, loader.world_size)
+            if weights is not None:
+                self.loss.require_per_sample(self._by_position[0])
+            self.loss.start_epoch(None if weights is None else state.device.tensor_to_device(weights.clone()))
+
+    def _resume(self, state: State) -> None:
+        """Goes on within an epoch: its decision comes from the checkpoint, or is still here when ``fit`` is called again."""
+        loader = self.loader
+        saved = self._loaded['plan'] if self._loaded is not None else None
+        if saved is not None:
+            plan = EpochPlan(
+                saved['order'], saved['weights'], tuple(saved['sizes'].tolist()), start=saved['start'], first_batch=saved['first_batch']
+            )
+            world_size = saved['world_size']
+        elif loader.plan is not None:
+            plan, world_size = loader.plan, loader.world_size
+        else:
+            raise InputError(
+                'load_path: the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '
+                'of an epoch, or load_weights_only=True'
+            )
+        rest = resume_epoch(
+            plan,
+            batches=int(state.timestamp.batch_in_epoch),
+            batch_size=self._current_batch_size(),
+            world_size=loader.world_size,
+            same_world_size=world_size == loader.world_size,
+            drop_last=loader.drop_last,
+        )
+        self._take(rest, state)
