@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from composer_effalgos.bench.table import COLUMNS, markdown_table, read_runs, rich_table, table_rows
+from composer_effalgos.errors import InputError
+
+
+def test_seeds_share_a_row_and_are_set_against_the_baseline(tmp_path, write_run):
+    finals = {17: 0.80, 18: 0.84, 19: 0.85}
+    for seed, final in finals.items():
+        write_run(
+            f'digits_infobatch_seed{seed}', seed, (0.5, final), samples=60, seconds=seed / 10, settings={'algorithms': {'infobatch': {}}}
+        )
+    for seed in (17, 18):
+        write_run(f'digits_baseline_seed{seed}', seed, (0.5, 0.9), seconds=3.0)
+    runs, problems = read_runs(tmp_path / 'runs')
+    assert problems == []
+    baseline, infobatch = table_rows(runs)
+
+    assert (baseline.method, len(baseline.runs)) == ('digits_baseline', 2)
+    assert (baseline.accuracy, baseline.accuracy_sd) == pytest.approx((0.9, 0))
+    assert (baseline.accuracy_gain, baseline.time_ratio) == (None, None)
+    assert (baseline.samples_seen, baseline.saved_fraction) == (200, 0)
+
+    values = np.array(list(finals.values()))
+    assert (infobatch.method, len(infobatch.runs)) == ('digits_infobatch', 3)
+    assert infobatch.accuracy == pytest.approx(values.mean())
+    assert infobatch.accuracy_sd == pytest.approx(values.std(ddof=1))
+    assert infobatch.accuracy_gain == pytest.approx(values.mean() - 0.9)
+    assert (infobatch.samples_seen, infobatch.saved_fraction) == (120, pytest.approx(0.4))
+    assert infobatch.train_seconds == pytest.approx(2 * 1.8)
+    assert infobatch.time_ratio == pytest.approx(0.6)
+    assert infobatch.cells == ('digits_infobatch', '3', '83.00 ± 2.65', '-7.00', '120', '40.0', '3.6', '60')
+
+
+def test_runs_with_other_settings_do_not_share_a_row(tmp_path, write_run):
+    write_run('a_seed1', 1, settings={'optimizer': {'lr': 0.1}})
+    write_run('a_seed2', 2, settings={'optimizer': {'lr': 0.2}})
+    write_run('a_seed3', 3, settings={'optimizer': {'lr': 0.2}, 'save_folder': 'elsewhere'})
+    assert [[run.summary['seed'] for run in row.runs] for row in table_rows(read_runs(tmp_path / 'runs')[0])] == [[1], [2, 3]]
+
+
+def test_every_task_has_a_baseline_of_its_own_and_times_compare_on_one_device_only(tmp_path, write_run):
+    write_run('digits_baseline', accuracies=(0.9,))
+    write_run('cifar_baseline', accuracies=(0.6,), dataset='cifar10')
+    write_run('cifar_method', accuracies=(0.7,), dataset='cifar10', seconds=1.0)
+    write_run('digits_method', accuracies=(0.7,), device='GPU')
+    write_run('mnist_method', accuracies=(0.7,), dataset='mnist')
+    rows = {row.method: row for row in table_rows(read_runs(tmp_path / 'runs')[0])}
+    assert list(rows) == ['digits_baseline', 'cifar_baseline', 'cifar_method', 'digits_method', 'mnist_method']
+    assert (rows['cifar_method'].accuracy_gain, rows['cifar_method'].time_ratio) == pytest.approx((0.1, 0.5))
+    assert rows['digits_method'].accuracy_gain == pytest.approx(-0.2)
+    assert rows['digits_method'].time_ratio is None
+    assert (rows['mnist_method'].accuracy_gain, rows['mnist_method'].time_ratio) == (None, None)
+
+
+def test_a_run_without_accuracy_has_a_dash(tmp_path, write_run):
+    write_run('baseline', accuracies=(0.9,))
+    write_run('other', accuracies=(None,))
+    assert table_rows(read_runs(tmp_path / 'runs')[0])[1].cells[2:4] == ('–', '–')
+
+
+@pytest.mark.parametrize(
+    ('run_name', 'seed', 'method'),
+    [('x_seed17', 17, 'x'), ('x-s3', 3, 'x'), ('x_3', 3, 'x'), ('x_seed17', 7, 'x_seed17'), ('resnet20', 20, 'resnet20'), ('x', 17, 'x')],
+)
+def test_method_is_the_name_without_the_seed(tmp_path, write_run, run_name, seed, method):
+    write_run(run_name, seed)
+    assert read_runs(tmp_path / 'runs')[0][0].method == method
+
+
+def test_markdown_and_terminal_tables_say_the_same(tmp_path, write_run):
+    write_run('baseline')
+    write_run('a|b`<i>[bold]\nnext')
+    rows = table_rows(read_runs(tmp_path / 'runs')[0])
+    lines = markdown_table(rows).splitlines()
+    assert lines[0] == '| ' + ' | '.join(COLUMNS) + ' |'
+    assert lines[2].split(' | ')[1:] == [*rows[0].cells[1:-1], f'{rows[0].cells[-1]} |']
+    assert lines[3].startswith(r'| a\|b\`&lt;i>\[bold\] next |')
+    assert len(lines) == 4
+    console = Console(width=200, record=True, quiet=False, file=open('/dev/null', 'w'))  # noqa: PTH123, SIM115
+    console.print(rich_table(rows, title='Runs'))
+    text = console.export_text()
+    assert all(cell in text for cell in rows[0].cells)
+    assert '[bold]' in text
+
+
+def test_broken_summaries_are_named_and_left_out(tmp_path, write_run):
+    write_run('good')
+    for content in ('', '{"run_name": "cut', '[]', '{}', '\ufeff\x00'):
+        write_run('bad').joinpath('summary.json').write_text(content)
+    write_run('no epochs', epochs=[])
+    write_run('not numbers', epochs=[{'epoch': 'one'}])
+    write_run('infinite', totals=json.loads('{"train_seconds": Infinity}'))
+    folder = write_run('not text')
+    folder.joinpath('summary.json').write_bytes(b'\xff\xfe{')
+    runs, problems = read_runs(tmp_path / 'runs')
+    assert [run.summary['run_name'] for run in runs] == ['good']
+    assert len(problems) == 9
+    for number, problem in enumerate(problems, start=1):
+        assert problem.startswith(f'{tmp_path}/runs/{number:02d}/summary.json: left out, ')
+        assert '\n' not in problem
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, write_run):
+    with pytest.raises(InputError, match='no such folder'):
+        read_runs(tmp_path / 'nowhere')
+    with pytest.raises(InputError, match=r'no summary\.json'):
+        read_runs(tmp_path)
+    write_run('bad').joinpath('summary.json').write_text('{')
+    with pytest.raises(InputError, match=r'00/summary\.json: left out, is not valid JSON'):
+        read_runs(tmp_path)
