@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torchvision
-from composer.utils import dist
 from torch import Tensor
 
 from composer_effalgos.datasets.images import ImageArray, Pixels, check_at_least, data_folder, decode_image, limited, small_image_transform
-from composer_effalgos.datasets.parquet import read_classes, read_images, read_labels
+from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
 from composer_effalgos.errors import InputError
 
 SIZE = 32
@@ -21,6 +20,7 @@ SIZE = 32
 
 @dataclass(frozen=True)
 class _Cifar:
+    name: str
     source: type[torchvision.datasets.CIFAR10]
     num_classes: int
     # Of the training images
@@ -28,8 +28,8 @@ class _Cifar:
     std: Pixels
 
 
-_CIFAR10 = _Cifar(torchvision.datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-_CIFAR100 = _Cifar(torchvision.datasets.CIFAR100, 100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+_CIFAR10 = _Cifar('cifar10', torchvision.datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = _Cifar('cifar100', torchvision.datasets.CIFAR100, 100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
 def cifar10(
@@ -50,7 +50,7 @@ def cifar10(
         augment: Pad the training images by 4 reflected pixels, crop them back at random, and flip half of them left to right.
         image_size: Height and width wanted, in pixels; the images are resized.
         limit: Train on so many images, chosen at random, the same ones every time; from Parquet the others are not decoded.
-        download: Let torchvision fetch the data into ``path`` where it is missing.
+        download: Let torchvision fetch what ``path`` lacks. Where several processes share ``path``, build in one of them first.
 
     Raises:
         InputError: Missing, corrupt or mislabelled data; an option out of range.
@@ -108,10 +108,9 @@ def _cifar(
 
 
 def _from_parquet(kind: _Cifar, train_file: Path, file: Path, limit: int | None) -> tuple[np.ndarray, Tensor, list[str]]:
-    classes = read_classes(train_file, 'label')
-    if len(classes) > kind.num_classes:
-        raise InputError(f'{train_file}: {len(classes)} classes; {kind.source.__name__} has {kind.num_classes}')
-    classes += [str(index) for index in range(len(classes), kind.num_classes)]
+    classes = read_class_names(train_file, 'label') or [str(index) for index in range(kind.num_classes)]
+    if len(classes) != kind.num_classes:
+        raise InputError(f'{train_file}: its schema names {len(classes)} classes; expected {kind.num_classes} for {kind.name}')
     targets = read_labels(file, 'label', kind.num_classes)
     encoded = read_images(file, 'image')
     rows = limited(len(targets), limit)
@@ -127,19 +126,13 @@ def _from_parquet(kind: _Cifar, train_file: Path, file: Path, limit: int | None)
 def _from_torchvision(
     kind: _Cifar, path: str | None, train: bool, limit: int | None, download: bool
 ) -> tuple[np.ndarray, Tensor, list[str]]:
-    name = kind.source.__name__
     contents = f'train.parquet and test.parquet, or with {kind.source.base_folder} (torchvision; `download: true` fetches it)'
     if not (download and path is not None):
-        data_folder(name, path, contents)
+        data_folder(kind.name, path, contents)
     try:
-        # One process of a machine downloads, the others wait and find the files
-        if download:
-            with dist.run_local_rank_zero_first():
-                data = kind.source(path, train=train, download=True)
-        else:
-            data = kind.source(path, train=train)
+        data = kind.source(path, train=train, download=download)
     except (RuntimeError, OSError) as error:
         reason = ' '.join(str(error).split())
-        raise InputError(f'dataset.path: {path}: no usable {name} ({reason}); expected a folder with {contents}') from error
+        raise InputError(f'dataset.path: {path}: no usable {kind.name} ({reason}); expected a folder with {contents}') from error
     rows = limited(len(data), limit)
     return data.data[rows.numpy()], torch.tensor(data.targets)[rows], list(data.classes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, large_image_transform, limited
-from composer_effalgos.datasets.parquet import read_classes, read_images, read_labels
+from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
 from composer_effalgos.errors import InputError
 
 
@@ -84,7 +84,8 @@ def image_parquet(
     check_at_least(1, image_size=image_size)
     folder = data_folder('image_parquet', path, 'train.parquet and test.parquet (or val.parquet)')
     train_file = folder / 'train.parquet'
-    classes = read_classes(train_file, label_column)
+    names = read_class_names(train_file, label_column)
+    classes = names or [str(index) for index in range(int(read_labels(train_file, label_column, None).max()) + 1)]
     file, limit = (train_file, limit) if split == 'train' else (_eval_file(folder), None)
     targets = read_labels(file, label_column, len(classes))
     rows = limited(len(targets), limit)

@@ -84,24 +84,26 @@ def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
         raise InputError(f'{source}: row {row}: label {int(targets[row])}; expected {right}')
 
 
-def read_classes(file: Path, label_column: str) -> list[str]:
-    """Find the class names of a data set.
+def read_class_names(file: Path, label_column: str) -> list[str] | None:
+    """Find the class names in the metadata of a file's schema.
 
-    They come from the schema's metadata, either the key ``classes`` (names with commas between) or the description that Hugging Face's
-    data sets write for a ``ClassLabel`` column; failing both, the classes are 0 to the largest label.
+    They are under the key ``classes`` (names with commas between), or in the description that Hugging Face's data sets write for a
+    ``ClassLabel`` column.
 
     Args:
-        file: The training split's Parquet file.
+        file: A Parquet file.
         label_column: Name of the label column.
 
+    Returns:
+        The names, or None where there are none.
+
     Raises:
-        InputError: No such file or column.
+        InputError: No such file.
     """
     metadata = {key.decode(): value.decode() for key, value in (_open(file).schema_arrow.metadata or {}).items()}
     if 'classes' in metadata:
         return metadata['classes'].split(',')
-    names = _hugging_face_names(metadata.get('huggingface', '{}'), label_column)
-    return names or [str(index) for index in range(int(read_labels(file, label_column, None).max()) + 1)]
+    return _hugging_face_names(metadata.get('huggingface', '{}'), label_column)
 
 
 def _hugging_face_names(text: str, label_column: str) -> list[str] | None:
