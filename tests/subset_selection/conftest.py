@@ -17,6 +17,6 @@ def softmax_gradients(n: int, classes: int, dim: int | None, seed: int = 0) -> t
     return LastLayerGradients(error, embedding), labels
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def make_gradients() -> Callable[..., tuple[LastLayerGradients, Tensor]]:
     return softmax_gradients
