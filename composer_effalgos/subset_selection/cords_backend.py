@@ -152,7 +152,7 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         outputs = joined.error
         labels, reference_labels = _one_class(candidates), _one_class(reference)
         loss, eta = _half_square, 0.0
-    picks = problem.budget if problem.batch_size is None else problem.batch_budget
+    picks = problem.item_budget
     batch_size = problem.batch_size or 1024
     strategy = module.GLISTERStrategy(
         _loader(0, labels, batch_size),

@@ -1,7 +1,7 @@
 """One selection problem, as every solver takes it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 
-__all__ = ['Problem', 'Selection', 'Solver', 'seed_of', 'softmax_targets']
+__all__ = ['Problem', 'Selection', 'Solver', 'by_label', 'seed_of', 'softmax_targets']
 
 Selection = tuple[Tensor, Tensor]
 """Positions in the problem's rows, int64 ``[k]`` in the order of selection, and weights, float32 ``[k]``."""
@@ -40,19 +40,49 @@ class Problem:
     generator: torch.Generator
 
     @property
-    def batches(self) -> list[Tensor]:
-        """Rows of each batch, the last one maybe shorter; ``PerBatch`` only."""
-        assert self.batch_size is not None
-        return list(torch.arange(len(self.gradients)).split(self.batch_size))
+    def item_size(self) -> int:
+        """Rows that are picked together: a batch, of which the last may be shorter, or one sample."""
+        return self.batch_size or 1
 
     @property
-    def batch_budget(self) -> int:
-        """Batches to pick, so that they hold at least ``budget`` rows if all are full."""
-        assert self.batch_size is not None
-        return -(-self.budget // self.batch_size)
+    def items(self) -> int:
+        """Batches, or samples, to pick from."""
+        return -(-len(self.gradients) // self.item_size)
+
+    @property
+    def item_budget(self) -> int:
+        """Items to pick, so that they hold at least ``budget`` rows if all are full."""
+        return -(-self.budget // self.item_size)
+
+    def item_means(self, values: Tensor) -> Tensor:
+        """Mean of a number per row over each item, ``[N]`` to ``[items]``."""
+        if self.batch_size is None:
+            return values
+        item = torch.arange(len(values), device=values.device) // self.batch_size
+        return values.new_zeros(self.items).index_add_(0, item, values) / torch.bincount(item)
+
+    def rows_of(self, items: Tensor, weights: Tensor) -> Selection:
+        """The rows that make up some items, each with its item's weight."""
+        if self.batch_size is None:
+            return items, weights
+        rows = items[:, None] * self.batch_size + torch.arange(self.batch_size, device=items.device)
+        inside = rows < len(self.gradients)
+        return rows[inside], weights[:, None].expand_as(rows)[inside]
+
+    def part(self, rows: Tensor) -> 'Problem':
+        """The same problem over some of the rows."""
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, gradients=self.gradients.take(rows), labels=labels, budget=min(self.budget, len(rows)))
 
 
 Solver = Callable[[Problem], Selection]
+
+
+def by_label(labels: Tensor | None, n: int, device: torch.device) -> list[Tensor]:
+    """Rows of each label that occurs, smallest label first; one part of all n rows without labels."""
+    if labels is None:
+        return [torch.arange(n, device=device)]
+    return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
 
 
 def seed_of(generator: torch.Generator) -> int:

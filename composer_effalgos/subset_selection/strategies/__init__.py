@@ -1,6 +1,7 @@
 """Picks a weighted subset of a data set from its last-layer gradients."""
 
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,11 @@ from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection import cords_backend
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection, Solver
+from composer_effalgos.subset_selection.strategies.craig import craig
+from composer_effalgos.subset_selection.strategies.glister import glister
+from composer_effalgos.subset_selection.strategies.gradmatch import gradmatch
 from composer_effalgos.subset_selection.strategies.random import random_subset
+from composer_effalgos.subset_selection.strategies.submodular import FUNCTIONS, submodular
 
 __all__ = ['BACKENDS', 'STRATEGIES', 'check_options', 'select_subset']
 
@@ -61,6 +66,12 @@ STRATEGIES: Mapping[str, Strategy] = {
     'saturated-coverage': _SUBMODULAR,
     'random': _RANDOM,
     'adaptive-random': _RANDOM,
+}
+TORCH_SOLVERS: Mapping[str, Solver] = {
+    'glister': glister,
+    'gradmatch': gradmatch,
+    'craig': craig,
+    **{name: functools.partial(submodular, function=name) for name in FUNCTIONS},
 }
 
 
@@ -246,7 +257,9 @@ def _reference(
 def _solver(strategy: str, backend: str) -> Solver:
     if strategy in ('random', 'adaptive-random'):
         return random_subset
-    return cords_backend.solver(strategy)
+    if backend == 'cords':
+        return cords_backend.solver(strategy)
+    return TORCH_SOLVERS[strategy]
 
 
 def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor, Problem]]:

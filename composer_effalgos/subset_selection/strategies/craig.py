@@ -1,0 +1,23 @@
+"""CRAIG: medoids of the gradients, each weighted by the samples that it stands for."""
+
+from itertools import islice
+
+import torch
+
+from composer_effalgos.subset_selection.problem import Problem, Selection
+from composer_effalgos.subset_selection.strategies.greedy import greedy
+from composer_effalgos.subset_selection.strategies.kernels import Distances
+from composer_effalgos.subset_selection.strategies.submodular import FacilityLocation
+
+__all__ = ['craig']
+
+
+def craig(problem: Problem) -> Selection:
+    """Facility location over the gradients of the problem, or of its batches (Mirzasoleiman et al., arXiv 1906.01827, algorithm 1).
+
+    Unlike the submodular functions, ``Supervised`` compares samples of all classes with each other, as CORDS does.
+    """
+    distances, device = Distances(problem), problem.gradients.device
+    steps = greedy(FacilityLocation(distances), problem.options['optimizer'], problem.item_budget, problem.generator, device)
+    items = torch.tensor([item for item, _ in islice(steps, problem.item_budget)], device=device)
+    return problem.rows_of(items, distances.cluster_sizes(items))
