@@ -1,7 +1,17 @@
 """Fixtures shared by the whole test suite."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
+from composer import Trainer
+from composer.core import Algorithm, Callback, State
+from composer.loggers import Logger
+from composer.models import ComposerClassifier, ComposerModel
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+torch.set_num_threads(1)  # the networks here are too small to gain from more
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +27,86 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """Start every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+class Recorder(Callback):
+    """Notes what was trained with: the learning rate, the samples and the size of every batch, by epoch."""
+
+    def __init__(self) -> None:
+        self.lrs: list[list[float]] = []
+        self.sizes: list[list[int]] = []
+        self.microbatches: list[int] = []
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self.lrs.append([])
+        self.sizes.append([])
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        if not self.lrs:  # resumed within an epoch
+            self.epoch_start(state, logger)
+        self.lrs[-1].append(state.optimizers[0].param_groups[0]['lr'])
+        self.sizes[-1].append(len(state.batch[1]))
+        self.microbatches.append(state.device_train_microbatch_size)
+
+
+@pytest.fixture
+def problem() -> TensorDataset:
+    """203 samples of 8 numbers in 3 classes, not quite separable."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(203, 8, generator=generator)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] + 0.3 * inputs[:, 2] > 0).long())
+
+
+@pytest.fixture
+def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
+    """Makes a trainer of a small network, the same weights every time; ``trainer.recorder`` holds what it did."""
+
+    def make(
+        algorithms: Sequence[Algorithm] = (),
+        *,
+        dataset: Dataset | None = None,
+        module: torch.nn.Module | None = None,
+        loss_fn: Callable | None = None,
+        model: ComposerModel | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        lr: float = 0.1,
+        max_duration: str = '6ep',
+        schedulers: Any = None,
+        scheduler_of: Callable[[torch.optim.Optimizer], Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+        drop_last: bool = False,
+        **trainer_arguments: Any,
+    ) -> Trainer:
+        torch.manual_seed(0)
+        if module is None:
+            module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        model = model or ComposerClassifier(module, num_classes=3, **({} if loss_fn is None else {'loss_fn': loss_fn}))
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        loader = DataLoader(
+            problem if dataset is None else dataset, batch_size=batch_size, shuffle=True, num_workers=num_workers, drop_last=drop_last
+        )
+        recorder = Recorder()
+        trainer = Trainer(
+            model=model,
+            train_dataloader=loader,
+            max_duration=max_duration,
+            optimizers=optimizer,
+            schedulers=schedulers if scheduler_of is None else scheduler_of(optimizer),
+            algorithms=list(algorithms),
+            callbacks=[recorder, *callbacks],
+            device='cpu',
+            progress_bar=False,
+            seed=1,
+            **trainer_arguments,
+        )
+        trainer.recorder = recorder
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def weights_of() -> Callable[[Trainer], torch.Tensor]:
+    """All parameters and buffers of a trainer's model in one vector."""
+    return lambda trainer: torch.cat([value.flatten().double() for value in trainer.state.model.state_dict().values()])

@@ -157,4 +157,5 @@ class EpochClock:
 
 
 def _steps(scheduler: Any) -> int:
-    return getattr(scheduler, '_step_count', 0)
+    parts = getattr(scheduler, '_schedulers', None)  # ChainedScheduler counts nothing itself
+    return scheduler.last_epoch if hasattr(scheduler, 'last_epoch') else _steps(parts[0]) if parts else 0

@@ -30,8 +30,8 @@ def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, 
     """Splits an epoch into global batches.
 
     Every batch but the last holds ``world_size * batch_size`` samples. Each batch can be dealt out over the ranks with at least one
-    sample for each of them; a remainder too small to give every rank two samples (BatchNorm needs more than one) is folded into the
-    batch before it, and the two are split evenly.
+    sample for each of them; a remainder too small to give every rank two samples (BatchNorm needs more than one) is put together with
+    the batch before it, and the two are split evenly.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
@@ -58,9 +58,10 @@ def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, 
         return sizes
     if not sizes:
         return [remainder] if remainder >= world_size else []
-    if remainder >= 2 * world_size:
+    together = sizes[-1] + remainder
+    if remainder >= 2 * world_size or (remainder >= world_size and together < 4 * world_size):  # enough, or folding cannot give enough
         return [*sizes, remainder]
-    together = sizes.pop() + remainder
+    sizes.pop()
     first = world_size * (together // (2 * world_size))
     return [*sizes, first, together - first] if together >= 2 * world_size else [*sizes, together]
 

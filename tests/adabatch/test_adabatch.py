@@ -1,0 +1,189 @@
+import warnings
+
+import pytest
+import torch
+from composer.callbacks import LRMonitor
+from composer.loggers import InMemoryLogger
+from composer.optim import DecoupledSGDW, LinearScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim import lr_scheduler
+
+from composer_effalgos import AdaBatch, InputError
+
+
+def epoch_sizes(trainer) -> list[int]:
+    return [sizes[0] for sizes in trainer.recorder.sizes]
+
+
+def test_doubles_at_intervals_and_loses_no_sample(make_trainer):
+    trainer = make_trainer([AdaBatch(2, '2ep')])
+    trainer.fit()
+    assert epoch_sizes(trainer) == [16, 16, 32, 32, 64, 64]
+    assert [sum(sizes) for sizes in trainer.recorder.sizes] == [203] * 6
+    assert trainer.recorder.sizes[4] == [64, 64, 64, 11]
+    assert trainer.state.train_dataloader.batch_size == 64
+
+
+def test_milestones_replace_the_interval(make_trainer):
+    trainer = make_trainer([AdaBatch(3, milestones=['1ep', '0.5dur'])])
+    trainer.fit()
+    assert epoch_sizes(trainer) == [16, 48, 48, 144, 144, 144]
+
+
+def test_factors_that_are_not_whole(make_trainer):
+    trainer = make_trainer([AdaBatch(1.5, '1ep')], max_duration='4ep')
+    trainer.fit()
+    assert epoch_sizes(trainer) == [16, 24, 36, 54]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_grows_within_an_epoch_at_the_very_batch(make_trainer, workers):
+    trainer = make_trainer([AdaBatch(2, milestones=['5ba', '20ba'])], max_duration='3ep', num_workers=workers)
+    trainer.fit()
+    flat = [size for sizes in trainer.recorder.sizes for size in sizes]
+    assert flat[:6] == [16] * 5 + [32]
+    assert flat[18:21].count(64) == 1
+    assert [sum(sizes) for sizes in trainer.recorder.sizes] == [203] * 3
+    trainer = make_trainer([AdaBatch(2, '100sp')], max_duration='1ep')
+    trainer.fit()
+    assert trainer.recorder.sizes == [[16] * 7 + [32, 32, 27]]  # 112 samples is the first batch boundary past 100; 200 comes too late
+
+
+def test_learning_rate_on_top_of_a_schedule(make_trainer):
+    plain = make_trainer(schedulers=LinearScheduler())
+    plain.fit()
+    logger = InMemoryLogger()
+    grown = make_trainer([AdaBatch(2, '2ep', lr_factor=0.75)], schedulers=LinearScheduler(), callbacks=[LRMonitor()], loggers=[logger])
+    grown.fit()
+    ratio = [b[0] / a[0] for a, b in zip(plain.recorder.lrs, grown.recorder.lrs, strict=True)]
+    assert ratio == pytest.approx([1, 1, 0.75, 0.75, 0.75**2, 0.75**2], rel=1e-6)
+    seen = [value for _, value in logger.data['lr-SGD/group0']]
+    steps = [lr for epoch in grown.recorder.lrs for lr in epoch]
+    # LRMonitor reads after the schedule's step: what it sees is the next batch's learning rate, but for a growth in between
+    assert sum(a == pytest.approx(b) for a, b in zip(seen[:-1], steps[1:], strict=True)) >= len(steps) - 3
+    assert seen[-1] == pytest.approx(0.75**2 * 0.1 / 78)
+
+
+@pytest.mark.parametrize(
+    'scheduler_of',
+    [
+        None,
+        lambda o: lr_scheduler.MultiStepLR(o, [3], 0.1),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+        lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
+        lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.MultiStepLR(o, [3], 0.5)]),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=7, cycle_momentum=False),
+    ],
+    ids=['none', 'steps', 'cosine', 'lambda', 'chained', 'one cycle'],
+)
+def test_learning_rate_on_top_of_pytorch_schedulers(make_trainer, scheduler_of):
+    runs = []
+    for algorithms in ([], [AdaBatch(2, '2ep', lr_factor=0.5)]):
+        trainer = make_trainer(algorithms, scheduler_of=scheduler_of, step_schedulers_every_batch=False if scheduler_of else None)
+        trainer.fit()
+        runs.append([epoch[0] for epoch in trainer.recorder.lrs])
+    assert [b / a for a, b in zip(*runs, strict=True)] == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25], rel=1e-6)
+
+
+def test_a_later_fit_keeps_the_factor(make_trainer):
+    trainer = make_trainer([AdaBatch(2, '2ep', lr_factor=0.5)], max_duration='3ep', schedulers=LinearScheduler(1.0, 1.0))
+    trainer.fit()
+    trainer.fit(duration='1ep')
+    trainer.fit(duration='2ep', schedulers=LinearScheduler(1.0, 1.0))
+    assert [epoch[0] for epoch in trainer.recorder.lrs] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
+    assert epoch_sizes(trainer) == [16, 16, 32, 32, 64, 64]
+
+
+def test_decoupled_weight_decay_follows_the_learning_rate(make_trainer):
+    trainer = make_trainer([AdaBatch(2, '1ep', lr_factor=0.5)], max_duration='3ep')
+    trainer.state.optimizers = DecoupledSGDW(trainer.state.model.parameters(), lr=0.1, weight_decay=1e-4)
+    trainer.fit()
+    group = trainer.state.optimizers[0].param_groups[0]
+    assert (group['lr'], group['initial_lr']) == pytest.approx((0.025, 0.1))
+
+
+def test_the_device_batch_grows_unless_a_microbatch_is_given(make_trainer):
+    trainer = make_trainer([AdaBatch(2, '2ep')])
+    trainer.fit()
+    assert trainer.recorder.microbatches[0] == 16
+    assert trainer.recorder.microbatches[-1] == 64
+    for explicit in (8, 16):
+        trainer = make_trainer([AdaBatch(2, '2ep')], device_train_microbatch_size=explicit)
+        trainer.fit()
+        assert set(trainer.recorder.microbatches) == {explicit}
+    trainer = make_trainer([AdaBatch(2, '2ep')], max_duration='2ep')
+    trainer.fit()
+    trainer.fit(duration='2ep', device_train_microbatch_size=4)
+    assert trainer.recorder.microbatches[-1] == 4
+
+
+def test_limits_stop_the_growth_with_one_warning(make_trainer):
+    trainer = make_trainer([AdaBatch(2, '1ep', max_batch_size=40, lr_factor=0.5)])
+    with pytest.warns(UserWarning, match='max_batch_size 40; the batch stays at 32') as caught:
+        trainer.fit()
+    assert len([w for w in caught if 'AdaBatch' in str(w.message)]) == 1
+    assert epoch_sizes(trainer) == [16, 32, 32, 32, 32, 32]
+    assert [epoch[0] for epoch in trainer.recorder.lrs] == pytest.approx([0.1] + [0.05] * 5)
+    trainer = make_trainer([AdaBatch(4, '1ep')])
+    with pytest.warns(UserWarning, match='the 203 samples there are; the batch stays at 64') as caught:
+        trainer.fit()
+    assert epoch_sizes(trainer) == [16, 64, 64, 64, 64, 64]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='AdaBatch')
+        make_trainer([AdaBatch(2, '1ep', max_batch_size=32)], max_duration='2ep').fit()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(1.1, 5), st.integers(1, 3), st.none() | st.integers(16, 300))
+def test_sizes_never_shrink_nor_pass_a_limit(factor, interval, limit):
+    algorithm = AdaBatch(factor, f'{interval}ep', max_batch_size=limit)
+
+    class Loader:
+        initial_batch_size, num_samples, world_size = 16, 203, 1
+
+    class PlanLike:
+        loader, candidates = Loader, None
+
+    algorithm._plan = PlanLike
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        grown = [algorithm._size(g) for g in range(8)]
+    assert grown[0] == (16, 0)
+    assert [size for size, _ in grown] == sorted(size for size, _ in grown)
+    assert all(size <= max(16, min(203, limit or 203)) for size, _ in grown)
+    assert all(size == round(16 * factor**fitting) for size, fitting in grown)
+
+
+def test_says_what_it_is():
+    assert repr(AdaBatch()) == "AdaBatch(growth_factor=2.0, interval='20ep', max_batch_size=None, lr_factor=1.0)"
+    assert 'milestones' in repr(AdaBatch(milestones=['3ep', 5]))
+
+
+def test_given_twice(make_trainer):
+    with pytest.raises(InputError, match='twice'):
+        make_trainer([AdaBatch(), AdaBatch()])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'name'),
+    [
+        ({'growth_factor': 1.0}, 'growth_factor'),
+        ({'growth_factor': 0.5}, 'growth_factor'),
+        ({'growth_factor': '2'}, 'growth_factor'),
+        ({'growth_factor': float('nan')}, 'growth_factor'),
+        ({'interval': '20'}, 'interval'),
+        ({'interval': '0ep'}, 'interval'),
+        ({'interval': '10s'}, 'interval'),
+        ({'interval': 'soon'}, 'interval'),
+        ({'milestones': '20ep'}, 'milestones'),
+        ({'milestones': ['20ep', '-1ep']}, r'milestones\[1\]'),
+        ({'max_batch_size': 0}, 'max_batch_size'),
+        ({'max_batch_size': 64.0}, 'max_batch_size'),
+        ({'lr_factor': 0}, 'lr_factor'),
+        ({'lr_factor': torch.inf}, 'lr_factor'),
+    ],
+)
+def test_refuses_arguments(arguments, name):
+    with pytest.raises(InputError, match=f'^{name}: must be'):
+        AdaBatch(**arguments)

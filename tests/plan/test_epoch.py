@@ -1,0 +1,112 @@
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from composer_effalgos.plan import EpochPlan, plan_epoch, resume_epoch, split_batches, stream_seed
+
+sizes = st.integers(1, 400)
+batch_sizes = st.integers(1, 40)
+worlds = st.integers(1, 5)
+
+
+def ranks_of(plan: EpochPlan, world_size: int) -> list[list[list[int]]]:
+    """Samples by rank and batch."""
+    dealt = []
+    for rank in range(world_size):
+        order, offsets = plan.rank_order(rank, world_size).tolist(), plan.rank_offsets(rank, world_size)
+        assert offsets[-1] == len(order)
+        dealt.append([order[a:b] for a, b in pairwise(offsets)])
+    return dealt
+
+
+def test_split_by_hand():
+    assert split_batches(10, 4) == [4, 4, 2]
+    assert split_batches(10, 4, drop_last=True) == [4, 4]
+    assert split_batches(9, 4) == [4, 2, 3]  # one sample left: BatchNorm could not train on it
+    assert split_batches(8, 4) == [4, 4]
+    assert split_batches(3, 4) == [3]
+    assert split_batches(17, 4, world_size=2) == [8, 4, 5]
+    assert split_batches(3, 1, world_size=2) == [3]
+    assert split_batches(1, 4, world_size=2) == []
+
+
+@given(sizes, batch_sizes, worlds, st.booleans())
+def test_split_loses_nothing_and_serves_every_rank(n, batch, world, drop_last):
+    split = split_batches(n, batch, world, drop_last)
+    full = batch * world
+    if drop_last:
+        assert split == [full] * (n // full)
+    elif n >= world:
+        assert sum(split) == n
+        assert all(size % world == 0 for size in split[:-1])
+        assert all(size >= world for size in split)
+        assert max(split) <= full or (batch == 1 and max(split) < 2 * world)
+        assert len(split) == -(-n // full) or batch == 1
+    else:
+        assert split == []
+
+
+@given(sizes, batch_sizes, worlds, st.booleans())
+def test_a_constant_function_is_a_constant(n, batch, world, drop_last):
+    assert split_batches(n, lambda b, s: batch, world, drop_last) == split_batches(n, batch, world, drop_last)
+
+
+@given(sizes, batch_sizes, worlds, st.integers(0, 5), st.booleans())
+def test_ranks_share_out_the_kept_samples(n, batch, world, epoch, shuffle):
+    kept = torch.arange(0, 3 * n, 3)
+    if n < world:
+        return
+    plan = plan_epoch(kept, None, batch, seed=7, epoch=epoch, world_size=world, shuffle=shuffle)
+    dealt = ranks_of(plan, world)
+    assert len({len(batches) for batches in dealt}) == 1
+    assert all(batches_of_rank for batches in dealt for batches_of_rank in batches)
+    assert sorted(i for batches in dealt for b in batches for i in b) == kept.tolist()
+    for number, size in enumerate(plan.sizes):
+        assert sum(len(batches[number]) for batches in dealt) == size
+    if not shuffle:
+        assert plan.order.tolist() == kept.tolist()
+
+
+@given(sizes.filter(lambda n: n >= 5), batch_sizes, worlds, st.integers(0, 5))
+def test_order_and_weights_do_not_depend_on_ranks_or_batch_size(n, batch, world, epoch):
+    kept, weights = torch.arange(n) * 2, torch.arange(n).float()
+    here = plan_epoch(kept, weights, batch, seed=1, epoch=epoch, world_size=world)
+    there = plan_epoch(kept, weights, 3, seed=1, epoch=epoch)
+    assert torch.equal(here.order, there.order)
+    assert torch.equal(here.weights, there.weights)
+    assert torch.equal(here.weights * 2, here.order.float())
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    plans = [plan_epoch(torch.arange(50), None, 5, seed=s, epoch=e).order.tolist() for s in (0, 1) for e in (0, 1)]
+    assert len({tuple(order) for order in plans}) == 4
+
+
+def test_drop_last_keeps_the_only_batch():
+    plan = plan_epoch(torch.arange(5), None, 8, seed=0, epoch=0, drop_last=True)
+    assert plan.sizes == (5,)
+
+
+@given(sizes.filter(lambda n: n >= 5), batch_sizes, worlds, worlds, st.data())
+def test_a_resumed_epoch_trains_the_rest_once(n, batch, world, new_world, data):
+    plan = plan_epoch(torch.arange(n), None, batch, seed=3, epoch=2, world_size=world)
+    done = data.draw(st.integers(0, plan.num_batches))
+    rest = resume_epoch(plan, batches=done, batch_size=batch, world_size=new_world, same_world_size=world == new_world)
+    trained = [i for batches in ranks_of(plan, world) for b in batches[:done] for i in b]
+    left = [i for batches in ranks_of(rest, new_world) for b in batches for i in b]
+    assert not set(trained) & set(left)
+    assert len(set(trained + left)) == len(trained + left)
+    assert n - len(trained + left) < new_world  # a remainder smaller than the number of ranks cannot be dealt out
+    if world == new_world:
+        assert ranks_of(rest, world) == [batches[done:] for batches in ranks_of(plan, world)]
+    again = resume_epoch(rest, batches=done, batch_size=batch, world_size=new_world)
+    assert again == rest or torch.equal(again.order, rest.order)
+    assert again.sizes == rest.sizes
+
+
+def test_streams_are_apart():
+    seeds = {stream_seed(a, b, c) for a in range(6) for b in range(6) for c in range(6)}
+    assert len(seeds) == 216
+    assert all(0 <= seed < 2**63 for seed in seeds)

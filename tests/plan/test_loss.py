@@ -1,0 +1,163 @@
+import copy
+
+import pytest
+import torch
+from composer.algorithms import CutMix, MixUp
+from composer.loss import binary_cross_entropy_with_logits
+from composer.models import ComposerClassifier, ComposerModel
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
+from composer_effalgos.plan import WeightedLoss
+
+
+def classifier(**kwargs) -> ComposerClassifier:
+    torch.manual_seed(0)
+    return ComposerClassifier(nn.Linear(4, 3), num_classes=3, **kwargs)
+
+
+BATCH = (torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
+def test_transparent_outside_training_steps():
+    model = classifier()
+    loss = WeightedLoss(model)
+    loss.subscribers.append(lambda losses, where: pytest.fail('shown outside a training step'))
+    outputs = model(BATCH)
+    assert loss(outputs, BATCH).item() == model.loss(outputs, BATCH).item()
+    assert loss(outputs, BATCH, reduction='none').shape == (6,)
+
+
+def test_weighted_mean_by_hand_and_positions_by_event():
+    model = classifier()
+    loss, shown = WeightedLoss(model), []
+    loss.subscribers.append(lambda losses, where: shown.append((losses.tolist(), where)))
+    weights = torch.arange(1.0, 11.0)
+    loss.start_epoch(weights)
+    outputs = model(BATCH)
+    each = nn.functional.cross_entropy(outputs, BATCH[1], reduction='none')
+    for _ in range(2):  # replayed, as after an out-of-memory error
+        loss.start_batch(slice(3, 9))
+        first = loss(outputs[:4], (BATCH[0][:4], BATCH[1][:4]))
+        swapped = loss(outputs[:4], (BATCH[0][:4], BATCH[1][:4].flip(0)))  # MixUp's second call
+        loss.end_microbatch()
+        loss.end_microbatch()  # two algorithms may pass the same event on
+        second = loss(outputs[4:], (BATCH[0][4:], BATCH[1][4:]))
+        loss.end_microbatch()
+        loss.end_batch()
+        assert torch.isclose(first, (each[:4] * weights[3:7]).mean())
+        assert torch.isclose(second, (each[4:] * weights[7:9]).mean())
+        assert not torch.isclose(first, swapped)
+    assert [where for _, where in shown] == [slice(3, 7), slice(7, 9)] * 2
+    assert shown[0][0] == pytest.approx(each[:4].tolist())
+
+
+def test_dimensions_beyond_the_batch_are_averaged():
+    model = classifier()
+    loss = WeightedLoss(model, per_sample_loss=lambda outputs, batch: outputs.square())
+    outputs = torch.arange(6.0).view(2, 3)
+    assert loss.per_sample(outputs, None).tolist() == pytest.approx([5 / 3, 50 / 3])
+
+
+def test_another_number_of_samples_is_refused():
+    model = classifier()
+    loss = WeightedLoss(model)
+    loss.start_epoch(torch.ones(20))
+    outputs = model(BATCH)
+    loss.start_batch(slice(0, 5))
+    with pytest.raises(InputError, match='5 samples in this batch, the loss saw 6'):
+        loss(outputs, BATCH)
+    loss.start_batch(slice(0, 7))
+    loss(outputs, BATCH)
+    loss.end_microbatch()
+    with pytest.raises(InputError, match='7 samples in this batch, the loss saw 6'):
+        loss.end_batch()
+
+
+@pytest.mark.parametrize(
+    'loss_fn',
+    [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), nn.functional.cross_entropy],
+    ids=['module', 'smooth', 'function'],
+)
+def test_finds_the_per_sample_form(make_trainer, loss_fn):
+    plain = make_trainer(loss_fn=loss_fn, max_duration='2ep')
+    algorithm = InfoBatch()
+    trainer = make_trainer([algorithm], loss_fn=loss_fn, max_duration='2ep')
+    trainer.fit()
+    plain.fit()
+    assert not algorithm.scores.isnan().any()
+    if isinstance(loss_fn, nn.Module):
+        assert loss_fn.reduction == 'mean'
+
+
+class NoReduction(ComposerModel):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 3)
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def test_a_loss_without_per_sample_form_is_refused_at_start_unless_one_is_given(make_trainer):
+    with pytest.raises(InputError, match=r'InfoBatch: NoReduction.loss has no per-sample form.*per_sample_loss'):
+        make_trainer([InfoBatch()], model=NoReduction()).fit()
+    with pytest.raises(InputError, match='NoReduction'):
+        make_trainer([SubsetSelection('gradmatch', 0.5, backend='cords')], model=NoReduction()).fit()
+    algorithm = InfoBatch(per_sample_loss=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction='none'))
+    make_trainer([algorithm], model=NoReduction(), max_duration='2ep').fit()
+    assert not algorithm.scores.isnan().any()
+    make_trainer([AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], model=NoReduction(), max_duration='2ep').fit()
+
+
+def test_a_loss_that_is_not_the_mean_of_its_samples_is_refused(make_trainer):
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 10.0]))
+    with pytest.raises(InputError, match='average to'):
+        make_trainer([InfoBatch()], loss_fn=weighted).fit()
+    with pytest.raises(InputError, match='average to'):
+        make_trainer([InfoBatch()], loss_fn=binary_cross_entropy_with_logits).fit()
+
+
+def test_regression(make_trainer, problem):
+    data = TensorDataset(problem.tensors[0], problem.tensors[0][:, :3] * 2)
+    algorithm = InfoBatch()
+    trainer = make_trainer([algorithm], dataset=data, loss_fn=nn.functional.mse_loss, lr=0.02, max_duration='4ep')
+    trainer.fit()
+    assert algorithm.scores.shape == (203,)
+    assert algorithm.samples_saved > 0
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_interpolated_losses_take_scores_from_the_first_call(mix, make_trainer, problem):
+    images = TensorDataset(problem.tensors[0].view(-1, 2, 2, 2), problem.tensors[1])
+    module = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+    algorithm, seen = InfoBatch(prune_ratio=0), []
+    trainer = make_trainer([mix(interpolate_loss=True), algorithm], dataset=images, module=module, max_duration='1ep')
+    original = algorithm._observe
+    trainer.state.model.loss.subscribers[:] = [lambda losses, where: (seen.append(where), original(losses, where))]
+    trainer.fit()
+    assert [w.stop - w.start for w in seen] == trainer.recorder.sizes[0]
+    assert not algorithm.scores.isnan().any()
+
+
+def test_copies_of_the_model_have_the_plain_loss(make_trainer):
+    trainer = make_trainer([InfoBatch()], max_duration='1ep')
+    trainer.fit()
+    assert isinstance(trainer.state.model.loss, WeightedLoss)
+    twin = copy.deepcopy(trainer.state.model)
+    assert not isinstance(twin.loss, WeightedLoss)
+    outputs = twin((torch.zeros(2, 8), None))
+    assert torch.isfinite(twin.loss(outputs, (None, torch.tensor([0, 1]))))
+
+
+def test_a_model_trained_twice_is_wrapped_once(make_trainer):
+    model = ComposerClassifier(nn.Linear(8, 3), num_classes=3)
+    for _ in range(2):
+        algorithm = InfoBatch()
+        make_trainer([algorithm], model=model, max_duration='1ep').fit()
+        assert not isinstance(model.loss.original, WeightedLoss)
+        assert not algorithm.scores.isnan().any()
