@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import EfficiencyMonitor
 
@@ -297,6 +298,39 @@ def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path):
 def test_a_recipe_without_a_json_form_is_refused():
     with pytest.raises(InputError, match='recipe'):
         EfficiencyMonitor({'model': torch.nn.Linear(1, 1)})
+
+
+def test_infobatch_and_adabatch_as_the_summary_has_them(tmp_path, make_trainer):
+    infobatch = InfoBatch(0.5, 0.8)
+    run = make_trainer(
+        [infobatch, AdaBatch(2.0, '2ep')],
+        max_duration='5ep',
+        run_name='run',
+        callbacks=[EfficiencyMonitor(save_folder=tmp_path)],
+    )
+    run.fit()
+    found = summary(tmp_path)
+    sizes = run.recorder.sizes  # of every batch, by epoch
+    assert [entry['samples'] for entry in found['epochs']] == [sum(epoch) for epoch in sizes]
+    assert [entry['batches'] for entry in found['epochs']] == [len(epoch) for epoch in sizes]
+    assert [entry['batch_size'] for entry in found['epochs']] == [16, 16, 32, 32, 64]
+    totals = found['totals']
+    assert totals['samples_full'] == 5 * 203
+    assert totals['samples_saved'] == infobatch.samples_saved == 5 * 203 - sum(map(sum, sizes)) > 0
+    assert totals['saved_fraction'] == pytest.approx(totals['samples_saved'] / (5 * 203))
+
+
+def test_selection_seconds_are_those_of_the_epochs_that_select(tmp_path, make_trainer):
+    make_trainer(
+        [SubsetSelection('adaptive-random', 0.25, '2ep')],
+        max_duration='4ep',
+        run_name='run',
+        callbacks=[EfficiencyMonitor(save_folder=tmp_path)],
+    ).fit()
+    found = summary(tmp_path)
+    assert [entry['selection_seconds'] > 0 for entry in found['epochs']] == [True, False, True, False]
+    assert all(entry['selection_seconds'] < entry['seconds'] for entry in found['epochs'])
+    assert found['totals']['samples_seen'] == 4 * round(0.25 * 203)
 
 
 TWO_RANKS = """
