@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from composer_effalgos.errors import InputError
 
 log = logging.getLogger(__name__)
+
+# What Composer's checkpoints hold beside tensors (versions, times, numpy's random state); none of it runs code when unpickled
+_HARMLESS: list[Any] = [TorchVersion, datetime.timedelta, np.ndarray, np.dtype, type(np.dtype('uint32')), np.empty(0).__reduce__()[0]]
 
 
 def load_file(model: nn.Module, path: str) -> None:
@@ -33,11 +39,13 @@ def load_file(model: nn.Module, path: str) -> None:
     if not file.is_file():
         raise InputError(f'model.pretrained: no file {path}; expected a .pt, .pth or .safetensors file of weights')
     try:
-        content = (
-            safetensors.torch.load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
-        )
+        if file.suffix == '.safetensors':
+            content: Any = safetensors.torch.load_file(file)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(file, map_location='cpu', weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        reason = str(error).split('\n')[0]
+        reason = str(error).split('\n')[0].split('. ')[0]
         raise InputError(f'model.pretrained: {path} is no readable file of weights ({reason})') from error
     load_weights(model, _state_dict(content, path), path)
 
@@ -74,7 +82,11 @@ def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
     for key in ('state', 'model', 'state_dict'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not (isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())):
+    if not (
+        isinstance(content, Mapping)
+        and content
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
         raise InputError(
             f'model.pretrained: {path} holds no state dict; expected names and tensors, alone or under `state_dict` or `model`'
         )
