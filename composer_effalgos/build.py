@@ -44,7 +44,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
     if dist.get_world_size() > 1:
         dist.initialize_dist(device, recipe.trainer.get('dist_timeout', 300.0))
     on_gpu = device.name == 'gpu'
-    checkpoints = _checkpoint_arguments(recipe)
+    loads = _check_loading(recipe)
+    saves = 'save_interval' in recipe.trainer or recipe.trainer.get('autoresume', False)
 
     algorithms = [component.build() for component in recipe.algorithms]
     callbacks = [component.build() for component in recipe.callbacks]
@@ -76,12 +77,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
             seed=recipe.seed,
             precision=precision,
             **recipe.trainer,
-            **checkpoints,
+            save_folder=str(checkpoint_folder(recipe)) if saves else None,
         )
     except ValueError as error:
         raise InputError(f'{recipe.source}: {one_line(error)}') from error
-    except RuntimeError as error:
-        if 'loading state_dict' not in str(error):
+    except (KeyError, RuntimeError) as error:
+        # Composer finds out parameter by parameter, some of them only in the optimizer's state
+        if not loads or (isinstance(error, RuntimeError) and 'loading state_dict' not in str(error)):
             raise
         raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
 
@@ -147,16 +149,16 @@ def _precision(recipe: Recipe, *, on_gpu: bool) -> str | None:
     return 'fp32'
 
 
-def _checkpoint_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The Trainer's arguments for saving, after a look at the checkpoint that it will load."""
-    folder = checkpoint_folder(recipe)
-    load_path, autoresume = recipe.trainer.get('load_path'), recipe.trainer.get('autoresume', False)
+def _check_loading(recipe: Recipe) -> bool:
+    """Whether this run loads a checkpoint, after a look at the file."""
+    load_path = recipe.trainer.get('load_path')
     if load_path is not None and '://' not in load_path and '{' not in load_path:
         check_checkpoint(f'{recipe.source}: load_path', Path(load_path))
-    if autoresume and (latest := folder / 'latest-rank0.pt').exists():
+    latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
+    resumes = recipe.trainer.get('autoresume', False) and latest.exists()
+    if resumes:
         check_checkpoint(f'{recipe.source}: autoresume', latest)
-    saves = autoresume or 'save_interval' in recipe.trainer
-    return {'save_folder': str(folder)} if saves else {}
+    return resumes or load_path is not None
 
 
 def check_checkpoint(key: str, path: Path) -> None:

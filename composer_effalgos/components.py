@@ -163,7 +163,7 @@ def schedulers() -> dict[str, type]:
 def optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """timm's optimizers, Composer's decoupled ones and torch's; of one name, the later in this list."""
     # Those left out need bitsandbytes or apex
-    names = timm.optim.list_optimizers(exclude_filters=['bnb*', 'fused*'])
+    names = [str(name) for name in timm.optim.list_optimizers(exclude_filters=['bnb*', 'fused*'])]
     found: dict[str, Callable[..., torch.optim.Optimizer]] = {name: timm.optim.get_optimizer_class(name) for name in names}
     found |= {'decoupled_sgdw': composer.optim.DecoupledSGDW, 'decoupled_adamw': composer.optim.DecoupledAdamW}
     found |= {

@@ -244,7 +244,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f'{path}: no such recipe; give the path of a YAML file (effalgos recipes lists those at hand)')
     try:
-        config = OmegaConf.load(path)
+        config: Any = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
         line = '' if error.problem_mark is None else f'line {error.problem_mark.line + 1}: '
         raise InputError(f'{path}: {line}not valid YAML: {error.problem or one_line(error)}') from error
@@ -308,7 +308,7 @@ def _named(key: str, kind: str, settings: Any, known: Mapping[str, Any], *, give
     """``{name: x, **arguments}`` as a component."""
     check_type(key, settings, dict)
     if not isinstance(settings.get('name'), str):
-        raise InputError(f'{key}.name: missing; expected the name of a {kind}')
+        raise InputError(f'{key}.name: missing; expected a string')
     target = find(f'{key}.name: {settings["name"]}', kind, settings['name'], known)
     arguments = {str(name): value for name, value in settings.items() if name != 'name'}
     return Component(key, target, check_arguments(key, target, arguments, given=given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 from composer.core import State, Time
 from composer.optim import ComposerScheduler
@@ -98,7 +99,7 @@ class OneCycleScheduler(ComposerScheduler):
         if anneal_strategy not in ('cos', 'linear'):
             raise InputError(f"anneal_strategy: must be 'cos' or 'linear', got {anneal_strategy!r}")
         self.max_lr = max_lr
-        self.shape = {
+        self.shape: dict[str, Any] = {
             'pct_start': pct_start,
             'anneal_strategy': anneal_strategy,
             'div_factor': div_factor,

@@ -1,0 +1,261 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from composer_effalgos import EfficiencyMonitor, InputError
+from composer_effalgos.build import build_trainer, check_checkpoint
+from composer_effalgos.recipe import list_recipes, load_recipe, parse_recipe, recipe_folder
+from composer_effalgos.train import main
+
+RECIPE = """
+run_name: small
+seed: 3
+max_duration: 4ep
+save_folder: {folder}
+progress_bar: false
+dataset: {{name: synthetic, batch_size: 16, num_samples: 64, eval_samples: 32, num_classes: 4, image_size: 8}}
+model: {{name: resnet20_cifar}}
+optimizer: {{name: sgd, lr: 0.05, momentum: 0.9}}
+scheduler: {{name: one_cycle, max_lr: 0.1}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / 'small.yaml'
+    path.write_text(RECIPE.format(folder=tmp_path / 'runs'))
+    return path
+
+
+def summary(folder: Path, run_name: str = 'small') -> dict:
+    return json.loads((folder / 'runs' / run_name / 'summary.json').read_text())
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location='cpu', weights_only=False)['state']['model']
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def refused(capfd, *argv: object) -> str:
+    """The one line on stderr of a refused run."""
+    assert main([str(item) for item in argv]) == 2
+    captured = capfd.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1
+    assert 'Traceback' not in captured.err
+    assert captured.out == ''
+    return lines[0]
+
+
+def test_a_run_trains_and_writes_its_summary(recipe_file, tmp_path, capfd):
+    assert main([str(recipe_file), 'max_duration=6ep', 'dataset.noise=0.2']) == 0
+    written = summary(tmp_path)
+    assert (written['run_name'], written['seed'], written['world_size']) == ('small', 3, 1)
+    assert written['recipe']['max_duration'] == '6ep'
+    assert [entry['samples'] for entry in written['epochs']] == [64] * 6
+    assert written['totals']['eval_accuracy'] > 0.5  # chance is 0.25
+    out = capfd.readouterr().out.splitlines()
+    assert out[-1].startswith(f'small: accuracy {written["totals"]["eval_accuracy"]:.4f}, 384 samples (0.0% saved), ')
+    assert out[-1].endswith('runs/small/summary.json')
+
+
+def test_the_seed_decides_weights_and_order(recipe_file, tmp_path):
+    def after_one_epoch(run_name: str, seed: int) -> dict[str, torch.Tensor]:
+        assert main([str(recipe_file), f'run_name={run_name}', f'seed={seed}', 'max_duration=1ep', 'save_interval=1ep']) == 0
+        return weights(tmp_path / 'runs' / run_name / 'checkpoints' / 'ep1-ba4-rank0.pt')
+
+    first = after_one_epoch('a', 1)
+    assert same(first, after_one_epoch('b', 1))
+    assert not same(first, after_one_epoch('c', 2))
+
+
+def test_the_learning_rate_peaks_at_max_lr_and_ends_at_nearly_nothing(recipe_file):
+    trainer = build_trainer(load_recipe(recipe_file, ['optimizer.lr=7', 'scheduler.pct_start=0.5']))
+    rates = []
+    group = trainer.state.optimizers[0].param_groups[0]
+    optimizer_step = trainer.state.optimizers[0].step
+
+    def step(*args, **kwargs):
+        rates.append(group['lr'])
+        return optimizer_step(*args, **kwargs)
+
+    trainer.state.optimizers[0].step = step
+    trainer.fit()
+    trainer.close()
+    assert len(rates) == 16
+    # Composer's schedules lag by one batch
+    assert rates[:2] == [0.1 / 25] * 2
+    assert max(rates) == pytest.approx(0.1)
+    assert group['lr'] == pytest.approx(0.1 / 25 / 1e4)
+
+
+def test_every_run_has_one_monitor(recipe_file):
+    trainer = build_trainer(load_recipe(recipe_file))
+    assert sum(isinstance(callback, EfficiencyMonitor) for callback in trainer.state.callbacks) == 1
+
+
+def test_half_precision_runs_in_full_precision_on_the_cpu(recipe_file, caplog):
+    trainer = build_trainer(load_recipe(recipe_file, ['precision=amp_bf16', 'device=cpu']))
+    assert trainer.state.precision == 'fp32'
+    assert [record.getMessage() for record in caplog.records if 'amp_bf16' in record.getMessage()] == [
+        'note: precision amp_bf16 needs a GPU; running in fp32'
+    ]
+
+
+@pytest.mark.parametrize('resume', ['load_path', 'autoresume'])
+def test_a_resumed_run_ends_with_the_same_weights(recipe_file, tmp_path, resume):
+    whole = [str(recipe_file), 'save_interval=1ep', 'algorithms.infobatch={}']
+    assert main([*whole, 'run_name=whole']) == 0
+    checkpoints = tmp_path / 'runs' / 'whole' / 'checkpoints'
+    expected = weights(checkpoints / 'latest-rank0.pt')
+    second = next(checkpoints.glob('ep2-*.pt'))
+    if resume == 'load_path':
+        assert main([*whole, 'run_name=again', f'load_path={second}']) == 0
+        checkpoints = tmp_path / 'runs' / 'again' / 'checkpoints'
+    else:
+        for path in [*checkpoints.glob('ep3-*.pt'), *checkpoints.glob('ep4-*.pt'), checkpoints / 'latest-rank0.pt']:
+            path.unlink()
+        (checkpoints / 'latest-rank0.pt').symlink_to(second.name)
+        assert main([*whole, 'run_name=whole', 'autoresume=true']) == 0
+    assert same(weights(checkpoints / 'latest-rank0.pt'), expected)
+    assert len(summary(tmp_path, checkpoints.parent.name)['epochs']) == 4
+
+
+def test_checkpoints_of_finished_runs(recipe_file, tmp_path, capfd):
+    saving = [str(recipe_file), 'save_interval=1ep', 'max_duration=1ep']
+    assert main(saving) == 0
+    latest = tmp_path / 'runs' / 'small' / 'checkpoints' / 'latest-rank0.pt'
+    before = latest.resolve().stat().st_mtime_ns
+    capfd.readouterr()
+    assert 'choose another run_name' in refused(capfd, *saving)
+    assert 'has reached 1ep already' in refused(capfd, *saving, f'load_path={latest}', 'run_name=other')
+    assert 'checkpoint is of another model' in refused(capfd, *saving, f'load_path={latest}', 'run_name=other', 'model.name=resnet56_cifar')
+    # Nothing is left to do, and nothing is done
+    assert main([*saving, 'autoresume=true']) == 0
+    assert latest.resolve().stat().st_mtime_ns == before
+    assert main([*saving, 'save_overwrite=true']) == 0
+
+
+def test_damaged_checkpoints(tmp_path):
+    path = tmp_path / 'good.pt'
+    torch.save({'state': {'x': torch.arange(1000.0)}}, path)
+    check_checkpoint('load_path', path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        'cut off': content[:middle],
+        'damaged checkpoint': content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+        'not a checkpoint': b'text',
+    }
+    for expected, data in damaged.items():
+        bad = tmp_path / 'bad.pt'
+        bad.write_bytes(data)
+        with pytest.raises(InputError, match=expected):
+            check_checkpoint('load_path', bad)
+    torch.save({'weights': 1}, bad)
+    with pytest.raises(InputError, match="has no 'state'"):
+        check_checkpoint('load_path', bad)
+    with pytest.raises(InputError, match='no such checkpoint'):
+        check_checkpoint('load_path', tmp_path / 'none.pt')
+
+
+@pytest.mark.parametrize(
+    ('override', 'expected'),
+    [
+        ('dataset.batch_size=65', 'dataset.batch_size: 65 is larger than the data set of 64 samples'),
+        ('model.num_classes=3', 'model.num_classes: 3, but the data set has 4 classes'),
+        ('model.name=resnet21_cifar', 'model.name'),
+        ('optimizer.lr=-1', 'optimizer: Invalid learning rate'),
+        ('scheduler.max_lr=0', 'scheduler: max_lr: must be above 0, got 0'),
+        ('algorithms.infobatch.prune_ratio=1.0', 'algorithms.infobatch: '),
+        ('algorithms.adabatch.growth_factor=1', 'algorithms.adabatch: '),
+        ('algorithms.swa.swa_start=soon', 'algorithms.swa: '),
+        ('device=tpux', 'device: '),
+        ('load_path=none.pt', 'load_path: none.pt: no such checkpoint'),
+        ('device_train_microbatch_size=auto', 'device_train_microbatch_size'),
+        ('algorithms={subset_selection: {fracton: 0.3}}', 'fracton'),
+    ],
+)
+def test_what_cannot_run_is_refused_with_nothing_written(recipe_file, tmp_path, capfd, override, expected):
+    line = refused(capfd, recipe_file, override)
+    assert line.startswith(f'error: {recipe_file}: ')
+    assert expected in line
+    assert not list((tmp_path / 'runs').rglob('*.*'))
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'image_folder', 'image_parquet'])
+def test_missing_data_is_refused(recipe_file, tmp_path, capfd, name):
+    nowhere = tmp_path / 'nowhere'
+    recipe_file.write_text(re.sub('dataset:.*', f'dataset: {{name: {name}, path: {nowhere}, batch_size: 4}}', recipe_file.read_text()))
+    assert f'dataset.path: no folder {nowhere}' in refused(capfd, recipe_file)
+    nowhere.mkdir()
+    assert str(nowhere) in refused(capfd, recipe_file)
+
+
+def test_a_missing_recipe_is_refused(tmp_path, capfd):
+    assert 'no such recipe' in refused(capfd, tmp_path / 'none.yaml')
+
+
+def test_a_corrupt_image_in_a_worker_is_one_line(recipe_file, tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in ('cat', 'dog'):
+            folder = tmp_path / 'images' / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f'{index}.png')
+    broken = tmp_path / 'images' / 'train' / 'dog' / '2.png'
+    broken.write_bytes(broken.read_bytes()[:60])
+    data = f'dataset: {{name: image_folder, path: {tmp_path / "images"}, batch_size: 4, num_workers: 1}}\n'
+    recipe_file.write_text(re.sub('dataset:.*\n', data, recipe_file.read_text()))
+    line = refused(capfd, recipe_file)
+    assert str(broken) in line
+    assert 'corrupt image' in line
+
+
+@pytest.mark.parametrize('path', [path for path, _ in list_recipes(recipe_folder())], ids=lambda path: path.stem)
+def test_our_recipes_build(path, tmp_path):
+    recipe = load_recipe(path, [f'save_folder={tmp_path}', 'progress_bar=false', 'loggers=null'])
+    assert recipe.run_name == path.stem
+    if recipe.dataset.name == 'cifar10':  # the real one may not be here
+        batch_size = recipe.dataset.batch_size
+        stand_in = {'name': 'synthetic', 'batch_size': batch_size, 'num_samples': 2 * batch_size, 'eval_samples': 10}
+        recipe = parse_recipe(recipe.settings | {'dataset': stand_in})
+    trainer = build_trainer(recipe)
+    assert len(trainer.state.algorithms) >= len(recipe.algorithms)
+    trainer.close()
+
+
+def launch(ranks: int, *argv: object, **kwargs) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, '-m', 'composer.cli.launcher', '-n', str(ranks), '-m', 'composer_effalgos.train']
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    return subprocess.run([*launcher, *map(str, argv)], capture_output=True, text=True, env=environment, timeout=300, check=False, **kwargs)
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_batch(recipe_file, tmp_path):
+    run = launch(2, recipe_file, 'max_duration=1ep', 'algorithms.infobatch={}')
+    assert run.returncode == 0, run.stderr
+    written = summary(tmp_path)
+    assert written['world_size'] == 2
+    assert [(entry['samples'], entry['batches'], entry['batch_size']) for entry in written['epochs']] == [(64, 4, 16)]
+    assert sum(line.startswith('small: accuracy') for line in run.stdout.splitlines()) == 1
+
+
+@pytest.mark.distributed
+def test_two_ranks_refuse_once(recipe_file):
+    run = launch(2, recipe_file, 'dataset.batch_size=15')
+    assert run.returncode == 2
+    assert (run.stdout + run.stderr).count('error: ') == 1
+    assert 'dataset.batch_size: 15 is not divisible by the 2 ranks' in run.stderr
