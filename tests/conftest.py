@@ -41,7 +41,7 @@ class Recorder(Callback):
         self.lrs.append([])
         self.sizes.append([])
 
-    def before_train_batch(self, state: State, logger: Logger) -> None:
+    def batch_start(self, state: State, logger: Logger) -> None:
         if not self.lrs:  # resumed within an epoch
             self.epoch_start(state, logger)
         self.lrs[-1].append(state.optimizers[0].param_groups[0]['lr'])
