@@ -289,10 +289,10 @@ def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor,
 
 def _shares(counts: list[int], budget: int) -> list[int]:
     """The budget in proportion to the counts, by largest remainder; every class gets one if there are enough to go round."""
-    quotas = [divmod(budget * count, sum(counts)) for count in counts]
-    shares = [max(whole, int(budget >= len(counts))) for whole, _ in quotas]
+    total = sum(counts)
+    shares = [max(budget * count // total, int(budget >= len(counts))) for count in counts]
     missing = budget - sum(shares)
-    for i in sorted(range(len(counts)), key=lambda i: -quotas[i][1])[: max(missing, 0)]:
+    for i in sorted(range(len(counts)), key=lambda i: shares[i] * total - budget * counts[i])[: max(missing, 0)]:
         shares[i] += 1
     while missing < 0:  # the ones given to tiny classes are taken from where most is left
         largest = max(range(len(counts)), key=lambda i: shares[i])

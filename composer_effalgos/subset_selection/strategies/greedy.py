@@ -57,13 +57,14 @@ def greedy(
             best, gain = candidates[gains.argmax()][None], float(gains.max())
         else:
             while True:
-                front = bounds.topk(min(BLOCK, left)).indices
-                if fresh[front[0]]:
+                best = bounds.argmax(dim=0, keepdim=True)  # of equals the first
+                if fresh[best]:
                     break
+                front = torch.cat([best, bounds.topk(min(BLOCK, left)).indices])
                 stale = front[~fresh[front]]
                 bounds[stale] = function.gains(stale)
                 fresh[stale] = True
-            best, gain = front[:1], float(bounds[front[0]])
+            gain = float(bounds[best])
         taken[best] = True
         bounds[best] = -torch.inf
         fresh = torch.zeros_like(taken)
