@@ -99,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(recipe)
     except InputError as error:
         return refuse(error)
+    except RuntimeError as error:
+        # gloo's words for a rank that has gone; that rank has said why
+        if dist.get_world_size() == 1 or 'by peer' not in str(error):
+            raise
+        print('error: another rank has stopped; the launcher shows its message', file=sys.stderr, flush=True)
+        return 1
     if dist.get_global_rank() == 0:
         print(summary_line(recipe), flush=True)
     return 0
