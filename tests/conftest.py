@@ -1,6 +1,9 @@
 """Fixtures shared by the whole test suite."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +113,20 @@ def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
 def weights_of() -> Callable[[Trainer], torch.Tensor]:
     """All parameters and buffers of a trainer's model in one vector."""
     return lambda trainer: torch.cat([value.flatten().double() for value in trainer.state.model.state_dict().values()])
+
+
+@pytest.fixture
+def train_small(tmp_path: Path) -> Callable[..., dict[str, Any] | None]:
+    """Runs ``scripts/train_small.py``, on one rank or several; gives what it saved, or ``None`` where it was killed."""
+
+    def run(folder: str, *arguments: str, ranks: int = 1) -> dict[str, Any] | None:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        script = [str(Path(__file__).parent / 'scripts' / 'train_small.py'), '--folder', str(place), *arguments]
+        launcher = [sys.executable] if ranks == 1 else [sys.executable, '-m', 'composer.cli', '-n', str(ranks)]
+        done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=300, check=False)
+        killed = '--kill-at' in arguments
+        assert (done.returncode != 0) == killed, done.stdout[-3000:] + done.stderr[-3000:]
+        return None if killed else torch.load(place / 'final.pt', weights_only=False)
+
+    return run

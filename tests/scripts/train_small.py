@@ -1,0 +1,146 @@
+"""Trains a small network with all three algorithms; run by tests in processes of its own, on one rank or several, and killed by them."""
+
+import argparse
+import os
+import random
+import signal
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.algorithms import EMA, BlurPool, SqueezeExcite
+from composer.core import Callback
+from composer.models import ComposerClassifier
+from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.utils import dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos.plan import Plan
+
+torch.set_num_threads(1)
+
+
+class Augmented(Dataset):
+    """90 noisy images whose augmentation draws from all generators."""
+
+    def __init__(self, augment: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(90) % 3
+        self.images = torch.randn(90, 3, 8, 8, generator=generator) + self.labels[:, None, None, None] * 0.5
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return 90
+
+    def __getitem__(self, index: int):
+        image = self.images[index]
+        if self.augment:
+            image = image.roll(int(torch.randint(3, ())), dims=1) * random.uniform(0.8, 1.2)
+        return image, self.labels[index]
+
+
+class Watch(Callback):
+    """Notes which samples each epoch trains on, and kills the process when told to."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.kill_at = kill_at
+        self.epochs: dict[int, dict] = {}
+
+    def batch_end(self, state, logger):
+        if int(state.timestamp.batch) == self.kill_at and dist.get_global_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def epoch_end(self, state, logger):
+        loader = Plan.of(state).loader
+        weights = loader.plan.rank_weights(loader.rank, loader.world_size)
+        self.epochs[int(state.timestamp.epoch) - 1] = {
+            'order': loader.rank_order.tolist(),
+            'weights': [1.0] * len(loader.rank_order) if weights is None else weights.tolist(),
+            'batches': len(loader),
+            'start': loader.plan.start,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--folder', type=Path, required=True)
+    parser.add_argument('--kill-at', type=int)
+    parser.add_argument('--workers', type=int, default=0)
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--microbatch', type=int)
+    parser.add_argument('--save-interval', default='3ba')
+    parser.add_argument('--lr', type=float, default=0.05)
+    parser.add_argument('--simple', action='store_true', help='no layer or augmentation whose result depends on the ranks')
+    parser.add_argument('--subset', default='gradmatch')
+    parser.add_argument('--backend', default='torch')
+    parser.add_argument('--duration', default='6ep')
+    parser.add_argument('--tag', default='final')
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    middle = [] if options.simple else [nn.BatchNorm2d(8), nn.Dropout(0.1)]
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        *middle,
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
+    dataset = Augmented(augment=not options.simple)
+    algorithms = [InfoBatch(0.5, 0.9), AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
+    if options.subset != 'none':
+        algorithms.append(SubsetSelection(options.subset, 0.8, '2ep', backend=options.backend))
+    if not options.simple:
+        algorithms += [BlurPool(min_channels=1), SqueezeExcite(latent_channels=2, min_channels=4), EMA(half_life='10ba')]
+    watch = Watch(options.kill_at)
+    trainer = Trainer(
+        model=ComposerClassifier(network, num_classes=3),
+        train_dataloader=DataLoader(
+            dataset,
+            batch_size=options.batch_size,
+            num_workers=options.workers,
+            sampler=dist.get_sampler(dataset, shuffle=True),
+            drop_last=options.simple,  # a last batch that is not full is shared out differently over different ranks
+        ),
+        eval_dataloader=DataLoader(dataset, batch_size=30, sampler=dist.get_sampler(dataset)),
+        optimizers=torch.optim.SGD(network.parameters(), lr=options.lr, momentum=0.9),
+        schedulers=CosineAnnealingWithWarmupScheduler('1ep', '1dur'),
+        max_duration=options.duration,
+        algorithms=algorithms,
+        callbacks=[watch],
+        device='cpu',
+        device_train_microbatch_size=options.microbatch,
+        seed=1,
+        progress_bar=False,
+        run_name='small',
+        save_folder=str(options.folder / 'checkpoints'),
+        save_interval=options.save_interval,
+        save_num_checkpoints_to_keep=3,
+        autoresume=True,
+    )
+    trainer.fit()
+    scores = algorithms[0].scores
+    everyone = dist.all_gather_object(watch.epochs)
+    if dist.get_global_rank() == 0:
+        torch.save(
+            {
+                'model': network.state_dict(),
+                'optimizer': trainer.state.optimizers[0].state_dict(),
+                'scores': scores,
+                'saved': algorithms[0].samples_saved,
+                'epochs': everyone,
+                'batches': int(trainer.state.timestamp.batch),
+                'samples': int(trainer.state.timestamp.sample),
+            },
+            options.folder / f'{options.tag}.pt',
+        )
+    trainer.close()
+
+
+if __name__ == '__main__':
+    main()
