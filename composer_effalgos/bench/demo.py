@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def run_demo(
     """Trains recipes with several seeds, one run at a time, then prints a table and writes a report.
 
     Each run is a process of its own: one that fails is named, and the others go on. What a run prints is in ``train.log`` in its folder.
+    On the CPU a run computes with one thread, or with as many as ``OMP_NUM_THREADS`` says.
 
     Args:
         out: Folder for the runs and ``report.html``; runs of the same names in it are replaced.
@@ -87,8 +89,11 @@ def run_demo(
 
     if len(failures) < len(runs):
         report = write_report(out)
-        names = {f'{name}_seed{seed}' for name, seed in runs}
-        console.print(rich_table(table_rows([run for run in read_runs(out)[0] if run.summary['run_name'] in names])))
+        places = {f'{name}_seed{seed}': place for place, (name, seed) in enumerate(runs)}
+        ours = [run for run in read_runs(out)[0] if run.summary['run_name'] in places]
+        console.print()
+        console.print(rich_table(table_rows(sorted(ours, key=lambda run: places[run.summary['run_name']]))))
+        console.print()
         console.print(NOTE, style='dim')
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)
     return failures
@@ -109,9 +114,11 @@ def _train(recipe: Path, overrides: Sequence[str], out: Path, run_name: str, adv
     summary.unlink(missing_ok=True)  # what an earlier demo left must not pass for this run
     # YAML reads a JSON string as it stands, whatever is in the path.
     placed = [f'run_name={run_name}', f'save_folder={json.dumps(str(out))}', 'save_overwrite=true', 'progress_bar=false']
+    # The demo's networks are too small to share one step between threads, and threads that wait for each other starve on a busy machine.
+    environment = {'OMP_NUM_THREADS': '1', **os.environ}
     command = [sys.executable, '-m', 'composer_effalgos.train', str(recipe), *overrides, *placed]
     with log.open('w', encoding='utf-8') as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
         try:
             while process.poll() is None:
                 time.sleep(0.2)

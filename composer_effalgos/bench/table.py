@@ -11,16 +11,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
 
-COLUMNS = ('run', 'seeds', 'accuracy %', 'Δ points', 'samples seen', 'saved %', 'train s', 'time %')
+COLUMNS = ('run', 'seeds', 'accuracy %', 'Δ', 'samples', 'saved %', 'train s', 'time %')
 NOTE = (
-    'accuracy: mean ± sample standard deviation over the seeds, at the end of the run; Δ points: its mean less the baseline’s; '
-    'train s: mean, selection included and evaluation left out; time %: of the baseline’s train s.'
+    'accuracy: mean ± sample standard deviation over the seeds, at the end of the run; Δ: its mean less the baseline’s; samples: mean '
+    'number trained on; train s: mean, selection included and evaluation left out; time %: of the baseline’s train s.'
 )
 _NONE = '–'
 _NUMBERS = {
@@ -191,7 +192,7 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
     Returns:
         A table that rich prints.
     """
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify='right' if number else 'left', overflow='fold')
     for row in rows:
