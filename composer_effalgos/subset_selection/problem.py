@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 
@@ -105,7 +106,7 @@ def softmax_targets(error: Tensor, labels: Tensor | None) -> tuple[Tensor, Tenso
     labels = error.argmin(dim=1) if labels is None else labels
     if int(labels.max()) >= error.shape[1]:
         return None
-    probability = error.scatter_add(1, labels[:, None], torch.ones_like(error[:, :1]))
+    probability = error + one_hot(labels, error.shape[1])
     if probability.min() < -1e-5 or (probability.sum(dim=1) - 1).abs().max() > 1e-4:
         return None
     return probability.clamp(min=1e-12).log(), labels

@@ -412,6 +412,19 @@ def test_gradients_that_are_not_finite(make_gradients, bad):
         select_subset('glister', gradients, 4, labels=labels, val_gradients=broken, val_labels=labels)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(('strategy', 'selection_type'), CASES)
+def test_the_device_makes_no_difference(make_gradients, strategy, selection_type):
+    gradients, labels = make_gradients(80, 4, 6)
+    options = {'selection_type': selection_type, 'batch_size': 8}
+    indices, weights = select_subset(strategy, gradients, 20, labels=labels, **options)
+    on_device = select_subset(strategy, gradients.to('cuda'), 20, labels=labels.to('cuda'), **options)
+    assert on_device[0].is_cuda
+    assert on_device[1].is_cuda
+    assert torch.equal(on_device[0].cpu(), indices)
+    torch.testing.assert_close(on_device[1].cpu(), weights, rtol=1e-3, atol=1e-3)
+
+
 def test_check_options_fills_in_the_defaults():
     settings_ = check_options('gradmatch', valid=True)
     assert settings_['lam'] == 0.5

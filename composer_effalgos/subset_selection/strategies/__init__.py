@@ -303,8 +303,8 @@ def _shares(counts: list[int], budget: int) -> list[int]:
 
 def _exactly(problem: Problem, selection: Selection) -> Selection:
     """The selection without repeated positions, cut or filled to the budget."""
-    positions, weights = selection
-    weights = weights.float().clamp(min=0)
+    device = problem.gradients.device
+    positions, weights = selection[0].to(device), selection[1].to(device).float().clamp(min=0)
     seen: dict[int, int] = {}
     first = []
     for i, position in enumerate(positions.tolist()):
@@ -318,9 +318,8 @@ def _exactly(problem: Problem, selection: Selection) -> Selection:
         by_weight = torch.argsort(weights, descending=True, stable=True)[: problem.budget]
         kept = by_weight.sort().values
         return positions[kept], weights[kept]
-    rest = torch.ones(len(problem.gradients), dtype=torch.bool)
-    rest[positions.cpu()] = False
-    rest_positions = rest.nonzero()[:, 0]
-    drawn = rest_positions[torch.randperm(len(rest_positions), generator=problem.generator)[: problem.budget - len(positions)]]
-    device = problem.gradients.device
-    return torch.cat([positions.to(device), drawn.to(device)]), torch.cat([weights.to(device), torch.ones(len(drawn), device=device)])
+    left_out = torch.ones(len(problem.gradients), dtype=torch.bool, device=device)
+    left_out[positions] = False
+    rest = left_out.nonzero()[:, 0]
+    drawn = torch.randperm(len(rest), generator=problem.generator)[: problem.budget - len(positions)].to(device)
+    return torch.cat([positions, rest[drawn]]), torch.cat([weights, torch.ones(len(drawn), device=device)])
