@@ -48,7 +48,7 @@ class Recorder(Callback):
         if not self.lrs:  # resumed within an epoch
             self.epoch_start(state, logger)
         self.lrs[-1].append(state.optimizers[0].param_groups[0]['lr'])
-        self.sizes[-1].append(len(state.batch[1]))
+        self.sizes[-1].append(len(state.batch['labels' if isinstance(state.batch, dict) else 1]))
         self.microbatches.append(state.device_train_microbatch_size)
 
 

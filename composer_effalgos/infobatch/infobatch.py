@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import PerSampleLoss, Plan, stream_seed
+from composer_effalgos.plan import PerSampleLoss, Plan, PlannedDataLoader, per_sample_mean, stream_seed
 
 _STREAM = 10  # of random numbers, see stream_seed
+_BLOCK = 1 << 16  # samples that are decided together, in the processor's cache
 
 
-def prune(scores: Tensor, prune_ratio: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def prune(
+    scores: Tensor,
+    prune_ratio: float,
+    generator: torch.Generator | None = None,
+    *,
+    bands: Sequence[tuple[float, float]] | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Decides which samples one epoch trains on, and how much each counts.
 
     Of the ``m`` samples whose score is below the mean, ``floor((1 - prune_ratio) m)``, drawn at random, are kept with weight
@@ -28,26 +39,82 @@ def prune(scores: Tensor, prune_ratio: float, generator: torch.Generator | None 
         scores: One score a sample (its last loss), float ``[N]``, on the CPU.
         prune_ratio: The share of below-mean samples to drop, in [0, 1).
         generator: Draws which; ``None`` for torch's default generator.
+        bands: Quantile thresholds in place of the mean and ``prune_ratio``: ``(quantile, ratio)`` pairs in ascending order of the
+            quantile. The samples below the first quantile of the scores are pruned with the first ratio, those between the first and the
+            second with the second, and so on; those from the last quantile on are kept.
+        labels: Class indices, int64 ``[N]``: the mean (or the quantiles) is each class's own, so that no class is pruned away.
 
     Returns:
         The kept samples in ascending order, int64 ``[n]``, and their weights, float32 ``[n]``.
 
     Raises:
-        InputError: Where ``prune_ratio`` is outside [0, 1) or ``scores`` is not a vector.
+        InputError: Where ``prune_ratio`` or ``bands`` is outside its range, or ``scores`` or ``labels`` has another shape.
     """
     _check_ratio('prune_ratio', prune_ratio)
     if scores.ndim != 1:
         raise InputError(f'scores: must have one dimension, got shape {tuple(scores.shape)}')
-    scored = torch.isfinite(scores)
-    mean = scores[scored].double().mean() if bool(scored.any()) else torch.tensor(math.nan)
-    prunable = scored & (scores < mean)
-    below = prunable.nonzero().squeeze(1)
-    num_kept = math.floor(len(below) * (1 - prune_ratio) + 1e-9)  # 0.1 * 10 must be 1, also as (1 - 0.9) * 10
-    keep = ~prunable
-    keep[below[torch.randperm(len(below), generator=generator)[:num_kept]]] = True
-    kept = keep.nonzero().squeeze(1)
-    weights = torch.ones(len(kept))
-    weights[prunable[kept]] = 1 / (1 - prune_ratio)
+    if labels is not None and (labels.shape != scores.shape or labels.is_floating_point()):
+        raise InputError(f'labels: must be class indices of shape {tuple(scores.shape)}, got {labels.dtype} {tuple(labels.shape)}')
+    ratios = [prune_ratio] if bands is None else [ratio for _, ratio in _checked_bands(bands)]
+    # which group of prunable samples each belongs to; 0: kept anyway
+    group = torch.zeros(len(scores), dtype=torch.uint8 if labels is None else torch.int32)
+    if labels is None:
+        _number_bands(group, scores, bands, 0)
+    else:
+        for number, label in enumerate(labels.unique().tolist()):
+            rows = (labels == label).nonzero().squeeze(1)
+            part = torch.zeros(len(rows), dtype=group.dtype)
+            _number_bands(part, scores[rows], bands, number * len(ratios))
+            group[rows] = part
+    return _draw(group, ratios, generator)
+
+
+def _number_bands(group: Tensor, scores: Tensor, bands: Sequence[tuple[float, float]] | None, offset: int) -> None:
+    """Writes the group numbers of prunable samples, ``offset + 1`` for the lowest band, into ``group``."""
+    if bands is None:
+        group.masked_fill_((scores < _finite_mean(scores)) & (scores > -math.inf), offset + 1)
+        return
+    finite = scores[torch.isfinite(scores)].double()
+    if not len(finite):
+        return
+    limits = np.quantile(finite.numpy(), [quantile for quantile, _ in bands])
+    for number in reversed(range(len(limits))):
+        group.masked_fill_((scores < limits[number]) & (scores > -math.inf), offset + 1 + number)
+
+
+def _draw(group: Tensor, ratios: Sequence[float], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Drops a share of each group, uniformly at random and exact in number.
+
+    It goes block by block, so that shuffling stays in the processor's cache and nothing but the result grows with N: how many of a group
+    are dropped in each block is drawn from the multivariate hypergeometric distribution, which ones within the block by a permutation.
+    """
+    starts = range(0, len(group), _BLOCK)
+    num_groups = int(group.max()) + 1 if len(group) else 1
+    by_block = np.stack([torch.bincount(group[i : i + _BLOCK], minlength=num_groups).numpy() for i in starts] or [np.zeros(1, int)])
+    dropped = np.zeros_like(by_block)
+    numpy_generator = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    for number in range(1, num_groups):
+        present = int(by_block[:, number].sum())
+        num_dropped = present - math.floor(present * (1 - ratios[(number - 1) % len(ratios)]) + 1e-9)  # (1 - 0.9) * 10 must be 1
+        if len(by_block) == 1:
+            dropped[0, number] = num_dropped
+        elif num_dropped:
+            dropped[:, number] = numpy_generator.multivariate_hypergeometric(by_block[:, number], num_dropped, method='marginals')
+    total = len(group) - int(dropped.sum())
+    kept, weights = torch.empty(total, dtype=torch.int64), torch.ones(total)
+    weight_of = torch.tensor([1.0] + [1 / (1 - ratios[g % len(ratios)]) for g in range(num_groups - 1)])
+    filled = 0
+    for start, drops in zip(starts, dropped, strict=True):
+        block = group[start : start + _BLOCK].long()
+        keep = torch.ones(len(block), dtype=torch.bool)
+        for number in drops.nonzero()[0].tolist():
+            members = (block == number).nonzero().squeeze(1)
+            keep[members[torch.randperm(len(members), generator=generator)[: drops[number]]]] = False
+        positions = keep.nonzero().squeeze(1)
+        end = filled + len(positions)
+        kept[filled:end] = positions.add_(start)
+        weights[filled:end] = weight_of[block[keep]]
+        filled = end
     return kept, weights
 
 
@@ -56,12 +123,27 @@ def _check_ratio(name: str, value: float) -> None:
         raise InputError(f'{name}: must be a number in [0, 1), got {value!r}')
 
 
+def _checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    try:
+        pairs = [(quantile, ratio) for quantile, ratio in bands]
+    except (TypeError, ValueError) as error:
+        raise InputError(f'bands: must be a list of (quantile, ratio) pairs, got {bands!r}') from error
+    for number, (quantile, ratio) in enumerate(pairs):
+        _check_ratio(f'bands[{number}] ratio', ratio)
+        if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+            raise InputError(f'bands[{number}] quantile: must be a number in (0, 1], got {quantile!r}')
+    if not 0 < len(pairs) < 250 or [q for q, _ in pairs] != sorted({q for q, _ in pairs}):
+        raise InputError(f'bands: quantiles must ascend, got {[q for q, _ in pairs]}')
+    return pairs
+
+
 class InfoBatch(Algorithm):
     """Skips well-learned samples without biasing the gradient.
 
-    Each epoch, samples whose last loss lies below the mean are dropped with probability ``prune_ratio``; those of them that are kept
-    count ``1 / (1 - prune_ratio)`` times, so the expected gradient stays that of the full data. Nothing is pruned before every sample has
-    a score, and the last ``1 - delta`` of the run trains on everything. Schedules keep the time of the unpruned run.
+    Each epoch, samples whose score (their last loss) lies below the mean are dropped with probability ``prune_ratio``; those of them that
+    are kept count ``1 / (1 - prune_ratio)`` times, so the expected gradient stays that of the full data. Nothing is pruned before every
+    sample has a score, and the last ``1 - delta`` of the run trains on everything. Schedules keep the time of the unpruned run. A NaN or
+    infinite loss never prunes a sample and does not move the mean.
 
     Runs on ``INIT``, ``EPOCH_END`` and ``FIT_END``. Source: Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data
     Pruning", ICLR 2024, arXiv 2303.04947.
@@ -69,9 +151,15 @@ class InfoBatch(Algorithm):
     Args:
         prune_ratio: The share of below-mean samples that an epoch drops, in [0, 1).
         delta: The share of the run in which samples are pruned, in [0, 1]; the rest trains on everything.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to call the model's own loss with ``reduction='none'``. It replaces
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample. It replaces
             ``model.loss`` during training steps.
         seed: Seeds the draws; ``None`` for the trainer's seed.
+        score: ``'loss'``, the last loss (the paper's); ``'ema'``, an exponential moving average of the losses; or a function
+            ``(outputs, batch) -> [B, ...]`` of your own, low for samples that are well learned.
+        score_decay: The weight of the old average under ``score='ema'``, in [0, 1).
+        bands: Quantile thresholds in place of the mean, see :func:`prune`.
+        class_balanced: Whether every class is pruned by its own mean (or quantiles), so that no class is pruned away.
+        labels: Class indices of the training samples, ``[N]``, for ``class_balanced``; ``None`` to read the data set's ``targets``.
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
@@ -86,30 +174,54 @@ class InfoBatch(Algorithm):
     _state: State
 
     def __init__(
-        self, prune_ratio: float = 0.5, delta: float = 0.875, *, per_sample_loss: PerSampleLoss | None = None, seed: int | None = None
+        self,
+        prune_ratio: float = 0.5,
+        delta: float = 0.875,
+        *,
+        per_sample_loss: PerSampleLoss | None = None,
+        seed: int | None = None,
+        score: Literal['loss', 'ema'] | PerSampleLoss = 'loss',
+        score_decay: float = 0.9,
+        bands: Sequence[tuple[float, float]] | None = None,
+        class_balanced: bool = False,
+        labels: Sequence[int] | Tensor | None = None,
     ) -> None:
         _check_ratio('prune_ratio', prune_ratio)
+        _check_ratio('score_decay', score_decay)
         if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta <= 1:
             raise InputError(f'delta: must be a number in [0, 1], got {delta!r}')
         if per_sample_loss is not None and not callable(per_sample_loss):
             raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        if score not in ('loss', 'ema') and not callable(score):
+            raise InputError(f"score: must be 'loss', 'ema' or callable(outputs, batch) -> [B], got {score!r}")
         self.prune_ratio = prune_ratio
         self.delta = delta
         self.per_sample_loss = per_sample_loss
         self.seed = seed
+        self.score = score
+        self.score_decay = score_decay
+        self.bands = None if bands is None else _checked_bands(bands)
+        self.class_balanced = class_balanced
+        self.labels = labels
         self.samples_saved = 0
         self._scores = torch.empty(0)
-        self._pending: Tensor | None = None  # this epoch's losses in the rank's order, on the training device; NaN where not trained yet
+        self._pending: Tensor | None = None  # this epoch's scores in the rank's order, on the training device; NaN where not trained yet
+        self._labels: Tensor | None = None
         self._data_changes = 0
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}(prune_ratio={self.prune_ratio}, delta={self.delta}, seed={self.seed})'
+        settings: dict[str, Any] = {'prune_ratio': self.prune_ratio, 'delta': self.delta, 'seed': self.seed}
+        settings |= {'score': getattr(self.score, '__name__', self.score)} if self.score != 'loss' else {}
+        settings |= {'score_decay': self.score_decay} if self.score == 'ema' else {}
+        settings |= {'bands': self.bands} if self.bands is not None else {}
+        settings |= {'class_balanced': True} if self.class_balanced else {}
+        return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in settings.items())})'
 
     @property
     def scores(self) -> Tensor:
-        """The last loss of each sample, float32 ``[N]`` on the CPU; NaN where a sample has none yet, inf where its loss was not finite.
+        """The score of each sample, float32 ``[N]`` on the CPU; NaN where a sample has none yet, inf where its loss was not finite.
 
-        Within an epoch, other ranks' losses come in at its end.
+        Within an epoch, what other ranks trained on comes in at its end.
         """
         return self._merged(self._gather_locally())
 
@@ -122,7 +234,13 @@ class InfoBatch(Algorithm):
         elif self._pending is not None:
             self._scores = self._merged(self._gather())
             self._pending = None
-            logger.log_metrics({'infobatch/samples_saved': self.samples_saved, 'infobatch/mean_score': _finite_mean(self._scores)})
+            logger.log_metrics(
+                {
+                    'infobatch/samples_saved': self.samples_saved,
+                    'infobatch/mean_score': _finite_mean(self._scores),
+                    'infobatch/not_finite': int(torch.isinf(self._scores).sum()),
+                }
+            )
 
     def state_dict(self) -> dict[str, Any]:
         # every rank saves together, so within an epoch the scores can be exchanged here
@@ -134,66 +252,107 @@ class InfoBatch(Algorithm):
     def _initialise(self, state: State) -> None:
         if sum(isinstance(algorithm, InfoBatch) for algorithm in state.algorithms) > 1:
             raise InputError('algorithms: InfoBatch is given twice; keep one')
-        self._plan = Plan.of(state)
-        self._state = state
+        self._plan, self._state = Plan.of(state), state
         self._scores, self._pending, self.samples_saved, self._data_changes = torch.empty(0), None, 0, 0
         self._plan.prune = self._prune
         loss = self._plan.request_loss(state, type(self).__name__, self.per_sample_loss)
         loss.subscribers.append(self._observe)
 
-    def _prune(self, candidates: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+    def _prune(self, candidates: Tensor | None, epoch: int) -> tuple[Tensor, Tensor | None] | None:
         """The plan asks which of the candidates to keep in this epoch."""
-        plan, state = self._plan, self._state
-        if plan.data_changes != self._data_changes:
-            known = self._data_changes == 0 and len(self._scores) == plan.loader.num_samples  # loaded from a checkpoint
-            self._data_changes = plan.data_changes
-            self._scores = self._scores if known else torch.full((plan.loader.num_samples,), math.nan)
-        scores = self._scores[candidates]
-        kept, weights = torch.arange(len(candidates)), None
-        if self._pruning(state) and not bool(torch.isnan(scores).any()):
-            seed = state.rank_zero_seed if self.seed is None else self.seed
-            kept, weights = prune(scores, self.prune_ratio, torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch)))
-        self.samples_saved += len(candidates) - len(kept)
-        plan.loader.facts['pruned_fraction'] = 1 - len(kept) / len(candidates)
+        loader = self._plan.loader
+        if self._plan.data_changes != self._data_changes:
+            known = self._data_changes == 0 and len(self._scores) == loader.num_samples  # loaded from a checkpoint
+            self._data_changes = self._plan.data_changes
+            self._scores = self._scores if known else torch.full((loader.num_samples,), math.nan)
+            self._labels = self._class_labels(loader) if self.class_balanced else None
+        scores = self._scores if candidates is None else self._scores[candidates]
+        loader.facts['pruned_fraction'] = 0.0
+        if not self._pruning() or bool(torch.isnan(scores).any()):
+            return None
+        labels = self._labels if self._labels is None or candidates is None else self._labels[candidates]
+        seed = self._state.rank_zero_seed if self.seed is None else self.seed
+        generator = torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch))
+        kept, weights = prune(scores, self.prune_ratio, generator, bands=self.bands, labels=labels)
+        self.samples_saved += len(scores) - len(kept)
+        loader.facts['pruned_fraction'] = 1 - len(kept) / len(scores)
         return kept, weights
 
-    def _pruning(self, state: State) -> bool:
-        if self.prune_ratio == 0:
+    def _class_labels(self, loader: PlannedDataLoader) -> Tensor:
+        found = _labels_of(loader.dataset) if self.labels is None else self.labels
+        if found is None:
+            raise InputError(
+                f'labels: class_balanced needs the class of every sample, and {type(loader.dataset).__name__} has no targets; '
+                'pass InfoBatch(labels=[...])'
+            )
+        labels = torch.as_tensor(found)
+        if labels.shape != (loader.num_samples,) or labels.is_floating_point():
+            raise InputError(f'labels: must be {loader.num_samples} class indices, got {labels.dtype} {tuple(labels.shape)}')
+        return labels
+
+    def _pruning(self) -> bool:
+        if self.prune_ratio == 0 and self.bands is None:
             return False
-        assert state.max_duration is not None
-        if state.max_duration.unit == TimeUnit.EPOCH:
+        length = self._state.max_duration
+        assert length is not None
+        if length.unit == TimeUnit.EPOCH:
             # counted in epochs, with a guard against 0.7 * 10 = 7.000000000000001
-            return int(state.timestamp.epoch) < math.ceil(self.delta * state.max_duration.value - 1e-9)
-        elapsed = state.get_elapsed_duration()
+            return int(self._state.timestamp.epoch) < math.ceil(self.delta * length.value - 1e-9)
+        elapsed = self._state.get_elapsed_duration()
         return elapsed is not None and elapsed.value < self.delta
 
-    def _observe(self, losses: Tensor, where: slice) -> None:
+    def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
+        """The weighted loss shows a microbatch's losses; no number leaves the device here."""
         if self._pending is None:
             self._pending = losses.new_full((len(self._plan.loader.rank_order),), math.nan)
+        if callable(self.score):
+            with torch.no_grad():
+                scores = per_sample_mean(self.score(outputs, batch)).float()
+            if scores.shape != losses.shape:
+                raise InputError(f'score: must give one number a sample, {tuple(losses.shape)}, got {tuple(scores.shape)}')
+            losses = scores
         self._pending[where] = torch.nan_to_num(losses, nan=math.inf, posinf=math.inf, neginf=math.inf)
 
     def _gather_locally(self) -> list[tuple[Tensor, Tensor]]:
-        if self._pending is None:
-            return []
-        return [(self._plan.loader.rank_order, self._pending.cpu())]
+        return [] if self._pending is None else [(self._plan.loader.rank_order, self._pending.cpu())]
 
     def _gather(self) -> list[tuple[Tensor, Tensor]]:
-        """(samples, losses) of every rank; a collective call."""
+        """(samples, scores) of every rank; a collective call."""
         if self._pending is None or dist.get_world_size() == 1:
             return self._gather_locally()
         orders = self._plan.loader.rank_orders()
         padded = self._state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
         padded[: len(self._pending)] = self._pending
-        return [(order, losses[: len(order)].cpu()) for order, losses in zip(orders, dist.all_gather(padded), strict=True)]
+        return [(order, scores[: len(order)].cpu()) for order, scores in zip(orders, dist.all_gather(padded), strict=True)]
 
     def _merged(self, gathered: list[tuple[Tensor, Tensor]]) -> Tensor:
         scores = self._scores.clone()
-        for order, losses in gathered:
-            trained = ~torch.isnan(losses)
-            scores[order[trained]] = losses[trained]
+        for order, fresh in gathered:
+            trained = ~torch.isnan(fresh)
+            samples, fresh = order[trained], fresh[trained]
+            if self.score == 'ema':
+                old = scores[samples]
+                blend = torch.isfinite(old) & torch.isfinite(fresh)
+                fresh = torch.where(blend, self.score_decay * old + (1 - self.score_decay) * fresh, fresh)
+            scores[samples] = fresh
         return scores
 
 
+def _labels_of(dataset: Any) -> Any:
+    """The class indices that a data set carries, or ``None``."""
+    if isinstance(dataset, Subset):
+        labels = _labels_of(dataset.dataset)
+        return None if labels is None else torch.as_tensor(labels)[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return dataset.tensors[1]
+    return getattr(dataset, 'targets', getattr(dataset, 'labels', None))
+
+
 def _finite_mean(scores: Tensor) -> float:
-    finite = scores[torch.isfinite(scores)]
-    return finite.mean().item() if len(finite) else math.nan
+    """The mean of the finite scores, summed in double precision without a copy of them all; NaN where there are none."""
+    total, count = 0.0, 0
+    for part in scores.split(_BLOCK):
+        finite = torch.isfinite(part)
+        total += part.masked_fill(~finite, 0).sum(dtype=torch.float64).item()
+        count += int(finite.sum())
+    return total / count if count else math.nan

@@ -3,7 +3,7 @@
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resume_epoch, split_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
-from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.plan import Plan
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     'Plan',
     'PlannedDataLoader',
     'WeightedLoss',
+    'per_sample_mean',
     'plan_epoch',
     'resume_epoch',
     'split_batches',

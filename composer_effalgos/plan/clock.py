@@ -107,6 +107,9 @@ class EpochClock:
             yield
             return
         real, real_len = state.timestamp, state._dataloader_len
+        if len(loader) == loader.full_batches and self.batch_base == int(real.batch - real.batch_in_epoch):
+            yield  # nothing was pruned so far: real time is virtual time
+            return
         batch = virtual_batch(int(real.batch_in_epoch), len(loader), loader.full_batches)
         sample = round(batch * loader.full_samples / loader.full_batches)
         samples = self.sample_base + sample

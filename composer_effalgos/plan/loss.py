@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from composer.models import ComposerClassifier, ComposerModel
-from torch import Tensor
+from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
+from torch import Tensor, nn
 
 from composer_effalgos.errors import InputError
 
@@ -25,10 +26,12 @@ def _takes_reduction(function: Callable) -> bool:
     return any(p.name == 'reduction' or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _find_per_sample(model: ComposerModel, original: Callable[..., Any]) -> PerSampleLoss | None:
-    """The per-sample form of a model's loss, where it has one."""
+def _find_per_sample(model: ComposerModel, original: Callable[..., Any]) -> Callable[[Any, Any], Any] | None:
+    """The per-sample form of a model's loss, where it has one: losses, or losses and how much each counts in their mean."""
+    if isinstance(model, HuggingFaceModel):
+        return lambda outputs, batch: _huggingface_losses(model, outputs, batch)
     loss_fn = getattr(model, '_loss_fn', None)
-    if isinstance(model, ComposerClassifier) and isinstance(loss_fn, torch.nn.Module):
+    if isinstance(model, ComposerClassifier) and isinstance(loss_fn, nn.Module):
         # a torch.nn loss takes no reduction when it is called, but reads its attribute then
         if not hasattr(loss_fn, 'reduction'):
             return None
@@ -44,6 +47,23 @@ def _find_per_sample(model: ComposerModel, original: Callable[..., Any]) -> PerS
     if not _takes_reduction(original) or (isinstance(model, ComposerClassifier) and not _takes_reduction(model._loss_fn)):
         return None
     return lambda outputs, batch: original(outputs, batch, reduction='none')
+
+
+def _huggingface_losses(model: HuggingFaceModel, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Losses of a Hugging Face model, float32 ``[B]``; of language models the mean over the tokens with a label, and their number."""
+    labels = batch.get('labels') if isinstance(batch, Mapping | UserDict) else None
+    if not isinstance(labels, Tensor):
+        raise InputError(f"{type(model).__name__}.loss: the batch has no 'labels'; pass InfoBatch(per_sample_loss=...)")
+    logits = (outputs['logits'] if isinstance(outputs, Mapping) else outputs[1]).float()
+    if labels.ndim == 1:  # classification of sequences, or regression with one output
+        if logits.shape[-1] == 1:
+            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction='none'), None
+        return nn.functional.cross_entropy(logits, labels, reduction='none'), None
+    if model.shift_labels:  # a causal model's logits at a token are for the next
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    tokens = (labels != -100).sum(dim=1)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none', ignore_index=-100).view(labels.shape)
+    return losses.sum(dim=1) / tokens.clamp(min=1), tokens
 
 
 def per_sample_mean(losses: Tensor) -> Tensor:
@@ -71,8 +91,13 @@ class WeightedLoss:
         model: The model whose ``loss`` it replaces.
         per_sample_loss: The caller's per-sample loss; ``None`` to call the model's own with ``reduction='none'``.
 
+    A loss whose mean is not the plain mean of its samples (class weights, ignored labels, tokens, a scale of its own) keeps its own
+    normalisation: ``sum(weight_i * loss_i) / M`` with the ``M`` that the model's loss divides by in this batch. Without weights it is the
+    model's loss.
+
     Attributes:
-        subscribers: Called as ``subscriber(losses, where)`` with detached float32 ``[B]`` and the slice of the rank's epoch they fill.
+        subscribers: Called as ``subscriber(losses, where, outputs, batch)`` with detached float32 ``[B]`` and the slice of the rank's epoch
+            that they fill.
     """
 
     def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None) -> None:
@@ -80,12 +105,13 @@ class WeightedLoss:
         self.model_name = type(model).__name__
         self._given = per_sample_loss
         self._found = _find_per_sample(model, self.original)
-        self.subscribers: list[Callable[[Tensor, slice], None]] = []
+        self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
         self._weights: Tensor | None = None
         self._window: slice | None = None  # the batch's place in the rank's epoch, while it is trained on
         self._position = self._next_position = 0
         self._first_call = True
         self._verified = per_sample_loss is not None
+        self._own_mean = False
 
     def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
         # a copy of the model (SWA, export) gets its plain loss: it has no plan
@@ -127,15 +153,20 @@ class WeightedLoss:
         Raises:
             InputError: Where the loss gives something else.
         """
+        return self._evaluate(outputs, batch)[0]
+
+    def _evaluate(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Losses ``[B]``, and how much each counts in their mean, ``[B]`` or ``None`` for the same."""
         function = self._given or self._found
         assert function is not None, 'require_per_sample comes first'
         losses = function(outputs, batch)
+        losses, counts = losses if isinstance(losses, tuple) and self._given is None else (losses, None)
         if not isinstance(losses, Tensor) or losses.ndim == 0:
             got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
             raise InputError(
                 f'{self.model_name}.loss: the per-sample loss must be a tensor [B, ...], got {got}; pass InfoBatch(per_sample_loss=...)'
             )
-        return per_sample_mean(losses)
+        return per_sample_mean(losses), counts
 
     def start_epoch(self, weights: Tensor | None) -> None:
         """Takes the weights of the epoch.
@@ -180,9 +211,9 @@ class WeightedLoss:
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self._window is None or not self._active:
             return self.original(outputs, batch, *args, **kwargs)
-        losses = self.per_sample(outputs, batch)
+        losses, counts = self._evaluate(outputs, batch)
         if not self._verified:
-            self._verify(losses, self.original(outputs, batch))
+            self._verify(losses, counts, outputs, self.original(outputs, batch))
         start = self._window.start + self._position
         where = slice(start, start + len(losses))
         if where.stop > self._window.stop:
@@ -190,23 +221,42 @@ class WeightedLoss:
         self._next_position = self._position + len(losses)
         if self._first_call:
             self._first_call = False
-            shown = losses.detach().float()
             for subscriber in self.subscribers:
-                subscriber(shown, where)
-        return losses.mean() if self._weights is None else (losses * self._weights[where]).mean()
+                subscriber(losses.detach().float(), where, outputs, batch)
+        weighted = losses if self._weights is None else losses * self._weights[where]
+        if counts is not None:
+            return (weighted * counts).sum() / counts.sum().clamp(min=1)
+        if self._own_mean:
+            return weighted.sum() * self._mean_factor(losses, self.original(outputs, batch))
+        return weighted.mean()
 
-    def _verify(self, losses: Tensor, reference: Any) -> None:
-        """Once a run: the mean of the per-sample losses must be the loss that the model trains with."""
+    @staticmethod
+    def _mean_factor(losses: Tensor, reference: Tensor) -> Tensor:
+        """``1 / M``: what the model's own loss divides the sum of this batch's losses by."""
+        total = losses.detach().sum()
+        return torch.where(total != 0, reference.detach().float().reshape(()) / total, torch.full_like(total, 1 / len(losses)))
+
+    def _verify(self, losses: Tensor, counts: Tensor | None, outputs: Any, reference: Any) -> None:
+        """Once a run: without weights the per-sample losses must give the loss, and the gradient, that the model trains with."""
         self._verified = True
-        mean = losses.detach().mean().float()
         if not isinstance(reference, Tensor) or reference.numel() != 1:
-            raise InputError(
-                f'{self.model_name}.loss: must return one number, got {type(reference).__name__}; pass InfoBatch(per_sample_loss=...)'
-            )
-        value = reference.detach().float().reshape(())
-        if torch.isfinite(value) and torch.isfinite(mean) and not torch.isclose(mean, value, rtol=1e-2, atol=1e-6):
-            raise InputError(
-                f"{self.model_name}.loss: with reduction='none' its samples average to {mean.item():.6g}, but it returns "
-                f'{value.item():.6g} '
-                '(class weights, ignored labels or another scale); pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
-            )
+            got = f'shape {tuple(reference.shape)}' if isinstance(reference, Tensor) else type(reference).__name__
+            raise InputError(f'{self.model_name}.loss: must return one number, got {got}; pass InfoBatch(per_sample_loss=...)')
+        mean = losses.mean() if counts is None else (losses * counts).sum() / counts.sum().clamp(min=1)
+        value = reference.float().reshape(())
+        if not torch.isfinite(value) or not torch.isfinite(mean) or _close(mean.detach(), value.detach()):
+            return
+        if counts is None and isinstance(outputs, Tensor) and outputs.requires_grad:
+            factor = self._mean_factor(losses, reference)
+            ours, theirs = (torch.autograd.grad(x, outputs, retain_graph=True)[0] for x in (losses.sum() * factor, value))
+            if _close(ours, theirs):
+                self._own_mean = True
+                return
+        raise InputError(
+            f'{self.model_name}.loss: its per-sample form averages to {mean.item():.6g}, but it returns {value.item():.6g} with another '
+            'gradient; pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
+        )
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return bool((ours - theirs).float().norm() <= 1e-2 * theirs.float().norm() + 1e-6)

@@ -19,8 +19,9 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resum
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 
-Prune = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""``(candidates int64 [n], epoch) -> (positions of the kept ones int64 [k], their weights float32 [k] or None)``."""
+Prune = Callable[[Tensor | None, int], tuple[Tensor, Tensor | None] | None]
+"""``(candidates int64 [n] or None for all, epoch) -> (positions of the kept ones int64 [k], their weights float32 [k] or None)``; ``None``
+to keep them all."""
 
 
 class Plan(Callback):
@@ -253,14 +254,12 @@ class Plan(Callback):
     def _decide(self, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Puts the contributions together: candidates, then pruning among them; weights multiply."""
         loader = self.loader
-        candidates = torch.arange(loader.num_samples) if self.candidates is None else self.candidates
-        weights = self.candidate_weights
-        if self.prune is None:
-            return candidates, weights
-        positions, factors = self.prune(candidates, epoch)
-        if len(positions) < loader.world_size:  # nothing left to deal out
-            return candidates, weights
-        kept = candidates[positions]
+        candidates, weights = self.candidates, self.candidate_weights
+        decision = None if self.prune is None else self.prune(candidates, epoch)
+        if decision is None or len(decision[0]) < loader.world_size:  # too few left to deal out
+            return torch.arange(loader.num_samples) if candidates is None else candidates, weights
+        positions, factors = decision
+        kept = positions if candidates is None else candidates[positions]
         if weights is not None:
             factors = weights[positions] if factors is None else weights[positions] * factors
         return kept, factors

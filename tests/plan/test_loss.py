@@ -23,7 +23,7 @@ BATCH = (torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.te
 def test_transparent_outside_training_steps():
     model = classifier()
     loss = WeightedLoss(model)
-    loss.subscribers.append(lambda losses, where: pytest.fail('shown outside a training step'))
+    loss.subscribers.append(lambda *shown: pytest.fail('shown outside a training step'))
     outputs = model(BATCH)
     assert loss(outputs, BATCH).item() == model.loss(outputs, BATCH).item()
     assert loss(outputs, BATCH, reduction='none').shape == (6,)
@@ -32,7 +32,7 @@ def test_transparent_outside_training_steps():
 def test_weighted_mean_by_hand_and_positions_by_event():
     model = classifier()
     loss, shown = WeightedLoss(model), []
-    loss.subscribers.append(lambda losses, where: shown.append((losses.tolist(), where)))
+    loss.subscribers.append(lambda losses, where, outputs, batch: shown.append((losses.tolist(), where)))
     weights = torch.arange(1.0, 11.0)
     loss.start_epoch(weights)
     outputs = model(BATCH)
@@ -114,12 +114,76 @@ def test_a_loss_without_per_sample_form_is_refused_at_start_unless_one_is_given(
     make_trainer([AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], model=NoReduction(), max_duration='2ep').fit()
 
 
-def test_a_loss_that_is_not_the_mean_of_its_samples_is_refused(make_trainer):
-    weighted = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 10.0]))
-    with pytest.raises(InputError, match='average to'):
-        make_trainer([InfoBatch()], loss_fn=weighted).fit()
-    with pytest.raises(InputError, match='average to'):
-        make_trainer([InfoBatch()], loss_fn=binary_cross_entropy_with_logits).fit()
+@pytest.mark.parametrize(
+    'loss_fn',
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 10.0])),
+        nn.CrossEntropyLoss(reduction='sum'),
+        nn.CrossEntropyLoss(ignore_index=1),
+        binary_cross_entropy_with_logits,
+    ],
+    ids=['class weights', 'sum', 'ignored labels', 'binary'],
+)
+def test_losses_keep_their_own_mean(make_trainer, weights_of, loss_fn):
+    """Without pruning, a loss that is not the plain mean of its samples trains as it does without us."""
+    trainers = []
+    for algorithm in (InfoBatch(prune_ratio=0), AdaBatch(2, '9ep')):  # AdaBatch leaves the loss alone and gives the same order
+        trainers.append(make_trainer([algorithm], loss_fn=loss_fn, lr=0.01, max_duration='2ep'))
+        trainers[-1].fit()
+    assert torch.allclose(*map(weights_of, trainers), atol=1e-6)
+    make_trainer([InfoBatch(delta=1.0), SubsetSelection('gradmatch', 0.5)], loss_fn=loss_fn, lr=0.01, max_duration='3ep').fit()
+
+
+def test_weights_with_class_weights_by_hand():
+    class_weights = torch.tensor([0.5, 1.0, 3.0])
+    model = classifier(loss_fn=nn.CrossEntropyLoss(weight=class_weights))
+    loss = WeightedLoss(model)
+    weights = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0])
+    loss.start_epoch(weights)
+    loss.start_batch(slice(0, 6))
+    outputs = model(BATCH)
+    raw = nn.functional.cross_entropy(outputs, BATCH[1], weight=class_weights, reduction='none')
+    assert torch.isclose(loss(outputs, BATCH), (weights * raw).sum() / class_weights[BATCH[1]].sum())
+
+
+class Regularised(ComposerClassifier):
+    """Returns more than its samples' losses."""
+
+    def loss(self, outputs, batch, reduction='mean'):
+        losses = nn.functional.cross_entropy(outputs, batch[1], reduction='none')
+        return losses if reduction == 'none' else losses.mean() + outputs.square().mean()
+
+
+def test_a_loss_that_is_more_than_its_samples_is_refused(make_trainer):
+    with pytest.raises(InputError, match=r'Regularised.loss: its per-sample form averages to .* with another gradient; pass InfoBatch'):
+        make_trainer([InfoBatch()], model=Regularised(nn.Linear(8, 3), num_classes=3)).fit()
+
+
+def test_segmentation(make_trainer):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(60, 2, 6, 6, generator=generator)
+    labels = (images[:, 0] > 0).long()
+    labels[:, 0] = -100  # an ignored row of pixels
+    algorithm = InfoBatch(delta=1.0)
+    trainer = make_trainer(
+        [algorithm],
+        dataset=TensorDataset(images, labels),
+        module=nn.Conv2d(2, 3, 1),
+        loss_fn=nn.functional.cross_entropy,
+        max_duration='3ep',
+    )
+    trainer.fit()
+    assert algorithm.scores.shape == (60,)
+    assert algorithm.samples_saved > 0
+    with torch.no_grad():
+        outputs = trainer.state.model.module(images)
+    frozen = make_trainer(
+        [InfoBatch(prune_ratio=0)], dataset=TensorDataset(images, labels), module=trainer.state.model.module, lr=0.0,
+        loss_fn=nn.functional.cross_entropy, max_duration='1ep',
+    )  # fmt: skip
+    frozen.fit()
+    expected = nn.functional.cross_entropy(outputs, labels, reduction='none').flatten(1).mean(dim=1)
+    assert torch.allclose(frozen.state.algorithms[0].scores, expected, atol=1e-5)
 
 
 def test_regression(make_trainer, problem):
@@ -138,7 +202,7 @@ def test_interpolated_losses_take_scores_from_the_first_call(mix, make_trainer, 
     algorithm, seen = InfoBatch(prune_ratio=0), []
     trainer = make_trainer([mix(interpolate_loss=True), algorithm], dataset=images, module=module, max_duration='1ep')
     original = algorithm._observe
-    trainer.state.model.loss.subscribers[:] = [lambda losses, where: (seen.append(where), original(losses, where))]
+    trainer.state.model.loss.subscribers[:] = [lambda *shown: (seen.append(shown[1]), original(*shown))]
     trainer.fit()
     assert [w.stop - w.start for w in seen] == trainer.recorder.sizes[0]
     assert not algorithm.scores.isnan().any()
