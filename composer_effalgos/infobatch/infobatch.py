@@ -237,6 +237,7 @@ class InfoBatch(Algorithm):
             logger.log_metrics(
                 {
                     'infobatch/samples_saved': self.samples_saved,
+                    'infobatch/pruned_fraction': self._plan.loader.facts['pruned_fraction'],
                     'infobatch/mean_score': _finite_mean(self._scores),
                     'infobatch/not_finite': int(torch.isinf(self._scores).sum()),
                 }

@@ -159,7 +159,6 @@ class Plan(Callback):
             max_batches=loader.max_batches,
         )
         self._take(plan, state)
-        logger.log_metrics({f'efficiency/{name}': value for name, value in loader.facts.items()})
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Tells the loss which samples come."""
