@@ -191,7 +191,12 @@ class Plan(Callback):
         if self._loader is None:
             return {}
         plan = self.loader.plan if self._in_epoch else None
-        saved: dict[str, Any] = {'clock': self.clock.state_dict(), 'num_samples': self.loader.num_samples, 'plan': None}
+        saved: dict[str, Any] = {
+            'clock': self.clock.state_dict(),
+            'num_samples': self.loader.num_samples,
+            'facts': dict(self.loader.facts),
+            'plan': None,
+        }
         if plan is not None:
             saved['plan'] = {
                 'order': plan.order,
@@ -279,6 +284,8 @@ class Plan(Callback):
         loader = self.loader
         saved = self._loaded['plan'] if self._loaded is not None else None
         if saved is not None:
+            assert self._loaded is not None
+            loader.facts.update(self._loaded['facts'])
             plan = EpochPlan(
                 saved['order'], saved['weights'], tuple(saved['sizes'].tolist()), start=saved['start'], first_batch=saved['first_batch']
             )
