@@ -208,6 +208,32 @@ def test_interpolated_losses_take_scores_from_the_first_call(mix, make_trainer, 
     assert not algorithm.scores.isnan().any()
 
 
+class OutOfMemory(nn.Linear):
+    """Runs out of memory at microbatches above 5, as a GPU would."""
+
+    def forward(self, inputs):
+        if self.training and len(inputs) > 5:
+            raise RuntimeError('CUDA out of memory')
+        return super().forward(inputs)
+
+
+def test_replays_after_running_out_of_memory_leave_scores_and_weights_right(make_trainer, weights_of):
+    runs = []
+    for microbatch, module in ((None, OutOfMemory(8, 3)), (4, nn.Linear(8, 3))):
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(-1, 1, 24).view(3, 8))
+            module.bias.zero_()
+        algorithm = InfoBatch(delta=1.0)
+        trainer = make_trainer([algorithm], module=module, device_train_microbatch_size=microbatch, max_duration='3ep')
+        trainer.state.auto_microbatching = microbatch is None  # Composer offers it on GPUs only
+        trainer.fit()
+        assert trainer.state.device_train_microbatch_size == 4  # 16, 8, 4
+        runs.append((weights_of(trainer), algorithm.scores, algorithm.samples_saved))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert runs[0][2] == runs[1][2] > 0
+
+
 def test_copies_of_the_model_have_the_plain_loss(make_trainer):
     trainer = make_trainer([InfoBatch()], max_duration='1ep')
     trainer.fit()

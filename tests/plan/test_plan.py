@@ -1,0 +1,166 @@
+"""The plan as part of a run: checkpoints, later fits and loaders, subsets of batches."""
+
+import warnings
+
+import pytest
+import torch
+from composer import DataSpec
+from composer.core import Callback
+from composer.optim import LinearScheduler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
+from composer_effalgos.plan import Plan, PlannedDataLoader
+
+
+def all_three():
+    return [InfoBatch(delta=1.0), AdaBatch(2, '2ep', lr_factor=0.75), SubsetSelection('gradmatch', 0.8, '2ep')]
+
+
+@pytest.fixture
+def save(make_trainer, tmp_path):
+    """Trains for a while and gives one of the checkpoints, counted from the first."""
+
+    def run(algorithms, interval: str, number: int, **kwargs) -> str:
+        trainer = make_trainer(
+            algorithms, save_folder=str(tmp_path / 'saved'), save_interval=interval, save_filename='{epoch}-{batch}.pt', **kwargs
+        )
+        trainer.fit()
+        return str(sorted((tmp_path / 'saved').glob('*-*.pt'), key=lambda path: int(path.stem.split('-')[1]))[number])
+
+    return run
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(make_trainer, save, problem):
+    path = save([InfoBatch()], '2ep', 0, max_duration='2ep')
+    smaller = TensorDataset(*(t[:150] for t in problem.tensors))
+    trainer = make_trainer([InfoBatch()], dataset=smaller, load_path=path, max_duration='4ep')
+    with pytest.raises(InputError, match='load_path: the checkpoint was saved with a training set of 203 samples, this one has 150'):
+        trainer.fit()
+    make_trainer([InfoBatch()], dataset=smaller, load_path=path, load_weights_only=True, max_duration='1ep').fit()
+
+
+def test_a_checkpoint_of_a_run_without_us(make_trainer, save):
+    path = save([], '2ep', 0, schedulers=LinearScheduler())
+    full = make_trainer(schedulers=LinearScheduler())
+    full.fit()
+    trainer = make_trainer(all_three(), schedulers=LinearScheduler(), load_path=path)
+    trainer.fit()
+    factors = [0.75, 0.75, 0.75**2, 0.75**2]
+    expected = [factor * epoch[0] for factor, epoch in zip(factors, full.recorder.lrs[2:], strict=True)]
+    assert [epoch[0] for epoch in trainer.recorder.lrs] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_checkpoint_within_an_epoch_of_a_run_without_us_is_refused(make_trainer, save):
+    path = save([], '5ba', 0, max_duration='1ep')
+    with pytest.raises(InputError, match='saved within an epoch by a run without these algorithms'):
+        make_trainer([InfoBatch()], load_path=path).fit()
+
+
+def test_our_checkpoints_go_on_without_us(make_trainer, save):
+    path = save(all_three(), '2ep', 0, max_duration='2ep')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trainer = make_trainer(load_path=path, max_duration='3ep')
+    trainer.fit()
+    assert [sum(sizes) for sizes in trainer.recorder.sizes] == [203]
+
+
+@pytest.mark.parametrize('number', [1, 6, 9, 13])
+def test_resuming_within_this_process(make_trainer, save, weights_of, number):
+    whole = make_trainer(all_three(), schedulers=LinearScheduler(), max_duration='5ep')
+    whole.fit()
+    path = save(all_three(), '2ba', number, schedulers=LinearScheduler(), max_duration='5ep')
+    resumed = make_trainer(all_three(), schedulers=LinearScheduler(), max_duration='5ep', load_path=path)
+    resumed.fit()
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    assert resumed.state.algorithms[0].samples_saved == whole.state.algorithms[0].samples_saved
+    assert torch.equal(resumed.state.algorithms[2].indices, whole.state.algorithms[2].indices)
+
+
+def test_checkpoints_at_epoch_ends_are_small(make_trainer, save):
+    path = save([InfoBatch()], '1ep', 0, max_duration='1ep')
+    (plan,) = [v for k, v in torch.load(path, weights_only=False)['state']['callbacks'].items() if k == 'Plan']
+    assert plan['plan'] is None
+
+
+def test_workers_survive_the_run(make_trainer):
+    class Watch(Callback):
+        def __init__(self):
+            self.epochs = []
+
+        def epoch_end(self, state, logger):
+            loader = state.train_dataloader
+            self.epochs.append({worker.pid for worker in loader._inner._iterator._workers})
+
+    watch = Watch()
+    trainer = make_trainer(all_three(), num_workers=2, callbacks=[watch], max_duration='5ep')
+    trainer.fit()
+    trainer.fit(duration='1ep')
+    assert len(watch.epochs) == 6
+    assert all(pids == watch.epochs[0] for pids in watch.epochs)
+    assert len(watch.epochs[0]) == 2
+
+
+def test_some_batches_an_epoch(make_trainer):
+    trainer = make_trainer([InfoBatch(delta=1.0)], train_subset_num_batches=4, schedulers=LinearScheduler(), max_duration='5ep')
+    trainer.fit()
+    assert [len(sizes) for sizes in trainer.recorder.sizes] == [4] * 5
+    plain = make_trainer(train_subset_num_batches=4, schedulers=LinearScheduler(), max_duration='5ep')
+    plain.fit()
+    assert [e[0] for e in trainer.recorder.lrs] == pytest.approx([e[0] for e in plain.recorder.lrs], rel=1e-6)
+
+
+def test_evaluation_within_an_epoch(make_trainer, problem, weights_of):
+    runs = []
+    for arguments in ({}, {'eval_dataloader': DataLoader(problem, batch_size=50), 'eval_interval': '3ba'}):
+        trainer = make_trainer(all_three(), max_duration='3ep', **arguments)
+        trainer.fit()
+        runs.append(trainer)
+    assert runs[0].recorder.sizes == runs[1].recorder.sizes
+    assert torch.equal(*map(weights_of, runs))
+    accuracy = runs[1].state.eval_metrics['eval']['MulticlassAccuracy'].compute()
+    assert 0.3 < accuracy <= 1
+
+
+def test_data_specs_keep_their_transforms(make_trainer, problem):
+    trainer = make_trainer([InfoBatch(delta=1.0)], max_duration='1ep')
+    seen = []
+
+    def double(batch):
+        seen.append(len(batch[1]))
+        return batch[0] * 2, batch[1]
+
+    spec = DataSpec(DataLoader(problem, batch_size=20, shuffle=True), batch_transforms=double)
+    trainer.fit(train_dataloader=spec, duration='2ep')
+    assert sum(seen) == sum(map(sum, trainer.recorder.sizes))
+
+
+def test_one_plan_a_run_found_again_in_later_fits(make_trainer, problem):
+    trainer = make_trainer(all_three(), max_duration='2ep')
+    trainer.fit()
+    plan, loader = Plan.of(trainer.state), trainer.state.train_dataloader
+    assert isinstance(loader, PlannedDataLoader)
+    assert loader.dataset is problem
+    trainer.fit(duration='1ep')
+    assert trainer.state.train_dataloader is loader
+    trainer.fit(duration='1ep', train_dataloader=DataLoader(problem, batch_size=10, shuffle=True))
+    assert trainer.state.train_dataloader is not loader
+    assert [c for c in trainer.state.callbacks if isinstance(c, Plan)] == [plan]
+
+
+def test_refusals_at_the_start(make_trainer, problem):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from zip(*problem.tensors, strict=True)
+
+    trainer = make_trainer([InfoBatch()])
+    with pytest.raises(InputError, match='IterableDataset'):
+        trainer.fit(train_dataloader=DataLoader(Stream(), batch_size=8), duration='10ba')
+    for algorithm in (InfoBatch(), AdaBatch(), SubsetSelection('random', 0.5)):
+        with pytest.raises(InputError, match=r'batch_size 300 on 1 rank.* is larger than the data set of 203'):
+            make_trainer([algorithm], batch_size=300).fit()
+    other = make_trainer([InfoBatch()])
+    other.fit()
+    with pytest.raises(InputError, match="another run's planned loader"):
+        make_trainer([InfoBatch()]).fit(train_dataloader=other.state.train_dataloader)
