@@ -26,7 +26,7 @@ def save(make_trainer, tmp_path):
             algorithms, save_folder=str(tmp_path / 'saved'), save_interval=interval, save_filename='{epoch}-{batch}.pt', **kwargs
         )
         trainer.fit()
-        return str(sorted((tmp_path / 'saved').glob('*-*.pt'), key=lambda path: int(path.stem.split('-')[1]))[number])
+        return str(sorted((tmp_path / 'saved').glob('[0-9]*.pt'), key=lambda path: int(path.stem.split('-')[1]))[number])
 
     return run
 
