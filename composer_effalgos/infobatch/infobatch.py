@@ -55,67 +55,100 @@ def prune(
         raise InputError(f'scores: must have one dimension, got shape {tuple(scores.shape)}')
     if labels is not None and (labels.shape != scores.shape or labels.is_floating_point()):
         raise InputError(f'labels: must be class indices of shape {tuple(scores.shape)}, got {labels.dtype} {tuple(labels.shape)}')
-    ratios = [prune_ratio] if bands is None else [ratio for _, ratio in _checked_bands(bands)]
-    # which group of prunable samples each belongs to; 0: kept anyway
-    group = torch.zeros(len(scores), dtype=torch.uint8 if labels is None else torch.int32)
-    if labels is None:
-        _number_bands(group, scores, bands, 0)
-    else:
-        for number, label in enumerate(labels.unique().tolist()):
-            rows = (labels == label).nonzero().squeeze(1)
-            part = torch.zeros(len(rows), dtype=group.dtype)
-            _number_bands(part, scores[rows], bands, number * len(ratios))
-            group[rows] = part
-    return _draw(group, ratios, generator)
-
-
-def _number_bands(group: Tensor, scores: Tensor, bands: Sequence[tuple[float, float]] | None, offset: int) -> None:
-    """Writes the group numbers of prunable samples, ``offset + 1`` for the lowest band, into ``group``."""
+    values = scores.detach().numpy()
+    classes = None if labels is None else np.unique(labels.numpy(), return_inverse=True)[1]
     if bands is None:
-        group.masked_fill_((scores < _finite_mean(scores)) & (scores > -math.inf), offset + 1)
-        return
-    finite = scores[torch.isfinite(scores)].double()
-    if not len(finite):
-        return
-    limits = np.quantile(finite.numpy(), [quantile for quantile, _ in bands])
-    for number in reversed(range(len(limits))):
-        group.masked_fill_((scores < limits[number]) & (scores > -math.inf), offset + 1 + number)
+        ratios, limits = [prune_ratio], _means(values, classes)
+    else:
+        pairs = _checked_bands(bands)
+        ratios, limits = [ratio for _, ratio in pairs], _quantiles(values, classes, [quantile for quantile, _ in pairs])
+    return _draw(values, classes, limits, ratios, np.random.default_rng(int(torch.randint(2**62, (), generator=generator))))
 
 
-def _draw(group: Tensor, ratios: Sequence[float], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Drops a share of each group, uniformly at random and exact in number.
+def _means(values: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+    """Mean of the finite scores, in double precision, by class: float64 ``[K, 1]``; NaN where there are none."""
+    if classes is None and np.isfinite(total := values.sum(dtype=np.float64)) and len(values):
+        return np.array([[total / len(values)]])
+    num_classes = 1 if classes is None else int(classes.max(initial=0)) + 1
+    sums, counts = np.zeros(num_classes), np.zeros(num_classes)
+    for block in _blocks(len(values)):
+        finite = np.isfinite(values[block])
+        part = values[block][finite].astype(np.float64)
+        of_class = np.zeros(len(part), np.int64) if classes is None else classes[block][finite]
+        sums += np.bincount(of_class, part, num_classes)
+        counts += np.bincount(of_class, minlength=num_classes)
+    with np.errstate(invalid='ignore'):
+        return (sums / counts)[:, None]
 
-    It goes block by block, so that shuffling stays in the processor's cache and nothing but the result grows with N: how many of a group
-    are dropped in each block is drawn from the multivariate hypergeometric distribution, which ones within the block by a permutation.
+
+def _quantiles(values: np.ndarray, classes: np.ndarray | None, quantiles: list[float]) -> np.ndarray:
+    """Quantiles of the finite scores by class: float64 ``[K, bands]``; NaN where there are none."""
+    finite = np.isfinite(values)
+    num_classes = 1 if classes is None else int(classes.max(initial=0)) + 1
+    parts = (values[finite if classes is None else finite & (classes == label)].astype(np.float64) for label in range(num_classes))
+    return np.stack([np.quantile(part, quantiles) if len(part) else np.full(len(quantiles), np.nan) for part in parts])
+
+
+def _draw(
+    values: np.ndarray, classes: np.ndarray | None, limits: np.ndarray, ratios: list[float], generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Drops a share of each group of prunable samples (class by class, band by band), uniformly at random and exact in number.
+
+    It goes block by block, so that the work stays in the processor's cache and nothing but the result grows with N: how many of a group
+    are dropped in each block follows the multivariate hypergeometric distribution; which ones, is drawn within the block.
     """
-    starts = range(0, len(group), _BLOCK)
-    num_groups = int(group.max()) + 1 if len(group) else 1
-    by_block = np.stack([torch.bincount(group[i : i + _BLOCK], minlength=num_groups).numpy() for i in starts] or [np.zeros(1, int)])
-    dropped = np.zeros_like(by_block)
-    numpy_generator = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    for number in range(1, num_groups):
-        present = int(by_block[:, number].sum())
-        num_dropped = present - math.floor(present * (1 - ratios[(number - 1) % len(ratios)]) + 1e-9)  # (1 - 0.9) * 10 must be 1
-        if len(by_block) == 1:
-            dropped[0, number] = num_dropped
-        elif num_dropped:
-            dropped[:, number] = numpy_generator.multivariate_hypergeometric(by_block[:, number], num_dropped, method='marginals')
-    total = len(group) - int(dropped.sum())
-    kept, weights = torch.empty(total, dtype=torch.int64), torch.ones(total)
-    weight_of = torch.tensor([1.0] + [1 / (1 - ratios[g % len(ratios)]) for g in range(num_groups - 1)])
-    filled = 0
-    for start, drops in zip(starts, dropped, strict=True):
-        block = group[start : start + _BLOCK].long()
-        keep = torch.ones(len(block), dtype=torch.bool)
-        for number in drops.nonzero()[0].tolist():
-            members = (block == number).nonzero().squeeze(1)
-            keep[members[torch.randperm(len(members), generator=generator)[: drops[number]]]] = False
-        positions = keep.nonzero().squeeze(1)
-        end = filled + len(positions)
-        kept[filled:end] = positions.add_(start)
-        weights[filled:end] = weight_of[block[keep]]
-        filled = end
-    return kept, weights
+    num_groups = limits.size + 1  # 0: kept anyway
+    if values.dtype == np.float32:  # compared as they are: x < limit just if x < the least float32 that is not below the limit
+        rounded = limits.astype(np.float32)
+        limits = np.where(rounded < limits, np.nextafter(rounded, np.float32(np.inf)), rounded)
+    blocks = _blocks(len(values))
+    present = np.zeros((max(1, len(blocks)), num_groups), np.int64)
+    for row, block in zip(present, blocks, strict=False):
+        groups = _groups(values, classes, limits, block)
+        row[:] = (
+            np.bincount(groups, minlength=num_groups)
+            if num_groups > 2
+            else (len(groups) - np.count_nonzero(groups), np.count_nonzero(groups))
+        )
+    dropped = np.zeros_like(present)
+    for group in range(1, num_groups):
+        total = int(present[:, group].sum())
+        num_dropped = total - math.floor(total * (1 - ratios[(group - 1) % len(ratios)]) + 1e-9)  # (1 - 0.9) * 10 must be 1
+        if num_dropped and len(blocks) > 1:
+            dropped[:, group] = generator.multivariate_hypergeometric(present[:, group], num_dropped, method='marginals')
+        else:
+            dropped[0, group] = num_dropped
+    weight_of = np.array([1.0] + [1 / (1 - ratios[group % len(ratios)]) for group in range(num_groups - 1)], np.float32)
+    kept = np.empty(len(values) - int(dropped.sum()), np.int64)
+    weights = np.empty(len(kept), np.float32)
+    end = 0
+    for block, drops in zip(blocks, dropped, strict=False):
+        groups = _groups(values, classes, limits, block)
+        keep = np.ones(len(groups), bool)
+        for group in drops.nonzero()[0]:
+            members = np.flatnonzero(groups == group)
+            keep[members[generator.choice(len(members), drops[group], replace=False, shuffle=False)]] = False
+        positions = np.flatnonzero(keep)
+        start, end = end, end + len(positions)
+        kept[start:end] = positions + block.start
+        weights[start:end] = weight_of[groups[positions]]
+    return torch.from_numpy(kept), torch.from_numpy(weights)
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(start, start + _BLOCK) for start in range(0, length, _BLOCK)]
+
+
+def _groups(values: np.ndarray, classes: np.ndarray | None, limits: np.ndarray, block: slice) -> np.ndarray:
+    """The group number of each sample of a block: its class's first band is ``class * bands + 1``, and 0 is no group."""
+    part, num_bands = values[block], limits.shape[1]
+    of_class = 0 if classes is None else classes[block]
+    groups = (part < limits[of_class, num_bands - 1]).astype(np.int64 if classes is not None else np.uint8)
+    groups *= num_bands  # of the highest band; the lower ones overwrite
+    for band in reversed(range(num_bands - 1)):
+        groups[part < limits[of_class, band]] = band + 1
+    groups[part == -np.inf] = 0
+    return groups if classes is None else np.where(groups > 0, of_class * num_bands + groups, 0)
 
 
 def _check_ratio(name: str, value: float) -> None:
@@ -238,7 +271,7 @@ class InfoBatch(Algorithm):
                 {
                     'infobatch/samples_saved': self.samples_saved,
                     'infobatch/pruned_fraction': self._plan.loader.facts['pruned_fraction'],
-                    'infobatch/mean_score': _finite_mean(self._scores),
+                    'infobatch/mean_score': _means(self._scores.numpy(), None).item(),
                     'infobatch/not_finite': int(torch.isinf(self._scores).sum()),
                 }
             )
@@ -347,13 +380,3 @@ def _labels_of(dataset: Any) -> Any:
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
         return dataset.tensors[1]
     return getattr(dataset, 'targets', getattr(dataset, 'labels', None))
-
-
-def _finite_mean(scores: Tensor) -> float:
-    """The mean of the finite scores, summed in double precision without a copy of them all; NaN where there are none."""
-    total, count = 0.0, 0
-    for part in scores.split(_BLOCK):
-        finite = torch.isfinite(part)
-        total += part.masked_fill(~finite, 0).sum(dtype=torch.float64).item()
-        count += int(finite.sum())
-    return total / count if count else math.nan
