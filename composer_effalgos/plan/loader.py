@@ -100,7 +100,6 @@ class PlannedDataLoader(DataLoader):
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
-        max_batches: Batches an epoch at most (``train_subset_num_batches``).
 
     Attributes:
         num_samples: Samples of the data set.
@@ -112,7 +111,7 @@ class PlannedDataLoader(DataLoader):
         InputError: For a loader that cannot be planned, or whose batch is larger than its data set.
     """
 
-    def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1, max_batches: int | None = None) -> None:
+    def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         _check(loader)
         super().__init__(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, collate_fn=loader.collate_fn)
         self.num_samples = len(loader.dataset)  # type: ignore[arg-type]
@@ -126,9 +125,7 @@ class PlannedDataLoader(DataLoader):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         sampler = loader.sampler
         self.shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
-        self.max_batches = max_batches
-        full = split_batches(self.num_samples, self.initial_batch_size, world_size, loader.drop_last)[:max_batches]
-        self.full_samples, self.full_batches = sum(full), len(full)
+        self.limit(None)
         self.facts: dict[str, float] = {}
         self.plan: EpochPlan | None = None
         self._epoch = 0
@@ -171,6 +168,16 @@ class PlannedDataLoader(DataLoader):
     def set_batch_size(self, batch_size: int) -> None:
         """Says what the batch size per rank is now, for whoever asks the loader."""
         self._batch_size = batch_size
+
+    def limit(self, max_batches: int | None) -> None:
+        """Limits every epoch, the full one too.
+
+        Args:
+            max_batches: Batches an epoch at most (``train_subset_num_batches``); ``None`` for no limit.
+        """
+        self.max_batches = max_batches
+        full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last)[:max_batches]
+        self.full_samples, self.full_batches = sum(full), len(full)
 
     def rank_orders(self) -> list[Tensor]:
         """The samples of every rank in the current plan, each int64 ``[m]``."""

@@ -144,10 +144,12 @@ class Plan(Callback):
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Plans the epoch from what the algorithms contributed."""
+        self._take(self._plan_epoch(int(state.timestamp.epoch)), state)
+
+    def _plan_epoch(self, epoch: int) -> EpochPlan:
         loader = self.loader
-        epoch = int(state.timestamp.epoch)
         kept, weights = self._decide(epoch)
-        plan = plan_epoch(
+        return plan_epoch(
             kept,
             weights,
             self._current_batch_size(),
@@ -158,7 +160,6 @@ class Plan(Callback):
             drop_last=loader.drop_last,
             max_batches=loader.max_batches,
         )
-        self._take(plan, state)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Tells the loss which samples come."""
@@ -227,6 +228,8 @@ class Plan(Callback):
         if isinstance(state.dataloader, PlannedDataLoader):
             if state.dataloader is not self._loader:
                 raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")
+            if state.dataloader_len is not None and int(state.dataloader_len) < len(self.loader):
+                self.loader.limit(int(state.dataloader_len))
             return
         given = state.dataloader
         same_data = self._loader is not None and getattr(given, 'dataset', None) is self._loader.dataset
@@ -238,8 +241,8 @@ class Plan(Callback):
             seed=seed,
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),
-            max_batches=max_batches,
         )
+        self.loader.limit(max_batches)
         if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
             raise InputError(
                 f'load_path: the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
@@ -292,6 +295,8 @@ class Plan(Callback):
             world_size = saved['world_size']
         elif loader.plan is not None:
             plan, world_size = loader.plan, loader.world_size
+        elif self._started:  # fit() was given another loader within an epoch
+            plan, world_size = self._plan_epoch(int(state.timestamp.epoch)), loader.world_size
         else:
             raise InputError(
                 'load_path: the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '

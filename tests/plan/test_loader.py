@@ -160,5 +160,6 @@ def test_full_epoch():
     assert (planned(DataLoader(Noisy(), batch_size=12)).full_samples, planned(DataLoader(Noisy(), batch_size=12)).full_batches) == (40, 4)
     dropping = planned(DataLoader(Noisy(), batch_size=12, drop_last=True))
     assert (dropping.full_samples, dropping.full_batches) == (36, 3)
-    limited = planned(DataLoader(Noisy(), batch_size=12), max_batches=2)
+    limited = planned(DataLoader(Noisy(), batch_size=12))
+    limited.limit(2)
     assert (limited.full_samples, limited.full_batches) == (24, 2)

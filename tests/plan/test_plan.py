@@ -111,6 +111,20 @@ def test_some_batches_an_epoch(make_trainer):
     assert [e[0] for e in trainer.recorder.lrs] == pytest.approx([e[0] for e in plain.recorder.lrs], rel=1e-6)
 
 
+def test_some_batches_an_epoch_in_a_later_fit(make_trainer):
+    trainer = make_trainer([InfoBatch(delta=1.0)], max_duration='2ep')
+    trainer.fit()
+    trainer.fit(duration='2ep', train_subset_num_batches=3)
+    assert [len(sizes) for sizes in trainer.recorder.sizes][2:] == [3, 3]
+
+
+def test_another_loader_within_an_epoch(make_trainer, problem):
+    trainer = make_trainer(all_three(), max_duration='5ba')
+    trainer.fit()
+    trainer.fit(train_dataloader=DataLoader(problem, batch_size=10, shuffle=True), duration='30ba')
+    assert int(trainer.state.timestamp.batch) == 35
+
+
 def test_evaluation_within_an_epoch(make_trainer, problem, weights_of):
     runs = []
     for arguments in ({}, {'eval_dataloader': DataLoader(problem, batch_size=50), 'eval_interval': '3ba'}):
