@@ -1,0 +1,77 @@
+"""How a benchmark leaves its numbers: a JSON file and a Markdown file with the machine, the versions, the date and the command."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'timm', 'numpy')
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions, the date and the command."""
+    versions = {'python': platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    hardware = {
+        'cpu': _cpu_name(),
+        'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'load_average': round(os.getloadavg()[0], 2),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    script = Path(sys.argv[0])
+    command = shlex.join(['python', f'{script.parent.name}/{script.name}', *sys.argv[1:]])
+    return {'date': datetime.date.today().isoformat(), 'command': command, 'hardware': hardware, 'versions': versions}
+
+
+def write(out: Path, name: str, results: dict[str, Any], markdown: str, *, title: str) -> Path:
+    """Writes ``name.json`` and ``name.md``.
+
+    Args:
+        out: Folder, made where it is missing.
+        name: Name of both files.
+        results: What JSON can hold.
+        markdown: The tables, without a title.
+        title: The Markdown file's title.
+
+    Returns:
+        The Markdown file.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    about = environment()
+    (out / f'{name}.json').write_text(json.dumps(about | results, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+    hardware = about['hardware']
+    machine = hardware['gpu'] or f'{hardware["cpu"]}, {hardware["cores"]} cores, {hardware["threads"]} threads'
+    versions = ', '.join(f'{package} {version}' for package, version in about['versions'].items())
+    machine += f', load {hardware["load_average"]} at the end'
+    head = f'# {title}\n\n{about["date"]}; {machine}; {versions}\n\n```bash\n{about["command"]}\n```\n'
+    target = out / f'{name}.md'
+    target.write_text(f'{head}\n{markdown.strip()}\n', encoding='utf-8')
+    return target
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ['| ' + ' | '.join(map(str, row)) + ' |' for row in (header, ['---'] * len(header), *rows)]
+    return '\n'.join(lines) + '\n'
+
+
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'^model name\s*:\s*(.+)$', info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
