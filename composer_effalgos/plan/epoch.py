@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -149,41 +148,12 @@ def plan_epoch(
     if not sizes:
         raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
     if shuffle:
-        kept, weights = shuffle_together(kept, weights, stream_seed(seed, 0, epoch))
+        generator = torch.Generator().manual_seed(stream_seed(seed, 0, epoch))
+        # half as wide where that is enough: half the memory, and faster to draw
+        permutation = torch.randperm(len(kept), generator=generator, dtype=torch.int32 if len(kept) < 2**31 else torch.int64)
+        kept = kept.index_select(0, permutation)
+        weights = None if weights is None else weights.index_select(0, permutation)
     return EpochPlan(kept, weights, tuple(sizes[:max_batches]))
-
-
-def shuffle_together(indices: Tensor, weights: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Shuffles indices and their weights alike.
-
-    An index below 2**31 and its weight are packed into one word and shuffled in place, which takes half the time and memory of a
-    permutation and two gathers through it.
-
-    Args:
-        indices: int64 ``[n]``, not negative.
-        weights: float32 ``[n]``, or ``None``.
-        seed: Seeds the order, which does not depend on the weights.
-
-    Returns:
-        Both in the new order; the arguments are left as they are.
-    """
-    generator = np.random.default_rng(seed)
-    words = indices.clone()
-    if weights is None:
-        generator.shuffle(words.numpy())
-        return words, None
-    if len(words) and int(words.max()) >= 2**31:
-        generator.shuffle(words.numpy())
-        shuffled = weights.clone()
-        np.random.default_rng(seed).shuffle(shuffled.numpy())
-        return words, shuffled
-    words <<= 32
-    low = 0 if sys.byteorder == 'little' else 1
-    words.view(torch.int32).view(-1, 2)[:, low] = weights.view(torch.int32)
-    generator.shuffle(words.numpy())
-    shuffled = words.view(torch.int32).view(-1, 2)[:, low].contiguous().view(torch.float32)
-    words >>= 32
-    return words, shuffled
 
 
 def resume_epoch(
