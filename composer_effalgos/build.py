@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
+from composer.loggers import TensorboardLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader, Dataset
@@ -50,7 +52,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     algorithms = [component.build() for component in recipe.algorithms]
     callbacks = [component.build() for component in recipe.callbacks]
     callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
-    loggers = [component.build() for component in recipe.loggers]
+    loggers = [_beside_the_summary(component, recipe).build() for component in recipe.loggers]
     scheduler = recipe.scheduler.build() if recipe.scheduler is not None else None
 
     train_set, eval_set = (_dataset(recipe, split) for split in ('train', 'eval'))
@@ -86,6 +88,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
         if not loads or (isinstance(error, RuntimeError) and 'loading state_dict' not in str(error)):
             raise
         raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
+
+
+def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
+    """TensorBoard's files go into the run's folder, where the recipe names no other."""
+    if logger.target is TensorboardLogger and 'log_dir' not in logger.kwargs:
+        return replace(logger, kwargs={'log_dir': str(recipe.run_folder / 'tensorboard'), **logger.kwargs})
+    return logger
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:

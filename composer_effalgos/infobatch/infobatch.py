@@ -330,8 +330,8 @@ class InfoBatch(Algorithm):
         length = self._state.max_duration
         assert length is not None
         if length.unit == TimeUnit.EPOCH:
-            # counted in epochs, with a guard against 0.7 * 10 = 7.000000000000001
-            return int(self._state.timestamp.epoch) < math.ceil(self.delta * length.value - 1e-9)
+            # an epoch that reaches into the last 1 - delta of the run is a full one; 0.7 * 10 is 7.000000000000001, 0.29 * 100 less than 29
+            return int(self._state.timestamp.epoch) < math.floor(self.delta * length.value + 1e-9)
         elapsed = self._state.get_elapsed_duration()
         return elapsed is not None and elapsed.value < self.delta
 

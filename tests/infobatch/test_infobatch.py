@@ -61,6 +61,14 @@ def test_prunes_what_the_rule_says_and_everything_after_delta(trained):
     assert int(ends.trainer.state.timestamp.sample) == 8 * 203 - algorithm.samples_saved
 
 
+@pytest.mark.parametrize(
+    ('epochs', 'delta', 'full'), [(3, 0.875, {0, 2}), (10, 0.7, {0, 7, 8, 9}), (4, 0.5, {0, 2, 3}), (3, 1.0, {0}), (2, 0.0, {0, 1})]
+)
+def test_the_last_share_of_the_run_is_trained_in_full(trained, epochs, delta, full):
+    ends = trained(InfoBatch(delta=delta), max_duration=f'{epochs}ep')
+    assert {epoch for epoch, samples in enumerate(ends.samples) if len(samples) == 203} == full
+
+
 def test_scores_are_the_losses_trained_with(make_trainer, problem):
     # with a learning rate of 0 the loss of a sample is the same whenever it is seen
     algorithm = InfoBatch()
@@ -107,7 +115,7 @@ def test_not_finite_losses_are_kept_and_do_not_poison_the_mean(make_trainer):
         losses = nn.functional.cross_entropy(outputs, batch[1], reduction='none')
         return torch.where(batch[0][:, 0] > 1.5, torch.full_like(losses, math.nan).detach(), losses)
 
-    algorithm = InfoBatch(per_sample_loss=sometimes_infinite)
+    algorithm = InfoBatch(per_sample_loss=sometimes_infinite, delta=1.0)
     ends = EpochEnds(algorithm)
     trainer = make_trainer([algorithm], lr=0.0, callbacks=[ends], max_duration='3ep')
     trainer.fit()
