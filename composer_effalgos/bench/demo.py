@@ -89,10 +89,10 @@ def run_demo(
 
     if len(failures) < len(runs):
         report = write_report(out)
-        places = {f'{name}_seed{seed}': place for place, (name, seed) in enumerate(runs)}
-        ours = [run for run in read_runs(out)[0] if run.summary['run_name'] in places]
+        names = {f'{name}_seed{seed}' for name, seed in runs}
+        ours = [run for run in read_runs(out)[0] if run.summary['run_name'] in names]
         console.print()
-        console.print(rich_table(table_rows(sorted(ours, key=lambda run: places[run.summary['run_name']]))))
+        console.print(rich_table(table_rows(ours)))  # in the order of the report
         console.print()
         console.print(NOTE, style='dim')
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)

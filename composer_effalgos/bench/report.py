@@ -25,13 +25,13 @@ DASHES = ('solid', 'dash', 'dot', 'dashdot')
 
 
 def write_report(runs_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the report on every run below a folder: an HTML page, and its table as Markdown beside it.
+    """Writes the report on every run in a folder: an HTML page, and its table as Markdown beside it.
 
     The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. A ``summary.json`` that
     cannot be used is named in a warning and in the report, and left out.
 
     Args:
-        runs_dir: Folder to search for ``summary.json``, at any depth.
+        runs_dir: The runs' ``save_folder``: one folder a run, each with its ``summary.json``.
         out: Path of the page, ending in ``.html``; ``report.html`` in ``runs_dir`` when None. The Markdown goes beside it, as ``.md``.
 
     Returns:
@@ -66,7 +66,8 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         rows: Rows as :func:`~composer_effalgos.bench.table.table_rows` gives them.
 
     Returns:
-        For each chart its ``title``, the axes' ``x`` and ``y`` titles and plotly ``traces``; charts without a value are left out.
+        For each chart its ``title``, the axes' ``x`` and ``y`` titles, what more plotly is to know of them (``xaxis``, ``yaxis``) and
+        plotly ``traces``; charts without a value are left out.
     """
     drawn: list[tuple[str, str, str, _Values, _Values, str]] = [
         ('Accuracy by epoch', 'epoch', 'accuracy %', _epochs, _accuracy, 'linear'),
@@ -85,9 +86,20 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ]
         for trace in traces:
             trace['line']['shape'] = shape
+            if y_of is not _accuracy:  # such lines often coincide: the later, thinner ones leave an edge of those below
+                trace['line']['width'] = max(1.5, 6 - 1.25 * int(trace['legendgroup']))
         if any(value is not None for trace in traces for value in trace['y']):
-            result.append({'title': title, 'x': x_title, 'y': y_title, 'traces': traces})
+            axes = {
+                'xaxis': _counts(traces, 'x') if x_of is not _seconds else {'rangemode': 'tozero'},
+                'yaxis': _counts(traces, 'y') if shape == 'hv' else {'rangemode': 'normal'},
+            }
+            result.append({'title': title, 'x': x_title, 'y': y_title, 'traces': traces} | axes)
     return result
+
+
+def _counts(traces: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """An axis of whole numbers: from zero, and never with a tick between two of them."""
+    return {'rangemode': 'tozero'} | ({'dtick': 1} if max(max(trace[key]) for trace in traces) < 10 else {})
 
 
 def _trace(row: Row, number: int, run: Run) -> dict[str, Any]:
@@ -99,7 +111,8 @@ def _trace(row: Row, number: int, run: Run) -> dict[str, Any]:
         'mode': 'lines+markers',
         'name': name,
         'showlegend': first,
-        'line': {'color': COLORS[number % len(COLORS)], 'dash': DASHES[number // len(COLORS) % len(DASHES)], 'width': 2},
+        'legendgroup': str(number),
+        'line': {'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
         'marker': {'size': 4},
         'opacity': 1.0 if first else 0.45,
         'connectgaps': True,

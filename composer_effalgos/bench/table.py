@@ -21,7 +21,8 @@ from composer_effalgos.monitor import SUMMARY
 COLUMNS = ('run', 'seeds', 'accuracy %', 'Δ', 'samples', 'saved %', 'train s', 'time %')
 NOTE = (
     'accuracy: mean ± sample standard deviation over the seeds, at the end of the run; Δ: its mean less the baseline’s; samples: mean '
-    'number trained on; train s: mean, selection included and evaluation left out; time %: of the baseline’s train s.'
+    'number trained on; train s: mean, selection included and evaluation left out; time %: of the baseline’s train s. A baseline is for '
+    'runs of the same data set, limit, model and max_duration.'
 )
 _NONE = '–'
 _NUMBERS = {
@@ -62,10 +63,13 @@ class Run:
         return {key: value for key, value in self.summary['recipe'].items() if key not in ('run_name', 'seed', 'save_folder')}
 
     @property
-    def task(self) -> tuple[str | None, str | None]:
-        """Names of the data set and the model, as far as the recipe has them; runs of one task share a baseline."""
-        dataset, model = (self.summary['recipe'].get(key) for key in ('dataset', 'model'))
-        return tuple(section.get('name') if isinstance(section, dict) else None for section in (dataset, model))  # type: ignore[return-value]
+    def task(self) -> str:
+        """Data set and its limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
+        recipe = self.summary['recipe']
+        dataset, model = (section if isinstance(section, dict) else {} for section in (recipe.get('dataset'), recipe.get('model')))
+        duration = recipe.get('max_duration')
+        duration = f'{duration}ep' if isinstance(duration, int) else duration  # a plain number is of epochs
+        return json.dumps([dataset.get('name'), dataset.get('limit'), model.get('name'), duration])
 
 
 @dataclass(frozen=True)
@@ -127,10 +131,10 @@ class Row:
 
 
 def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
-    """Reads every ``summary.json`` below a folder.
+    """Reads the ``summary.json`` of every run in a folder.
 
     Args:
-        folder: Where to look, at any depth.
+        folder: The runs' ``save_folder``, with one folder a run; what lies deeper is not read.
 
     Returns:
         The runs in the order of their paths, and a line for each summary that cannot be used: which file, and why.
@@ -142,7 +146,7 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder; give one that holds runs, each with a {SUMMARY}')
     runs, problems = [], []
-    for path in sorted(folder.rglob(SUMMARY)):
+    for path in sorted(folder.glob(f'*/{SUMMARY}')):
         try:
             summary = json.loads(path.read_text(encoding='utf-8'))
             _check(summary)
@@ -153,7 +157,7 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
             runs.append(Run(path.parent.relative_to(folder), summary))
     if not runs:
         raise InputError(
-            problems[0] if problems else f'{folder}: no {SUMMARY} in it or below; train a recipe with save_folder={folder} first'
+            problems[0] if problems else f'{folder}: no {SUMMARY} in any folder in it; train a recipe with save_folder={folder} first'
         )
     return runs, problems
 
@@ -162,7 +166,7 @@ def table_rows(runs: Sequence[Run]) -> list[Row]:
     """Sets runs against their baseline.
 
     Runs of the same name, settings, device and number of ranks that differ in the seed alone share a row. The baseline of a row is the
-    first method of the same data set and model whose name has ``baseline`` in it.
+    first method of the same data set, limit, model and duration whose name has ``baseline`` in it.
 
     Args:
         runs: Runs as :func:`read_runs` gives them.
@@ -175,7 +179,7 @@ def table_rows(runs: Sequence[Run]) -> list[Row]:
         key = json.dumps([run.method, run.settings, run.summary['device'], run.summary['world_size']], sort_keys=True)
         groups.setdefault(key, []).append(run)
     members = sorted(groups.values(), key=lambda group: not _is_baseline(group[0]))
-    baselines: dict[tuple[str | None, str | None], list[Run]] = {}
+    baselines: dict[str, list[Run]] = {}
     for group in members:
         if _is_baseline(group[0]):
             baselines.setdefault(group[0].task, group)

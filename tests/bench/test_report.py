@@ -164,6 +164,8 @@ def test_a_browser_draws_every_chart_and_sorts_the_table(runs, tmp_path):
         document.body.dataset.probe = JSON.stringify({
           lines: [...document.querySelectorAll('.charts section')].map(s => s.querySelectorAll('.scatterlayer .trace').length),
           first: document.querySelector('tbody th').textContent, sort: last.getAttribute('aria-sort'),
+          hidden: (document.querySelector('.legend button').click(),
+            [...document.querySelectorAll('.charts section')].map(s => s.querySelectorAll('.scatterlayer .trace').length)),
           overflow: document.documentElement.scrollWidth - innerWidth, legend: document.querySelectorAll('.legend li').length,
         }); }, 500));</script></body>"""
     (tmp_path / 'probe.html').write_text(text.replace('</body>', probe))
@@ -172,6 +174,7 @@ def test_a_browser_draws_every_chart_and_sorts_the_table(runs, tmp_path):
     body = next(attrs for tag, attrs in Page(done.stdout).tags if tag == 'body')
     found = json.loads(body['data-probe'] or '')
     assert found['lines'] == [4] * 6
+    assert found['hidden'] == [2] * 6
     assert found['first'] == 'digits_baseline'
     assert found['sort'] == 'descending'
     assert found['overflow'] <= 0

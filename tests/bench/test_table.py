@@ -57,6 +57,26 @@ def test_every_task_has_a_baseline_of_its_own_and_times_compare_on_one_device_on
     assert (rows['mnist_method'].accuracy_gain, rows['mnist_method'].time_ratio) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ('settings', 'compared'),
+    [
+        ({}, True),
+        ({'max_duration': 5, 'dataset': {'name': 'digits', 'limit': 500, 'batch_size': 8}}, True),
+        ({'max_duration': '6ep'}, False),
+        ({'dataset': {'name': 'digits'}}, False),
+        ({'dataset': {'name': 'digits', 'limit': 400}}, False),
+        ({'dataset': {'name': 'cifar10', 'limit': 500}}, False),
+        ({'model': {'name': 'resnet20'}}, False),
+    ],
+)
+def test_only_a_run_of_the_same_data_model_and_duration_is_set_against_the_baseline(tmp_path, write_run, settings, compared):
+    same = {'max_duration': '5ep', 'dataset': {'name': 'digits', 'limit': 500}}
+    write_run('baseline', settings=same)
+    write_run('method', settings=same | settings)
+    row = table_rows(read_runs(tmp_path / 'runs')[0])[1]
+    assert (row.cells[3], row.cells[7]) == (('+0.00', '100') if compared else ('–', '–'))
+
+
 def test_a_run_without_accuracy_has_a_dash(tmp_path, write_run):
     write_run('baseline', accuracies=(0.9,))
     write_run('other', accuracies=(None,))
@@ -112,4 +132,13 @@ def test_a_folder_without_runs_is_refused(tmp_path, write_run):
         read_runs(tmp_path)
     write_run('bad').joinpath('summary.json').write_text('{')
     with pytest.raises(InputError, match=r'00/summary\.json: left out, is not valid JSON'):
+        read_runs(tmp_path / 'runs')
+
+
+def test_runs_in_nested_folders_are_of_another_report(tmp_path, write_run):
+    write_run('ours')
+    nested = write_run('theirs')
+    nested.rename(tmp_path / 'runs' / '00' / 'nested')
+    assert [run.summary['run_name'] for run in read_runs(tmp_path / 'runs')[0]] == ['ours']
+    with pytest.raises(InputError, match=r'no summary\.json'):
         read_runs(tmp_path)
