@@ -78,10 +78,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
             run_name=recipe.run_name,
             seed=recipe.seed,
             precision=precision,
-            **recipe.trainer,
+            **_trainer_arguments(recipe),
             save_folder=str(checkpoint_folder(recipe)) if saves else None,
         )
-    except ValueError as error:
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise InputError(f'{recipe.source}: {one_line(error)}') from error
     except (KeyError, RuntimeError) as error:
         # Composer finds out parameter by parameter, some of them only in the optimizer's state
@@ -95,6 +95,12 @@ def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
     if logger.target is TensorboardLogger and 'log_dir' not in logger.kwargs:
         return replace(logger, kwargs={'log_dir': str(recipe.run_folder / 'tensorboard'), **logger.kwargs})
     return logger
+
+
+def _trainer_arguments(recipe: Recipe) -> dict[str, Any]:
+    """A run killed between writing a checkpoint and marking it the latest writes that checkpoint again when it is resumed."""
+    resumes = recipe.trainer.get('autoresume', False) and (checkpoint_folder(recipe) / 'latest-rank0.pt').exists()
+    return {'save_overwrite': True, **recipe.trainer} if resumes else dict(recipe.trainer)
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:

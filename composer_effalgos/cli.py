@@ -34,7 +34,7 @@ def demo(out: Annotated[Path, typer.Option(help='Folder for the runs and the rep
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help='Folder that holds runs, at any depth.')],
+    folder: Annotated[Path, typer.Argument(help='Folder that holds runs, one folder a run.')],
     out: Annotated[Path | None, typer.Option(help='Path of the page; report.html in the folder by default.')] = None,
 ) -> None:
     """Compare the runs in a folder: an HTML page with curves, and its table as Markdown."""

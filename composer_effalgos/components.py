@@ -91,7 +91,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     by_plain_name = {_plain(item): item for item in known}
-    near = difflib.get_close_matches(_plain(name), by_plain_name, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(_plain(str(name)), by_plain_name, n=1, cutoff=0.6)
     return f"did you mean '{by_plain_name[near[0]]}'?" if near else f'known: {", ".join(known) or "none"}'
 
 
@@ -298,7 +298,7 @@ def _is_time(hint: Any) -> bool:
 def _is_time_string(text: str) -> bool:
     try:
         Time.from_timestring(text)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
     return True
 

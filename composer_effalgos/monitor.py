@@ -225,9 +225,12 @@ class EfficiencyMonitor(Callback):
             'totals': self._totals(),
         }
         target = self._folder(state) / SUMMARY
-        part = target.with_name(f'{SUMMARY}.tmp')
-        part.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + '\n', encoding='utf-8')
-        part.replace(target)
+        part = target.with_name(f'{SUMMARY}.{os.getpid()}.tmp')  # of this process alone: two runs may share a name by mistake
+        try:
+            part.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _without_nan(value: Any) -> Any:

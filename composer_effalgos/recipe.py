@@ -122,7 +122,7 @@ OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer'
 # What build_trainer sets, or what YAML cannot express
 NOT_FOR_RECIPES = {
     'self', 'train_dataloader', 'train_dataloader_label', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithm_passes', 'profiler',
-    'load_object_store', 'console_stream',
+    'load_object_store', 'console_stream', 'spin_dataloaders',
 }  # fmt: skip
 
 
@@ -339,7 +339,7 @@ def _check_run_name(source: str, run_name: str) -> None:
 def _check_duration(key: str, duration: str | int) -> None:
     try:
         time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
     if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN):
         raise InputError(f"{key}: expected a positive number of epochs, batches or samples such as '10ep', got {duration!r}")

@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(recipe)
     except InputError as error:
         return refuse(error)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        if error.filename is None and error.errno is None:
+            raise
+        return refuse(InputError(f'{error.filename or args.recipe}: {error.strerror}; what was saved before is whole'))
     except RuntimeError as error:
         # gloo's words for a rank that has gone; that rank has said why
         if dist.get_world_size() == 1 or 'by peer' not in str(error):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import PerSampleLoss, Plan, PlannedDataLoader, per_sample_mean, stream_seed
+from composer_effalgos.plan import PerSampleLoss, Plan, PlannedDataLoader, check_seed, per_sample_mean, stream_seed
 
 _STREAM = 10  # of random numbers, see stream_seed
 _BLOCK = 1 << 16  # samples that are decided together, in the processor's cache
@@ -178,8 +178,8 @@ class InfoBatch(Algorithm):
     sample has a score, and the last ``1 - delta`` of the run trains on everything. Schedules keep the time of the unpruned run. A NaN or
     infinite loss never prunes a sample and does not move the mean.
 
-    Runs on ``INIT``, ``EPOCH_END`` and ``FIT_END``. Source: Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data
-    Pruning", ICLR 2024, arXiv 2303.04947.
+    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``. Source: Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased
+    Dynamic Data Pruning", ICLR 2024, arXiv 2303.04947.
 
     Args:
         prune_ratio: The share of below-mean samples that an epoch drops, in [0, 1).
@@ -223,6 +223,7 @@ class InfoBatch(Algorithm):
         _check_ratio('score_decay', score_decay)
         if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta <= 1:
             raise InputError(f'delta: must be a number in [0, 1], got {delta!r}')
+        check_seed(seed)
         if per_sample_loss is not None and not callable(per_sample_loss):
             raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
         if score not in ('loss', 'ema') and not callable(score):
@@ -259,18 +260,18 @@ class InfoBatch(Algorithm):
         return self._merged(self._gather_locally())
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.INIT, Event.EPOCH_END, Event.FIT_END)
+        return event in (Event.INIT, Event.FIT_START, Event.EPOCH_END, Event.FIT_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
             self._initialise(state)
-        elif self._pending is not None:
+        elif self._pending is not None:  # at FIT_START after a fit that was interrupted
             self._scores = self._merged(self._gather())
             self._pending = None
             logger.log_metrics(
                 {
                     'infobatch/samples_saved': self.samples_saved,
-                    'infobatch/pruned_fraction': self._plan.loader.facts['pruned_fraction'],
+                    'infobatch/pruned_fraction': self._plan.loader.facts.get('pruned_fraction', 0.0),
                     'infobatch/mean_score': _means(self._scores.numpy(), None).item(),
                     'infobatch/not_finite': int(torch.isinf(self._scores).sum()),
                 }
@@ -330,7 +331,7 @@ class InfoBatch(Algorithm):
         length = self._state.max_duration
         assert length is not None
         if length.unit == TimeUnit.EPOCH:
-            # an epoch that reaches into the last 1 - delta of the run is a full one; 0.7 * 10 is 7.000000000000001, 0.29 * 100 less than 29
+            # an epoch that reaches into the last 1 - delta of the run is a full one (and 0.29 * 100 is less than 29)
             return int(self._state.timestamp.epoch) < math.floor(self.delta * length.value + 1e-9)
         elapsed = self._state.get_elapsed_duration()
         return elapsed is not None and elapsed.value < self.delta

@@ -111,7 +111,7 @@ class EpochClock:
             yield  # nothing was pruned so far: real time is virtual time
             return
         batch = virtual_batch(int(real.batch_in_epoch), len(loader), loader.full_batches)
-        sample = round(batch * loader.full_samples / loader.full_batches)
+        sample = min(batch * loader.initial_batch_size * loader.world_size, loader.full_samples)
         samples = self.sample_base + sample
         state.timestamp = real.copy(
             batch=self.batch_base + batch,

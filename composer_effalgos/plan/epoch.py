@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from composer_effalgos.errors import InputError
 
 BatchSize = int | Callable[[int, int], int]
 """Samples per rank and batch: a constant, or a function of (batch in epoch, samples of the epoch already planned)."""
@@ -24,6 +27,19 @@ def stream_seed(*keys: int) -> int:
     """
     high, low = np.random.SeedSequence(keys).generate_state(2, dtype=np.uint32).tolist()
     return (high << 31 ^ low) & (2**63 - 1)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuses what cannot seed a stream.
+
+    Args:
+        seed: An algorithm's ``seed``.
+
+    Raises:
+        InputError: Where it is neither ``None`` nor a whole number of at least 0.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise InputError(f'seed: must be a whole number of at least 0, got {seed!r}')
 
 
 def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, drop_last: bool = False) -> list[int]:

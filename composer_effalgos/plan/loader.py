@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ class _SeededDataset(Dataset):
     """Reads a batch under random numbers of its own.
 
     Random augmentations then depend on (seed, epoch, rank, batch) alone: not on the number of workers, on what a worker that lives
-    across epochs read before, or on where a run was resumed. Attributes are those of the data set, read and written.
+    across epochs read before, or on where a run was resumed.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        object.__setattr__(self, 'dataset', dataset)
+        self.dataset = dataset
 
     def __getitems__(self, seeded_batch: tuple[int, list[int]]) -> list[Any]:
         seed, indices = seeded_batch
@@ -45,13 +46,13 @@ class _SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getattr__(self, name: str) -> Any:
-        if name == 'dataset' or name.startswith('__'):  # while it is being unpickled there is no data set yet
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.dataset, name, value)
+def _init_worker(users: Callable[[int], None] | None, worker: int) -> None:
+    """Lets the user's ``worker_init_fn`` find the user's data set."""
+    info = torch.utils.data.get_worker_info()
+    object.__setattr__(info, 'dataset', info.dataset.dataset)  # type: ignore[union-attr]
+    if users is not None:
+        users(worker)
 
 
 class _BatchList:
@@ -68,6 +69,11 @@ def _check(loader: Any) -> DataLoader:
     """Refuses loaders whose samples a plan cannot name, with the reason and the way out."""
     if not isinstance(loader, DataLoader):
         raise InputError(f'train_dataloader: must be a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise InputError(
+            f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '
+            'torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
+        )
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, '__len__') or not hasattr(loader.dataset, '__getitem__'):
         raise InputError(
             f'train_dataloader: {type(loader.dataset).__name__} has no indices; pruning and selection need a map-style data set '
@@ -137,7 +143,7 @@ class PlannedDataLoader(DataLoader):
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=functools.partial(_init_worker, loader.worker_init_fn),
             multiprocessing_context=loader.multiprocessing_context,
             generator=torch.Generator().manual_seed(stream_seed(seed, 1, rank)),  # starting workers leaves the training generator alone
             prefetch_factor=loader.prefetch_factor,

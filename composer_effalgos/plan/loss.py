@@ -55,10 +55,14 @@ def _huggingface_losses(model: HuggingFaceModel, outputs: Any, batch: Any) -> tu
     if not isinstance(labels, Tensor):
         raise InputError(f"{type(model).__name__}.loss: the batch has no 'labels'; pass InfoBatch(per_sample_loss=...)")
     logits = (outputs['logits'] if isinstance(outputs, Mapping) else outputs[1]).float()
+    if labels.is_floating_point() and labels.shape == logits.shape:  # several labels, or several numbers
+        several = getattr(model.config, 'problem_type', None) != 'regression'
+        function = nn.functional.binary_cross_entropy_with_logits if several else nn.functional.mse_loss
+        return function(logits, labels.float(), reduction='none'), None
     if labels.ndim == 1:  # classification of sequences, or regression with one output
         if logits.shape[-1] == 1:
             return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction='none'), None
-        return nn.functional.cross_entropy(logits, labels, reduction='none'), None
+        return nn.functional.cross_entropy(logits, labels, reduction='none'), (labels != -100).long()
     if model.shift_labels:  # a causal model's logits at a token are for the next
         logits, labels = logits[:, :-1], labels[:, 1:]
     tokens = (labels != -100).sum(dim=1)
@@ -111,11 +115,13 @@ class WeightedLoss:
         self._position = self._next_position = 0
         self._first_call = True
         self._verified = per_sample_loss is not None
-        self._own_mean = False
 
     def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
         # a copy of the model (SWA, export) gets its plain loss: it has no plan
         return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.original,)  # a saved model has its plain loss too
 
     def use(self, per_sample_loss: PerSampleLoss) -> None:
         """Takes the caller's per-sample loss.
@@ -213,7 +219,7 @@ class WeightedLoss:
             return self.original(outputs, batch, *args, **kwargs)
         losses, counts = self._evaluate(outputs, batch)
         if not self._verified:
-            self._verify(losses, counts, outputs, self.original(outputs, batch))
+            self._verify(losses, counts, outputs, batch)
         start = self._window.start + self._position
         where = slice(start, start + len(losses))
         if where.stop > self._window.stop:
@@ -226,8 +232,11 @@ class WeightedLoss:
         weighted = losses if self._weights is None else losses * self._weights[where]
         if counts is not None:
             return (weighted * counts).sum() / counts.sum().clamp(min=1)
-        if self._own_mean:
-            return weighted.sum() * self._mean_factor(losses, self.original(outputs, batch))
+        if self._given is None:
+            # in every batch: whether the plain mean would do (no class weights, no ignored labels) can change from batch to batch
+            with torch.no_grad():
+                reference = self.original(outputs, batch)
+            return weighted.sum() * self._mean_factor(losses, reference)
         return weighted.mean()
 
     @staticmethod
@@ -236,27 +245,32 @@ class WeightedLoss:
         total = losses.detach().sum()
         return torch.where(total != 0, reference.detach().float().reshape(()) / total, torch.full_like(total, 1 / len(losses)))
 
-    def _verify(self, losses: Tensor, counts: Tensor | None, outputs: Any, reference: Any) -> None:
-        """Once a run: without weights the per-sample losses must give the loss, and the gradient, that the model trains with."""
-        self._verified = True
+    def _verify(self, losses: Tensor, counts: Tensor | None, outputs: Any, batch: Any) -> None:
+        """On the first finite batch: without weights the per-sample losses must give the gradient that the model trains with."""
+        reference = self.original(outputs, batch)
         if not isinstance(reference, Tensor) or reference.numel() != 1:
             got = f'shape {tuple(reference.shape)}' if isinstance(reference, Tensor) else type(reference).__name__
             raise InputError(f'{self.model_name}.loss: must return one number, got {got}; pass InfoBatch(per_sample_loss=...)')
-        mean = losses.mean() if counts is None else (losses * counts).sum() / counts.sum().clamp(min=1)
         value = reference.float().reshape(())
-        if not torch.isfinite(value) or not torch.isfinite(mean) or _close(mean.detach(), value.detach()):
+        mean = losses.mean() if counts is None else (losses * counts).sum() / counts.sum().clamp(min=1)
+        if not torch.isfinite(value) or not torch.isfinite(mean):
             return
-        if counts is None and isinstance(outputs, Tensor) and outputs.requires_grad:
-            factor = self._mean_factor(losses, reference)
-            ours, theirs = (torch.autograd.grad(x, outputs, retain_graph=True)[0] for x in (losses.sum() * factor, value))
-            if _close(ours, theirs):
-                self._own_mean = True
-                return
-        raise InputError(
-            f'{self.model_name}.loss: its per-sample form averages to {mean.item():.6g}, but it returns {value.item():.6g} with another '
-            'gradient; pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
-        )
+        self._verified = True
+        if isinstance(outputs, Tensor) and outputs.requires_grad and counts is None:
+            ours = losses.sum() * self._mean_factor(losses, reference)
+            agree = _close(*(torch.autograd.grad(loss, outputs, retain_graph=True)[0] for loss in (ours, value)))
+        else:
+            agree = _close(mean.detach(), value.detach())
+        if not agree:
+            raise InputError(
+                f'{self.model_name}.loss: its per-sample form averages to {mean.item():.6g}, but it returns {value.item():.6g} with '
+                'another gradient; pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
+            )
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).float().norm() <= 1e-2 * theirs.float().norm() + 1e-6)
+
+
+def _itself(loss: Any) -> Any:
+    return loss

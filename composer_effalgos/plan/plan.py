@@ -233,7 +233,7 @@ class Plan(Callback):
             if state.dataloader_len is not None and int(state.dataloader_len) < len(self.loader):
                 self.loader.limit(int(state.dataloader_len))
             return
-        given = state.dataloader
+        given, before = state.dataloader, self._loader
         same_data = self._loader is not None and getattr(given, 'dataset', None) is self._loader.dataset
         length = state.dataloader_len
         max_batches = None if length is None or not hasattr(given, '__len__') or int(length) >= len(given) else int(length)  # type: ignore[arg-type]
@@ -250,6 +250,8 @@ class Plan(Callback):
                 f'load_path: the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
                 f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
             )
+        if same_data and before is not None:  # an epoch that is under way goes on with its plan
+            self._loader.plan, self._loader.facts = before.plan, before.facts
         if not same_data:
             self.data_changes += 1
             if self._loaded is None:
@@ -275,13 +277,18 @@ class Plan(Callback):
 
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
+        if plan.weights is not None:
+            if self.loss is None or not self._by_position:
+                raise InputError(
+                    "load_path: the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
+                    'algorithms, or from a checkpoint saved at the end of an epoch'
+                )
+            self.loss.require_per_sample(self._by_position[0])
         loader.set_plan(plan, int(state.timestamp.epoch))
         self._in_epoch = True
         state.set_dataloader(loader, state.dataloader_label)  # reads the epoch's new length
         if self.loss is not None:
             weights = plan.rank_weights(loader.rank, loader.world_size)
-            if weights is not None:
-                self.loss.require_per_sample(self._by_position[0])
             self.loss.start_epoch(None if weights is None else state.device.tensor_to_device(weights.clone()))
 
     def _resume(self, state: State) -> None:

@@ -239,13 +239,18 @@ def _last_called_linear(model: nn.Module, batch: Any) -> nn.Linear:
     finally:
         for handle in handles:
             handle.remove()
-    if not called or not isinstance(called[-1], nn.Linear):
-        found = type(called[-1]).__name__ if called else 'no layer'
+    position = max((i for i, module in enumerate(called) if isinstance(module, nn.Linear)), default=None)
+    # a container with parameters of its own (a transformer's class token) is done after the layers it holds
+    after = called if position is None else [m for m in called[position + 1 :] if called[position] not in set(m.modules())]
+    if position is None or after:
+        found = type(after[-1]).__name__ if after else 'no layer'
         raise InputError(
             f'model: its forward pass ends in {found}, not in a linear layer; '
             'end the model in torch.nn.Linear, pass linear_layer=False, or use strategy random'
         )
-    return called[-1]
+    linear = called[position]
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _batch_gradients(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_effalgos.adabatch.adabatch import parse_time
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import Plan, WeightedLoss, stream_seed
+from composer_effalgos.plan import Plan, WeightedLoss, check_seed, stream_seed
 from composer_effalgos.subset_selection.gradients import LastLayerGradients, last_layer_gradients
 from composer_effalgos.subset_selection.strategies import check_options, select_subset
 
@@ -82,6 +82,7 @@ class SubsetSelection(Algorithm):
             raise InputError(f'fraction: must be a number in (0, 1], got {fraction!r}')
         if isinstance(kappa, bool) or not isinstance(kappa, int | float) or not 0 <= kappa < 1:
             raise InputError(f'kappa: must be a number in [0, 1), got {kappa!r}')
+        check_seed(seed)
         if not isinstance(linear_layer, bool):
             raise InputError(f'linear_layer: must be true or false, got {linear_layer!r}')
         if val_dataloader is not None and not isinstance(val_dataloader, DataLoader):
@@ -149,7 +150,7 @@ class SubsetSelection(Algorithm):
             facts = self._plan.loader.facts
             facts['selection_seconds'] = 0.0
             redraw = self.strategy != 'random' and (epoch - warm_up) % self.select_every.value == 0
-            if epoch >= warm_up and (self._indices is None or redraw):
+            if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
                 start = time.perf_counter()
                 self._select(state, budget, epoch)
                 facts['selection_seconds'] = time.perf_counter() - start

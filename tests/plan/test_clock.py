@@ -31,6 +31,7 @@ COMPOSER_SCHEDULES = [
     StepScheduler('2ep', 0.5),
     MultiStepScheduler(['2ep', '0.75dur'], 0.1),
     MultiStepScheduler(['30ba', '600sp'], 0.1),
+    PolynomialScheduler(t_max='1000sp', power=2),
     ConstantScheduler(0.5, '0.5dur'),
     LinearScheduler(1.0, 0.1),
     ExponentialScheduler(0.9),

@@ -140,6 +140,31 @@ def test_refuses_what_it_cannot_plan(loader, message):
         planned(loader)
 
 
+def test_refuses_loaders_with_an_iteration_of_their_own():
+    class Own(DataLoader):
+        def __iter__(self):
+            yield from super().__iter__()
+
+    with pytest.raises(InputError, match='Own iterates in a way of its own'):
+        planned(Own(Noisy(), batch_size=4))
+
+
+def _remember(worker: int) -> None:
+    torch.utils.data.get_worker_info().dataset.seen = worker + 1
+
+
+class Remembering(Noisy):
+    seen = 0
+
+    def __getitem__(self, index):
+        return index, self.seen
+
+
+def test_worker_init_fn_finds_the_users_data_set():
+    loader = planned(DataLoader(Remembering(), batch_size=8, num_workers=1, worker_init_fn=_remember))
+    assert {seen.item() for batch in epoch_of(loader, 0) for seen in batch[1]} == {1}
+
+
 def test_refuses_iterable_data_sets():
     class Stream(IterableDataset):
         def __iter__(self):

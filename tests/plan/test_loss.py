@@ -6,7 +6,7 @@ from composer.algorithms import CutMix, MixUp
 from composer.loss import binary_cross_entropy_with_logits
 from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
 from composer_effalgos.plan import WeightedLoss
@@ -251,3 +251,24 @@ def test_a_model_trained_twice_is_wrapped_once(make_trainer):
         make_trainer([algorithm], model=model, max_duration='1ep').fit()
         assert not isinstance(model.loss.original, WeightedLoss)
         assert not algorithm.scores.isnan().any()
+
+
+def test_a_first_batch_that_looks_plain_decides_nothing(make_trainer, problem, weights_of):
+    targets = problem.tensors[1].clone()
+    targets[16:][torch.arange(187) % 2 == 0] = -100  # none is ignored in the first batch
+    dataset = TensorDataset(problem.tensors[0], targets)
+    runs = []
+    for algorithm in (InfoBatch(prune_ratio=0), AdaBatch(2, '9ep')):
+        trainer = make_trainer([algorithm], loss_fn=nn.CrossEntropyLoss(), max_duration='1ep')
+        trainer.fit(train_dataloader=DataLoader(dataset, batch_size=16), duration='1ep')
+        runs.append(weights_of(trainer))
+    assert torch.allclose(*runs, atol=1e-6)
+
+
+def test_models_are_saved_with_their_plain_loss(make_trainer, tmp_path):
+    trainer = make_trainer([InfoBatch()], max_duration='1ep')
+    trainer.fit()
+    torch.save(trainer.state.model, tmp_path / 'model.pt')
+    loaded = torch.load(tmp_path / 'model.pt', weights_only=False)
+    outputs = loaded((torch.zeros(2, 8), None))
+    assert torch.isfinite(loaded.loss(outputs, (None, torch.tensor([0, 1]))))

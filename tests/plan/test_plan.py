@@ -125,6 +125,47 @@ def test_another_loader_within_an_epoch(make_trainer, problem):
     assert int(trainer.state.timestamp.batch) == 35
 
 
+def test_the_same_data_in_another_loader_within_an_epoch_goes_on(make_trainer, problem):
+    trainer = make_trainer([InfoBatch()], max_duration='5ba')
+    trainer.fit()
+    before = trainer.state.train_dataloader.plan.order
+    trainer.fit(train_dataloader=DataLoader(problem, batch_size=16, shuffle=True), duration='8ba')
+    assert torch.equal(trainer.state.train_dataloader.plan.order, before)
+    assert sum(trainer.recorder.sizes[0]) == 203
+    assert not trainer.state.algorithms[0].scores.isnan().any()
+
+
+class Interrupt(Callback):
+    def batch_end(self, state, logger):
+        if int(state.timestamp.batch) == 20:
+            raise KeyboardInterrupt
+
+
+def test_fit_again_after_an_interrupt(make_trainer, weights_of):
+    whole = make_trainer(all_three(), max_duration='3ep')
+    whole.fit()
+    trainer = make_trainer(all_three(), max_duration='3ep', callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    trainer.fit()
+    assert torch.equal(weights_of(whole), weights_of(trainer))
+    assert torch.equal(*(t.state.algorithms[0].scores.nan_to_num(-1) for t in (whole, trainer)))
+
+
+def test_an_epoch_weighted_by_others_is_refused(make_trainer, save):
+    path = save([InfoBatch(delta=1.0)], '20ba', 0, max_duration='3ep')
+    for algorithm in (AdaBatch(2, '9ep'), SubsetSelection('random', 0.5)):
+        with pytest.raises(InputError, match='weighted by algorithms that this run does not have'):
+            make_trainer([algorithm], load_path=path).fit()
+
+
+def test_another_fraction_on_resume(make_trainer, save):
+    path = save([SubsetSelection('random', 0.3)], '1ep', 0, max_duration='1ep')
+    trainer = make_trainer([SubsetSelection('random', 0.6)], load_path=path, max_duration='2ep')
+    trainer.fit()
+    assert [sum(sizes) for sizes in trainer.recorder.sizes] == [122]
+
+
 def test_evaluation_within_an_epoch(make_trainer, problem, weights_of):
     runs = []
     for arguments in ({}, {'eval_dataloader': DataLoader(problem, batch_size=50), 'eval_interval': '3ba'}):

@@ -246,3 +246,20 @@ def test_says_what_it_is():
         "SubsetSelection(strategy='gradmatch', fraction=0.2, select_every='20ep'"
     )
     assert 'lam=0.1' in repr(SubsetSelection('gradmatch', 0.2, lam=0.1))
+
+
+class WithToken(nn.Module):
+    """Owns a parameter beside its layers, as a vision transformer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(8))
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs + self.token).relu())
+
+
+def test_models_whose_containers_own_parameters(fit):
+    subsets = fit(SubsetSelection('glister', 0.3), module=WithToken(), max_duration='1ep')
+    assert len(subsets.trained[0]) == 61
