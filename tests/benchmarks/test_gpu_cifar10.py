@@ -11,7 +11,7 @@ SMALL = [
     'dataset.batch_size=16',
     'model.name=resnet20_cifar',
 ]
-OPTIONS = ['--epochs', '2', '--seeds', '5', '--methods', 'baseline', 'infobatch', '--workers', '0', '--save-interval', '1ep']
+OPTIONS = ['--epochs', '3', '--seeds', '5', '--methods', 'baseline', 'infobatch', '--workers', '0', '--save-interval', '1ep']
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def arguments(tmp_path):
 
 def test_in_portions_and_what_is_done_is_not_repeated(script, tmp_path, arguments, capsys):
     gpu_cifar10 = script('gpu_cifar10')
-    names = ['baseline_2ep_seed5', 'infobatch_2ep_seed5']
+    names = ['baseline_3ep_seed5', 'infobatch_3ep_seed5']
 
     def results() -> dict:
         return json.loads((tmp_path / 'gpu_cifar10.json').read_text())
@@ -35,19 +35,19 @@ def test_in_portions_and_what_is_done_is_not_repeated(script, tmp_path, argument
     assert sorted(runs) == names
     assert results()['pending'] == []
     baseline, infobatch = (runs[name] for name in names)
-    assert baseline['totals']['samples_seen'] == 2 * 64
+    assert baseline['totals']['samples_seen'] == 3 * 64
     saved = infobatch['totals']['samples_saved']
-    assert saved == 2 * 64 - infobatch['totals']['samples_seen'] > 0
+    assert saved == 3 * 64 - infobatch['totals']['samples_seen'] > 0
     assert {'infobatch'} == set(infobatch['recipe']['algorithms']) - set(baseline['recipe']['algorithms'])
     (found,) = results()['efficiency']
-    assert found['saved_samples'] == pytest.approx(saved / 128)
+    assert found['saved_samples'] == pytest.approx(saved / 192)
     time_ratio = infobatch['totals']['train_seconds'] / baseline['totals']['train_seconds']
-    assert found['efficiency'] == pytest.approx((1 - time_ratio) / (saved / 128))
+    assert found['efficiency'] == pytest.approx((1 - time_ratio) / (saved / 192))
 
     before = [(tmp_path / name / 'summary.json').stat().st_mtime_ns for name in names]
     assert gpu_cifar10.main([*arguments, '--minutes', '5']) == 0
     assert [(tmp_path / name / 'summary.json').stat().st_mtime_ns for name in names] == before
-    assert 'infobatch_2ep' in capsys.readouterr().out
+    assert 'infobatch_3ep' in capsys.readouterr().out
 
 
 def test_bad_input_costs_no_minute(script, tmp_path, arguments, capsys):
@@ -60,4 +60,4 @@ def test_bad_input_costs_no_minute(script, tmp_path, arguments, capsys):
 
 def test_a_run_that_fails_is_named(script, tmp_path, arguments, capsys):
     assert script('gpu_cifar10').main([*arguments, '--set', 'dataset.batch_size=65', '--minutes', '5']) == 1
-    assert 'baseline_2ep_seed5: error:' in capsys.readouterr().err
+    assert 'baseline_3ep_seed5: error:' in capsys.readouterr().err
