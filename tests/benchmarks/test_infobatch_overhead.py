@@ -32,7 +32,7 @@ def test_one_at_a_time_and_the_one_behind_goes_next(script):
 
 
 def turns(module, *rows):
-    return [module.Turn(epoch, batch, samples, seconds) for epoch, batch, samples, seconds in rows]
+    return [module.Turn(epoch, batch, samples, seconds, seconds / 2) for epoch, batch, samples, seconds in rows]
 
 
 def test_step_ratios_worked_by_hand(script):
