@@ -1,5 +1,8 @@
 """Scores other than the last loss, quantile bands and pruning by class."""
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -54,29 +57,31 @@ def test_by_class_equals_class_after_class(n, classes, ratio, seed):
         assert weights[mine].sort().values.tolist() == alone_weights.sort().values.tolist()
 
 
-@given(st.integers(1, 400), st.floats(0.01, 0.95), st.integers(0, 30), st.integers(1, 64))
-def test_blocks_change_neither_the_number_nor_the_weights(n, ratio, seed, block):
+@given(st.integers(1, 400), st.floats(0.01, 0.95), st.integers(0, 30), st.integers(1, 16))
+def test_blocks_change_nothing(n, ratio, seed, block):
     scores = torch.tensor(np.random.default_rng(seed).random(n))
     whole = ef.prune(scores, ratio, generator(seed))
-    before, infobatch._BLOCK = infobatch._BLOCK, block
+    before, infobatch._BLOCK = infobatch._BLOCK, 4 * block
     try:
-        kept, weights = ef.prune(scores, ratio, generator(seed))
+        blocked = ef.prune(scores, ratio, generator(seed))
     finally:
         infobatch._BLOCK = before
-    assert len(kept) == len(whole[0])
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert weights.sum().item() == pytest.approx(whole[1].sum().item())
-    assert kept[weights == 1].tolist() == whole[0][whole[1] == 1].tolist()
+    assert all(a.equal(b) for a, b in zip(whole, blocked, strict=True))
 
 
-def test_every_candidate_is_kept_equally_often_over_blocks(monkeypatch):
-    monkeypatch.setattr(infobatch, '_BLOCK', 3)
-    scores = torch.cat([torch.zeros(8), torch.full((2,), 10.0)])[torch.randperm(10, generator=generator(1))]
-    counts = torch.zeros(10)
-    for seed in range(4000):
-        counts[ef.prune(scores, 0.5, generator(seed))[0]] += 1
-    assert (counts[scores == 10] == 4000).all()
-    assert (counts[scores == 0] - 2000).abs().max() < 5 * (4000 * 0.25) ** 0.5
+@pytest.mark.parametrize('ratio', [0.1, 0.5, 0.8])
+def test_every_choice_of_candidates_is_as_likely_as_any_other(ratio):
+    scores = torch.cat([torch.zeros(5), torch.full((2,), 10.0)])[torch.randperm(7, generator=generator(1))]
+    trials, choices = 6000, Counter()
+    for seed in range(trials):
+        kept, weights = ef.prune(scores, ratio, generator(seed))
+        choices[tuple(kept[weights != 1].tolist())] += 1
+        assert kept[weights == 1].equal((scores == 10).nonzero().flatten())
+    number = math.comb(5, math.floor(5 * (1 - ratio) + 1e-9))
+    assert len(choices) == number
+    # chi-squared with number - 1 degrees of freedom, five standard deviations
+    statistic = sum((count - trials / number) ** 2 for count in choices.values()) / (trials / number)
+    assert statistic < (number - 1) + 5 * (2 * (number - 1)) ** 0.5
 
 
 class Losses(Callback):
