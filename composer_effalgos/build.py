@@ -21,6 +21,7 @@ from composer_effalgos.datasets import build_dataset
 from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
 from composer_effalgos.monitor import EfficiencyMonitor
+from composer_effalgos.plan import Plan
 from composer_effalgos.recipe import Recipe
 
 __all__ = ['build_trainer', 'checkpoint_folder']
@@ -51,6 +52,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
     algorithms = [component.build() for component in recipe.algorithms]
     callbacks = [component.build() for component in recipe.callbacks]
+    if recipe.loader is not None:  # a run without our algorithms is planned too: resumed within an epoch it reads nothing twice
+        callbacks.append(Plan())
     callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
     loggers = [_beside_the_summary(component, recipe).build() for component in recipe.loggers]
     scheduler = recipe.scheduler.build() if recipe.scheduler is not None else None
@@ -136,6 +139,10 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
     if train and batch_size > samples:
         raise InputError(f'{recipe.source}: dataset.batch_size: {batch_size} is larger than the data set of {samples} samples')
     drop_last = train and data.drop_last
+    if recipe.loader is not None:
+        return recipe.loader.build(
+            dataset, train=train, batch_size=batch_size // ranks, drop_last=drop_last, seed=recipe.seed, num_workers=data.num_workers
+        )
     return DataLoader(
         dataset,
         batch_size=batch_size // ranks,

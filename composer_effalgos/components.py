@@ -59,17 +59,18 @@ class Component:
     target: Callable[..., Any]
     kwargs: dict[str, Any]
 
-    def build(self, *args: Any) -> Any:
+    def build(self, *args: Any, **given: Any) -> Any:
         """Call the target.
 
         Args:
             *args: What the recipe cannot say, e.g. an optimizer's parameters.
+            **given: The same, by name.
 
         Raises:
             InputError: The target refused its arguments or needs a package that is not installed.
         """
         try:
-            return self.target(*args, **self.kwargs)
+            return self.target(*args, **given, **self.kwargs)
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f'{self.key}: {one_line(error)}') from error
 

@@ -22,6 +22,7 @@ from composer_effalgos import components
 from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, one_line, parameters
 from composer_effalgos.datasets import DATASETS
 from composer_effalgos.errors import InputError
+from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 
 __all__ = ['DatasetRecipe', 'ModelRecipe', 'Recipe', 'list_recipes', 'load_recipe', 'parse_recipe', 'recipe_folder']
@@ -88,6 +89,8 @@ class Recipe:
         precision: Composer's precision; what is not fp32 runs as fp32 on the CPU. Null: Composer's default for the device.
         save_folder: The run's files go to ``<save_folder>/<run_name>``.
         scheduler: ``name`` and arguments of a Composer schedule or ``one_cycle``.
+        loader: The data path, a name of :data:`composer_effalgos.loaders.LOADERS` alone or with its options; null, or ``workers`` in the
+            file, for worker processes.
         algorithms: Names with arguments.
         callbacks: Names with arguments.
         loggers: Names with arguments.
@@ -105,6 +108,7 @@ class Recipe:
     precision: str | None = None
     save_folder: str = 'runs'
     scheduler: Component | None = None
+    loader: Component | None = None
     algorithms: list[Component] = field(default_factory=list)
     callbacks: list[Component] = field(default_factory=list)
     loggers: list[Component] = field(default_factory=list)
@@ -181,12 +185,13 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     if plain.get('precision') is not None:
         find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
 
-    scheduler = settings.get('scheduler')
+    scheduler, loader = settings.get('scheduler'), settings.get('loader')
     return Recipe(
         dataset=_dataset(f'{source}: dataset', settings['dataset']),
         model=_section(ModelRecipe, f'{source}: model', settings['model'], MODELS, given=('num_classes',)),
         optimizer=_named(f'{source}: optimizer', 'optimizer', settings['optimizer'], components.optimizers(), given=('params',)),
         scheduler=None if scheduler is None else _named(f'{source}: scheduler', 'scheduler', scheduler, components.schedulers()),
+        loader=None if loader is None else _loader(f'{source}: loader', loader),
         algorithms=_several(f'{source}: algorithms', 'algorithm', settings.get('algorithms'), components.algorithms()),
         callbacks=_several(f'{source}: callbacks', 'callback', settings.get('callbacks'), components.callbacks()),
         loggers=_several(f'{source}: loggers', 'logger', settings.get('loggers'), components.loggers()),
@@ -279,6 +284,17 @@ def _dataset(key: str, settings: Any) -> DatasetRecipe:
     if dataset.prefetch_factor is not None and dataset.num_workers == 0:
         raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
     return dataset
+
+
+def _loader(key: str, settings: Any) -> Component | None:
+    """The data path; None for worker processes, which the ``dataset`` section describes and which have no options here."""
+    settings = {'name': settings} if isinstance(settings, str) else settings
+    component = _named(key, 'loader', settings, {**LOADERS, 'workers': _workers}, given=GIVEN)
+    return None if component.target is _workers else component
+
+
+def _workers() -> None:
+    """Stands for worker processes among the loaders."""
 
 
 def _section(schema: type, key: str, settings: Any, builders: Mapping[str, Callable[..., Any]], given: Sequence[str]) -> Any:

@@ -79,6 +79,7 @@ def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
         scheduler_of: Callable[[torch.optim.Optimizer], Any] | None = None,
         callbacks: Sequence[Callback] = (),
         drop_last: bool = False,
+        train_loader: Any = None,
         **trainer_arguments: Any,
     ) -> Trainer:
         torch.manual_seed(0)
@@ -86,7 +87,7 @@ def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
             module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         model = model or ComposerClassifier(module, num_classes=3, **({} if loss_fn is None else {'loss_fn': loss_fn}))
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-        loader = DataLoader(
+        loader = train_loader or DataLoader(
             problem if dataset is None else dataset, batch_size=batch_size, shuffle=True, num_workers=num_workers, drop_last=drop_last
         )
         recorder = Recorder()

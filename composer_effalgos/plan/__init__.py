@@ -2,17 +2,19 @@
 
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
-from composer_effalgos.plan.loader import PlannedDataLoader
+from composer_effalgos.plan.loader import DataPath, PlannedDataLoader, Reading
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.plan import Plan
 
 __all__ = [
     'BatchSize',
+    'DataPath',
     'EpochClock',
     'EpochPlan',
     'PerSampleLoss',
     'Plan',
     'PlannedDataLoader',
+    'Reading',
     'WeightedLoss',
     'check_seed',
     'per_sample_mean',

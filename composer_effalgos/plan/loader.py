@@ -1,19 +1,105 @@
-"""The data loader that reads an epoch's plan with the user's own data set, collate function and workers."""
+"""The seam between the plan and the data: one plan drives every data path, and nothing above this module knows which one runs.
+
+A *path* turns sample numbers into batches. It has one method, ``read_batches(reading)``, where a :class:`Reading` says which samples, in
+which order, cut where into batches, and under which seed. :class:`PlannedDataLoader` is the same on every path: it holds the epoch's plan,
+deals it out over the ranks, skips what was trained before a resume without reading it, and serves the selection pass; algorithms talk to
+it alone. There are two kinds of path:
+
+* ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its data set, collate function and memory settings;
+* a :class:`DataPath`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in the place of a
+  ``DataLoader``; without a plan it iterates as a ``DataLoader`` with a ``DistributedSampler`` would.
+
+A new path is a subclass of :class:`DataPath` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.epoch import EpochPlan, split_batches, stream_seed
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a path is asked to read on this rank: samples in an order, cut into batches.
+
+    Attributes:
+        indices: Sample numbers in the order of reading, int64 ``[m]``, on the CPU.
+        offsets: Where the batches begin and end in ``indices``: ascending, one more than there are batches.
+        seed: Seeds random augmentation; the same on every rank, another one in each epoch and pass. With a sample's number it names a
+            stream of that sample's own, which depends neither on the number of ranks nor on where a run was resumed.
+        batch_seeds: One seed a batch, for paths that cannot seed samples; it depends on rank and batch.
+    """
+
+    indices: Tensor
+    offsets: Sequence[int]
+    seed: int
+    batch_seeds: Iterable[int]
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[Sequence[int]], *keys: int) -> Reading:
+        """A reading of given batches.
+
+        Args:
+            batches: Sample numbers, batch by batch.
+            *keys: Non-negative integers that name its random stream.
+        """
+        batches = list(batches)
+        offsets = np.cumsum([0, *map(len, batches)]).tolist()
+        indices = torch.tensor(list(itertools.chain.from_iterable(batches)), dtype=torch.int64)
+        return cls(indices, offsets, stream_seed(*keys), (stream_seed(*keys, start) for start in offsets[:-1]))
+
+    @property
+    def batches(self) -> Iterator[Tensor]:
+        """The batches' sample numbers, each int64 ``[b]``."""
+        return (self.indices[start:stop] for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True))
+
+
+class DataPath(DataLoader):
+    """A loader that reads the samples it is told to, by itself; subclasses define :meth:`read_batches`.
+
+    Args:
+        dataset: Has a length; what else is needed of it is the subclass's affair. ``InfoBatch(class_balanced=True)`` asks it for
+            ``targets``.
+        batch_size: Samples per rank and batch.
+        shuffle: Draws a new order each epoch.
+        drop_last: Drops a last batch that is not full.
+        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+    """
+
+    def __init__(self, dataset: Dataset, *, batch_size: int, shuffle: bool = False, drop_last: bool = False, seed: int = 0) -> None:
+        # Composer asks for this sampler where there are several ranks, tells it the epoch, and leaves its padding out of evaluation
+        sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last)
+        self.seed = seed
+
+    def read_batches(self, reading: Reading) -> Iterator[Any]:
+        """Reads samples.
+
+        Args:
+            reading: Which samples, in which batches, under which seed.
+
+        Yields:
+            ``reading``'s batches in their order, each with as many samples as it says; on the host or on the device of training.
+        """
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        assert isinstance(self.sampler, DistributedSampler)
+        assert self.batch_sampler is not None
+        return self.read_batches(Reading.of_batches(self.batch_sampler, self.seed, 4, self.sampler.epoch))
 
 
 class _SeededDataset(Dataset):
@@ -69,7 +155,7 @@ def _check(loader: Any) -> DataLoader:
     """Refuses loaders whose samples a plan cannot name, with the reason and the way out."""
     if not isinstance(loader, DataLoader):
         raise InputError(f'train_dataloader: must be a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    if type(loader).__iter__ is not DataLoader.__iter__ and not isinstance(loader, DataPath):
         raise InputError(
             f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '
             'torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
@@ -95,14 +181,45 @@ def _check(loader: Any) -> DataLoader:
     return loader
 
 
-class PlannedDataLoader(DataLoader):
-    """Yields the batches of an :class:`EpochPlan`, in place of the user's ``DataLoader``.
+class _WorkerPath:
+    """Reads with the user's data set, collate function, workers and memory settings.
 
-    It reads with the user's data set, collate function, workers and memory settings. One set of worker processes serves the whole run:
-    they live on while the samples, their order and the batch size change.
+    One set of worker processes serves the whole run: they live on while the samples, their order and the batch size change.
 
     Args:
-        loader: The user's loader over a map-style data set. Its sampler only decides whether the order is shuffled.
+        loader: The user's loader.
+        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers leaves the training generator alone.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int) -> None:
+        self._batch_list = _BatchList()
+        self._inner = DataLoader(
+            _SeededDataset(loader.dataset),
+            batch_sampler=self._batch_list,  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=functools.partial(_init_worker, loader.worker_init_fn),
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator().manual_seed(seed),
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.num_workers > 0,
+            pin_memory_device=loader.pin_memory_device,
+        )
+
+    def read_batches(self, reading: Reading) -> Iterator[Any]:
+        batches = (batch.tolist() for batch in reading.batches)
+        self._batch_list.batches = zip(reading.batch_seeds, batches, strict=True)
+        yield from self._inner
+
+
+class PlannedDataLoader(DataLoader):
+    """Yields the batches of an :class:`EpochPlan`, in place of the user's loader and on its data path.
+
+    Args:
+        loader: The user's loader over a map-style data set: a ``DataLoader`` or a :class:`DataPath`. Its sampler only decides whether the
+            order is shuffled.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
@@ -135,21 +252,7 @@ class PlannedDataLoader(DataLoader):
         self.facts: dict[str, float] = {}
         self.plan: EpochPlan | None = None
         self._epoch = 0
-        self._batch_list = _BatchList()
-        self._inner = DataLoader(
-            _SeededDataset(loader.dataset),
-            batch_sampler=self._batch_list,  # type: ignore[arg-type]
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=functools.partial(_init_worker, loader.worker_init_fn),
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator().manual_seed(stream_seed(seed, 1, rank)),  # starting workers leaves the training generator alone
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.num_workers > 0,
-            pin_memory_device=loader.pin_memory_device,
-        )
+        self._path = loader if isinstance(loader, DataPath) else _WorkerPath(loader, stream_seed(seed, 1, rank))
 
     @property  # DataLoader forbids setting batch_size; ours follows the plan
     def batch_size(self) -> int:  # type: ignore[override]
@@ -203,21 +306,20 @@ class PlannedDataLoader(DataLoader):
         """Yields the epoch's batches.
 
         Batches that were trained before a resume come as ``None``: the trainer skips them by number without looking, so nothing is read
-        or decoded for them. The same holds before there is a plan, when the trainer spins its loaders.
+        or decoded for them, on any path. The same holds before there is a plan, when the trainer spins its loaders.
         """
         if self.plan is None:
             yield None
             return
-        first, order, offsets = self.plan.first_batch, self.rank_order, self.rank_offsets
+        first = self.plan.first_batch
         for _ in range(first):
             yield None
-        yield from self._read(
-            (stream_seed(self.seed, 2, self._epoch, self.rank, first + b), order[offsets[b] : offsets[b + 1]].tolist())
-            for b in range(len(offsets) - 1)
-        )
+        batch_seeds = (stream_seed(self.seed, 2, self._epoch, self.rank, first + b) for b in range(len(self.plan.sizes)))
+        seed = stream_seed(self.seed, 2, self._epoch)
+        yield from self._path.read_batches(Reading(self.rank_order, self.rank_offsets, seed, batch_seeds))
 
     def read(self, indices: Sequence[int], batch_size: int, seed: int = 0) -> Iterator[Any]:
-        """Reads some samples in the order given, through the same workers, outside the epoch's plan.
+        """Reads some samples in the order given, on the same path, outside the epoch's plan.
 
         Args:
             indices: Sample indices.
@@ -225,13 +327,7 @@ class PlannedDataLoader(DataLoader):
             seed: Seeds what random augmentation the data set does.
 
         Yields:
-            Collated batches on the host.
+            Batches as the path gives them, on the host or on the device of training.
         """
-        yield from self._read(
-            (stream_seed(self.seed, 3, seed, start), list(indices[start : start + batch_size]))
-            for start in range(0, len(indices), batch_size)
-        )
-
-    def _read(self, batches: Iterable[tuple[int, list[int]]]) -> Iterator[Any]:
-        self._batch_list.batches = batches
-        yield from self._inner
+        batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+        yield from self._path.read_batches(Reading.of_batches(batches, self.seed, 3, seed))

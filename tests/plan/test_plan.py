@@ -91,7 +91,7 @@ def test_workers_survive_the_run(make_trainer):
 
         def epoch_end(self, state, logger):
             loader = state.train_dataloader
-            self.epochs.append({worker.pid for worker in loader._inner._iterator._workers})
+            self.epochs.append({worker.pid for worker in loader._path._inner._iterator._workers})
 
     watch = Watch()
     trainer = make_trainer(all_three(), num_workers=2, callbacks=[watch], max_duration='5ep')
