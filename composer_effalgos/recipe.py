@@ -25,7 +25,7 @@ from composer_effalgos.errors import InputError
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 
-__all__ = ['DatasetRecipe', 'ModelRecipe', 'Recipe', 'list_recipes', 'load_recipe', 'parse_recipe', 'recipe_folder']
+__all__ = ['DatasetRecipe', 'ModelRecipe', 'Recipe', 'list_recipes', 'load_recipe', 'parse_recipe', 'read_settings', 'recipe_folder']
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Recipe:
         return Path(self.save_folder) / self.run_name
 
 
+SWEEPS = 'sweeps'  # the folder of the sweeps, among those of the recipes
 OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer', 'source', 'settings'))
 # What build_trainer sets, or what YAML cannot express
 NOT_FOR_RECIPES = {
@@ -144,7 +145,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: No such file, broken YAML, an unknown name or key, a missing or mistyped value.
     """
     path = Path(path)
-    settings = _read(path, overrides)
+    settings = read_settings(path, overrides)
     return parse_recipe(settings, source=str(path), run_name=path.stem)
 
 
@@ -220,7 +221,7 @@ def recipe_folder() -> Path:
 
 
 def list_recipes(folder: Path) -> list[tuple[Path, str]]:
-    """Find the recipes in a folder and its subfolders.
+    """Find the recipes in a folder and its subfolders; those named ``sweeps`` hold no recipes.
 
     Args:
         folder: Where to look.
@@ -234,6 +235,7 @@ def list_recipes(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder')
     paths = sorted([*folder.rglob('*.yaml'), *folder.rglob('*.yml')])
+    paths = [path for path in paths if SWEEPS not in path.relative_to(folder).parts]
     if not paths:
         raise InputError(f'{folder}: no recipe (*.yaml) in it')
     return [(path, _first_comment(path)) for path in paths]
@@ -244,8 +246,19 @@ def _first_comment(path: Path) -> str:
     return lines[0].lstrip('# ').rstrip() if lines and lines[0].startswith('#') else ''
 
 
-def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The file with the overrides on it, interpolations resolved, as plain data."""
+def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Read a YAML file of settings, unchecked.
+
+    Args:
+        path: The YAML file.
+        overrides: What is merged on top in turn: ``key=value`` in OmegaConf's dot notation, or nested settings.
+
+    Returns:
+        Plain data, interpolations resolved.
+
+    Raises:
+        InputError: No such file, broken YAML, or an override that does not fit.
+    """
     if not path.is_file():
         raise InputError(f'{path}: no such recipe; give the path of a YAML file (effalgos recipes lists those at hand)')
     try:
@@ -258,11 +271,13 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not OmegaConf.is_dict(config) or not config:
         raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
     for override in overrides:
-        key, equals, _ = override.partition('=')
-        if not equals or not key.strip():
-            raise InputError(f'override {override!r}: expected key=value, e.g. optimizer.lr=0.05')
+        if isinstance(override, str):
+            key, equals, _ = override.partition('=')
+            if not equals or not key.strip():
+                raise InputError(f'override {override!r}: expected key=value, e.g. optimizer.lr=0.05')
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+            layer = OmegaConf.from_dotlist([override]) if isinstance(override, str) else OmegaConf.create(dict(override))
+            config = OmegaConf.merge(config, layer)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             raise InputError(f'override {override!r}: {one_line(error)}') from error
     try:

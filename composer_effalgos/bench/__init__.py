@@ -1,7 +1,23 @@
-"""Runs compared: the demo, the table and the report."""
+"""Sweeps of runs, their results and the report."""
 
-from composer_effalgos.bench.demo import run_demo
+from composer_effalgos.bench.bench import run_sweep
 from composer_effalgos.bench.report import write_report
+from composer_effalgos.bench.runner import Outcome, run_jobs
+from composer_effalgos.bench.sweep import Job, Sweep, load_sweep
 from composer_effalgos.bench.table import Row, Run, markdown_table, read_runs, rich_table, table_rows
 
-__all__ = ['Row', 'Run', 'markdown_table', 'read_runs', 'rich_table', 'run_demo', 'table_rows', 'write_report']
+__all__ = [
+    'Job',
+    'Outcome',
+    'Row',
+    'Run',
+    'Sweep',
+    'load_sweep',
+    'markdown_table',
+    'read_runs',
+    'rich_table',
+    'run_jobs',
+    'run_sweep',
+    'table_rows',
+    'write_report',
+]

@@ -1,0 +1,183 @@
+"""Sweeps: many runs written down in one YAML file.
+
+A sweep names methods; each method is a recipe with settings on top, trained once a seed:
+
+    recipe: digits/digits_baseline.yaml        # for methods that name no other; relative to this file, else to the folder of recipes
+    seeds: [17, 18, 19]
+    targets: [0.9, 0.95]                       # accuracies whose first epoch the report gives
+    settings: {max_duration: 8ep}              # on top of every recipe
+    methods:
+      baseline: {}                             # nothing on top
+      infobatch: {algorithms: {infobatch: {prune_ratio: 0.5}}}
+      adabatch: {recipe: digits/digits_adabatch.yaml, seeds: [17]}
+    matrix:                                    # every combination of one choice an axis, named by its choices: glister+blurpool
+      strategy: {glister: {algorithms: {subset_selection: {strategy: glister}}}}
+      with: {plain: {}, blurpool: {algorithms: {blurpool: {}}}}      # a choice without settings adds nothing to the name
+"""
+
+from __future__ import annotations
+
+import itertools
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer.core import TimeUnit, ensure_time
+
+from composer_effalgos.components import check_type, did_you_mean
+from composer_effalgos.errors import InputError
+from composer_effalgos.recipe import Recipe, parse_recipe, read_settings, recipe_folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: a method with a seed.
+
+    Attributes:
+        method: The method's name.
+        recipe: The recipe, checked, with everything on top of it.
+    """
+
+    method: str
+    recipe: Recipe
+
+    @property
+    def epochs(self) -> int | None:
+        """Length of the run in epochs; None where it is given in other units."""
+        duration = ensure_time(self.recipe.max_duration, TimeUnit.EPOCH)
+        return int(duration) if duration.unit == TimeUnit.EPOCH else None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a sweep: a recipe, its seeds, and what is merged on top of the recipe in turn."""
+
+    recipe: str
+    seeds: list[int]
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its file has it.
+
+    Attributes:
+        name: The file's name without ending.
+        path: The file.
+        recipe: The recipe of the methods that name none.
+        seeds: Seeds of the methods that name none.
+        targets: Accuracies in [0, 1] whose first epoch and seconds the report gives.
+        settings: What goes on top of every recipe.
+        methods: What goes on top of each method's recipe, and its own ``recipe`` and ``seeds``, by name.
+        matrix: Axes, each with its choices by name; every combination of them is a method too.
+    """
+
+    name: str
+    path: Path
+    recipe: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [17])
+    targets: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    matrix: dict[str, Any] = field(default_factory=dict)
+
+    def all_methods(self) -> dict[str, Method]:
+        """The methods and the combinations of the matrix, by name, in order.
+
+        Raises:
+            InputError: Two of them have the same name, or one has no recipe.
+        """
+        named: list[tuple[str, list[Any]]] = [(name, [layer]) for name, layer in self.methods.items()]
+        if self.matrix:
+            for combination in itertools.product(*(choices.items() for choices in self.matrix.values())):
+                name = '+'.join(name for name, layer in combination if layer) or 'plain'
+                named.append((name, [layer for _, layer in combination]))
+        found: dict[str, Method] = {}
+        for name, layers in named:
+            if name in found:
+                raise InputError(f'{self.path}: {name}: two methods have this name; rename one')
+            recipe, seeds, settings = self.recipe, self.seeds, [self.settings]
+            for layer in layers:
+                layer = {} if layer is None else layer
+                check_type(f'{self.path}: {name}', layer, dict)
+                recipe, seeds = layer.get('recipe', recipe), layer.get('seeds', seeds)
+                settings.append({key: value for key, value in layer.items() if key not in ('recipe', 'seeds')})
+            if recipe is None:
+                raise InputError(f'{self.path}: {name}: no recipe; give the method, or the sweep, a recipe: FILE.yaml')
+            check_type(f'{self.path}: {name}: recipe', recipe, str)
+            check_type(f'{self.path}: {name}: seeds', seeds, list[int])
+            found[name] = Method(recipe, seeds, settings)
+        return found
+
+    def jobs(self, out: Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), only: Sequence[str] = ()) -> list[Job]:
+        """Every run of the sweep, each recipe checked.
+
+        Runs go seed by seed, so that a sweep that is stopped has compared what it could.
+
+        Args:
+            out: The runs' ``save_folder``.
+            overrides: ``key=value`` settings on top of everything else.
+            seeds: In place of all other seeds, where there are any.
+            only: The methods to take, by name; all where empty.
+
+        Returns:
+            The runs.
+
+        Raises:
+            InputError: A recipe is missing or wrong, or a name in ``only`` unknown.
+        """
+        methods = self.all_methods()
+        for name in only:
+            if name not in methods:
+                raise InputError(f'{self.path}: no method {name!r}; {did_you_mean(name, methods)}')
+        found: list[tuple[int, Job]] = []
+        for name, method in methods.items():
+            if only and name not in only:
+                continue
+            for number, seed in enumerate(seeds or method.seeds):
+                run_name = f'{name}_seed{seed}'
+                # Not part of what is compared. One who gives save_interval wants a run that was stopped to go on from there.
+                placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}
+                settings = read_settings(self._recipe_path(method.recipe), [*method.layers, *overrides, placed])
+                if settings.get('save_interval') is not None:
+                    settings = {'save_num_checkpoints_to_keep': 1} | settings | {'autoresume': True}
+                found.append((number, Job(name, parse_recipe(settings, source=f'{self.path}: {name}', run_name=run_name))))
+        if not found:
+            raise InputError(f'{self.path}: no methods; give at least one under methods: or matrix:')
+        return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+    def _recipe_path(self, recipe: str) -> Path:
+        beside = self.path.parent / recipe
+        return beside if beside.is_file() else recipe_folder() / recipe
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Reads a sweep.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The sweep; its recipes are read and checked by :meth:`Sweep.jobs`.
+
+    Raises:
+        InputError: No such file, broken YAML, an unknown key or a mistyped value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'{path}: no such sweep; give the path of a YAML file (effalgos recipes lists those at hand)')
+    settings = read_settings(path)
+    hints = {name: hint for name, hint in typing.get_type_hints(Sweep).items() if name not in ('name', 'path')}
+    for key, value in settings.items():
+        if key not in hints:
+            raise InputError(f'{path}: {key}: unknown key; {did_you_mean(key, hints)}')
+        check_type(f'{path}: {key}', value, hints[key])
+    sweep = Sweep(name=path.stem, path=path, **settings)
+    for axis, choices in sweep.matrix.items():
+        check_type(f'{path}: matrix.{axis}', choices, dict)
+    if not all(0 < target <= 1 for target in sweep.targets):
+        raise InputError(f'{path}: targets: expected accuracies in (0, 1], got {sweep.targets}')
+    sweep.all_methods()
+    return sweep
