@@ -101,9 +101,20 @@ def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
 
 
 def _trainer_arguments(recipe: Recipe) -> dict[str, Any]:
-    """A run killed between writing a checkpoint and marking it the latest writes that checkpoint again when it is resumed."""
-    resumes = recipe.trainer.get('autoresume', False) and (checkpoint_folder(recipe) / 'latest-rank0.pt').exists()
-    return {'save_overwrite': True, **recipe.trainer} if resumes else dict(recipe.trainer)
+    """The recipe's arguments of the Trainer, with what resuming needs."""
+    arguments = dict(recipe.trainer)
+    if not arguments.get('autoresume', False):
+        return arguments
+    latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
+    if latest.exists():
+        # A run killed between writing a checkpoint and marking it the latest writes that checkpoint again
+        arguments.setdefault('save_overwrite', True)
+    if dist.get_world_size() > dist.get_local_world_size():
+        # Every node of Composer 0.32.1 would remove the same signal file from the folder that they share, and fail where it is gone
+        arguments['autoresume'] = False
+        if latest.exists():
+            arguments |= {'load_path': str(latest), 'load_weights_only': False, 'load_ignore_keys': None, 'load_exclude_algorithms': None}
+    return arguments
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:

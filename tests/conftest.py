@@ -1,5 +1,6 @@
 """Fixtures shared by the whole test suite."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -117,17 +118,44 @@ def weights_of() -> Callable[[Trainer], torch.Tensor]:
 
 
 @pytest.fixture
-def train_small(tmp_path: Path) -> Callable[..., dict[str, Any] | None]:
+def launch() -> Callable[..., tuple[int, str]]:
+    """Runs a script on ranks, by one launcher or by one a node as on several machines; gives the exit status and what was said."""
+
+    def run(*script: str, ranks: int = 1, nodes: int = 1) -> tuple[int, str]:
+        launcher = [sys.executable, '-m', 'composer.cli', '-n', str(ranks // nodes)]
+        commands = [[*launcher, *script]]
+        if nodes > 1:
+            with socket.socket() as free:
+                free.bind(('127.0.0.1', 0))
+                port = str(free.getsockname()[1])
+            meet = ['--world_size', str(ranks), '--master_addr', '127.0.0.1', '--master_port', port]
+            commands = [[*launcher, *meet, '--node_rank', str(node), *script] for node in range(nodes)]
+        launched = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands]
+        try:
+            said = [process.communicate(timeout=300)[0] for process in launched]
+        finally:
+            for process in launched:
+                process.terminate()  # the launcher then stops its ranks
+        return max(abs(process.returncode) for process in launched), '\n'.join(said)
+
+    return run
+
+
+@pytest.fixture
+def train_small(tmp_path: Path, launch: Callable[..., tuple[int, str]]) -> Callable[..., dict[str, Any] | None]:
     """Runs ``scripts/train_small.py``, on one rank or several; gives what it saved, or ``None`` where it was killed."""
 
-    def run(folder: str, *arguments: str, ranks: int = 1) -> dict[str, Any] | None:
+    def run(folder: str, *arguments: str, ranks: int = 1, nodes: int = 1) -> dict[str, Any] | None:
         place = tmp_path / folder
         place.mkdir(exist_ok=True)
         script = [str(Path(__file__).parent / 'scripts' / 'train_small.py'), '--folder', str(place), *arguments]
-        launcher = [sys.executable] if ranks == 1 else [sys.executable, '-m', 'composer.cli', '-n', str(ranks)]
-        done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=300, check=False)
+        if ranks == 1:
+            done = subprocess.run([sys.executable, *script], capture_output=True, text=True, timeout=300, check=False)
+            status, said = done.returncode, done.stdout + done.stderr
+        else:
+            status, said = launch(*script, ranks=ranks, nodes=nodes)
         killed = '--kill-at' in arguments
-        assert (done.returncode != 0) == killed, done.stdout[-3000:] + done.stderr[-3000:]
+        assert (status != 0) == killed, said[-6000:]
         return None if killed else torch.load(place / 'final.pt', weights_only=False)
 
     return run

@@ -1,5 +1,7 @@
 """What holds over ranks: equal batch counts, disjoint samples, and the decisions of one rank."""
 
+import json
+
 import pytest
 import torch
 
@@ -32,3 +34,37 @@ def test_scores_are_exactly_those_of_one_rank_where_the_arithmetic_is_the_same(t
     one, two = train_small('one', *shared), train_small('two', *shared, ranks=2)
     assert torch.allclose(one['scores'], two['scores'], atol=1e-6)
     assert not one['scores'].isnan().any()
+
+
+@pytest.mark.distributed
+def test_two_nodes_train_as_two_ranks_of_one(train_small):
+    """Two launchers, as on two machines; the network between them is the loopback."""
+    arguments = ['--batch-size', '4', '--subset', 'glister', '--duration', '5ep']
+    node, nodes = train_small('node', *arguments, ranks=2), train_small('nodes', *arguments, ranks=2, nodes=2)
+    assert nodes['epochs'] == node['epochs']  # kept sets, order and weights of both ranks
+    assert nodes['samples'] == node['samples']
+    assert nodes['saved'] == node['saved'] > 0
+    assert torch.equal(nodes['scores'].nan_to_num(-1), node['scores'].nan_to_num(-1))
+    for name, value in node['model'].items():
+        assert torch.equal(value, nodes['model'][name])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_recipe_on_two_nodes_goes_on_where_it_stopped(launch, tmp_path):
+    train = ['-m', 'composer_effalgos.train', 'yamls/digits/digits_infobatch.yaml']
+    settings = [
+        f'save_folder={tmp_path}',
+        'run_name=nodes',
+        'dataset.limit=128',
+        'progress_bar=false',
+        'save_interval=1ep',
+        'autoresume=true',
+    ]
+    for epochs in (1, 2):
+        status, said = launch(*train, *settings, f'max_duration={epochs}ep', ranks=2, nodes=2)
+        assert status == 0, said
+        written = json.loads((tmp_path / 'nodes' / 'summary.json').read_text())
+        assert written['world_size'] == 2
+        assert [entry['epoch'] for entry in written['epochs']] == list(range(epochs))
+    assert sum(line.startswith('nodes: accuracy') for line in said.splitlines()) == 1

@@ -127,6 +127,22 @@ class EpochPlan:
         return np.maximum(0, (stops - rank + world_size - 1) // world_size).tolist()
 
 
+def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator) -> Tensor:
+    """Brings the samples of each shard together, the shards in a random order, so that one pass reads every shard once.
+
+    Args:
+        order: Sample indices in a random order, int64 ``[n]``.
+        shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0.
+        generator: Draws the order of the shards.
+
+    Returns:
+        Positions in ``order``, int64 ``[n]``: within a shard they ascend, so a random order stays one.
+    """
+    place = torch.randperm(len(shard_starts), generator=generator)
+    shards = torch.bucketize(order, shard_starts, right=True) - 1
+    return place.index_select(0, shards).argsort(stable=True)
+
+
 def plan_epoch(
     kept: Tensor,
     weights: Tensor | None,
@@ -136,6 +152,7 @@ def plan_epoch(
     epoch: int,
     world_size: int = 1,
     shuffle: bool = True,
+    shard_starts: Tensor | None = None,
     drop_last: bool = False,
     max_batches: int | None = None,
 ) -> EpochPlan:
@@ -151,6 +168,8 @@ def plan_epoch(
         epoch: Number of the epoch.
         world_size: Number of ranks.
         shuffle: Draws a new order each epoch; otherwise the order is that of ``kept``.
+        shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0: the new order then goes shard by shard, as
+            :func:`by_shard` has it. ``None`` shuffles all samples together.
         drop_last: Drops a last batch that is not full, unless it is the only one.
         max_batches: Keeps only the first batches.
 
@@ -167,6 +186,8 @@ def plan_epoch(
         generator = torch.Generator().manual_seed(stream_seed(seed, 0, epoch))
         # half as wide where that is enough: half the memory, and faster to draw
         permutation = torch.randperm(len(kept), generator=generator, dtype=torch.int32 if len(kept) < 2**31 else torch.int64)
+        if shard_starts is not None:
+            permutation = permutation.index_select(0, by_shard(kept.index_select(0, permutation), shard_starts, generator))
         kept = kept.index_select(0, permutation)
         weights = None if weights is None else weights.index_select(0, permutation)
     return EpochPlan(kept, weights, tuple(sizes[:max_batches]))

@@ -1,3 +1,4 @@
+from collections import Counter
 from itertools import pairwise
 
 import torch
@@ -82,6 +83,33 @@ def test_order_and_weights_do_not_depend_on_ranks_or_batch_size(n, batch, world,
 def test_orders_differ_between_epochs_and_seeds():
     plans = [plan_epoch(torch.arange(50), None, 5, seed=s, epoch=e).order.tolist() for s in (0, 1) for e in (0, 1)]
     assert len({tuple(order) for order in plans}) == 4
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, 5), st.data())
+def test_shard_by_shard(shard_sizes, epoch, data):
+    n = sum(shard_sizes)
+    starts = torch.tensor([sum(shard_sizes[:s]) for s in range(len(shard_sizes))])
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1))))
+    weights = kept.float()
+    plan = plan_epoch(kept, weights, 4, seed=5, epoch=epoch, shard_starts=starts)
+    assert sorted(plan.order.tolist()) == kept.tolist()
+    assert torch.equal(plan.weights, plan.order.float())
+    shard_of = [s for s, size in enumerate(shard_sizes) for _ in range(size)]
+    visited = [shard_of[i] for i in plan.order.tolist()]
+    changes = 1 + sum(a != b for a, b in pairwise(visited))
+    assert changes == len(set(visited))  # every shard in one stretch
+    again = plan_epoch(kept, weights, 3, seed=5, epoch=epoch, shard_starts=starts, world_size=1)
+    assert torch.equal(again.order, plan.order)
+
+
+def test_shards_and_the_samples_in_them_come_in_every_order():
+    starts = torch.tensor([0, 3, 6])
+    orders = [plan_epoch(torch.arange(9), None, 3, seed=0, epoch=e, shard_starts=starts).order.view(3, 3) for e in range(400)]
+    between = Counter(tuple((order[:, 0] // 3).tolist()) for order in orders)
+    within = Counter(tuple(row.tolist()) for order in orders for row in order if row[0] < 3)
+    for counts in (between, within):
+        assert len(counts) == 6
+        assert all(40 <= count <= 95 for count in counts.values())  # 66.7 expected, standard deviation 7.5
 
 
 def test_drop_last_keeps_the_only_batch():

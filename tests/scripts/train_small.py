@@ -121,7 +121,7 @@ def main() -> None:
         save_folder=str(options.folder / 'checkpoints'),
         save_interval=options.save_interval,
         save_num_checkpoints_to_keep=3,
-        autoresume=True,
+        autoresume=dist.get_world_size() == dist.get_local_world_size(),  # Composer's cannot share a folder among nodes
     )
     trainer.fit()
     scores = algorithms[0].scores
