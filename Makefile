@@ -4,20 +4,30 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 OUT ?= runs/demo
 
-.PHONY: setup demo bench test test-slow lint clean
+FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
+
+.PHONY: setup setup-ffcv demo bench test test-slow lint clean
 
 setup: $(STAMP)
 
 # cords 0.0.4 pins torchtext and an old PyYAML, which do not install beside mosaicml: it comes without its dependencies,
-# and the [cords] extra brings the three that its selection strategies import.
+# and the [cords] extra brings the three that its selection strategies import. mosaicml-streaming is installed in the same way.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else \
 		"error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; name another with make PYTHON=python3.11" % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo 'error: no virtual environment; on Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev,cords]'
-	$(BIN)/pip install --quiet --no-deps cords==0.0.4
+	$(BIN)/pip install --quiet -e '.[dev,cords,streaming]'
+	$(BIN)/pip install --quiet --no-deps cords==0.0.4 mosaicml-streaming==0.13.0
 	@touch $@
+
+# ffcv is compiled here, against libraries that the system must have; with Debian's apt-get and as root they are installed.
+setup-ffcv: $(STAMP)
+	@$(BIN)/python -c 'import ffcv' 2>/dev/null || { \
+		pkg-config --exists opencv4 libturbojpeg 2>/dev/null || { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || \
+			{ echo 'error: ffcv needs OpenCV and TurboJPEG to build; as root: apt-get install $(FFCV_PACKAGES)' >&2; exit 1; }; \
+		$(BIN)/pip install --quiet -e '.[ffcv]' && $(BIN)/pip install --quiet --no-deps ffcv==1.0.2; }
 
 demo: $(STAMP)
 	$(BIN)/effalgos demo --out $(OUT)

@@ -228,6 +228,8 @@ class PlannedDataLoader(DataLoader):
         num_samples: Samples of the data set.
         full_samples: Samples, over all ranks, of an epoch that trains on everything at the initial batch size.
         full_batches: Its number of batches.
+        shard_starts: The data set's attribute of this name, where it has one: first sample of every shard, int64 ``[S]``. A new order
+            then goes shard by shard.
         facts: What the algorithms want logged about the epoch; ``EfficiencyMonitor`` logs each as ``efficiency/<name>``.
 
     Raises:
@@ -248,6 +250,7 @@ class PlannedDataLoader(DataLoader):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         sampler = loader.sampler
         self.shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
+        self.shard_starts: Tensor | None = getattr(loader.dataset, 'shard_starts', None)
         self.limit(None)
         self.facts: dict[str, float] = {}
         self.plan: EpochPlan | None = None

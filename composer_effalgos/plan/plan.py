@@ -159,6 +159,7 @@ class Plan(Callback):
             epoch=epoch,
             world_size=loader.world_size,
             shuffle=loader.shuffle,
+            shard_starts=loader.shard_starts,
             drop_last=loader.drop_last,
             max_batches=loader.max_batches,
         )
