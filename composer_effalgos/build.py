@@ -24,7 +24,7 @@ from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import Plan
 from composer_effalgos.recipe import Recipe
 
-__all__ = ['build_trainer', 'checkpoint_folder']
+__all__ = ['build_network', 'build_split', 'build_trainer', 'checkpoint_folder']
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ def build_trainer(recipe: Recipe) -> Trainer:
     loggers = [_beside_the_summary(component, recipe).build() for component in recipe.loggers]
     scheduler = recipe.scheduler.build() if recipe.scheduler is not None else None
 
-    train_set, eval_set = (_dataset(recipe, split) for split in ('train', 'eval'))
+    train_set, eval_set = (build_split(recipe, split) for split in ('train', 'eval'))
     train_loader = _loader(recipe, train_set, train=True, on_gpu=on_gpu)
     eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
 
     reproducibility.seed_all(recipe.seed)
-    model = _model(recipe, num_classes=train_set.num_classes)
+    model = build_network(recipe, train_set.num_classes)
     optimizer = recipe.optimizer.build(model.parameters())
 
     precision = _precision(recipe, on_gpu=on_gpu)
@@ -129,7 +129,19 @@ def checkpoint_folder(recipe: Recipe) -> Path:
     return recipe.run_folder / 'checkpoints'
 
 
-def _dataset(recipe: Recipe, split: str) -> Any:
+def build_split(recipe: Recipe, split: str) -> Any:
+    """Build one of a recipe's data sets.
+
+    Args:
+        recipe: A checked recipe.
+        split: ``'train'`` or ``'eval'``.
+
+    Returns:
+        What :func:`~composer_effalgos.datasets.build_dataset` returns.
+
+    Raises:
+        InputError: The data cannot be had.
+    """
     data = recipe.dataset
     component = Component(recipe.source, build_dataset, {'path': data.path, **data.options})
     if dist.get_world_size() == 1:
@@ -166,7 +178,19 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
     )
 
 
-def _model(recipe: Recipe, *, num_classes: int) -> ComposerClassifier:
+def build_network(recipe: Recipe, num_classes: int) -> ComposerClassifier:
+    """Build a recipe's network, before any algorithm.
+
+    Args:
+        recipe: A checked recipe.
+        num_classes: Classes of the data set.
+
+    Returns:
+        The network with its cross-entropy and accuracy.
+
+    Raises:
+        InputError: The network cannot be built, or has fewer outputs than the data set has classes.
+    """
     settings = recipe.model
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')

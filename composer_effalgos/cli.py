@@ -10,7 +10,7 @@ import typer
 
 from composer_effalgos.bench import Outcome, run_sweep, write_report
 from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import SWEEPS, list_recipes, recipe_folder
+from composer_effalgos.recipe import SWEEPS, list_recipes, load_recipe, recipe_folder
 
 app = typer.Typer(name='effalgos', help='Data efficiency for MosaicML Composer.', no_args_is_help=True, add_completion=False)
 
@@ -74,6 +74,35 @@ def report(
 ) -> None:
     """Compare the runs in a folder: an HTML page with curves, and its table as Markdown."""
     typer.echo(write_report(folder, out))
+
+
+@app.command()
+def interpolate(
+    a: Annotated[Path, typer.Argument(help='Checkpoint at alpha 0, e.g. of the small batch.')],
+    b: Annotated[Path, typer.Argument(help='Checkpoint at alpha 1, e.g. of the large batch.')],
+    recipe: Annotated[Path, typer.Option(help='The recipe that both were trained with.')],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar='key=value', help='Settings on top of the recipe.')] = None,
+    out: Annotated[Path, typer.Option(help='Folder for the figure and the numbers.')] = Path('interpolation'),
+    points: Annotated[int, typer.Option(help='Equal steps from -1 to 2; eight more lie around 0 and 1.')] = 25,
+    samples: Annotated[int | None, typer.Option(help='Training samples to use; all by default.')] = None,
+    sharpness_samples: Annotated[int | None, typer.Option(help='Of these for the sharpness; all by default, 0 for none.')] = None,
+    batch_size: Annotated[int, typer.Option(help='Samples in a step.')] = 500,
+    epsilon: Annotated[list[float], typer.Option(help='Size of the box; may be given several times.')] = [1e-3, 5e-4],  # noqa: B006
+    subspace: Annotated[int, typer.Option(help='Dimension of the random subspace; 0 for the whole space only.')] = 100,
+    iterations: Annotated[int, typer.Option(help='Iterations of L-BFGS-B.')] = 10,
+    seed: Annotated[int, typer.Option(help='Seed of samples, subspace and search.')] = 17,
+    name_a: Annotated[str, typer.Option(help='What A is called in the figure.')] = 'A',
+    name_b: Annotated[str, typer.Option(help='What B is called in the figure.')] = 'B',
+) -> None:
+    """Loss and accuracy along the line through two checkpoints, and the sharpness of each."""
+    from composer_effalgos import landscape
+
+    if out.exists() and not out.is_dir():
+        raise InputError(f'--out: {out} is a file; expected a folder')
+    settings = landscape.Settings(points, samples, sharpness_samples, batch_size, tuple(epsilon), subspace, iterations, seed)
+    study = landscape.interpolate(a, b, load_recipe(recipe, overrides or []), settings, progress=typer.echo)
+    for path in study.write(out, (name_a, name_b)):
+        typer.echo(path)
 
 
 def main() -> int:

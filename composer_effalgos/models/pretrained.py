@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,31 @@ def load_file(model: nn.Module, path: str) -> None:
 
     Args:
         model: The model.
-        path: A ``.safetensors`` file, or anything that ``torch.load(weights_only=True)`` reads: a state dict, alone or under
-            ``state_dict`` or ``model``, or a Composer checkpoint.
+        path: A file for :func:`read_weights`.
 
     Raises:
         InputError: The file cannot be read, or its weights are not this model's.
     """
+    load_weights(model, read_weights(path), path)
+
+
+def read_weights(path: str | Path, key: str = 'model.pretrained') -> dict[str, Tensor]:
+    """Read a file of weights; nothing in it is run.
+
+    Args:
+        path: A ``.safetensors`` file, or anything that ``torch.load(weights_only=True)`` reads: a state dict, alone or under
+            ``state_dict`` or ``model``, or a Composer checkpoint.
+        key: Where the path was given; begins the error message.
+
+    Returns:
+        The state dict of the network, without what DistributedDataParallel and Composer put before its names.
+
+    Raises:
+        InputError: No such file, or no file of weights.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f'model.pretrained: no file {path}; expected a .pt, .pth or .safetensors file of weights')
+        raise InputError(f'{key}: no file {path}; expected a .pt, .pth or .safetensors file of weights')
     try:
         if file.suffix == '.safetensors':
             content: Any = safetensors.torch.load_file(file)
@@ -46,8 +62,8 @@ def load_file(model: nn.Module, path: str) -> None:
                 content = torch.load(file, map_location='cpu', weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         reason = str(error).split('\n')[0].split('. ')[0]
-        raise InputError(f'model.pretrained: {path} is no readable file of weights ({reason})') from error
-    load_weights(model, _state_dict(content, path), path)
+        raise InputError(f'{key}: {path} is no readable file of weights ({reason})') from error
+    return _state_dict(content, path, key)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -64,35 +80,47 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     own = model.state_dict()
     head = {key for key in own if key.startswith(f'{_head_name(model)}.')}
     fitting = {key: value for key, value in weights.items() if not (key in head and own[key].shape != value.shape)}
-    wrong = {
-        'missing': [key for key in own if key not in fitting and key not in head and not key.endswith('.num_batches_tracked')],
-        'unexpected': [key for key in fitting if key not in own],
-        'of another shape': [key for key in fitting if key in own and own[key].shape != fitting[key].shape],
-    }
-    if any(wrong.values()):
-        found = '; '.join(f'{what}: {_abridged(keys)}' for what, keys in wrong.items() if keys)
+    found = differences(own, fitting, optional=head)
+    if found:
         raise InputError(f'model.pretrained: the weights in {source} are of another model ({found})')
     model.load_state_dict(fitting, strict=False)
     if not head <= fitting.keys():
         log.warning('The head of the weights in %s has another shape or is missing: %s starts anew.', source, _head_name(model))
 
 
-def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
+def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> str:
+    """Hold weights against a network's own.
+
+    Args:
+        own: The network's state dict.
+        weights: Another state dict.
+        optional: Names that may be missing; batch norms' counters always may.
+
+    Returns:
+        What is missing, unexpected and of another shape, on one line; empty where the weights fit.
+    """
+    wrong = {
+        'missing': [key for key in own if key not in weights and key not in optional and not key.endswith('.num_batches_tracked')],
+        'unexpected': [key for key in weights if key not in own],
+        'of another shape': [key for key in weights if key in own and own[key].shape != weights[key].shape],
+    }
+    return '; '.join(f'{what}: {_abridged(keys)}' for what, keys in wrong.items() if keys)
+
+
+def _state_dict(content: Any, path: str | Path, key: str) -> dict[str, Tensor]:
     """Unwrap what training scripts and Composer put around a state dict."""
-    for key in ('state', 'model', 'state_dict'):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    for wrapping in ('state', 'model', 'state_dict'):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapping), Mapping):
+            content = content[wrapping]
     if not (
         isinstance(content, Mapping)
         and content
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
     ):
-        raise InputError(
-            f'model.pretrained: {path} holds no state dict; expected names and tensors, alone or under `state_dict` or `model`'
-        )
+        raise InputError(f'{key}: {path} holds no state dict; expected names and tensors, alone or under `state_dict` or `model`')
     # DistributedDataParallel's and ComposerClassifier's
-    while all(key.startswith('module.') for key in content):
-        content = {key.removeprefix('module.'): value for key, value in content.items()}
+    while all(name.startswith('module.') for name in content):
+        content = {name.removeprefix('module.'): value for name, value in content.items()}
     return dict(content)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import timm
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from composer_effalgos.components import check_arguments, did_you_mean
 from composer_effalgos.errors import InputError
-from composer_effalgos.models import cifar
+from composer_effalgos.models import cifar, keskar
 from composer_effalgos.models.pretrained import load_file, load_weights
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
@@ -27,6 +27,8 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     'vgg19_bn_cifar': cifar.vgg19_bn_cifar,
     'alexnet_cifar': cifar.alexnet_cifar,
     'mobilenet_v2_cifar': cifar.mobilenet_v2_cifar,
+    'keskar_c1': keskar.keskar_c1,
+    'keskar_c2': keskar.keskar_c2,
 }
 
 
@@ -37,9 +39,10 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
         name: One of :data:`MODELS`, or of torchvision's classification models, or of timm's, looked up in this order;
             ``torchvision/NAME`` and ``timm/NAME`` name the library.
         num_classes: Number of classes.
-        pretrained: True for the library's own weights (downloaded, or from its cache), or the path of a local file of weights
-            (see :func:`~composer_effalgos.models.pretrained.load_file`). Where the weights' head has another number of classes,
-            the model's head starts anew, with a line in the log.
+        pretrained: True for the library's own weights (downloaded, or from its cache); the name of weights of torchvision's, e.g.
+            ``MobileNet_V2_Weights.IMAGENET1K_V1``, for a network of ours with the same layers too; or the path of a local file of
+            weights (see :func:`~composer_effalgos.models.pretrained.read_weights`). Where the weights' head has another number of
+            classes, the model's head starts anew, with a line in the log.
         **options: Arguments of the network's constructor.
 
     Raises:
@@ -49,22 +52,41 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
         raise InputError(f'model.num_classes: expected at least 1, got {num_classes}')
     library, plain_name = _find(name)
     if library == 'cifar' and pretrained is True:
-        raise InputError(f'model.pretrained: {name} has no published weights; expected false or the path of a file of weights')
+        raise InputError(
+            f"model.pretrained: {name} has no published weights; expected false, the name of torchvision's for the same layers, "
+            'or the path of a file of weights'
+        )
+    by_name = isinstance(pretrained, str) and re.fullmatch(r'\w+_Weights\.[A-Z]\w*', pretrained) is not None
     try:
         model = _BUILDERS[library](plain_name, num_classes, pretrained is True, options)
+        if by_name:
+            load_weights(model, _published(str(pretrained)), str(pretrained))
     except InputError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f'model: {name} refuses its options: {_explain(error, library, plain_name)}') from error
     except (OSError, RuntimeError) as error:
-        if pretrained is not True:
+        if not (pretrained is True or by_name):
             raise
+        weights = pretrained if by_name else f'the weights of {name}'
         raise InputError(
-            f'model.pretrained: the weights of {name} cannot be had ({_one_line(error)}); expected a download or the path of a local file'
+            f'model.pretrained: {weights} cannot be had ({_one_line(error)}); expected a download or the path of a local file'
         ) from error
-    if isinstance(pretrained, str):
+    if isinstance(pretrained, str) and not by_name:
         load_file(model, pretrained)
     return model
+
+
+def _published(name: str) -> Mapping[str, Tensor]:
+    """torchvision's weights of this name, downloaded or from its cache."""
+    models = torchvision.models
+    enums = [models.get_model_weights(model) for model in models.list_models(module=models)]
+    known = {str(weights): weights for enum in enums for weights in enum}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = did_you_mean(name, known) if near else 'they are called as in torchvision.models, e.g. ResNet18_Weights.IMAGENET1K_V1'
+        raise InputError(f'model.pretrained: torchvision has no weights {name!r}; {hint}')
+    return known[name].get_state_dict(check_hash=True)
 
 
 def _find(name: str) -> tuple[str, str]:

@@ -110,3 +110,33 @@ def test_a_download_that_fails_is_an_input_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(WeightsEnum, 'get_state_dict', refuse)
     with pytest.raises(InputError, match=r'model\.pretrained: the weights of resnet18 cannot be had .*no network'):
         build_model('resnet18', 10, pretrained=True)
+    with pytest.raises(InputError, match=r'model\.pretrained: ResNet18_Weights\.IMAGENET1K_V1 cannot be had .*no network'):
+        build_model('resnet18', 10, pretrained='ResNet18_Weights.IMAGENET1K_V1')
+
+
+def test_a_network_of_ours_takes_torchvisions_weights_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    published = torchvision.models.mobilenet_v2().state_dict()
+    asked = []
+    monkeypatch.setattr(WeightsEnum, 'get_state_dict', lambda weights, **_: asked.append(str(weights)) or published)
+    own = build_model('mobilenet_v2_cifar', 10, pretrained='MobileNet_V2_Weights.IMAGENET1K_V1').state_dict()
+    assert asked == ['MobileNet_V2_Weights.IMAGENET1K_V1']
+    other = {key for key in own if own[key].shape != published[key].shape or not torch.equal(own[key], published[key])}
+    assert own.keys() == published.keys()
+    assert other == {'classifier.1.weight', 'classifier.1.bias'}
+    assert 'classifier.1 starts anew' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('name', 'weights', 'message'),
+    [
+        ('mobilenet_v2_cifar', 'MobileNet_V2_Weights.IMAGENET1K_V7', r"no weights .*did you mean 'MobileNet_V2_Weights\.IMAGENET1K_V[12]'"),
+        ('mobilenet_v2_cifar', 'X_Weights.Y', r'no weights .*as in torchvision\.models'),
+        ('resnet20_cifar', 'MobileNet_V2_Weights.IMAGENET1K_V1', r'of another model \(missing: '),
+    ],
+)
+def test_torchvisions_weights_that_do_not_exist_or_fit(name: str, weights: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightsEnum, 'get_state_dict', lambda *_, **__: torchvision.models.mobilenet_v2().state_dict())
+    with pytest.raises(InputError, match=message) as caught:
+        build_model(name, 10, pretrained=weights)
+    assert '\n' not in str(caught.value)
+    assert len(str(caught.value)) < 400

@@ -1,0 +1,146 @@
+"""Keskar's sharpness: how far the training loss rises in a small box around a solution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.landscape.curve import Batches
+
+# Value and gradient of a function at a point
+Objective = Callable[[Tensor], tuple[float, Tensor]]
+
+# The search begins this far from the centre, in half widths of the box: at a minimum itself the gradient says nothing
+_START = 0.01
+
+
+def training_loss(model: nn.Module, batches: Batches) -> Objective:
+    """The training loss as a function of the weights alone.
+
+    Batch norms use the statistics of each batch, as in the authors' code, so that the loss follows the weights without a second pass;
+    dropout is off, and the batches are the same at every call.
+
+    Args:
+        model: Maps images to logits ``[B, C]``; its weights are overwritten at every call.
+        batches: The data.
+
+    Returns:
+        Weights (all trainable parameters as one vector, float32 ``[n]``) to mean cross-entropy and its gradient, float32 ``[n]``.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    samples = sum(len(labels) for _, labels in batches)
+
+    def loss(weights: Tensor) -> tuple[float, Tensor]:
+        vector_to_parameters(weights, parameters)
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+        value, gradient = 0.0, torch.zeros_like(weights)
+        for images, labels in batches:
+            part = nn.functional.cross_entropy(model(images), labels, reduction='sum') / samples
+            value += float(part)
+            gradient += parameters_to_vector(torch.autograd.grad(part, parameters))
+        return value, gradient
+
+    return loss
+
+
+def random_basis(n: int, p: int, seed: int) -> Tensor:
+    """The matrix A of the paper's random subspaces: independent standard normal numbers.
+
+    Args:
+        n: Number of weights.
+        p: Dimension of the subspace, at most n; the paper takes 100.
+        seed: Seed of the numbers.
+
+    Returns:
+        float32 ``[n, p]``, ``4 n p`` bytes.
+
+    Raises:
+        InputError: p is out of range.
+    """
+    if not 1 <= p <= n:
+        raise InputError(f'subspace: expected 1 to {n}, the number of weights, got {p}')
+    return torch.randn(n, p, generator=torch.Generator().manual_seed(seed))
+
+
+def box_maximum(
+    f: Callable[[np.ndarray], tuple[float, np.ndarray]], half_widths: np.ndarray, *, iterations: int = 10, seed: int = 0
+) -> tuple[float, float]:
+    """The largest value that L-BFGS-B finds of a function in a box around the origin.
+
+    The search runs in units of the half widths, from a random point within a hundredth of them (at a minimum the gradient is zero, and
+    nothing would move), on the function divided by its mean absolute gradient there: L-BFGS-B's first step is the projected gradient
+    itself, and without the scale a gradient of 1e-5 would never reach the wall. The method climbs: what it finds is a lower bound of the
+    maximum.
+
+    Args:
+        f: Value and gradient, float64 ``[p]``, at a point float64 ``[p]``.
+        half_widths: Half the box's sides, float64 ``[p]``, above 0.
+        iterations: Iterations of L-BFGS-B.
+        seed: Seed of the first point.
+
+    Returns:
+        The value at the origin, and the largest among all points looked at; infinite where one of them was not a number.
+
+    Source: Byrd et al., SIAM J. Sci. Comput. 16 (1995), in SciPy's version.
+    """
+    start = np.random.default_rng(seed).uniform(-_START, _START, len(half_widths))
+    first, gradient = f(start * half_widths)
+    seen = [f(np.zeros_like(half_widths))[0], first]
+    scale = float(np.abs(gradient * half_widths).mean())
+
+    def descend(u: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = f(u * half_widths)
+        seen.append(value)
+        return -value / scale, -gradient * half_widths / scale
+
+    if scale > 0:  # neither flat nor not a number
+        bounds = scipy.optimize.Bounds(-np.ones_like(start), np.ones_like(start))
+        options = {'maxiter': iterations, 'ftol': 0.0, 'gtol': 0.0}
+        scipy.optimize.minimize(descend, start, jac=True, method='L-BFGS-B', bounds=bounds, options=options)
+    return seen[0], max(math.inf if math.isnan(value) else value for value in seen)
+
+
+def sharpness(f: Objective, weights: Tensor, epsilon: float, *, basis: Tensor | None = None, iterations: int = 10, seed: int = 0) -> float:
+    """Keskar's sharpness of a function at a solution: ``100 (max f(x + A y) - f(x)) / (1 + f(x))``, y in a box.
+
+    The box is ``|y_i| <= epsilon (|(A+ x)_i| + 1)`` with A+ the pseudo-inverse of A; the maximum is the one :func:`box_maximum` finds.
+
+    Args:
+        f: The training loss, e.g. of :func:`training_loss`.
+        weights: The solution x, float ``[n]``.
+        epsilon: Size of the box, above 0; the paper takes 1e-3 and 5e-4.
+        basis: The matrix A, float ``[n, p]``; the identity, that is the whole space, when None.
+        iterations: Iterations of L-BFGS-B; the paper's 10.
+        seed: Seed of the search's first point.
+
+    Returns:
+        Rise of the loss in percent of ``1 + f(x)``, at least 0.
+
+    Raises:
+        InputError: epsilon is not above 0.
+
+    Source: arXiv 1609.04836, metric 2.1.
+    """
+    if not epsilon > 0:
+        raise InputError(f'epsilon: must be above 0, got {epsilon}')
+    coordinates = weights if basis is None else torch.linalg.solve(basis.T @ basis, basis.T @ weights)
+    half_widths = (epsilon * (coordinates.double().abs() + 1)).cpu().numpy()
+
+    def moved(y: np.ndarray) -> tuple[float, np.ndarray]:
+        step = torch.from_numpy(y).to(weights.device, weights.dtype)
+        value, gradient = f(weights + (step if basis is None else basis @ step))
+        return value, (gradient if basis is None else basis.T @ gradient).double().cpu().numpy()
+
+    centre, highest = box_maximum(moved, half_widths, iterations=iterations, seed=seed)
+    return 100 * (highest - centre) / (1 + centre)

@@ -1,0 +1,286 @@
+"""From two checkpoints and a recipe to the figure, the numbers and the sharpness."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Event, State
+from composer.devices import Device
+from composer.loggers import Logger
+from composer.utils import get_device
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from composer_effalgos.build import build_network, build_split
+from composer_effalgos.components import Component, parameters
+from composer_effalgos.datasets import DATASETS
+from composer_effalgos.errors import InputError
+from composer_effalgos.landscape.curve import Batches, Point, alphas, evaluate, line
+from composer_effalgos.landscape.figure import draw
+from composer_effalgos.landscape.sharpness import random_basis, sharpness, training_loss
+from composer_effalgos.models.pretrained import differences, read_weights
+from composer_effalgos.recipe import Recipe
+
+NAME = 'interpolation'
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to look at the line.
+
+    Attributes:
+        points: Equal steps from -1 to 2; see :func:`~composer_effalgos.landscape.alphas`.
+        samples: Training samples for the loss and for the batch norms, drawn once at random; all when None.
+        sharpness_samples: How many of them the sharpness is measured on; all of them when None, no sharpness when 0.
+        batch_size: Samples in a step. Batch norms see the data in batches of this size.
+        epsilons: Sizes of the box.
+        subspace: Dimension of the random subspace, for a second measurement of each sharpness; 0 for none.
+        iterations: Iterations of L-BFGS-B.
+        seed: Seed of the samples, the subspace and the search's first point.
+    """
+
+    points: int = 25
+    samples: int | None = None
+    sharpness_samples: int | None = None
+    batch_size: int = 500
+    epsilons: tuple[float, ...] = (1e-3, 5e-4)
+    subspace: int = 100
+    iterations: int = 10
+    seed: int = 17
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found.
+
+    Attributes:
+        points: The curve.
+        sharpness: A row a solution, epsilon and space: ``solution`` (``'A'`` or ``'B'``), ``epsilon``, ``space`` (``'full'`` or
+            ``'random 100'``) and ``sharpness`` in percent.
+        as_saved: For each solution loss and accuracy on the evaluation data with the batch norms' statistics as the checkpoint has them.
+        distances: Euclidean norms over all trainable parameters: ``A``, ``B`` and ``B - A``.
+        about: Recipe, checkpoints, settings and numbers of samples.
+    """
+
+    points: list[Point]
+    sharpness: list[dict[str, Any]]
+    as_saved: dict[str, dict[str, float]]
+    distances: dict[str, float]
+    about: dict[str, Any]
+
+    def write(self, out: Path, names: tuple[str, str], name: str = NAME) -> list[Path]:
+        """Write the figure (``.png``, ``.svg``), the curve (``.csv``) and everything else (``.json``).
+
+        Args:
+            out: Folder, made where it is missing.
+            names: What the solutions are called in the figure.
+            name: Name of the files, without ending.
+
+        Returns:
+            The files.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        figure = draw(self.points, names, f'{self.about["model"]} on {self.about["dataset"]}')
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            return [
+                _whole(out / f'{name}.png', lambda path: figure.savefig(path, dpi=160, format='png')),
+                _whole(out / f'{name}.svg', lambda path: figure.savefig(path, format='svg', metadata={'Date': None})),
+                _whole(out / f'{name}.csv', self._write_csv),
+                _whole(out / f'{name}.json', self._write_json),
+            ]
+        except OSError as error:
+            raise InputError(f'{out}: cannot be written ({error.strerror})') from error
+
+    def _write_csv(self, path: Path) -> None:
+        with path.open('w', newline='', encoding='utf-8') as stream:
+            writer = csv.writer(stream)
+            writer.writerow(field.name for field in fields(Point))
+            writer.writerows(asdict(point).values() for point in self.points)
+
+    def _write_json(self, path: Path) -> None:
+        content = {'about': self.about, 'as_saved': self.as_saved, 'distances': self.distances, 'sharpness': self.sharpness}
+        path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def interpolate(
+    a: Path, b: Path, recipe: Recipe, settings: Settings | None = None, *, progress: Callable[[str], None] = lambda _: None
+) -> Study:
+    """Look at the loss along the line through two solutions of a recipe, and at the sharpness of each.
+
+    Training and evaluation data are the recipe's, without random augmentation, held in memory (12 KB an image of 32x32 pixels). The
+    network is the recipe's after the layers that its Composer algorithms exchange (BlurPool, SqueezeExcite, ...); the loss is
+    cross-entropy, without label smoothing or mixed samples.
+
+    Args:
+        a: The checkpoint at alpha 0.
+        b: The checkpoint at alpha 1.
+        recipe: The recipe that both were trained with, up to batch size and schedule.
+        settings: How to look.
+        progress: Gets a line for each step.
+
+    Returns:
+        The curve and the sharpness.
+
+    Raises:
+        InputError: A file that holds no weights, or those of another network; settings out of range; the recipe's data are not there.
+    """
+    settings = settings or Settings()
+    places = _checked(settings)
+    weights = {'A': read_weights(a, 'checkpoint A'), 'B': read_weights(b, 'checkpoint B')}
+    device = Component(f'{recipe.source}: device', get_device, {'device': recipe.trainer.get('device')}).build()
+    train_set, test_set = build_split(_unaugmented(recipe), 'train'), build_split(recipe, 'eval')
+    model = device.module_to_device(_network(recipe, train_set.num_classes, device))
+    solutions = {
+        label: device.batch_to_device(_fitting(f'checkpoint {label}: {path}', weights[label], model, recipe))
+        for label, path in (('A', a), ('B', b))
+    }
+
+    def in_memory(dataset: Dataset[Any], samples: int | None) -> tuple[Tensor, Tensor]:
+        return device.batch_to_device(_read(dataset, samples, settings, recipe.dataset.num_workers))
+
+    train_data, test_data = in_memory(train_set, settings.samples), in_memory(test_set, None)
+    train, test = _batches(*train_data, settings.batch_size), _batches(*test_data, settings.batch_size)
+
+    as_saved, vectors = {}, {}
+    for label, state in solutions.items():
+        model.load_state_dict(state)
+        vectors[label] = parameters_to_vector(_trainable(model)).detach().clone()
+        loss, accuracy = evaluate(model, test)
+        as_saved[label] = {'test_loss': loss, 'test_accuracy': accuracy}
+        progress(f'{label} as saved: test loss {loss:.4g}, accuracy {accuracy:.4f}')
+
+    points = []
+    for point in line(model, solutions['A'], solutions['B'], train, test, places):
+        points.append(point)
+        progress(
+            f'alpha {point.alpha:+.4f}: train loss {point.train_loss:.4g}, accuracy {point.train_accuracy:.4f}; '
+            f'test loss {point.test_loss:.4g}, accuracy {point.test_accuracy:.4f}'
+        )
+
+    found = []
+    if settings.sharpness_samples != 0:
+        images, labels = (part[: settings.sharpness_samples] for part in train_data)
+        loss_of = training_loss(model, _batches(images, labels, settings.batch_size))
+        spaces: dict[str, Tensor | None] = {'full': None}
+        if settings.subspace:
+            basis = random_basis(len(vectors['A']), settings.subspace, settings.seed)
+            spaces[f'random {settings.subspace}'] = device.tensor_to_device(basis)
+        for label, space, epsilon in itertools.product(solutions, spaces, settings.epsilons):
+            value = sharpness(loss_of, vectors[label], epsilon, basis=spaces[space], iterations=settings.iterations, seed=settings.seed)
+            found.append({'solution': label, 'epsilon': epsilon, 'space': space, 'sharpness': value})
+            progress(f'{label}: sharpness {value:.4g} % (epsilon {epsilon:g}, {space})')
+
+    distances = {label: float(vector.norm()) for label, vector in vectors.items()}
+    distances['B - A'] = float((vectors['B'] - vectors['A']).norm())
+    about = {
+        'recipe': recipe.source,
+        'checkpoints': {'A': str(a), 'B': str(b)},
+        'dataset': recipe.dataset.name,
+        'model': recipe.model.name,
+        'parameters': len(vectors['A']),
+        'train_samples': len(train_data[1]),
+        'test_samples': len(test_data[1]),
+        'sharpness_samples': len(train_data[1][: settings.sharpness_samples]),
+        'device': device.name,
+        'settings': asdict(settings),
+    }
+    return Study(points, found, as_saved, distances, about)
+
+
+def _checked(settings: Settings) -> list[float]:
+    """The places on the line, once every setting is known to be in its range."""
+    for name in ('samples', 'batch_size', 'iterations'):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f'{name}: expected at least 1, got {value}')
+    for name in ('sharpness_samples', 'subspace', 'seed'):
+        value = getattr(settings, name)
+        if value is not None and value < 0:
+            raise InputError(f'{name}: expected at least 0, got {value}')
+    for epsilon in settings.epsilons:
+        if not 0 < epsilon < math.inf:
+            raise InputError(f'epsilon: must be above 0, got {epsilon}')
+    return alphas(settings.points)
+
+
+def _unaugmented(recipe: Recipe) -> Recipe:
+    """The recipe with its training images as they are."""
+    if 'augment' not in parameters(DATASETS[recipe.dataset.name]):
+        return recipe
+    return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))
+
+
+def _network(recipe: Recipe, num_classes: int, device: Device) -> nn.Module:
+    """The network after the surgery of the recipe's Composer algorithms; ours change no layer."""
+    model = build_network(recipe, num_classes)
+    state = State(model=model, rank_zero_seed=recipe.seed, run_name=recipe.run_name, device=device)
+    for component in recipe.algorithms:
+        algorithm = component.build()
+        if type(algorithm).__module__.startswith('composer.') and algorithm.match(Event.INIT, state):
+            algorithm.apply(Event.INIT, state, Logger(state))
+    return model.module
+
+
+def _fitting(source: str, weights: Mapping[str, Tensor], model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """The weights as a complete state dict of the network, in its types."""
+    own = model.state_dict()
+    found = differences(own, weights)
+    if found:
+        raise InputError(f'{source}: not weights of {recipe.model.name} as {recipe.source} has it ({found})')
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f'{source}: {name} holds numbers that are not finite; the training had diverged')
+    return {name: weights.get(name, value).to(value.dtype) for name, value in own.items()}
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _read(dataset: Dataset[Any], samples: int | None, settings: Settings, workers: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of a data set, or of some of its samples, in an order of their own."""
+    count = len(dataset)  # type: ignore[arg-type]
+    if samples is not None and samples > count:
+        raise InputError(f'samples: {samples} asked for, but there are {count}')
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))[:samples]
+    loader = DataLoader(Subset(dataset, order.tolist()), batch_size=settings.batch_size, num_workers=workers)
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _batches(images: Tensor, labels: Tensor, batch_size: int) -> Batches:
+    """Batches of nearly equal size, none above ``batch_size``."""
+    pieces = math.ceil(len(labels) / batch_size)
+    return list(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
+
+
+def _whole(path: Path, write: Callable[[Path], None]) -> Path:
+    """Write a file that is never seen half written."""
+    part = path.with_name(f'.{path.name}.part')
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _plain(content: Any) -> Any:
+    """What JSON can hold: a number that is not finite becomes its name."""
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content

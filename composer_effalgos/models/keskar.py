@@ -1,0 +1,91 @@
+"""The convolutional networks of Keskar et al., "On Large-Batch Training for Deep Learning", arXiv 1609.04836, appendix B.
+
+As in their code: convolutions that keep the image's size, batch norm before each ReLU, dropout behind it, a batch norm and dropout in
+the dense layers too, and Glorot's uniform start. They flatten their last map, so that the image's size belongs to the network.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from composer_effalgos.errors import InputError
+
+# Keras's, which the authors used
+_EPS = 1e-3
+
+
+def keskar_c1(num_classes: int, conv_stride: int = 1, image_size: int = 32) -> nn.Sequential:
+    """C1 (C3 with 100 classes), shallow: two 5x5 convolutions of 64 channels with 3x3 pooling, dense layers of 384 and 192.
+
+    1,757,834 parameters for 10 classes. The paper writes a convolution as ``[64, 5, 5, 2]``, the last number its stride; the authors'
+    code has stride 1 and gives the pooling the stride 2. ``conv_stride=2`` is the paper's word, 283,274 parameters and a ninth of the work.
+
+    Args:
+        num_classes: Number of classes.
+        conv_stride: Stride of both convolutions.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        InputError: A stride or size below 1.
+    """
+    _check(conv_stride=conv_stride, image_size=image_size)
+    side = image_size
+    for stride in (conv_stride, 2, conv_stride, 2):
+        side = (side - 1) // stride + 1
+
+    def stage(in_channels: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(in_channels, 64, 5, stride=conv_stride, padding=2)
+        return [convolution, nn.BatchNorm2d(64, eps=_EPS), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)]
+
+    features = nn.Sequential(*stage(3), *stage(64))
+    hidden = [*_dense(64 * side * side, 384), nn.Dropout(0.5), *_dense(384, 192), nn.Dropout(0.5)]
+    return _network(features, hidden, nn.Linear(192, num_classes))
+
+
+def keskar_c2(num_classes: int, image_size: int = 32) -> nn.Sequential:
+    """C2 (C4 with 100 classes), deep: thirteen 3x3 convolutions in VGG-16's order, a dense layer of 512.
+
+    14,991,946 parameters for 10 classes at 32x32. Dropout of 0.3 or 0.4 between the convolutions of a stack, 0.5 around the dense layer.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        InputError: A size below 1.
+    """
+    _check(image_size=image_size)
+    layers: list[nn.Module] = []
+    in_channels, side = 3, image_size
+    for channels, depth, dropout in ((64, 2, 0.3), (128, 2, 0.4), (256, 3, 0.4), (512, 3, 0.4), (512, 3, 0.4)):
+        for position in range(depth):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels, eps=_EPS), nn.ReLU(inplace=True)]
+            if position < depth - 1:
+                layers.append(nn.Dropout(dropout))
+            in_channels = channels
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        side = (side + 1) // 2
+    hidden = [nn.Dropout(0.5), *_dense(512 * side * side, 512), nn.Dropout(0.5)]
+    return _network(nn.Sequential(*layers), hidden, nn.Linear(512, num_classes))
+
+
+def _dense(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs, eps=_EPS), nn.ReLU(inplace=True)]
+
+
+def _network(features: nn.Sequential, hidden: list[nn.Module], classifier: nn.Linear) -> nn.Sequential:
+    model = nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), hidden=nn.Sequential(*hidden), classifier=classifier))
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f'model.{name}: expected at least 1, got {size}')
