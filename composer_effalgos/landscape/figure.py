@@ -53,7 +53,7 @@ def draw(points: Sequence[Point], names: tuple[str, str], title: str) -> Figure:
     accuracy.tick_params(axis='y', colors=_ACCURACY)
     loss.grid(axis='both', which='major', color='0.9', linewidth=0.6)
     loss.set_title(title, loc='left', fontsize='medium')
-    styles = [Line2D([], [], color='0.2', linestyle=style, label=label) for style, label in (('-', 'train'), ('--', 'test'))]
+    styles = [Line2D([], [], color='0.2', linestyle='-', label='train'), Line2D([], [], color='0.2', linestyle='--', label='test')]
     loss.legend(handles=styles, loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
     return figure
 

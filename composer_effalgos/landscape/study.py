@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from composer.core import Event, State
 from composer.devices import Device
 from composer.loggers import Logger
 from composer.utils import get_device
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -96,7 +98,7 @@ class Study:
             out.mkdir(parents=True, exist_ok=True)
             return [
                 _whole(out / f'{name}.png', lambda path: figure.savefig(path, dpi=160, format='png')),
-                _whole(out / f'{name}.svg', lambda path: figure.savefig(path, format='svg', metadata={'Date': None})),
+                _whole(out / f'{name}.svg', lambda path: _save_svg(figure, path)),
                 _whole(out / f'{name}.csv', self._write_csv),
                 _whole(out / f'{name}.json', self._write_json),
             ]
@@ -264,6 +266,12 @@ def _batches(images: Tensor, labels: Tensor, batch_size: int) -> Batches:
     """Batches of nearly equal size, none above ``batch_size``."""
     pieces = math.ceil(len(labels) / batch_size)
     return list(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
+
+
+def _save_svg(figure: Figure, path: Path) -> None:
+    # The same numbers give the same file
+    with matplotlib.rc_context({'svg.hashsalt': NAME}):
+        figure.savefig(path, format='svg', metadata={'Date': None})
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> Path:
