@@ -195,6 +195,8 @@ def build_network(recipe: Recipe, num_classes: int) -> ComposerClassifier:
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
     num_classes = settings.num_classes or num_classes
+    if num_classes < 2:
+        raise InputError(f'{recipe.source}: dataset: has one class; a classifier needs at least two')
     component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})
     return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.progress import track
 
 from composer_effalgos.bench import Outcome, run_sweep, write_report
+from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.check import PORTION, check_images
 from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import SWEEPS, list_recipes, load_recipe, recipe_folder
+from composer_effalgos.recipe import SWEEPS, DatasetRecipe, list_recipes, load_recipe, recipe_folder
 
 app = typer.Typer(name='effalgos', help='Data efficiency for MosaicML Composer.', no_args_is_help=True, add_completion=False)
 
@@ -103,6 +108,36 @@ def interpolate(
     study = landscape.interpolate(a, b, load_recipe(recipe, overrides or []), settings, progress=typer.echo)
     for path in study.write(out, (name_a, name_b)):
         typer.echo(path)
+
+
+@app.command()
+def check_data(
+    source: Annotated[Path, typer.Argument(help='A recipe, or a folder that holds train/CLASS/ and val/CLASS/.')],
+    overrides: Annotated[list[str] | None, typer.Argument(help='Settings on top of the recipe, e.g. dataset.path=data.')] = None,
+    workers: Annotated[int, typer.Option(help='Processes that decode.', min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help='File for the list of broken images.')] = None,
+) -> None:
+    """Decode every image of a data set; list those that are broken and end with status 1 if there are any."""
+    if source.is_dir():
+        data = DatasetRecipe(name='image_folder', batch_size=1, path=str(source))
+    else:
+        data = load_recipe(source, overrides or []).dataset
+    broken: list[str] = []
+    read = 0
+    splits: tuple[Literal['train', 'eval'], ...] = ('train', 'eval')
+    for split in splits:
+        dataset: Any = build_dataset(data.name, split, path=data.path, **data.options)
+        portions = math.ceil(len(dataset) / PORTION)
+        for messages in track(check_images(dataset, workers), f'{split}: {len(dataset)} images', portions, console=Console(stderr=True)):
+            broken += messages
+        read += len(dataset)
+    for message in broken:
+        print(message)
+    if out is not None:
+        out.write_text(''.join(f'{message}\n' for message in broken), encoding='utf-8')
+    print(f'{read} images read, {len(broken)} broken')
+    if broken:
+        raise typer.Exit(1)
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from composer.utils import dist
 
 from composer_effalgos.build import build_trainer
+from composer_effalgos.components import one_line
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.recipe import Recipe, load_recipe
@@ -104,6 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return refuse(InputError(f'{error.filename or args.recipe}: {error.strerror}; what was saved before is whole'))
     except RuntimeError as error:
+        if 'DataLoader worker' in str(error):  # from PyTorch's signal handler, wherever the main process was
+            print(
+                f'error: {one_line(error)}; a process that reads data died: too little memory or shared memory (fewer dataset.num_workers '
+                'need less), or a decoder that crashed (dataset.num_workers=0 shows where)',
+                file=sys.stderr,
+                flush=True,
+            )
+            return 1
         # gloo's words for a rank that has gone; that rank has said why
         if dist.get_world_size() == 1 or 'by peer' not in str(error):
             raise

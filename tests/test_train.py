@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,25 @@ def test_a_corrupt_image_in_a_worker_is_one_line(recipe_file, tmp_path, capfd):
     assert 'corrupt image' in line
 
 
+def test_a_worker_that_dies_is_one_line(recipe_file, tmp_path, capfd, monkeypatch):
+    for split in ('train', 'val'):
+        for index in range(8):
+            path = tmp_path / 'images' / split / ('cat', 'dog')[index % 2] / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (16, 16)).save(path)
+
+    def killed(*arguments):  # as the kernel does it where memory runs out
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr('composer_effalgos.datasets.image_folder.decode_image', killed)
+    data = f'dataset: {{name: image_folder, path: {tmp_path / "images"}, batch_size: 4, num_workers: 1}}\n'
+    recipe_file.write_text(re.sub('dataset:.*\n', data, recipe_file.read_text()))
+    assert main([str(recipe_file)]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1
+    assert re.search(r'DataLoader worker \(pid.*\).*(killed|exited).*num_workers', lines[0])
+
+
 @pytest.mark.parametrize('path', [path for path, _ in list_recipes(recipe_folder())], ids=lambda path: path.stem)
 def test_our_recipes_build(path, tmp_path):
     recipe = load_recipe(path, [f'save_folder={tmp_path}', 'progress_bar=false', 'loggers=null'])
@@ -232,7 +252,7 @@ def test_our_recipes_build(path, tmp_path):
         batch_size = recipe.dataset.batch_size
         stand_in = {'name': 'synthetic', 'batch_size': batch_size, 'num_samples': 2 * batch_size, 'eval_samples': 10}
         stand_in['num_classes'] = recipe.model.num_classes or 10
-        recipe = parse_recipe(recipe.settings | {'dataset': stand_in})
+        recipe = parse_recipe(recipe.settings | {'dataset': stand_in, 'loader': None})
     trainer = build_trainer(recipe)
     assert len(trainer.state.algorithms) >= len(recipe.algorithms)
     trainer.close()

@@ -40,6 +40,7 @@ def cifar10(
     image_size: int = SIZE,
     limit: int | None = None,
     download: bool = False,
+    cutout: int = 0,
 ) -> ImageArray:
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 10 classes.
 
@@ -51,11 +52,13 @@ def cifar10(
         image_size: Height and width wanted, in pixels; the images are resized.
         limit: Train on so many images, chosen at random, the same ones every time; from Parquet the others are not decoded.
         download: Let torchvision fetch what ``path`` lacks. Where several processes share ``path``, build in one of them first.
+        cutout: Blank a square of so many pixels a side in each training image (DeVries and Taylor 2017 take 16); 0 for none. A part of
+            ``augment``.
 
     Raises:
         InputError: Missing, corrupt or mislabelled data; an option out of range.
     """
-    return _cifar(_CIFAR10, split, path, augment, image_size, limit, download)
+    return _cifar(_CIFAR10, split, path, augment, image_size, limit, download, cutout)
 
 
 def cifar100(
@@ -66,6 +69,7 @@ def cifar100(
     image_size: int = SIZE,
     limit: int | None = None,
     download: bool = False,
+    cutout: int = 0,
 ) -> ImageArray:
     """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 100 classes.
 
@@ -76,17 +80,26 @@ def cifar100(
         image_size: As for :func:`cifar10`.
         limit: As for :func:`cifar10`.
         download: As for :func:`cifar10`.
+        cutout: As for :func:`cifar10`.
 
     Raises:
         InputError: Missing, corrupt or mislabelled data; an option out of range.
     """
-    return _cifar(_CIFAR100, split, path, augment, image_size, limit, download)
+    return _cifar(_CIFAR100, split, path, augment, image_size, limit, download, cutout)
 
 
 def _cifar(
-    kind: _Cifar, split: Literal['train', 'eval'], path: str | None, augment: bool, image_size: int, limit: int | None, download: bool
+    kind: _Cifar,
+    split: Literal['train', 'eval'],
+    path: str | None,
+    augment: bool,
+    image_size: int,
+    limit: int | None,
+    download: bool,
+    cutout: int,
 ) -> ImageArray:
     check_at_least(1, image_size=image_size)
+    check_at_least(0, cutout=cutout)
     train = split == 'train'
     limit = limit if train else None
     files = {name: Path(path or '', f'{name}.parquet').expanduser() for name in ('train', 'test')}
@@ -103,6 +116,7 @@ def _cifar(
         padding=4 if randomly else 0,
         padding_mode='reflect',
         flip=randomly,
+        cutout=cutout if randomly else 0,
     )
     return ImageArray(images, targets, classes, transform)
 

@@ -8,9 +8,19 @@ from typing import Literal
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms import v2
 
 from composer_effalgos.components import did_you_mean
-from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, large_image_transform, limited
+from composer_effalgos.datasets.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_at_least,
+    data_folder,
+    decode_image,
+    large_image_transform,
+    limited,
+    small_image_transform,
+)
 from composer_effalgos.errors import InputError
 
 
@@ -52,7 +62,13 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
 
 def image_folder(
-    split: Literal['train', 'eval'], path: str | None, *, augment: bool = True, image_size: int = 224, limit: int | None = None
+    split: Literal['train', 'eval'],
+    path: str | None,
+    *,
+    augment: bool = True,
+    image_size: int = 224,
+    limit: int | None = None,
+    padding: int | None = None,
 ) -> ImageFolder:
     """Images of any size, decoded when they are read, in ``path/train/CLASS/`` and ``path/val/CLASS/``.
 
@@ -62,14 +78,33 @@ def image_folder(
         augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
         image_size: Height and width of the crop, in pixels.
         limit: Train on so many images, chosen at random, the same ones every time.
+        padding: For images that have one size, such as Tiny-ImageNet's: ``augment`` pads the training images by so many reflected pixels,
+            crops them back at random and flips half of them, and nothing else is cropped; images of another size are squeezed or stretched
+            to ``image_size``. Null for the crops above. ``loader: device`` needs a number here.
 
     Raises:
         InputError: Missing or empty folders, class folders that differ between the splits, an option out of range; when an item is read,
             a corrupt image.
     """
     check_at_least(1, image_size=image_size)
+    check_at_least(0, padding=padding)
+    if padding is not None and padding >= image_size:
+        raise InputError(f'dataset.padding: expected less than image_size {image_size}, got {padding}: pixels are reflected once')
     folder = data_folder('image_folder', path, 'train/CLASS/ and val/CLASS/')
-    transform = large_image_transform(split, image_size=image_size, augment=augment)
+    if padding is None:
+        transform = large_image_transform(split, image_size=image_size, augment=augment)
+    else:
+        randomly = split == 'train' and augment
+        transform = small_image_transform(
+            size=image_size,
+            image_size=image_size,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            padding=padding if randomly else 0,
+            padding_mode='reflect',
+            flip=randomly,
+        )
+        transform.transforms.insert(0, v2.Resize((image_size, image_size)))
     data_folder('image_folder', str(folder / 'train'), 'one folder of images a class')
     if split == 'train':
         return ImageFolder(folder / 'train', transform, limit=limit)

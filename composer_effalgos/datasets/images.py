@@ -6,6 +6,7 @@ that is where Composer's RandAugment, AugMix and ColOut look for the place to in
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
 from torchvision import transforms
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
@@ -73,10 +75,47 @@ def decode_image(data: bytes | None, source: str) -> Image.Image:
         raise InputError(f'{source}: corrupt image ({reason}); expected an encoded image such as a PNG or JPEG file') from error
 
 
+class Cutout(torch.nn.Module):
+    """Blanks a square of an image around a point drawn anywhere in it, so part of the square may lie outside.
+
+    DeVries and Taylor 2017, arXiv 1708.04552. Composer's algorithm of this name draws one square a batch; this one, one an image.
+
+    Args:
+        size: Side of the square, in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Blanks a square.
+
+        Args:
+            image: float32 ``[C, H, W]``, normalised, so that 0 is the mean.
+        """
+        height, width = image.shape[-2:]
+        top, left = (int(torch.randint(length, ())) - self.size // 2 for length in (height, width))
+        image = image.clone()
+        image[..., max(top, 0) : max(top + self.size, 0), max(left, 0) : max(left + self.size, 0)] = 0
+        return image
+
+    def __repr__(self) -> str:
+        return f'Cutout(size={self.size})'
+
+
 def small_image_transform(
-    *, size: int, image_size: int, mean: Pixels, std: Pixels, padding: int = 0, padding_mode: str = 'constant', flip: bool = False
+    *,
+    size: int,
+    image_size: int,
+    mean: Pixels,
+    std: Pixels,
+    padding: int = 0,
+    padding_mode: str = 'constant',
+    flip: bool = False,
+    cutout: int = 0,
 ) -> transforms.Compose:
-    """The pipeline for small images of one size: random shift, horizontal flip, resize, normalise.
+    """The pipeline for small images of one size: random shift, horizontal flip, resize, normalise, cut out.
 
     Args:
         size: Height and width of the images, in pixels.
@@ -86,6 +125,7 @@ def small_image_transform(
         padding: The image is padded by so many pixels on each side and cropped back at random; 0 for none.
         padding_mode: What is padded, ``'constant'`` (black) or ``'reflect'``.
         flip: Flip half of the images left to right.
+        cutout: Side of the square to blank, in pixels of the final image; 0 for none.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``.
@@ -97,7 +137,8 @@ def small_image_transform(
         steps.append(v2.RandomHorizontalFlip())
     if image_size != size:
         steps.append(v2.Resize((image_size, image_size)))
-    return transforms.Compose([*steps, transforms.ToTensor(), v2.Normalize(mean, std)])
+    steps += [transforms.ToTensor(), v2.Normalize(mean, std)]
+    return transforms.Compose([*steps, Cutout(cutout)] if cutout else steps)
 
 
 def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, augment: bool) -> transforms.Compose:
@@ -117,6 +158,21 @@ def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, a
         else [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
     )
     return transforms.Compose([*steps, transforms.ToTensor(), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def with_transform(dataset: Any, transform: Callable[[Any], Any]) -> Any:
+    """The same data set with another transform; the one given stays as it is.
+
+    Args:
+        dataset: A data set with an attribute ``transform``, or a ``Subset`` of one.
+        transform: The new one.
+    """
+    same = copy.copy(dataset)
+    if isinstance(dataset, Subset):
+        same.dataset = with_transform(dataset.dataset, transform)
+    else:
+        same.transform = transform
+    return same
 
 
 def limited(count: int, limit: int | None) -> Tensor:

@@ -33,6 +33,26 @@ def test_evaluation_images_are_torchvisions_preset(folder: Path) -> None:
     torch.testing.assert_close(evaluation[2][0], expected)
 
 
+def test_padding_keeps_the_whole_image(folder: Path) -> None:
+    options = {'path': str(folder), 'image_size': 24, 'padding': 3}
+    plain, evaluation = (build_dataset('image_folder', 'train', augment=False, **options), build_dataset('image_folder', 'eval', **options))
+    assert {image.shape for data in (plain, evaluation) for image, _ in data} == {(3, 24, 24)}
+    image, _ = plain[5]
+    seen = set()
+    padded = torch.nn.functional.pad(image, (3, 3, 3, 3), mode='reflect')
+    augmented = build_dataset('image_folder', 'train', **options)
+    for _ in range(300):
+        found, _ = augmented[5]
+        for flip, whole in enumerate((padded, padded.flip(-1))):
+            seen |= {(y, x, flip) for y in range(7) for x in range(7) if torch.equal(found, whole[:, y : y + 24, x : x + 24])}
+    assert len(seen) > 80  # of 98
+
+
+def test_padding_out_of_range(folder: Path) -> None:
+    with pytest.raises(InputError, match='padding: expected less than image_size 8'):
+        build_dataset('image_folder', 'train', path=str(folder), image_size=8, padding=8)
+
+
 def test_training_images_have_the_size_asked_for(folder: Path) -> None:
     train = build_dataset('image_folder', 'train', path=str(folder), image_size=24)
     assert {image.shape for image, _ in train} == {(3, 24, 24)}

@@ -1,0 +1,64 @@
+"""Finding broken images before a run does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from composer_effalgos.datasets.images import with_transform
+from composer_effalgos.errors import InputError
+
+PORTION = 64  # images
+
+
+def check_images(dataset: Any, num_workers: int = 0) -> Iterator[list[str]]:
+    """Reads and decodes every image of a data set.
+
+    Args:
+        dataset: A data set that :func:`composer_effalgos.datasets.build_dataset` gave. What its ``transform`` would do is left out.
+        num_workers: Processes that decode.
+
+    Yields:
+        For up to 64 images at a time, in their order, what is wrong with those that are broken: the file or row and the reason. As many
+        lists as the data set has such portions.
+
+    Raises:
+        InputError: A worker process died, as a broken image can make a decoder do; the message says near which image.
+    """
+    tried = _Tried(with_transform(dataset, _nothing) if hasattr(dataset, 'transform') else dataset)
+    done = 0
+    try:
+        for messages in DataLoader(tried, batch_size=PORTION, num_workers=num_workers, collate_fn=list):
+            yield [message for message in messages if message is not None]
+            done += len(messages)
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        ahead = done + 2 * num_workers * PORTION  # what each worker has in hand
+        raise InputError(
+            f'a process that decodes died, within images {done} to {min(ahead, len(dataset)) - 1} ({str(error).strip().splitlines()[0]}); '
+            '`--workers 0` shows at which'
+        ) from error
+
+
+class _Tried(Dataset[str | None]):
+    """Gives what goes wrong with an image in the place of the image."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            self.dataset[index]
+        except InputError as error:
+            return str(error)
+        return None
+
+
+def _nothing(image: Any) -> None:
+    """Leaves the image where it was decoded: what goes between processes is small."""

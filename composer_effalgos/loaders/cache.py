@@ -1,0 +1,134 @@
+"""Decoded images on disk, so that a data set is decoded once and not once a run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from composer_effalgos.components import one_line
+from composer_effalgos.datasets.image_parquet import ParquetImages
+from composer_effalgos.errors import InputError
+
+_FORMAT = 'decoded images 1'
+
+
+def identity_of(dataset: Any, *how: str) -> str:
+    """Names the images that decoding a data set gives.
+
+    Two data sets have the same name only if they hold the same samples in the same order: files count by path, size and time of change,
+    arrays by their contents.
+
+    Args:
+        dataset: A data set of images in files (``samples`` as torchvision has it), in arrays (``data`` or ``images``), in Parquet, a
+            ``Subset`` of one, or one with a method ``fingerprint() -> str``.
+        *how: What else the images depend on.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        InputError: For data of another kind, or a file that has gone.
+    """
+    digest = hashlib.sha256()
+    for part in (_FORMAT, PIL.__version__, *how, *_parts(dataset)):
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, 'little'))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(dataset: Any) -> Iterator[str | bytes]:
+    yield f'{type(dataset).__qualname__} of {len(dataset)}'
+    if callable(getattr(dataset, 'fingerprint', None)):
+        yield dataset.fingerprint()
+    elif isinstance(dataset, Subset):
+        yield np.asarray(dataset.indices).tobytes()
+        yield from _parts(dataset.dataset)
+    elif isinstance(dataset, ParquetImages):
+        yield from (_file(dataset.file), dataset.rows.numpy().tobytes())
+    elif isinstance(getattr(dataset, 'samples', None), list):
+        yield from (f'{_file(path)} {label}' for path, label in dataset.samples)
+    else:
+        pixels = getattr(dataset, 'images', getattr(dataset, 'data', None))
+        labels = getattr(dataset, 'targets', getattr(dataset, 'labels', None))
+        if not isinstance(pixels, np.ndarray | Tensor) or labels is None:
+            raise InputError(
+                f'cache: what {type(dataset).__name__} holds cannot be told from another data set; give it a method fingerprint() -> str, '
+                'or leave cache out'
+            )
+        yield f'{pixels.dtype} {tuple(pixels.shape)}'
+        yield np.ascontiguousarray(pixels).tobytes()
+        yield np.asarray(labels).tobytes()
+
+
+def _file(path: str | os.PathLike[str]) -> str:
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise InputError(f'{path}: cannot be read ({error.strerror})') from error
+    return f'{path} {found.st_size} {found.st_mtime_ns}'
+
+
+def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
+    """Reads decoded images that :func:`save` wrote.
+
+    Args:
+        folder: Where they lie.
+        identity: Of the data set wanted.
+
+    Returns:
+        Images, uint8 ``[N, H, W, 3]``, and labels, int64 ``[N]``; ``None`` where there are none, and, with a warning, where the file is
+        cut off, damaged or another data set's.
+    """
+    path = _path(folder, identity)
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if str(found['identity']) != identity:
+                raise ValueError("it holds another data set's images")
+            images, labels = torch.from_numpy(found['images']), torch.from_numpy(found['labels'])  # reading compares checksums
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        warnings.warn(f'{path}: not used ({one_line(error)}); the images are decoded again', stacklevel=2)
+        return None
+    return images, labels
+
+
+def save(folder: Path, identity: str, images: Tensor, labels: Tensor) -> None:
+    """Writes decoded images; the file appears whole or not at all. A full disk is a warning: the images are in memory anyway.
+
+    Args:
+        folder: Where to; made if it is not there.
+        identity: Of their data set.
+        images: uint8 ``[N, H, W, 3]``.
+        labels: int64 ``[N]``.
+    """
+    path = _path(folder, identity)
+    part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open('wb') as file:
+            np.savez(file, identity=np.array(identity), images=images.numpy(), labels=labels.numpy())  # a zip archive, with checksums
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        warnings.warn(f'{path}: not written ({error.strerror}); the images will be decoded again next time', stacklevel=2)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _path(folder: Path, identity: str) -> Path:
+    return folder / f'{identity[:32]}.npz'

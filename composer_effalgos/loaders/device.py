@@ -1,0 +1,205 @@
+"""Decoded once, kept on the device, batched there: the data path for image data sets that fit into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from composer.utils import dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from composer_effalgos.datasets.images import with_transform
+from composer_effalgos.errors import InputError
+from composer_effalgos.loaders import cache as disk
+from composer_effalgos.loaders.augment import split_transform, steps_of, with_black_pixel
+from composer_effalgos.plan import DataPath, Reading
+
+# On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to so many bytes
+TOGETHER = 64 * 2**20
+
+
+class DeviceDataLoader(DataPath):
+    """Batches of images that lie decoded on the device, augmented there.
+
+    The images are decoded once, as uint8, when the loader is first read (or by :meth:`load`), and stay on the GPU, or in memory where
+    there is none; each process has its own copy. A batch is gathered, cropped, flipped, resized, normalised and cut out in a few
+    operations over the whole batch, without waiting for the device. What is random about a sample depends on (seed, epoch, sample) alone:
+    it is the same at any number of ranks, on any device, and in a run that was resumed.
+
+    Args:
+        dataset: A map-style data set of ``(image, label)`` whose attribute ``transform`` is a torchvision pipeline over PIL images, as
+            ``torchvision.datasets`` and ours have it, or a ``Subset`` of one; see
+            :func:`~composer_effalgos.loaders.augment.split_transform` for the steps it may have. The images that come out before the
+            random steps must all have one size.
+        batch_size: Samples per rank and batch.
+        shuffle: Draws a new order each epoch.
+        drop_last: Drops a last batch that is not full.
+        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+        device: Where the images lie; by default this rank's GPU, or else the CPU.
+        cache: Folder for decoded images; ``None`` decodes them in each run. A file of another data set, or a damaged one, is not used.
+        num_workers: Processes that decode.
+
+    Raises:
+        InputError: For a data set or a transform that it cannot take; on :meth:`load`, for images of several sizes or too many to fit.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        if device is None:
+            device = f'cuda:{dist.get_local_rank()}' if torch.cuda.is_available() else 'cpu'
+        self.device = torch.device(device)
+        self.cache = None if cache is None else Path(cache).expanduser()
+        self.decoders = num_workers
+        self._steps = _steps(dataset)
+        self._once, self._transform = split_transform(_innermost(dataset).transform)
+        self._images: Tensor | None = None
+        self._labels: Tensor | None = None
+
+    def load(self) -> None:
+        """Decodes the images, or reads them from the cache; once."""
+        if self._images is not None:
+            return
+        # On each node one process decodes and writes, the others read what it wrote
+        with dist.run_local_rank_zero_first() if self.cache is not None and dist.is_initialized() else contextlib.nullcontext():
+            images, labels = self._decoded()
+        if self.device.type == 'cuda':
+            free, total = torch.cuda.mem_get_info(self.device)
+            _check_room(images.nbytes, free, f'{total / 1e9:.0f} GB of GPU memory')
+        # the black pixel behind the images comes along
+        room = images.as_strided((images.numel() + 3,), (1,)).to(self.device)
+        self._images, self._labels = room[: images.numel()].view(images.shape), labels.to(self.device)
+
+    def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
+        """Makes batches; see :meth:`DataPath.read_batches`.
+
+        Yields:
+            ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.
+        """
+        if _steps(self.dataset) != self._steps:
+            raise InputError(
+                f'DeviceDataLoader: the transform of {type(_innermost(self.dataset)).__name__} was changed after it had been read, '
+                'by an algorithm such as RandAugment; use worker processes (in a recipe `loader: workers`) with it'
+            )
+        self.load()
+        images, labels = self._images, self._labels
+        assert images is not None
+        assert labels is not None
+        decisions = self._transform.draw(reading.seed, reading.indices, *images.shape[1:3])
+        indices, decisions = self._to_device(reading.indices), self._to_device(decisions)
+        offsets = reading.offsets
+        for first, last in self._together(offsets):
+            start, stop = offsets[first], offsets[last]
+            chosen = indices[start:stop]
+            inputs, targets = self._transform(images, chosen, decisions[:, start:stop]), labels.index_select(0, chosen)
+            for batch in range(first, last):
+                here = slice(offsets[batch] - start, offsets[batch + 1] - start)
+                yield [inputs[here], targets[here]]
+
+    def _together(self, offsets: Any) -> Iterator[tuple[int, int]]:
+        """Ranges of batches that are made at once: one on a CPU, where a batch should stay in the cache."""
+        assert self._images is not None
+        samples = TOGETHER // (4 * self._images[0].numel()) if self.device.type == 'cuda' else 0
+        first = 0
+        while first < len(offsets) - 1:
+            last = int(np.searchsorted(offsets, offsets[first] + samples, side='right')) - 1
+            last = max(last, first + 1)
+            yield first, last
+            first = last
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.device.type != 'cuda':
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+    def _decoded(self) -> tuple[Tensor, Tensor]:
+        """Images, uint8 ``[N, H, W, 3]`` with a black pixel behind them, and labels, int64 ``[N]``."""
+        if self.cache is None:
+            return self._decode()
+        identity = disk.identity_of(self.dataset, *map(repr, self._once))
+        found = disk.load(self.cache, identity)
+        if found is not None:
+            images = with_black_pixel(found[0].shape)
+            images.copy_(found[0])
+            return images, found[1]
+        images, labels = self._decode()
+        disk.save(self.cache, identity, images, labels)
+        return images, labels
+
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        labels = torch.empty(size, dtype=torch.int64)
+        images: Tensor | None = None
+        stored = with_transform(self.dataset, _ToStore(self._once))
+        done = 0
+        for items in DataLoader(stored, batch_size=256, num_workers=self.decoders, collate_fn=list):
+            for image, label in items:
+                if images is None:
+                    _check_room(size * image.size, psutil.virtual_memory().available, 'memory')
+                    images = with_black_pixel((size, *image.shape))
+                if image.shape != images.shape[1:]:
+                    height, width = images.shape[1:3]
+                    raise InputError(
+                        f'DeviceDataLoader: sample {done} has {image.shape[1]}x{image.shape[0]} pixels, those before it {width}x{height}; '
+                        'all must have one size: resize them first (a Resize at the head of the transform)'
+                    )
+                images[done] = torch.from_numpy(image)
+                labels[done] = int(label)
+                done += 1
+        assert images is not None, 'a DataLoader has no empty data set'
+        return images, labels
+
+
+class _ToStore:
+    """A PIL image as uint8 ``[H, W, 3]``, after the steps that are done once."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        self.steps = steps
+
+    def __call__(self, image: Any) -> np.ndarray:
+        for step in self.steps:
+            image = step(image)
+        if not isinstance(image, Image.Image):
+            raise InputError(f'DeviceDataLoader: takes PIL images before the transform, got {type(image).__name__}')
+        return np.array(image.convert('RGB'))
+
+
+def _innermost(dataset: Any) -> Any:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if getattr(dataset, 'transform', None) is None:
+        raise InputError(
+            f'DeviceDataLoader: needs a data set whose attribute `transform` is a torchvision pipeline over PIL images; '
+            f'{type(dataset).__name__} has none; use worker processes (in a recipe `loader: workers`)'
+        )
+    return dataset
+
+
+def _steps(dataset: Any) -> list[int]:
+    return [id(step) for step in steps_of(_innermost(dataset).transform)]
+
+
+def _check_room(needed: int, free: int, what: str) -> None:
+    if needed > free:
+        raise InputError(
+            f'DeviceDataLoader: the decoded images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {what} are free; use worker '
+            'processes (in a recipe `loader: workers`), or smaller images'
+        )

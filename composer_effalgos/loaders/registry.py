@@ -1,0 +1,38 @@
+"""The names under which recipes find the data paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch.utils.data import Dataset
+
+from composer_effalgos.loaders.device import DeviceDataLoader
+from composer_effalgos.plan import DataPath
+
+
+def device(
+    dataset: Dataset, *, train: bool, batch_size: int, drop_last: bool, seed: int, num_workers: int, cache: str | None = None
+) -> DeviceDataLoader:
+    """``loader: device``: decoded once, batched and augmented on the device.
+
+    Args:
+        dataset: The data set.
+        train: Whether the order is drawn anew each epoch.
+        batch_size: Samples per rank and batch.
+        drop_last: Leave the last, smaller batch of an epoch out.
+        seed: The run's seed.
+        num_workers: Processes that decode.
+        cache: Folder for decoded images; null decodes them in each run.
+    """
+    loader = DeviceDataLoader(
+        dataset, batch_size=batch_size, shuffle=train, drop_last=drop_last, seed=seed, cache=cache, num_workers=num_workers
+    )
+    loader.load()  # what is wrong with the images shows before a run begins
+    return loader
+
+
+LOADERS: Mapping[str, Callable[..., DataPath]] = {'device': device}
+"""Builders: ``(dataset, *, train, batch_size, drop_last, seed, num_workers, **options)``; ``batch_size`` is per rank."""
+
+GIVEN = ('dataset', 'train', 'batch_size', 'drop_last', 'seed', 'num_workers')
+"""The arguments of a builder that do not come from the recipe's ``loader`` section."""
