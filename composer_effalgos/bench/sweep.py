@@ -92,7 +92,7 @@ class Sweep:
         named: list[tuple[str, list[Any]]] = [(name, [layer]) for name, layer in self.methods.items()]
         if self.matrix:
             for combination in itertools.product(*(choices.items() for choices in self.matrix.values())):
-                name = '+'.join(name for name, layer in combination if layer) or 'plain'
+                name = '+'.join(name for name, layer in combination if layer) or 'baseline'
                 named.append((name, [layer for _, layer in combination]))
         found: dict[str, Method] = {}
         for name, layers in named:
