@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
 OUT ?= runs/demo
+BENCH_OUT ?= runs/digits
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv demo bench test test-slow lint clean
+.PHONY: setup setup-ffcv chromium demo bench test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -32,7 +33,13 @@ setup-ffcv: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/effalgos demo --out $(OUT)
 
-bench: demo
+bench: $(STAMP)
+	$(BIN)/effalgos bench yamls/sweeps/digits.yaml --out $(BENCH_OUT)
+
+# For the test of the report in a browser, on Debian and its like; without it that test is skipped.
+chromium:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; }
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'not slow'

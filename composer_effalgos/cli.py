@@ -74,11 +74,12 @@ def _exit(outcome: Outcome) -> None:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help='Folder that holds runs, one folder a run.')],
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, one folder a run; or a run's own folder.")],
     out: Annotated[Path | None, typer.Option(help='Path of the page; report.html in the folder by default.')] = None,
+    target: Annotated[list[float] | None, typer.Option(help='An accuracy, e.g. 0.9, whose first epoch the table gives.')] = None,
 ) -> None:
     """Compare the runs in a folder: an HTML page with curves, and its table as Markdown."""
-    typer.echo(write_report(folder, out))
+    typer.echo(write_report(folder, out, targets=target or ()))
 
 
 @app.command()

@@ -10,13 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
 
 from composer_effalgos.errors import InputError
+from composer_effalgos.infobatch import InfoBatch
 
 SUMMARY = 'summary.json'
+SCORE_EDGES = np.logspace(-6, 2, 65)  # of the histogram's bins: eight a factor of ten; the first and the last take what lies beyond
 
 
 @dataclass
@@ -46,6 +49,15 @@ class _Running:
     facts: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Scores:
+    """How InfoBatch's scores were spread at the end of an epoch."""
+
+    epoch: int
+    mean: float
+    counts: list[int]
+
+
 class EfficiencyMonitor(Callback):
     """Logs what each epoch cost and writes ``<save_folder>/<run_name>/summary.json``.
 
@@ -53,7 +65,8 @@ class EfficiencyMonitor(Callback):
     ``efficiency/samples_full`` (what the same epochs cost without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
     samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the epoch's end),
     ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
-    ``efficiency/peak_memory_bytes`` and each further fact that an algorithm left for the epoch.
+    ``efficiency/peak_memory_bytes``. What the algorithms decided they log themselves (``infobatch/*``, ``adabatch/*``,
+    ``subset_selection/*``).
 
     The summary is replaced as a whole after every epoch, after every evaluation and at the end of ``fit``, by global rank 0; an epoch
     that ``max_duration`` cut short is in it too. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Time
@@ -61,6 +74,9 @@ class EfficiencyMonitor(Callback):
 
     ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
     name ends in ``Accuracy``. With several evaluators the one labelled ``eval`` counts, else the first that has an accuracy.
+
+    With :class:`InfoBatch` the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
+    and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
 
     Args:
         recipe: The settings to copy into the summary, as plain JSON types.
@@ -80,18 +96,21 @@ class EfficiencyMonitor(Callback):
         self._running = _Running()
         self._evaluated: dict[str, float] = {}
         self._peak_memory = 0
+        self._scores: dict[int, _Scores] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             'epochs': [asdict(entry) for entry in self._epochs.values()],
             'running': asdict(self._running),
             'peak_memory': self._peak_memory,
+            'scores': [asdict(entry) for entry in self._scores.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epochs = {entry['epoch']: _Epoch(**entry) for entry in state['epochs']}
         self._running = _Running(**state['running'])
         self._peak_memory = state['peak_memory']
+        self._scores = {entry['epoch']: _Scores(**entry) for entry in state['scores']}
 
     def init(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -107,6 +126,7 @@ class EfficiencyMonitor(Callback):
         # After fit(reset_time=True) the epochs are counted from 0 again: what was recorded beyond now is of another run.
         within = int(state.timestamp.batch_in_epoch) > 0
         self._epochs = {epoch: entry for epoch, entry in self._epochs.items() if epoch < int(state.timestamp.epoch) + within}
+        self._scores = {epoch: entry for epoch, entry in self._scores.items() if epoch in self._epochs}
         if not within:
             self._running = _Running()
 
@@ -123,6 +143,7 @@ class EfficiencyMonitor(Callback):
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
+        self._observe_scores(state, int(state.previous_timestamp.epoch))
         self._record(state, logger, state.previous_timestamp)
         self._running = _Running()
 
@@ -156,6 +177,14 @@ class EfficiencyMonitor(Callback):
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         self._evaluated = {}  # trainer.eval() is not part of the run
 
+    def _observe_scores(self, state: State, epoch: int) -> None:
+        """Composer runs callbacks after algorithms: the epoch's scores are in already."""
+        for algorithm in state.algorithms:
+            if isinstance(algorithm, InfoBatch) and dist.get_global_rank() == 0:
+                # of the entries, the last is replaced unless its number is a power of two
+                self._scores = {number: entry for number, entry in self._scores.items() if (number + 1) & number == 0}
+                self._scores[epoch] = _histogram(epoch, algorithm.scores.numpy())
+
     def _record(self, state: State, logger: Logger, timestamp: Timestamp, share: float = 1.0) -> None:
         """Put the epoch that ends at ``timestamp``, of which ``share`` has run, into the list, the log and the summary."""
         running = self._running
@@ -178,7 +207,7 @@ class EfficiencyMonitor(Callback):
         self._peak_memory = max(self._peak_memory, _peak_memory_bytes(state))
         self._write(state)
         totals = self._totals()
-        values = running.facts | {
+        values = {
             'samples_seen': totals['samples_seen'],
             'samples_full': totals['samples_full'],
             'saved_fraction': totals['saved_fraction'],
@@ -224,6 +253,9 @@ class EfficiencyMonitor(Callback):
             'epochs': epochs,
             'totals': self._totals(),
         }
+        if self._scores:
+            entries = [asdict(self._scores[epoch]) for epoch in sorted(self._scores)]
+            summary['score_histograms'] = {'edges': SCORE_EDGES.tolist(), 'epochs': entries}
         target = self._folder(state) / SUMMARY
         part = target.with_name(f'{SUMMARY}.{os.getpid()}.tmp')  # of this process alone: two runs may share a name by mistake
         try:
@@ -231,6 +263,12 @@ class EfficiencyMonitor(Callback):
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _histogram(epoch: int, scores: np.ndarray) -> _Scores:
+    finite = scores[np.isfinite(scores)]
+    counts, _ = np.histogram(np.clip(finite, SCORE_EDGES[0], SCORE_EDGES[-1]), SCORE_EDGES)
+    return _Scores(epoch, float(finite.mean(dtype=np.float64)) if len(finite) else float('nan'), counts.tolist())
 
 
 def _without_nan(value: Any) -> Any:

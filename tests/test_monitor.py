@@ -1,4 +1,5 @@
 import datetime
+import itertools
 import json
 import math
 import subprocess
@@ -137,8 +138,49 @@ def test_savings_and_facts_of_a_planned_loader(tmp_path):
     totals = found['totals']
     assert (totals['samples_seen'], totals['samples_full'], totals['samples_saved'], totals['saved_fraction']) == (60, 80, 20, 0.25)
     assert totals['selection_seconds'] == 4
-    assert [value for _, value in log.data['efficiency/pruned_fraction']] == [0.25, 0.25]
+    assert [value for _, value in log.data['efficiency/selection_seconds']] == [1.5, 2.5]
+    assert 'efficiency/pruned_fraction' not in log.data, 'the algorithm logs what it decided'
     assert [value for _, value in log.data['efficiency/saved_fraction']] == [0.25, 0.25]
+
+
+def test_score_histograms_are_those_of_infobatch_at_epochs_that_double_and_at_the_end(tmp_path):
+    infobatch, seen = InfoBatch(), []
+
+    class Look(Callback):
+        def epoch_end(self, state, logger):
+            seen.append(infobatch.scores)
+
+    arguments = {
+        'algorithms': [infobatch],
+        'callbacks': [Look()],
+        'save_folder': str(tmp_path / 'ckpt'),
+        'save_interval': '3ep',
+        'save_filename': 'ep{epoch}.pt',
+    }
+    trainer(tmp_path, max_duration='6ep', **arguments).fit()
+    found = summary(tmp_path)['score_histograms']
+    edges = np.array(found['edges'])
+    assert len(edges) == 65
+    assert (edges[0], edges[-1]) == pytest.approx((1e-6, 1e2))
+    assert [entry['epoch'] for entry in found['epochs']] == [0, 1, 3, 5]
+    for entry in found['epochs']:
+        scores = seen[entry['epoch']].numpy()
+        by_hand = [int(((scores >= low) & (scores < high)).sum()) for low, high in itertools.pairwise(edges)]
+        assert entry['counts'] == by_hand
+        assert sum(by_hand) == len(scores), 'losses of this problem lie within the edges'
+        assert entry['mean'] == pytest.approx(scores.mean())
+
+    whole = summary(tmp_path)
+    infobatch, seen = InfoBatch(), []
+    arguments |= {'algorithms': [infobatch], 'load_path': str(tmp_path / 'ckpt' / 'ep3.pt'), 'save_overwrite': True}
+    trainer(tmp_path, max_duration='6ep', **arguments).fit()
+    assert [entry['epoch'] for entry in summary(tmp_path)['score_histograms']['epochs']] == [0, 1, 3, 5]
+    assert summary(tmp_path)['score_histograms']['epochs'][:2] == whole['score_histograms']['epochs'][:2]
+
+
+def test_a_run_without_infobatch_has_no_histograms(tmp_path):
+    trainer(tmp_path).fit()
+    assert 'score_histograms' not in summary(tmp_path)
 
 
 def test_an_epoch_cut_short_is_recorded_and_replaced_when_it_is_finished(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from composer_effalgos.bench.report import write_report
+from composer_effalgos.bench.results import write_results
 from composer_effalgos.bench.runner import Outcome, finished, run_jobs
 from composer_effalgos.bench.sweep import load_sweep
 from composer_effalgos.bench.table import NOTE, read_runs, rich_table, table_rows
@@ -53,10 +54,13 @@ def run_sweep(
     outcome = run_jobs(jobs, out, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console)
     names = {job.recipe.run_name for job in jobs if finished(job)}
     if names:
-        report = write_report(out)
         ours = [run for run in read_runs(out)[0] if run.summary['run_name'] in names]
+        rows = table_rows(ours, sweep.targets)
+        about = {'sweep': str(path), 'overrides': list(overrides), 'failed': outcome.failures, 'pending': outcome.pending}
+        write_results(rows, out, targets=sweep.targets, about=about)
+        report = write_report(out, targets=sweep.targets)
         console.print()
-        console.print(rich_table(table_rows(ours)))  # in the order of the report
+        console.print(rich_table(rows))  # in the order of the report
         console.print()
         console.print(NOTE, style='dim')
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)

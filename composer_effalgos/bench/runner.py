@@ -119,7 +119,7 @@ def run_jobs(
                 else:
                     if not keep_checkpoints:
                         shutil.rmtree(checkpoint_folder(job.recipe), ignore_errors=True)
-                    console.print(f'[{number}/{len(jobs)}] {_result(job)}', highlight=False, markup=False)
+                    console.print(f'[{number}/{len(jobs)}] {_result(job)}', highlight=False, markup=False, soft_wrap=True)
                 done += job.epochs or 1
                 progress.update(task, completed=done)
     return Outcome(failures, pending)

@@ -12,7 +12,7 @@ A sweep names methods; each method is a recipe with settings on top, trained onc
       adabatch: {recipe: digits/digits_adabatch.yaml, seeds: [17]}
     matrix:                                    # every combination of one choice an axis, named by its choices: glister+blurpool
       strategy: {glister: {algorithms: {subset_selection: {strategy: glister}}}}
-      with: {plain: {}, blurpool: {algorithms: {blurpool: {}}}}      # a choice without settings adds nothing to the name
+      with: {plain: {}, blurpool: {algorithms: {blurpool: {}}}}      # without settings: not in the name
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,11 +19,14 @@ from rich.text import Text
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
 
-COLUMNS = ('run', 'seeds', 'accuracy %', 'Δ', 'samples', 'saved %', 'train s', 'time %')
+PARITY = 0.002  # how far below the baseline's mean an accuracy counts as the same
 NOTE = (
     'accuracy: mean ± sample standard deviation over the seeds, at the end of the run; Δ: its mean less the baseline’s; samples: mean '
-    'number trained on; train s: mean, selection included and evaluation left out; time %: of the baseline’s train s. A baseline is for '
-    'runs of the same data set, limit, model and max_duration.'
+    'number trained on; train s: mean, selection included and evaluation left out; time %: of the baseline’s train s; × faster: the '
+    'baseline’s seconds to the same accuracy (its mean less 0.2 points) over the method’s, where all the method’s runs get there; '
+    's/epoch: train s over the epochs; selection s: mean; epoch > x %: first epoch with an accuracy above x, s to x %: seconds of '
+    'training to its end, both means of the runs that get there (in brackets how many, where not all do). A baseline is for runs of '
+    'the same data set, limit, model and max_duration.'
 )
 _NONE = '–'
 _NUMBERS = {
@@ -73,6 +77,30 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """When the runs of a method got above an accuracy.
+
+    Attributes:
+        target: The accuracy, in [0, 1].
+        runs: How many of them got there.
+        of: How many there are.
+        epoch: Mean number of the first epoch at whose end they were above it, from 1; None where none got there.
+        seconds: Mean seconds of training to that epoch's end.
+    """
+
+    target: float
+    runs: int
+    of: int
+    epoch: float | None
+    seconds: float | None
+
+    @property
+    def share(self) -> str:
+        """How many of the runs got there, where it is not all."""
+        return '' if self.runs == self.of else f' ({self.runs}/{self.of})'
+
+
+@dataclass(frozen=True)
 class Row:
     """What the runs of one method, alike but for the seed, came to.
 
@@ -86,6 +114,11 @@ class Row:
         saved_fraction: Share of the unpruned samples that was not trained on, over all the runs.
         train_seconds: Mean seconds of training, selection included, evaluation left out.
         time_ratio: ``train_seconds`` over the baseline's; None as for ``accuracy_gain``, or where the device or its number differ.
+        epoch_seconds: Mean seconds of training an epoch.
+        selection_seconds: Mean seconds of selection.
+        reached: When they got above each target.
+        parity: When they got above the baseline's mean accuracy less :data:`PARITY`; None where there is no baseline.
+        speed_up: The baseline's seconds to parity over theirs; None as for ``time_ratio``, or where not all of them got there.
     """
 
     method: str
@@ -97,44 +130,99 @@ class Row:
     saved_fraction: float
     train_seconds: float
     time_ratio: float | None
+    epoch_seconds: float
+    selection_seconds: float
+    reached: tuple[Reached, ...]
+    parity: Reached | None
+    speed_up: float | None
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, one cell for each of ``COLUMNS``."""
-        accuracy = _NONE if self.accuracy is None else f'{100 * self.accuracy:.2f}'
-        if self.accuracy_sd is not None:
-            accuracy += f' ± {100 * self.accuracy_sd:.2f}'
-        return (
-            self.method,
-            str(len(self.runs)),
-            accuracy,
-            _NONE if self.accuracy_gain is None else f'{100 * self.accuracy_gain:+.2f}',
-            f'{self.samples_seen:,.0f}',
-            f'{100 * self.saved_fraction:.1f}',
-            f'{self.train_seconds:.1f}',
-            _NONE if self.time_ratio is None else f'{100 * self.time_ratio:.0f}',
-        )
 
-    @property
-    def values(self) -> tuple[str | float | None, ...]:
-        """What the cells sort by."""
-        return (
-            self.method,
-            len(self.runs),
-            self.accuracy,
-            self.accuracy_gain,
-            self.samples_seen,
-            self.saved_fraction,
-            self.train_seconds,
-            self.time_ratio,
-        )
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        title: Its head.
+        text: A row's cell.
+        value: What the cell sorts by; None where it has no value.
+        brief: Whether it is worth its place in a terminal.
+    """
+
+    title: str
+    text: Callable[[Row], str]
+    value: Callable[[Row], str | float | None]
+    brief: bool = True
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns for rows: those of the targets and of the baseline where there are any.
+
+    Args:
+        rows: Rows as :func:`table_rows` gives them.
+
+    Returns:
+        The columns, the method's name first.
+    """
+    found = [
+        Column('run', lambda row: row.method, lambda row: row.method),
+        Column('seeds', lambda row: str(len(row.runs)), lambda row: len(row.runs)),
+        Column('accuracy %', _accuracy_text, lambda row: row.accuracy),
+        _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100),
+        _number('samples', lambda row: row.samples_seen, ',.0f'),
+        _number('saved %', lambda row: row.saved_fraction, '.1f', 100),
+        _number('train s', lambda row: row.train_seconds, '.1f'),
+        _number('time %', lambda row: row.time_ratio, '.0f', 100),
+    ]
+    speeds = any(row.speed_up is not None for row in rows)
+    if speeds:
+        found.append(_number('× faster', lambda row: row.speed_up, '.2f'))
+    found.append(_number('s/epoch', lambda row: row.epoch_seconds, '.2f', brief=False))
+    if any(row.selection_seconds for row in rows):
+        found.append(_number('selection s', lambda row: row.selection_seconds, '.1f', brief=False))
+    for number, reached in enumerate(rows[0].reached if rows else ()):
+        found += _reached(f'{100 * reached.target:g} %', lambda row, number=number: row.reached[number])  # type: ignore[misc]
+    if speeds:
+        found += _reached('same %', lambda row: row.parity)[1:]
+    return found
+
+
+def _number(title: str, value: Callable[[Row], float | None], form: str, factor: float = 1, *, brief: bool = True) -> Column:
+    def text(row: Row) -> str:
+        number = value(row)
+        return _NONE if number is None else f'{factor * number:{form}}'
+
+    return Column(title, text, value, brief)
+
+
+def _reached(accuracy: str, of: Callable[[Row], Reached | None]) -> list[Column]:
+    def column(title: str, value: Callable[[Reached], float | None], form: str) -> Column:
+        def of_row(row: Row) -> float | None:
+            reached = of(row)
+            return None if reached is None else value(reached)
+
+        def text(row: Row) -> str:
+            reached = of(row)
+            number = None if reached is None else value(reached)
+            return _NONE if reached is None or number is None else f'{number:{form}}{reached.share}'
+
+        return Column(title, text, of_row, brief=False)
+
+    return [
+        column(f'epoch > {accuracy}', lambda reached: reached.epoch, '.3g'),
+        column(f's to {accuracy}', lambda reached: reached.seconds, '.1f'),
+    ]
+
+
+def _accuracy_text(row: Row) -> str:
+    accuracy = _NONE if row.accuracy is None else f'{100 * row.accuracy:.2f}'
+    return accuracy if row.accuracy_sd is None else f'{accuracy} ± {100 * row.accuracy_sd:.2f}'
 
 
 def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
-    """Reads the ``summary.json`` of every run in a folder.
+    """Reads the ``summary.json`` of every run in a folder, or of a single run.
 
     Args:
-        folder: The runs' ``save_folder``, with one folder a run; what lies deeper is not read.
+        folder: The runs' ``save_folder``, with one folder a run (what lies deeper is not read), or a run's own folder.
 
     Returns:
         The runs in the order of their paths, and a line for each summary that cannot be used: which file, and why.
@@ -146,7 +234,8 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder; give one that holds runs, each with a {SUMMARY}')
     runs, problems = [], []
-    for path in sorted(folder.glob(f'*/{SUMMARY}')):
+    own = folder / SUMMARY
+    for path in [own] if own.is_file() else sorted(folder.glob(f'*/{SUMMARY}')):
         try:
             summary = json.loads(path.read_text(encoding='utf-8'))
             _check(summary)
@@ -162,7 +251,7 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-def table_rows(runs: Sequence[Run]) -> list[Row]:
+def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
     """Sets runs against their baseline.
 
     Runs of the same name, settings, device and number of ranks that differ in the seed alone share a row. The baseline of a row is the
@@ -170,6 +259,7 @@ def table_rows(runs: Sequence[Run]) -> list[Row]:
 
     Args:
         runs: Runs as :func:`read_runs` gives them.
+        targets: Accuracies in [0, 1] whose first epoch is wanted.
 
     Returns:
         One row a method, each baseline before the others, then in the order of the runs.
@@ -183,11 +273,11 @@ def table_rows(runs: Sequence[Run]) -> list[Row]:
     for group in members:
         if _is_baseline(group[0]):
             baselines.setdefault(group[0].task, group)
-    return [_row(group, baselines.get(group[0].task)) for group in members]
+    return [_row(group, baselines.get(group[0].task), targets) for group in members]
 
 
 def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows for a terminal.
+    """The rows for a terminal, without the columns that there is no room for.
 
     Args:
         rows: Rows as :func:`table_rows` gives them.
@@ -197,10 +287,11 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
         A table that rich prints.
     """
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify='right' if number else 'left', overflow='fold')
+    shown = [column for column in columns(rows) if column.brief]
+    for number, column in enumerate(shown):
+        table.add_column(column.title, justify='right' if number else 'left', overflow='fold')
     for row in rows:
-        table.add_row(*map(Text, row.cells))
+        table.add_row(*(Text(column.text(row)) for column in shown))
     return table
 
 
@@ -213,20 +304,50 @@ def markdown_table(rows: Sequence[Row]) -> str:
     Returns:
         Lines of Markdown, with a line break after the last.
     """
-    lines = [COLUMNS, ['---'] + ['---:'] * (len(COLUMNS) - 1), *([_markdown(cell) for cell in row.cells] for row in rows)]
+    shown = columns(rows)
+    head = [[column.title for column in shown], ['---'] + ['---:'] * (len(shown) - 1)]
+    lines = [*head, *([_markdown(column.text(row)) for column in shown] for row in rows)]
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def _row(group: list[Run], baseline: list[Run] | None) -> Row:
+def first_above(run: Run, target: float) -> tuple[int, float] | None:
+    """When a run first got above an accuracy.
+
+    Args:
+        run: The run.
+        target: The accuracy, in [0, 1].
+
+    Returns:
+        The number of the first epoch at whose end it was above, from 1, and the seconds of training to there; None where it never was.
+    """
+    epochs = run.summary['epochs']
+    for entry, seconds in zip(epochs, accumulate(entry['seconds'] for entry in epochs), strict=True):
+        if entry.get('eval_accuracy') is not None and entry['eval_accuracy'] > target:
+            return entry['epoch'] + 1, seconds
+    return None
+
+
+def _when_reached(group: Sequence[Run], target: float) -> Reached:
+    found = [when for when in (first_above(run, target) for run in group) if when is not None]
+    epochs, seconds = zip(*found, strict=True) if found else ((), ())
+    return Reached(target, len(found), len(group), fmean(epochs) if found else None, fmean(seconds) if found else None)
+
+
+def _row(group: list[Run], baseline: list[Run] | None, targets: Sequence[float]) -> Row:
     accuracies = [run.summary['totals']['eval_accuracy'] for run in group]
     accuracy, seconds = _mean_accuracy(group), _mean_seconds(group)
-    gain = time_ratio = None
+    gain = time_ratio = parity = speed_up = None
+    reference = None if baseline is None else _mean_accuracy(baseline)
+    if reference is not None:
+        parity = _when_reached(group, reference - PARITY)
     if baseline is not None and baseline is not group:
-        reference = _mean_accuracy(baseline)
         if accuracy is not None and reference is not None:
             gain = accuracy - reference
         if all(group[0].summary[key] == baseline[0].summary[key] for key in ('device', 'world_size')) and _mean_seconds(baseline) > 0:
             time_ratio = seconds / _mean_seconds(baseline)
+            theirs = None if parity is None else _when_reached(baseline, parity.target)
+            if parity and theirs and parity.runs == parity.of and parity.seconds and theirs.seconds:
+                speed_up = theirs.seconds / parity.seconds
     full = sum(run.summary['totals']['samples_full'] for run in group)
     saved = sum(run.summary['totals']['samples_saved'] for run in group)
     return Row(
@@ -239,6 +360,11 @@ def _row(group: list[Run], baseline: list[Run] | None) -> Row:
         saved_fraction=saved / full if full else 0.0,
         train_seconds=seconds,
         time_ratio=time_ratio,
+        epoch_seconds=fmean(run.summary['totals']['train_seconds'] / len(run.summary['epochs']) for run in group),
+        selection_seconds=fmean(run.summary['totals']['selection_seconds'] for run in group),
+        reached=tuple(_when_reached(group, target) for target in targets),
+        parity=parity,
+        speed_up=speed_up,
     )
 
 
@@ -278,6 +404,8 @@ def _check(summary: Any) -> None:
     for key, kind in kinds.items():
         if not isinstance(summary.get(key), kind):
             raise ValueError(f'{key!r} is missing or not {kind.__name__}')
+    if 'score_histograms' in summary:
+        _check_histograms(summary['score_histograms'])
     if not summary['epochs']:
         raise ValueError('no epoch has finished')
     for part, entries in (('epochs', summary['epochs']), ('totals', [summary['totals']])):
@@ -286,6 +414,17 @@ def _check(summary: Any) -> None:
                 raise ValueError(f'{part!r}: each of {", ".join(_NUMBERS[part])} must be a number')
             if entry.get('eval_accuracy') is not None and not _is_number(entry['eval_accuracy']):
                 raise ValueError(f"{part!r}: 'eval_accuracy' must be a number or null")
+
+
+def _check_histograms(histograms: Any) -> None:
+    """Raises ValueError unless the scores' histograms, an extra of runs with InfoBatch, can be drawn."""
+    edges, entries = (histograms.get(key) if isinstance(histograms, dict) else None for key in ('edges', 'epochs'))
+    if not isinstance(edges, list) or not isinstance(entries, list) or not all(_is_number(edge) and edge > 0 for edge in edges):
+        raise ValueError("'score_histograms' must have 'edges' and 'epochs'")
+    for entry in entries:
+        counts = entry.get('counts') if isinstance(entry, dict) else None
+        if not isinstance(counts, list) or len(counts) != len(edges) - 1 or not all(map(_is_number, [entry.get('epoch'), *counts])):
+            raise ValueError("'score_histograms': each epoch needs its number and a count a bin")
 
 
 def _is_number(value: Any) -> bool:

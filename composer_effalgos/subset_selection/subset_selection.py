@@ -154,7 +154,7 @@ class SubsetSelection(Algorithm):
                 start = time.perf_counter()
                 self._select(state, budget, epoch)
                 facts['selection_seconds'] = time.perf_counter() - start
-                logger.log_metrics({'subset_selection/seconds': facts['selection_seconds'], 'subset_selection/samples': budget})
+                logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
         in_use = epoch >= warm_up
         self._plan.candidates = self._indices if in_use else None
         self._plan.candidate_weights = self._weights if in_use else None

@@ -58,16 +58,16 @@ methods:
 def test_the_matrix_has_every_combination(write_sweep, tmp_path):
     path = write_sweep("""
 recipe: small.yaml
-methods: {baseline: {}}
+methods: {other: {}}
 matrix:
   rate: {slow: {optimizer: {lr: 0.01}}, usual: {}}
   with: {plain: null, squeeze_excite: {algorithms: {squeeze_excite: {}}}}
 """)
     found = {job.method: job.recipe.settings for job in load_sweep(path).jobs(tmp_path)}
-    assert list(found) == ['baseline', 'slow', 'slow+squeeze_excite', 'plain', 'squeeze_excite']
+    assert list(found) == ['other', 'slow', 'slow+squeeze_excite', 'baseline', 'squeeze_excite']
     assert found['slow+squeeze_excite']['optimizer']['lr'] == 0.01
     assert found['slow+squeeze_excite']['algorithms'] == {'blurpool': {}, 'squeeze_excite': {}}
-    assert found['plain']['algorithms'] == {'blurpool': {}}
+    assert found['baseline']['algorithms'] == {'blurpool': {}}
 
 
 def test_a_run_that_saves_can_be_resumed(write_sweep, tmp_path):

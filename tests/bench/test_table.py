@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from composer_effalgos.bench.table import COLUMNS, markdown_table, read_runs, rich_table, table_rows
+from composer_effalgos.bench.table import Row, columns, first_above, markdown_table, read_runs, rich_table, table_rows
 from composer_effalgos.errors import InputError
+
+
+def cells(row: Row, *others: Row) -> dict[str, str]:
+    return {column.title: column.text(row) for column in columns([row, *others])}
 
 
 def test_seeds_share_a_row_and_are_set_against_the_baseline(tmp_path, write_run):
@@ -33,7 +37,7 @@ def test_seeds_share_a_row_and_are_set_against_the_baseline(tmp_path, write_run)
     assert (infobatch.samples_seen, infobatch.saved_fraction) == (120, pytest.approx(0.4))
     assert infobatch.train_seconds == pytest.approx(2 * 1.8)
     assert infobatch.time_ratio == pytest.approx(0.6)
-    assert infobatch.cells == ('digits_infobatch', '3', '83.00 ± 2.65', '-7.00', '120', '40.0', '3.6', '60')
+    assert list(cells(infobatch).values()) == ['digits_infobatch', '3', '83.00 ± 2.65', '-7.00', '120', '40.0', '3.6', '60', '1.80', '0.5']
 
 
 def test_runs_with_other_settings_do_not_share_a_row(tmp_path, write_run):
@@ -74,13 +78,14 @@ def test_only_a_run_of_the_same_data_model_and_duration_is_set_against_the_basel
     write_run('baseline', settings=same)
     write_run('method', settings=same | settings)
     row = table_rows(read_runs(tmp_path / 'runs')[0])[1]
-    assert (row.cells[3], row.cells[7]) == (('+0.00', '100') if compared else ('–', '–'))
+    assert (cells(row)['Δ'], cells(row)['time %']) == (('+0.00', '100') if compared else ('–', '–'))
 
 
 def test_a_run_without_accuracy_has_a_dash(tmp_path, write_run):
     write_run('baseline', accuracies=(0.9,))
     write_run('other', accuracies=(None,))
-    assert table_rows(read_runs(tmp_path / 'runs')[0])[1].cells[2:4] == ('–', '–')
+    found = cells(table_rows(read_runs(tmp_path / 'runs')[0], [0.5])[1])
+    assert (found['accuracy %'], found['Δ'], found['epoch > 50 %'], found['s to 50 %']) == ('–', '–', '–', '–')
 
 
 @pytest.mark.parametrize(
@@ -97,14 +102,15 @@ def test_markdown_and_terminal_tables_say_the_same(tmp_path, write_run):
     write_run('a|b`<i>[bold]\nnext')
     rows = table_rows(read_runs(tmp_path / 'runs')[0])
     lines = markdown_table(rows).splitlines()
-    assert lines[0] == '| ' + ' | '.join(COLUMNS) + ' |'
-    assert lines[2].split(' | ')[1:] == [*rows[0].cells[1:-1], f'{rows[0].cells[-1]} |']
+    shown = [[column.title for column in columns(rows)], [column.text(rows[0]) for column in columns(rows)]]
+    assert [lines[0], lines[2]] == [f'| {" | ".join(line)} |' for line in shown]
     assert lines[3].startswith(r'| a\|b\`&lt;i>\[bold\] next |')
     assert len(lines) == 4
     console = Console(width=200, record=True, quiet=False, file=open('/dev/null', 'w'))  # noqa: PTH123, SIM115
     console.print(rich_table(rows, title='Runs'))
     text = console.export_text()
-    assert all(cell in text for cell in rows[0].cells)
+    assert all(column.text(rows[0]) in text for column in columns(rows) if column.brief)
+    assert 's/epoch' not in text, 'a terminal is narrow'
     assert '[bold]' in text
 
 
@@ -113,16 +119,50 @@ def test_broken_summaries_are_named_and_left_out(tmp_path, write_run):
     for content in ('', '{"run_name": "cut', '[]', '{}', '\ufeff\x00'):
         write_run('bad').joinpath('summary.json').write_text(content)
     write_run('no epochs', epochs=[])
+    write_run('histograms', score_histograms={'edges': [1, 2, 3], 'epochs': [{'epoch': 0, 'counts': [1]}]})
+    write_run('no edges', score_histograms={'epochs': []})
     write_run('not numbers', epochs=[{'epoch': 'one'}])
     write_run('infinite', totals=json.loads('{"train_seconds": Infinity}'))
     folder = write_run('not text')
     folder.joinpath('summary.json').write_bytes(b'\xff\xfe{')
     runs, problems = read_runs(tmp_path / 'runs')
     assert [run.summary['run_name'] for run in runs] == ['good']
-    assert len(problems) == 9
+    assert len(problems) == 11
     for number, problem in enumerate(problems, start=1):
         assert problem.startswith(f'{tmp_path}/runs/{number:02d}/summary.json: left out, ')
         assert '\n' not in problem
+
+
+def test_first_epochs_above_a_target_and_the_time_to_the_baselines_accuracy(tmp_path, write_run):
+    """By hand: the baseline's mean is 0.90, so the same accuracy is anything above 0.898."""
+    write_run('baseline_seed1', 1, (0.7, 0.85, 0.89), seconds=4.0)
+    write_run('baseline_seed2', 2, (0.6, 0.90, 0.91), seconds=4.0)
+    write_run('method_seed1', 1, (0.75, 0.899, 0.88), seconds=3.0)
+    write_run('method_seed2', 2, (None, 0.70, 0.95), seconds=3.0)
+    write_run('worse_seed1', 1, (0.5, 0.6, 0.7))
+    write_run('worse_seed2', 2, (0.5, 0.6, 0.95))
+    runs = {run.summary['run_name']: run for run in read_runs(tmp_path / 'runs')[0]}
+    assert first_above(runs['method_seed1'], 0.7) == (1, 3.0)
+    assert first_above(runs['method_seed2'], 0.7) == (3, 9.0), 'above, not at'
+    assert first_above(runs['worse_seed1'], 0.7) is None
+    rows = {row.method: row for row in table_rows(list(runs.values()), [0.7, 0.99])}
+    baseline, method, worse = rows['baseline'], rows['method'], rows['worse']
+    # of the baseline's runs one gets there, after 8 s; the method's after 6 and 9 s
+    assert (baseline.parity.runs, baseline.parity.seconds, method.parity.seconds) == (1, 8.0, 7.5)
+    assert method.speed_up == pytest.approx(8 / 7.5)
+    assert (baseline.speed_up, worse.speed_up) == (None, None)
+    found = [cells(row, method) for row in (baseline, method, worse)]
+    assert [row['epoch > 70 %'] for row in found] == ['2', '2', '3 (1/2)']
+    assert [row['s to 70 %'] for row in found] == ['8.0', '6.0', '6.0 (1/2)']
+    assert [row['epoch > 99 %'] for row in found] == ['–', '–', '–']
+    assert [row['× faster'] for row in found] == ['–', '1.07', '–']
+    assert [row['s to same %'] for row in found] == ['8.0 (1/2)', '7.5', '6.0 (1/2)']
+
+
+def test_a_runs_own_folder_will_do(tmp_path, write_run):
+    write_run('other')
+    runs, problems = read_runs(write_run('one'))
+    assert ([run.summary['run_name'] for run in runs], problems) == (['one'], [])
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, write_run):
