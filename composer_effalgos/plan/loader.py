@@ -228,13 +228,9 @@ class PlannedDataLoader(DataLoader):
         num_samples: Samples of the data set.
         full_samples: Samples, over all ranks, of an epoch that trains on everything at the initial batch size.
         full_batches: Its number of batches.
-<<<<<<< HEAD
         shard_starts: The data set's attribute of this name, where it has one: first sample of every shard, int64 ``[S]``. A new order
             then goes shard by shard.
-        facts: What the algorithms want logged about the epoch; ``EfficiencyMonitor`` logs each as ``efficiency/<name>``.
-=======
         facts: What the algorithms know of the epoch and a checkpoint within it has to keep: ``selection_seconds``, ``pruned_fraction``.
->>>>>>> 18f8808 (Report: time to accuracy, scores, selection time, published runs beside ours, SVG; results.csv and results.json; metrics logged once)
 
     Raises:
         InputError: For a loader that cannot be planned, or whose batch is larger than its data set.
