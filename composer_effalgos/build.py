@@ -52,15 +52,16 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
     algorithms = [component.build() for component in recipe.algorithms]
     callbacks = [component.build() for component in recipe.callbacks]
-    if recipe.loader is not None:  # a run without our algorithms is planned too: resumed within an epoch it reads nothing twice
-        callbacks.append(Plan())
-    callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
     loggers = [_beside_the_summary(component, recipe).build() for component in recipe.loggers]
     scheduler = recipe.scheduler.build() if recipe.scheduler is not None else None
 
     train_set, eval_set = (build_split(recipe, split) for split in ('train', 'eval'))
     train_loader = _loader(recipe, train_set, train=True, on_gpu=on_gpu)
     eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
+    # a run without our algorithms is planned too: resumed within an epoch it reads nothing twice, and it can go shard by shard
+    if recipe.loader is not None or getattr(train_set, 'shard_starts', None) is not None:
+        callbacks.append(Plan())
+    callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
 
     reproducibility.seed_all(recipe.seed)
     model = build_network(recipe, train_set.num_classes)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torchvision import transforms
 
 from composer_effalgos.datasets.images import ImageArray, Pixels, check_at_least, data_folder, decode_image, limited, small_image_transform
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
@@ -30,6 +31,35 @@ class _Cifar:
 
 _CIFAR10 = _Cifar('cifar10', torchvision.datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100 = _Cifar('cifar100', torchvision.datasets.CIFAR100, 100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def cifar_transform(
+    name: str, split: Literal['train', 'eval'], *, augment: bool = True, image_size: int | None = None, cutout: int = 0
+) -> transforms.Compose:
+    """The pipeline of :func:`cifar10` and :func:`cifar100`.
+
+    Args:
+        name: ``'cifar10'`` or ``'cifar100'``.
+        split: ``'train'`` or ``'eval'``.
+        augment: As for :func:`cifar10`.
+        image_size: Height and width wanted, in pixels; ``None`` for that of the images.
+        cutout: As for :func:`cifar10`.
+
+    Returns:
+        PIL image to float32 ``[3, image_size, image_size]``.
+    """
+    kind = {'cifar10': _CIFAR10, 'cifar100': _CIFAR100}[name]
+    randomly = split == 'train' and augment
+    return small_image_transform(
+        size=SIZE,
+        image_size=image_size or SIZE,
+        mean=kind.mean,
+        std=kind.std,
+        padding=4 if randomly else 0,
+        padding_mode='reflect',
+        flip=randomly,
+        cutout=cutout if randomly else 0,
+    )
 
 
 def cifar10(
@@ -107,17 +137,7 @@ def _cifar(
         images, targets, classes = _from_parquet(kind, files['train'], files['train' if train else 'test'], limit)
     else:
         images, targets, classes = _from_torchvision(kind, path, train, limit, download)
-    randomly = train and augment
-    transform = small_image_transform(
-        size=SIZE,
-        image_size=image_size,
-        mean=kind.mean,
-        std=kind.std,
-        padding=4 if randomly else 0,
-        padding_mode='reflect',
-        flip=randomly,
-        cutout=cutout if randomly else 0,
-    )
+    transform = cifar_transform(kind.name, split, augment=augment, image_size=image_size, cutout=cutout)
     return ImageArray(images, targets, classes, transform)
 
 

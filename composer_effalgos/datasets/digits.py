@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torchvision import transforms
 
 from composer_effalgos.datasets.images import ImageArray, check_at_least, limited, small_image_transform
 
@@ -13,6 +14,23 @@ SIZE = 8
 EVAL_SAMPLES = 360
 # Of the training split
 MEAN, STD = (0.305,) * 3, (0.376,) * 3
+
+
+def digits_transform(
+    name: str, split: Literal['train', 'eval'], *, augment: bool = True, image_size: int | None = None
+) -> transforms.Compose:
+    """The pipeline of :func:`digits`.
+
+    Args:
+        name: ``'digits'``.
+        split: ``'train'`` or ``'eval'``.
+        augment: As for :func:`digits`.
+        image_size: Height and width wanted, in pixels; ``None`` for that of the images.
+
+    Returns:
+        PIL image to float32 ``[3, image_size, image_size]``.
+    """
+    return small_image_transform(size=SIZE, image_size=image_size or SIZE, mean=MEAN, std=STD, padding=int(split == 'train' and augment))
 
 
 def digits(
@@ -46,5 +64,5 @@ def digits(
         np.repeat(grey[..., None], 3, axis=-1),
         torch.as_tensor(data.target[rows], dtype=torch.int64),
         [str(digit) for digit in range(10)],
-        small_image_transform(size=SIZE, image_size=image_size, mean=MEAN, std=STD, padding=int(train and augment)),
+        digits_transform('digits', split, augment=augment, image_size=image_size),
     )

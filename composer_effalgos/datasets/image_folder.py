@@ -51,6 +51,10 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         self.targets = torch.tensor([label for _, label in self.samples])
         self.num_classes = len(self.classes)
 
+    def stored(self, index: int) -> bytes:
+        """An image as it is held: a file's bytes."""
+        return _read_file(self.samples[index][0])
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         classes, class_to_idx = super().find_classes(directory)
         if self._expected is None:
@@ -114,8 +118,11 @@ def image_folder(
 
 
 def _load_image(path: str) -> Image.Image:
+    return decode_image(_read_file(path), path)
+
+
+def _read_file(path: str) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f'{path}: cannot be read ({error.strerror})') from error
-    return decode_image(data, path)

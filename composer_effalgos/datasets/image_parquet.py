@@ -49,9 +49,12 @@ class ParquetImages(VisionDataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = int(self.rows[index])
-        image = decode_image(self.images[row].as_py(), f'{self.file}: row {row}')
+        image = decode_image(self.stored(index), f'{self.file}: row {int(self.rows[index])}')
         return self.transform(image), int(self.targets[index])
+
+    def stored(self, index: int) -> bytes:
+        """An image as it is held: an encoded file's bytes."""
+        return self.images[int(self.rows[index])].as_py()
 
 
 def image_parquet(

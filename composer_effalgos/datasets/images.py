@@ -52,6 +52,10 @@ class ImageArray(VisionDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
 
+    def stored(self, index: int) -> np.ndarray:
+        """An image as it is held: uint8 ``[H, W, 3]``."""
+        return self.images[index]
+
 
 def decode_image(data: bytes | None, source: str) -> Image.Image:
     """Decode one image.

@@ -8,10 +8,12 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from composer_effalgos.components import check_arguments, did_you_mean
+from composer_effalgos.datasets.beton import beton
 from composer_effalgos.datasets.cifar import cifar10, cifar100
 from composer_effalgos.datasets.digits import digits
 from composer_effalgos.datasets.image_folder import image_folder
 from composer_effalgos.datasets.image_parquet import image_parquet
+from composer_effalgos.datasets.mds import mds
 from composer_effalgos.datasets.synthetic import synthetic
 from composer_effalgos.errors import InputError
 
@@ -19,11 +21,13 @@ Split = Literal['train', 'eval']
 
 # Each builder takes (split, path, *, options); its keyword arguments are the options that build_dataset accepts for that name.
 DATASETS: Mapping[str, Callable[..., Dataset[Any]]] = {
+    'beton': beton,
     'digits': digits,
     'cifar10': cifar10,
     'cifar100': cifar100,
     'image_folder': image_folder,
     'image_parquet': image_parquet,
+    'mds': mds,
     'synthetic': synthetic,
 }
 

@@ -1,0 +1,183 @@
+"""ffcv's ``.beton`` files as a map-style data set; ``loader: ffcv`` reads the same files faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import VisionDataset
+
+from composer_effalgos.components import one_line
+from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, limited
+from composer_effalgos.datasets.packed import Description, class_names, pipeline
+from composer_effalgos.errors import InputError
+
+
+def import_ffcv(key: str) -> None:
+    """See that ffcv is there.
+
+    Args:
+        key: What needs it; begins the message.
+
+    Raises:
+        InputError: It is not, or cannot be loaded.
+    """
+    try:
+        import ffcv.loader  # noqa: F401
+    except ImportError as error:
+        raise InputError(f'{key} needs ffcv ({one_line(error)}); `make setup-ffcv` builds it') from error
+
+
+def ffcv_field() -> Any:
+    """ffcv's image field, which also takes an encoded file's bytes: a JPEG file is stored as it is, another one as its pixels."""
+    from ffcv.fields.rgb_image import IMAGE_MODES, RGBImageField
+
+    class StoredImage(RGBImageField):
+        def encode(self, destination: np.ndarray, image: bytes | np.ndarray, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
+            if isinstance(image, bytes):
+                kind, size = _kind(image)
+                if kind == 'JPEG':
+                    destination['mode'] = IMAGE_MODES['jpg']
+                    destination['width'], destination['height'] = size
+                    destination['data_ptr'], place = malloc(len(image))
+                    place[:] = np.frombuffer(image, np.uint8)
+                    return
+                image = np.asarray(decode_image(image, 'image'))
+            super().encode(destination, image, malloc)
+
+    return StoredImage()
+
+
+def _kind(image: bytes) -> tuple[str | None, tuple[int, int]]:
+    """``'JPEG'`` for a file that TurboJPEG decodes to RGB, else ``None``; width and height. The whole file is decoded as a check."""
+    import io
+
+    decode_image(image, 'image')
+    with Image.open(io.BytesIO(image)) as opened:
+        return 'JPEG' if opened.format == 'JPEG' and opened.mode in ('RGB', 'L') else None, opened.size
+
+
+def check_beton(file: Path) -> Any:
+    """Open a file with ffcv's reader, and see that all that it speaks of is in it. ffcv itself would crash where it is not.
+
+    Args:
+        file: A ``.beton`` file.
+
+    Returns:
+        ffcv's ``Reader``.
+
+    Raises:
+        InputError: No such file, another kind of file, or one that is cut off.
+    """
+    import_ffcv('a .beton file')
+    from ffcv.reader import Reader
+    from ffcv.types import ALLOC_TABLE_TYPE
+
+    if not file.is_file():
+        raise InputError(f'{file}: no such file; effalgos convert --to ffcv writes it')
+    try:
+        reader = Reader(str(file))
+    except (AssertionError, ValueError, IndexError, KeyError, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise InputError(f'{file}: not a .beton file, or cut off ({one_line(error)}); convert the data again') from error
+    size, table = file.stat().st_size, int(reader.header['alloc_table_ptr'])
+    allocated = reader.alloc_table
+    whole = (
+        0 < table <= size
+        and (size - table) % ALLOC_TABLE_TYPE.itemsize == 0
+        and len(reader.metadata) == int(reader.num_samples) > 0
+        and len(allocated) == len(reader.metadata)
+        and bool((allocated['ptr'] + allocated['size'] <= table).all())
+    )
+    if not whole:
+        raise InputError(f'{file}: cut off or damaged: {size} bytes do not hold all that its header speaks of; convert the data again')
+    return reader
+
+
+class Beton(VisionDataset):
+    """Images in a ``.beton`` file, decoded when they are read.
+
+    Args:
+        file: The file.
+        rows: int64 ``[N]``, ascending: the samples that belong to the data set.
+        reader: ffcv's reader of the file.
+        targets: int64 ``[N]``, their labels.
+        classes: Class names.
+        transform: PIL image to float32 ``[3, H, W]``.
+
+    Attributes:
+        sizes: Height and width of the stored images, int64 ``[N, 2]``, in pixels.
+    """
+
+    def __init__(
+        self, file: Path, rows: Tensor, reader: Any, targets: Tensor, classes: list[str], transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        super().__init__(transform=transform)
+        self.file = file
+        self.rows = rows
+        self.targets = targets
+        self.classes = classes
+        self.num_classes = len(classes)
+        images = reader.metadata[_column(reader, file, 'image')][rows.numpy()]
+        self.sizes = torch.from_numpy(np.stack([images['height'], images['width']], axis=1).astype(np.int64))
+        order = np.argsort(reader.alloc_table['ptr'])
+        pointers, lengths = reader.alloc_table['ptr'][order], reader.alloc_table['size'][order]
+        self._places = images['data_ptr'].astype(np.int64)
+        self._lengths = lengths[np.searchsorted(pointers, images['data_ptr'])].astype(np.int64)
+        self._raw = images['mode'] == 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.stored(index)
+        source = f'{self.file}: sample {int(self.rows[index])}'
+        opened = decode_image(image, source) if isinstance(image, bytes) else Image.fromarray(image)
+        return self.transform(opened), int(self.targets[index])
+
+    def stored(self, index: int) -> bytes | np.ndarray:
+        """An image as it is held: a JPEG file's bytes, or uint8 ``[H, W, 3]``."""
+        data = np.fromfile(self.file, np.uint8, count=int(self._lengths[index]), offset=int(self._places[index]))
+        return data.reshape(*self.sizes[index].tolist(), 3) if self._raw[index] else data.tobytes()
+
+
+def _column(reader: Any, file: Path, name: str) -> str:
+    """Where a field lies in the metadata."""
+    if name not in reader.field_names:
+        raise InputError(f'{file}: has no field {name!r}; it has {", ".join(reader.field_names)}')
+    return f'f{reader.field_names.index(name)}'
+
+
+def beton(
+    split: Literal['train', 'eval'], path: str | None, *, augment: bool = True, image_size: int | None = None, limit: int | None = None
+) -> Beton:
+    """Images in ``path/train.beton`` and ``path/eval.beton``, as ``effalgos convert --to ffcv`` writes them.
+
+    Files that ffcv wrote will do as well, with an image field ``image`` and an integer field ``label``; they go through ImageNet's
+    pipeline.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        path: Folder of the files.
+        augment: As for the data set that was converted.
+        image_size: Height and width wanted, in pixels; null for that of the data set that was converted.
+        limit: Train on so many images, chosen at random, the same ones every time.
+
+    Raises:
+        InputError: Missing files or fields, a file that is cut off or of another data set than ``dataset.json`` describes.
+    """
+    check_at_least(1, **({} if image_size is None else {'image_size': image_size}))
+    folder = data_folder('beton', path, 'train.beton and eval.beton')
+    file = folder / f'{split}.beton'
+    reader = check_beton(file)
+    description = Description.read(folder)
+    targets = torch.from_numpy(reader.metadata[_column(reader, file, 'label')].copy().view('<i8').astype(np.int64).reshape(-1))
+    if description is not None:
+        description.check(split, targets, file)
+    rows = limited(len(targets), limit if split == 'train' else None)
+    transform = pipeline(description, split, augment=augment, image_size=image_size)
+    return Beton(file, rows, reader, targets[rows], class_names(description, targets), transform)

@@ -1,0 +1,99 @@
+"""What the data sets that ``effalgos convert`` writes have in common: a description beside the data, and the pipelines by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision import transforms
+
+from composer_effalgos.datasets.cifar import cifar_transform
+from composer_effalgos.datasets.digits import digits_transform
+from composer_effalgos.datasets.images import large_image_transform
+from composer_effalgos.errors import InputError
+
+DESCRIPTION = 'dataset.json'
+_SMALL = {'cifar10': cifar_transform, 'cifar100': cifar_transform, 'digits': digits_transform}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``dataset.json`` says about a folder of converted data.
+
+    Attributes:
+        like: Name of the data set whose pipeline the images go through.
+        classes: Class names.
+        labels: A digest of the labels of each split, in the order of the samples.
+    """
+
+    like: str
+    classes: list[str]
+    labels: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Description | None:
+        """Read the description in a folder; ``None`` where there is none, as in data that other tools wrote.
+
+        Raises:
+            InputError: It is there and cannot be read.
+        """
+        file = folder / DESCRIPTION
+        if not file.exists():
+            return None
+        try:
+            return cls(**json.loads(file.read_text(encoding='utf-8')))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f'{file}: not a description that effalgos convert wrote ({error}); convert the data again') from error
+
+    def text(self) -> str:
+        """The description as it is written."""
+        return json.dumps(asdict(self), indent=2) + '\n'
+
+    def check(self, split: str, targets: Tensor, source: Path) -> None:
+        """Hold a split's labels against the description.
+
+        Args:
+            split: ``'train'`` or ``'eval'``.
+            targets: int64 ``[N]``, as found in the data.
+            source: Where they come from, for the message.
+
+        Raises:
+            InputError: They are not the labels that were described.
+        """
+        if self.labels.get(split) != labels_digest(targets):
+            raise InputError(f'{source}: its labels are not those that {DESCRIPTION} beside it describes: data of another data set')
+
+
+def labels_digest(targets: Tensor) -> str:
+    """SHA-256 of labels as little-endian 64-bit integers."""
+    return hashlib.sha256(targets.to(torch.int64).numpy().astype('<i8').tobytes()).hexdigest()
+
+
+def class_names(description: Description | None, targets: Tensor) -> list[str]:
+    """The class names of a description; without one, the classes are 0 to the largest label."""
+    return description.classes if description is not None else [str(index) for index in range(int(targets.max()) + 1)]
+
+
+def pipeline(
+    description: Description | None, split: Literal['train', 'eval'], *, augment: bool, image_size: int | None
+) -> transforms.Compose:
+    """The pipeline that the original data set has.
+
+    Args:
+        description: Names the original; ``None`` for ImageNet's pipeline.
+        split: ``'train'`` or ``'eval'``.
+        augment: As for the original.
+        image_size: Height and width wanted, in pixels; ``None`` for the original's own.
+
+    Returns:
+        PIL image to float32 ``[3, H, W]``.
+    """
+    like = 'image_folder' if description is None else description.like
+    if like in _SMALL:
+        return _SMALL[like](like, split, augment=augment, image_size=image_size)
+    return large_image_transform(split, image_size=image_size or 224, augment=augment)
