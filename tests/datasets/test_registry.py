@@ -9,19 +9,28 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from composer_effalgos.convert import convert
 from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.errors import InputError
 
 
 @pytest.fixture
-def every_dataset(tmp_path: Path, pixels: Callable, write_parquet: Callable, write_folder: Callable) -> dict[str, dict[str, object]]:
+def every_dataset(
+    request: pytest.FixtureRequest, tmp_path: Path, pixels: Callable, write_parquet: Callable, write_folder: Callable
+) -> dict[str, dict[str, object]]:
     """Arguments with which each name in DATASETS builds."""
     write_parquet(tmp_path / 'train.parquet', pixels(7), [0, 1, 2, 0, 1, 2, 0])
     write_parquet(tmp_path / 'test.parquet', pixels(3, seed=1), [2, 1, 0])
     write_folder(tmp_path / 'train', {'cat': pixels(3, 20), 'dog': pixels(4, 20, 30)})
     write_folder(tmp_path / 'val', {'cat': pixels(1, 20), 'dog': pixels(2, 20, 30)})
     path = str(tmp_path)
+    for name, (kind, package) in {'beton': ('ffcv', 'ffcv'), 'mds': ('mds', 'streaming')}.items():
+        if getattr(request.node, 'callspec', None) is not None and request.node.callspec.params.get('name') == name:
+            pytest.importorskip(package, reason=f'needs {package}; see the Makefile')
+            convert('image_folder', [f'path={path}'], kind, tmp_path / name)
     return {
+        'beton': {'path': str(tmp_path / 'beton'), 'image_size': 16},
+        'mds': {'path': str(tmp_path / 'mds'), 'image_size': 16},
         'digits': {},
         'cifar10': {'path': path},
         'cifar100': {'path': path},
