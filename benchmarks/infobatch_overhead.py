@@ -45,7 +45,7 @@ from composer_effalgos.models import build_model
 from composer_effalgos.plan import Plan
 
 CLASSES = 10
-M_ARENA_MAX = -8  # of malloc.h
+M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -475,15 +475,18 @@ def measure(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def _make_threads_alike() -> None:
-    """Both trainings, each in a thread, on the same footing: glibc gives all but the first thread slower heaps otherwise.
+def _steady_memory() -> None:
+    """Keeps glibc from giving memory back, and both trainings, each in a thread, on one heap.
 
-    And no subnormal numbers, on which the CPU is slow: the better a network has learnt, the more of them its gradients hold.
+    Otherwise a step takes up to a thousand page faults, or none, by where its tensors happen to lie: up to a tenth of the step's time, by
+    chance for one training and not for the other. Subnormal numbers are off, on which the CPU is slow: the better a network has learnt,
+    the more of them its gradients hold.
     """
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is not None:
-        mallopt(M_ARENA_MAX, 1)
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -516,5 +519,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    _make_threads_alike()
+    _steady_memory()
     main()
