@@ -22,6 +22,8 @@ CASES = {
     'workers': (1, ['--workers', '2']),
     'microbatches': (1, ['--microbatch', '3']),
     'checkpoints at epoch ends': (1, ['--save-interval', '1ep']),
+    'forgetting, validation held out': (2, ['--subset', 'forgetting', '--kappa', '0.5', '--val-share', '0.1']),
+    'milo': (2, ['--subset', 'milo', '--kappa', '0.1']),
 }
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize('subset', ['none', 'glister'])
-def test_two_ranks_train_as_one(train_small, subset):
-    shared = ['--simple', '--subset', subset, '--duration', '5ep']
+@pytest.mark.parametrize(
+    ('subset', 'options'),
+    [('none', []), ('glister', ['--val-share', '0.1']), ('forgetting', ['--kappa', '0.4']), ('milo', ['--kappa', '0.2'])],
+)
+def test_two_ranks_train_as_one(train_small, subset, options):
+    shared = ['--simple', '--subset', subset, *options, '--duration', '5ep']
     one = train_small('one', *shared, '--batch-size', '8')
     two = train_small('two', *shared, '--batch-size', '4', ranks=2)
     assert two['batches'] == one['batches']

@@ -10,12 +10,19 @@ import numpy as np
 import torch
 from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
-from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
 
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import PerSampleLoss, Plan, PlannedDataLoader, check_seed, per_sample_mean, stream_seed
+from composer_effalgos.plan import (
+    EpochRecord,
+    PerSampleLoss,
+    Plan,
+    PlannedDataLoader,
+    check_seed,
+    class_labels,
+    per_sample_mean,
+    stream_seed,
+)
 
 _STREAM = 10  # of random numbers, see stream_seed
 _BLOCK = 1 << 16  # random numbers that are drawn together, in the processor's cache
@@ -224,7 +231,7 @@ class InfoBatch(Algorithm):
         self.labels = labels
         self.samples_saved = 0
         self._scores = torch.empty(0)
-        self._pending: Tensor | None = None  # this epoch's scores in the rank's order, on the training device; NaN where not trained yet
+        self._record: EpochRecord | None = None  # this epoch's scores
         self._labels: Tensor | None = None
         self._data_changes = 0
 
@@ -242,7 +249,7 @@ class InfoBatch(Algorithm):
 
         Within an epoch, what other ranks trained on comes in at its end.
         """
-        return self._merged(self._gather_locally())
+        return self._scores if self._record is None else self._merged(self._record.of_this_rank())
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.FIT_START, Event.EPOCH_END, Event.FIT_END)
@@ -250,9 +257,9 @@ class InfoBatch(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
             self._initialise(state)
-        elif self._pending is not None:  # at FIT_START after a fit that was interrupted
-            self._scores = self._merged(self._gather())
-            self._pending = None
+        elif self._record is not None and self._record.begun:  # at FIT_START after a fit that was interrupted
+            self._scores = self._merged(self._record.of_all_ranks(state))
+            self._record.clear()
             logger.log_metrics(
                 {
                     'infobatch/samples_saved': self.samples_saved,
@@ -264,7 +271,8 @@ class InfoBatch(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         # every rank saves together, so within an epoch the scores can be exchanged here
-        return {**super().state_dict(), 'scores': self._merged(self._gather()), 'samples_saved': self.samples_saved}
+        noted = [] if self._record is None else self._record.of_all_ranks(self._state)
+        return {**super().state_dict(), 'scores': self._merged(noted), 'samples_saved': self.samples_saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scores, self.samples_saved = state['scores'].cpu(), state['samples_saved']
@@ -273,7 +281,7 @@ class InfoBatch(Algorithm):
         if sum(isinstance(algorithm, InfoBatch) for algorithm in state.algorithms) > 1:
             raise InputError('algorithms: InfoBatch is given twice; keep one')
         self._plan, self._state = Plan.of(state), state
-        self._scores, self._pending, self.samples_saved, self._data_changes = torch.empty(0), None, 0, 0
+        self._scores, self._record, self.samples_saved, self._data_changes = torch.empty(0), EpochRecord(self._plan), 0, 0
         self._plan.prune = self._prune
         loss = self._plan.request_loss(state, type(self).__name__, self.per_sample_loss)
         loss.subscribers.append(self._observe)
@@ -299,7 +307,7 @@ class InfoBatch(Algorithm):
         return kept, weights
 
     def _class_labels(self, loader: PlannedDataLoader) -> Tensor:
-        found = _labels_of(loader.dataset) if self.labels is None else self.labels
+        found = class_labels(loader.dataset) if self.labels is None else self.labels
         if found is None:
             raise InputError(
                 f'labels: class_balanced needs the class of every sample, and {type(loader.dataset).__name__} has no targets; '
@@ -323,46 +331,21 @@ class InfoBatch(Algorithm):
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
         """The weighted loss shows a microbatch's losses; no number leaves the device here."""
-        if self._pending is None:
-            self._pending = losses.new_full((len(self._plan.loader.rank_order),), math.nan)
+        assert self._record is not None
         if callable(self.score):
             with torch.no_grad():
                 scores = per_sample_mean(self.score(outputs, batch)).float()
             if scores.shape != losses.shape:
                 raise InputError(f'score: must give one number a sample, {tuple(losses.shape)}, got {tuple(scores.shape)}')
             losses = scores
-        self._pending[where] = torch.nan_to_num(losses, nan=math.inf, posinf=math.inf, neginf=math.inf)
+        self._record.note(torch.nan_to_num(losses, nan=math.inf, posinf=math.inf, neginf=math.inf), where)
 
-    def _gather_locally(self) -> list[tuple[Tensor, Tensor]]:
-        return [] if self._pending is None else [(self._plan.loader.rank_order, self._pending.cpu())]
-
-    def _gather(self) -> list[tuple[Tensor, Tensor]]:
-        """(samples, scores) of every rank; a collective call."""
-        if self._pending is None or dist.get_world_size() == 1:
-            return self._gather_locally()
-        orders = self._plan.loader.rank_orders()
-        padded = self._state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
-        padded[: len(self._pending)] = self._pending
-        return [(order, scores[: len(order)].cpu()) for order, scores in zip(orders, dist.all_gather(padded), strict=True)]
-
-    def _merged(self, gathered: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _merged(self, noted: list[tuple[Tensor, Tensor]]) -> Tensor:
         scores = self._scores.clone()
-        for order, fresh in gathered:
-            trained = ~torch.isnan(fresh)
-            samples, fresh = order[trained], fresh[trained]
+        for samples, fresh in noted:
             if self.score == 'ema':
                 old = scores[samples]
                 blend = torch.isfinite(old) & torch.isfinite(fresh)
                 fresh = torch.where(blend, self.score_decay * old + (1 - self.score_decay) * fresh, fresh)
             scores[samples] = fresh
         return scores
-
-
-def _labels_of(dataset: Any) -> Any:
-    """The class indices that a data set carries, or ``None``."""
-    if isinstance(dataset, Subset):
-        labels = _labels_of(dataset.dataset)
-        return None if labels is None else torch.as_tensor(labels)[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        return dataset.tensors[1]
-    return getattr(dataset, 'targets', getattr(dataset, 'labels', None))

@@ -25,10 +25,37 @@ import numpy as np
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.epoch import EpochPlan, split_batches, stream_seed
+
+
+def class_labels(dataset: Any) -> Any:
+    """The class indices that a data set carries beside its samples.
+
+    Args:
+        dataset: A map-style data set.
+
+    Returns:
+        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``; ``None`` where there are none.
+    """
+    if isinstance(dataset, Subset):
+        labels = class_labels(dataset.dataset)
+        return None if labels is None else torch.as_tensor(labels)[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return dataset.tensors[1]
+    return getattr(dataset, 'targets', getattr(dataset, 'labels', None))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Plan(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Installs the planned loader over the user's, or finds it there, and puts the schedules on the clock."""
         self._refuse(state)
-        self._install(state)
+        self.install(state)
         # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
         loader = self.loader
@@ -226,8 +226,12 @@ class Plan(Callback):
                 'loaded batch, so positions no longer name samples; remove one of the two'
             )
 
-    def _install(self, state: State) -> None:
-        """Puts the planned loader in the place of the user's; what is there already is found, not doubled."""
+    def install(self, state: State) -> None:
+        """Puts the planned loader in the place of the user's; what is there already is found, not doubled.
+
+        Args:
+            state: The trainer's state.
+        """
         if isinstance(state.dataloader, PlannedDataLoader):
             if state.dataloader is not self._loader:
                 raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from composer_effalgos.errors import InputError
 
-__all__ = ['LastLayerGradients', 'find_final_linear', 'last_layer_gradients', 'preserve_rng']
+__all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_gradients', 'preserve_rng']
 
 LABEL_KEYS = ('labels', 'label', 'targets', 'target', 'y')
 
@@ -168,7 +168,8 @@ def last_layer_gradients(
         device (torch.device | str | None): where the result is kept; ``None`` for where it was computed.
 
     Returns:
-        tuple[LastLayerGradients, Tensor]: float32 gradients of N samples, in the order of ``batches``, and their labels, int64 ``[N]``.
+        tuple[LastLayerGradients, Tensor]: float32 gradients of N samples, in the order of ``batches``, and their labels, int64 ``[N]``, or
+            the numbers that a regression predicts, float32 ``[N]``.
 
     Raises:
         InputError: if there is no final linear layer, no batch, or a batch, a loss or a layer without one row a sample.
@@ -181,7 +182,7 @@ def last_layer_gradients(
     linear: nn.Linear | None = None
     with preserve_rng(), _evaluation_mode(model):
         for batch in batches:
-            batch_labels = _labels_of(batch)
+            batch_labels = labels_of(batch)
             if linear_layer and linear is None:
                 with torch.no_grad(), context():
                     linear = _last_called_linear(model, batch)
@@ -295,8 +296,18 @@ def _batch_gradients(
     return error, embedding
 
 
-def _labels_of(batch: Any) -> Tensor:
-    """Class index of every sample, int64 ``[B]``; soft targets give their largest class."""
+def labels_of(batch: Any) -> Tensor:
+    """Class index of every sample of a batch, int64 ``[B]``; soft targets give their largest class.
+
+    Args:
+        batch (Any): ``(inputs, labels)``, or a mapping with a key ``labels``.
+
+    Returns:
+        Tensor: int64 ``[B]``; float32 ``[B]`` where the labels are one number each, as in a regression.
+
+    Raises:
+        InputError: if there are no labels, or labels of another shape.
+    """
     if isinstance(batch, Mapping):
         labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     else:
@@ -305,6 +316,6 @@ def _labels_of(batch: Any) -> Tensor:
         raise InputError("batch: found no labels; (inputs, labels) or a mapping with a key 'labels' is right")
     if labels.ndim == 2:
         labels = labels.argmax(dim=1) if labels.shape[1] > 1 else labels[:, 0]
-    if labels.ndim != 1 or labels.is_floating_point():
+    if labels.ndim != 1:
         raise InputError(f'batch: labels are {labels.dtype} {list(labels.shape)}; class indices [B] or soft targets [B, C] are right')
-    return labels.detach().long()
+    return labels.detach().float() if labels.is_floating_point() else labels.detach().long()

@@ -29,6 +29,7 @@ class Problem:
         batch_size (int | None): if set, whole batches of this many successive rows are picked (``PerBatch``).
         options (Mapping[str, Any]): the strategy's options, all present and checked.
         generator (torch.Generator): on the CPU; the only source of randomness.
+        scores (Tensor | None): float ``[N]``, for strategies that rank or draw by a number from outside.
     """
 
     gradients: LastLayerGradients
@@ -39,6 +40,7 @@ class Problem:
     batch_size: int | None
     options: Mapping[str, Any]
     generator: torch.Generator
+    scores: Tensor | None = None
 
     @property
     def item_size(self) -> int:
@@ -73,7 +75,8 @@ class Problem:
     def part(self, rows: Tensor) -> 'Problem':
         """The same problem over some of the rows."""
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, gradients=self.gradients.take(rows), labels=labels, budget=min(self.budget, len(rows)))
+        scores = None if self.scores is None else self.scores[rows]
+        return replace(self, gradients=self.gradients.take(rows), labels=labels, scores=scores, budget=min(self.budget, len(rows)))
 
 
 Solver = Callable[[Problem], Selection]

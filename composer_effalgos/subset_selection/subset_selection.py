@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from composer.algorithms import EMA
-from composer.core import Algorithm, Event, State, TimeUnit, get_precision_context
+from composer.core import Algorithm, DataSpec, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from composer_effalgos.adabatch.adabatch import parse_time
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan, WeightedLoss, check_seed, stream_seed
-from composer_effalgos.subset_selection.gradients import LastLayerGradients, last_layer_gradients
-from composer_effalgos.subset_selection.strategies import check_options, select_subset
+from composer_effalgos.subset_selection.data_pass import DataPass, Found, training_data_spec
+from composer_effalgos.subset_selection.sources import Occasion, make_source
 
 _STREAM = 11  # of random numbers, see stream_seed
-_RANDOM = ('random', 'adaptive-random')
+_HOLD_OUT_STREAM = 12
 
 
 class SubsetSelection(Algorithm):
@@ -32,23 +31,33 @@ class SubsetSelection(Algorithm):
     A selection makes one forward pass over the data in evaluation mode, shared out over the ranks, and hands the per-sample gradients of
     the last linear layer to the strategy. Rank 0 decides, all ranks train on the same subset. The weights enter the loss, scaled to mean
     1. Schedules keep the time of the run on all data. A selection that fails leaves the last good subset in place, with one warning.
+    Batches go through the training ``DataSpec``'s transforms as in training.
 
-    Runs on ``INIT``, ``FIT_START`` and ``EPOCH_START``. Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et
-    al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al., arXiv 1906.01827; the CORDS package.
+    Runs on ``INIT``, ``FIT_START``, ``EPOCH_START``, ``EPOCH_END`` and ``FIT_END``. Sources: GLISTER, Killamsetty et al., arXiv 2012.10630;
+    GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al., arXiv 1906.01827; MILO, Killamsetty et al., arXiv
+    2301.13287; the CORDS package; those of the other strategies are in the method card.
 
     Args:
         strategy: ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
-            ``saturated-coverage``, ``random`` (drawn once) or ``adaptive-random`` (drawn at every selection).
-        fraction: The share of the data to train on, in (0, 1].
+            ``saturated-coverage``, ``random`` (drawn once), ``adaptive-random`` (drawn at every selection), ``el2n``, ``grand``,
+            ``forgetting`` (counted during ``kappa``), ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``;
+            with ``backend='cords'`` also ``fixedweight``, ``adapweights``, ``selcon``; or ``file``, the subset in the Parquet file
+            ``path``, as ``effalgos select`` writes it.
+        fraction: The share of the data to train on, in (0, 1]; ``file`` has its own.
         select_every: Time between selections, in whole epochs.
         kappa: The share of the run trained on all data first, in [0, 1): CORDS's warm start.
         backend: ``torch`` (ours) or ``cords`` (the CORDS package).
         selection_type: ``PerClass``, ``PerBatch``, ``Supervised`` or ``PerClassPerGradient`` as in CORDS; ``None`` for the strategy's own
             default.
         linear_layer: Whether weight gradients of the last layer are used; otherwise its bias gradients alone.
-        val_dataloader: The data whose gradient GLISTER and ``valid=True`` GradMatch match; ``None`` for the training data.
+        val_dataloader: The data whose gradient GLISTER and ``valid=True`` GradMatch match; ``None`` for the training data. A ``DataSpec``
+            brings transforms of its own.
+        val_share: In the place of ``val_dataloader``: the share of the training data to hold out for that, in [0, 1). It is drawn once
+            and never trained on, whatever the strategy.
         seed: Seeds the selections; ``None`` for the trainer's seed.
-        **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...).
+        **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
+            ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the
+            selections that are made by stochastic greedy.
 
     Raises:
         InputError: For an argument outside its range or an unknown option; when training starts, for a run it cannot be used in.
@@ -74,7 +83,8 @@ class SubsetSelection(Algorithm):
         backend: str = 'torch',
         selection_type: str | None = None,
         linear_layer: bool = True,
-        val_dataloader: DataLoader | None = None,
+        val_dataloader: DataLoader | DataSpec | None = None,
+        val_share: float = 0.0,
         seed: int | None = None,
         **strategy_options: Any,
     ) -> None:
@@ -85,10 +95,17 @@ class SubsetSelection(Algorithm):
         check_seed(seed)
         if not isinstance(linear_layer, bool):
             raise InputError(f'linear_layer: must be true or false, got {linear_layer!r}')
-        if val_dataloader is not None and not isinstance(val_dataloader, DataLoader):
+        if val_dataloader is not None and not isinstance(val_dataloader, DataLoader | DataSpec):
             raise InputError(f'val_dataloader: must be a torch.utils.data.DataLoader, got {type(val_dataloader).__name__}')
+        if isinstance(val_share, bool) or not isinstance(val_share, int | float) or not 0 <= val_share < 1:
+            raise InputError(f'val_share: must be a number in [0, 1), got {val_share!r}')
+        if val_share > 0 and (val_dataloader is not None or strategy == 'file'):
+            other = 'strategy=file, whose samples are chosen already' if strategy == 'file' else 'val_dataloader, which does the same'
+            raise InputError(f'val_share: cannot be combined with {other}; leave it 0')
+        if strategy == 'forgetting' and kappa == 0:
+            raise InputError('kappa: strategy forgetting counts while the run trains on all data; a share above 0 is right, such as 0.2')
         options = dict(strategy_options) if selection_type is None else {**strategy_options, 'selection_type': selection_type}
-        check_options(strategy, backend=backend, **options)
+        self._source = make_source(strategy, backend, options, linear_layer=linear_layer, val_dataloader=val_dataloader)
         self.strategy = strategy
         self.fraction = fraction
         self.select_every = parse_time('select_every', select_every, [TimeUnit.EPOCH])
@@ -97,9 +114,12 @@ class SubsetSelection(Algorithm):
         self.selection_type = selection_type
         self.linear_layer = linear_layer
         self.val_dataloader = val_dataloader
+        self.val_share = val_share
         self.seed = seed
         self.strategy_options = strategy_options
-        self._options = options
+        self._state: State | None = None  # from INIT on
+        self._held_out: Tensor | None = None  # ascending
+        self._rest: Tensor | None = None  # all others, ascending; None for all samples
         self._indices: Tensor | None = None  # the subset, ascending
         self._weights: Tensor | None = None  # None for ones
         self._data_changes = 0
@@ -114,6 +134,7 @@ class SubsetSelection(Algorithm):
             'backend': self.backend,
             'selection_type': self.selection_type,
             'linear_layer': self.linear_layer,
+            **({'val_share': self.val_share} if self.val_share else {}),
             **self.strategy_options,
         }
         return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in settings.items())})'
@@ -130,92 +151,158 @@ class SubsetSelection(Algorithm):
             return None
         return torch.ones(len(self._indices)) if self._weights is None else self._weights
 
+    @property
+    def held_out(self) -> Tensor | None:
+        """The samples held out by ``val_share``, int64 ascending; ``None`` before the first epoch or without any."""
+        return self._held_out
+
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.INIT, Event.FIT_START, Event.EPOCH_START)
+        return event in (Event.INIT, Event.FIT_START, Event.EPOCH_START, Event.EPOCH_END, Event.FIT_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
             self._initialise(state)
             return
-        assert state.max_duration is not None
-        warm_up = 0
-        if state.max_duration.unit == TimeUnit.EPOCH:
-            warm_up = math.ceil(self.kappa * state.max_duration.value - 1e-9)
-        elif self.kappa > 0:
-            raise InputError(f'kappa: needs max_duration in epochs, got {state.max_duration.to_timestring()!r}; leave it 0')
-        epoch = int(state.timestamp.epoch)
+        if event != Event.EPOCH_START:
+            self._source.epoch_end(state)
+            if event != Event.FIT_START:
+                return
+        warm_up, epoch = self._warm_up(state), int(state.timestamp.epoch)
         if event == Event.EPOCH_START:
+            self._take_data(state)
             budget = self._budget()
-            self._forget_other_data()
             facts = self._plan.loader.facts
             facts['selection_seconds'] = 0.0
-            redraw = self.strategy != 'random' and (epoch - warm_up) % self.select_every.value == 0
+            redraw = not self._source.once and (epoch - warm_up) % self.select_every.value == 0
             if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
                 start = time.perf_counter()
-                self._select(state, budget, epoch)
+                self._select(state, budget, training_data_spec())
                 facts['selection_seconds'] = time.perf_counter() - start
                 logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
         in_use = epoch >= warm_up
-        self._plan.candidates = self._indices if in_use else None
+        self._plan.candidates = self._indices if in_use else self._rest
         self._plan.candidate_weights = self._weights if in_use else None
 
+    def select(self, state: State, spec: DataSpec | None = None) -> tuple[Tensor, Tensor]:
+        """Selects once, outside training; for a trainer that was built with this algorithm and is not fitted.
+
+        Args:
+            state: The trainer's state.
+            spec: The training data's ``DataSpec``; ``None`` for no transforms.
+
+        Returns:
+            The samples, int64 ``[k]`` ascending, and their weights, float32 ``[k]`` with mean 1.
+
+        Raises:
+            InputError: Where the selection fails.
+        """
+        self._plan.install(state)
+        self._take_data(state)
+        self._indices = self._weights = None
+        self._select(state, self._budget(), spec)
+        assert self._indices is not None
+        assert self.weights is not None
+        return self._indices, self.weights
+
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), 'indices': self._indices, 'weights': self._weights}
+        saved = {'indices': self._indices, 'weights': self._weights, 'held_out': self._held_out}
+        return {**super().state_dict(), **saved, 'source': self._source.state_dict(self._state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._indices = None if state['indices'] is None else state['indices'].cpu()
-        self._weights = None if state['weights'] is None else state['weights'].cpu()
+        self._indices, self._weights, self._held_out = (
+            None if state.get(name) is None else state[name].cpu() for name in ('indices', 'weights', 'held_out')
+        )
+        if state.get('source'):
+            self._source.load_state_dict(state['source'])
 
     def _initialise(self, state: State) -> None:
         if sum(isinstance(algorithm, SubsetSelection) for algorithm in state.algorithms) > 1:
             raise InputError('algorithms: SubsetSelection is given twice; keep one')
-        self._plan = Plan.of(state)
-        self._indices = self._weights = None
+        self._plan, self._state = Plan.of(state), state
+        self._indices = self._weights = self._held_out = self._rest = None
         self._data_changes, self._failure_warned = 0, False
-        uniform = self.strategy in ('glister', *_RANDOM)  # weights are all 1
-        self._loss = self._plan.request_loss(state, f'{type(self).__name__}({self.strategy!r})', by_position=not uniform)
+        by_position = self._source.weighted or self._source.by_position
+        self._loss = self._plan.request_loss(state, f'{type(self).__name__}({self.strategy!r})', by_position=by_position)
+        self._source.start(self._plan, self._loss)
+
+    def _warm_up(self, state: State) -> int:
+        """Epochs trained on all data first."""
+        assert state.max_duration is not None
+        if state.max_duration.unit == TimeUnit.EPOCH:
+            return math.ceil(self.kappa * state.max_duration.value - 1e-9)
+        if self.kappa > 0:
+            raise InputError(f'kappa: needs max_duration in epochs, got {state.max_duration.to_timestring()!r}; leave it 0')
+        return 0
+
+    def _take_data(self, state: State) -> None:
+        """Forgets what is known of another data set, and holds out what is to be held out of this one."""
+        if self._plan.data_changes == self._data_changes:
+            return
+        known = self._data_changes == 0  # what there is came from a checkpoint
+        self._data_changes = self._plan.data_changes
+        if not known:
+            self._indices = self._weights = self._held_out = None
+        dataset, size = self._plan.loader.dataset, self._plan.loader.num_samples
+        self._source.new_data(dataset, known=known)
+        self._rest = None
+        if self.val_share > 0:
+            if self._held_out is None:
+                generator = torch.Generator().manual_seed(stream_seed(self._seed(state), _HOLD_OUT_STREAM))
+                number = max(1, round(self.val_share * size))
+                self._held_out = torch.randperm(size, generator=generator)[:number].sort().values
+            mask = torch.ones(size, dtype=torch.bool)
+            mask[self._held_out] = False
+            self._rest = mask.nonzero()[:, 0]
+
+    def _seed(self, state: State) -> int:
+        return state.rank_zero_seed if self.seed is None else self.seed
 
     @property
-    def _needs_no_pass(self) -> bool:
-        return self.strategy in _RANDOM and self.selection_type in (None, 'Supervised')
+    def _num_candidates(self) -> int:
+        return self._plan.loader.num_samples if self._rest is None else len(self._rest)
 
     def _budget(self) -> int:
         loader = self._plan.loader
-        budget = round(self.fraction * loader.num_samples)
+        budget = self._source.budget(loader.num_samples, self.fraction)
         batch = loader.initial_batch_size * loader.world_size
+        if budget < batch and self.strategy == 'file':
+            raise InputError(f'path: the file has {budget} samples, less than one batch of {batch}; use a larger subset or a smaller batch')
         if budget < batch:
             raise InputError(
                 f'fraction: {self.fraction} of {loader.num_samples} samples is {budget}, less than one batch of {batch}; '
                 f'use a fraction of at least {batch / loader.num_samples:.4g} or a smaller batch'
             )
+        if budget > self._num_candidates:
+            raise InputError(
+                f'fraction: {self.fraction} of {loader.num_samples} samples is {budget}, but val_share leaves {self._num_candidates}; '
+                f'use a fraction of at most {self._num_candidates / loader.num_samples:.4g} or a smaller val_share'
+            )
         return budget
 
-    def _forget_other_data(self) -> None:
-        if self._plan.data_changes != self._data_changes:
-            if self._data_changes > 0:  # else the subset came from a checkpoint, or there is none
-                self._indices = self._weights = None
-            self._data_changes = self._plan.data_changes
-
-    def _select(self, state: State, budget: int, epoch: int) -> None:
+    def _select(self, state: State, budget: int, spec: DataSpec | None) -> None:
         """Selects on rank 0; every rank gets the same subset, or the same error."""
-        num_samples = self._plan.loader.num_samples
+        epoch, num_samples = int(state.timestamp.epoch), self._plan.loader.num_samples
         outcome: list[Any] = [None]
         error: Exception | None = None
+        found: Found | None = None
         try:
-            inputs = None if self._needs_no_pass else self._gradients(state, epoch)
-            failed = 0
+            _put_training_weights_back(state)
+            found = self._source.read(DataPass(state, self._plan.loader, self._loss, spec, epoch))
         except Exception as caught:  # whatever the model raises must not leave the other ranks waiting
-            error, failed, inputs = caught, 1, None
-        if self._any_rank(state, failed):
-            outcome = [str(error) if error is not None else 'another rank failed']
-        elif dist.get_global_rank() == 0:
-            try:
-                outcome = [self._decide(inputs, budget, num_samples, epoch, state)]
-            except Exception as caught:
-                error, outcome = caught, [str(caught) or type(caught).__name__]
+            error = caught
+        if self._any_rank(state, error is not None):
+            outcome = [_message(error) if error is not None else 'another rank failed']
+        else:
+            found = None if found is None else found.gathered(num_samples, state)
+            if dist.get_global_rank() == 0:
+                try:
+                    outcome = [self._decide(found, budget, state)]
+                except Exception as caught:
+                    error, outcome = caught, [_message(caught)]
         dist.broadcast_object_list(outcome, src=0)
         if not isinstance(outcome[0], str):
             self._indices, self._weights = outcome[0]
+            self._source.picked()
             return
         if self._indices is None:
             if error is not None and not isinstance(error, InputError):
@@ -228,91 +315,46 @@ class SubsetSelection(Algorithm):
                 stacklevel=2,
             )
 
-    def _decide(self, inputs: Any, budget: int, num_samples: int, epoch: int, state: State) -> tuple[Tensor, Tensor | None]:
-        seed = state.rank_zero_seed if self.seed is None else self.seed
-        generator = torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch))
-        if inputs is None:
-            return torch.randperm(num_samples, generator=generator)[:budget].sort().values, None
-        gradients, labels, val_gradients, val_labels = inputs
-        options = dict(self._options)
-        if val_gradients is not None:
-            options.update(val_gradients=val_gradients, val_labels=val_labels)
-        if self.selection_type == 'PerBatch':
-            options.setdefault('batch_size', self._plan.loader.initial_batch_size)
-        indices, weights = select_subset(
-            self.strategy, gradients, budget, labels=labels, backend=self.backend, generator=generator, **options
+    def _decide(self, found: Found | None, budget: int, state: State) -> tuple[Tensor, Tensor | None]:
+        assert state.max_duration is not None
+        epoch, warm_up = int(state.timestamp.epoch), self._warm_up(state)
+        rest, every = self._rest, int(self.select_every.value)
+        if found is not None and rest is not None:
+            assert self._held_out is not None
+            device = found.train.labels.device
+            found = Found(found.train.take(rest.to(device)), found.train.take(self._held_out.to(device)))
+        positions, weights = self._source.pick(
+            found,
+            Occasion(
+                budget=budget,
+                num_candidates=self._num_candidates,
+                candidates=rest,
+                generator=torch.Generator().manual_seed(stream_seed(self._seed(state), _STREAM, epoch)),
+                number=max(0, epoch - warm_up) // every,
+                total=-(-(int(state.max_duration.value) - warm_up) // every) if state.max_duration.unit == TimeUnit.EPOCH else None,
+                batch_size=self._plan.loader.initial_batch_size,
+                current=self._indices if rest is None or self._indices is None else torch.searchsorted(rest, self._indices),
+            ),
         )
-        indices, order = indices.cpu().sort()
+        positions, order = positions.cpu().sort()
+        indices = positions if rest is None else rest[positions]
         weights = weights.cpu()[order].float()
         if bool((weights == weights[0]).all()):
             return indices, None
         return indices, weights * (len(weights) / weights.sum())
 
-    def _gradients(self, state: State, epoch: int) -> tuple[LastLayerGradients, Tensor, LastLayerGradients | None, Tensor | None]:
-        """Last-layer gradients of all training samples, in their order, and of the validation samples: the same on every rank."""
-        for algorithm in state.algorithms:
-            if isinstance(algorithm, EMA) and algorithm.ema_model is not None:
-                algorithm._ensure_training_weights_active(state)  # a checkpoint at the epoch's end leaves the average in place
-        loader = self._plan.loader
-        rank, world_size = loader.rank, loader.world_size
-        share = range(rank, loader.num_samples, world_size)
-        parts = self._pass_over(state, loader.read(share, loader.initial_batch_size, seed=epoch))
-        gradients, labels = _interleave(parts, loader.num_samples, state)
-        if self.val_dataloader is None:
-            return gradients, labels, None, None
-        batches: Iterable[Any] = self.val_dataloader
-        if world_size > 1 and not isinstance(self.val_dataloader.sampler, DistributedSampler):
-            batches = (batch for i, batch in enumerate(self.val_dataloader) if i % world_size == rank)
-        val_gradients, val_labels = _concatenate(self._pass_over(state, batches), state)
-        return gradients, labels, val_gradients, val_labels
-
-    def _pass_over(self, state: State, batches: Iterable[Any]) -> tuple[LastLayerGradients, Tensor]:
-        self._loss.require_per_sample(type(self).__name__)
-
-        def on_device() -> Iterator[Any]:
-            for batch in batches:
-                yield state.device.batch_to_device(batch)
-
-        return last_layer_gradients(
-            state.model,
-            on_device(),
-            self._loss.per_sample,
-            linear_layer=self.linear_layer,
-            context=lambda: get_precision_context(state.precision, state.precision_config),
-        )
-
     @staticmethod
-    def _any_rank(state: State, failed: int) -> bool:
+    def _any_rank(state: State, failed: bool) -> bool:
         flag = state.device.tensor_to_device(torch.tensor([failed], dtype=torch.uint8))
         dist.all_reduce(flag, reduce_operation='MAX')
         return bool(flag.item())
 
 
-def _gather_rows(rows: Tensor, state: State) -> list[Tensor]:
-    """Every rank's rows; ranks may have different numbers of them."""
-    rows = state.device.tensor_to_device(rows)
-    counts = dist.all_gather(state.device.tensor_to_device(torch.tensor([len(rows)])))
-    longest = max(int(count.item()) for count in counts)
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    return [part[: int(count.item())] for part, count in zip(dist.all_gather(padded), counts, strict=True)]
+def _message(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
-def _concatenate(part: tuple[LastLayerGradients, Tensor], state: State) -> tuple[LastLayerGradients, Tensor]:
-    if dist.get_world_size() == 1:
-        return part
-    (error, embedding), labels = (part[0].error, part[0].embedding), part[1]
-    whole = LastLayerGradients(
-        torch.cat(_gather_rows(error, state)), None if embedding is None else torch.cat(_gather_rows(embedding, state))
-    )
-    return whole, torch.cat(_gather_rows(labels, state))
-
-
-def _interleave(part: tuple[LastLayerGradients, Tensor], num_samples: int, state: State) -> tuple[LastLayerGradients, Tensor]:
-    """Puts rank ``r``'s rows at ``r, r + w, r + 2 w, ...``."""
-    world_size = dist.get_world_size()
-    if world_size == 1:
-        return part
-    by_rank = torch.cat([torch.arange(rank, num_samples, world_size) for rank in range(world_size)])
-    gradients, labels = _concatenate(part, state)
-    back = by_rank.argsort().to(labels.device)
-    return gradients.take(back), labels[back]
+def _put_training_weights_back(state: State) -> None:
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, EMA) and algorithm.ema_model is not None:
+            algorithm._ensure_training_weights_active(state)  # a checkpoint at the epoch's end leaves the average in place

@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument('--simple', action='store_true', help='no layer or augmentation whose result depends on the ranks')
     parser.add_argument('--subset', default='gradmatch')
     parser.add_argument('--backend', default='torch')
+    parser.add_argument('--kappa', type=float, default=0.0)
+    parser.add_argument('--val-share', type=float, default=0.0)
     parser.add_argument('--duration', default='6ep')
     parser.add_argument('--tag', default='final')
     options = parser.parse_args()
@@ -94,7 +96,8 @@ def main() -> None:
     dataset = Augmented(augment=not options.simple)
     algorithms = [InfoBatch(0.5, 0.9), AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
     if options.subset != 'none':
-        algorithms.append(SubsetSelection(options.subset, 0.8, '2ep', backend=options.backend))
+        subset = {'backend': options.backend, 'kappa': options.kappa, 'val_share': options.val_share}
+        algorithms.append(SubsetSelection(options.subset, 0.8, '2ep', **subset))
     if not options.simple:
         algorithms += [BlurPool(min_channels=1), SqueezeExcite(latent_channels=2, min_channels=4), EMA(half_life='10ba')]
     watch = Watch(options.kill_at)

@@ -150,7 +150,7 @@ def test_selection_leaves_training_as_it_was(make_trainer, weights_of):
 
 
 def test_a_selection_that_fails_leaves_the_last_good_subset_with_one_warning(make_trainer, monkeypatch):
-    from composer_effalgos.subset_selection import subset_selection
+    from composer_effalgos.subset_selection import sources
 
     algorithm, calls = SubsetSelection('glister', 0.3, '1ep'), []
 
@@ -160,7 +160,7 @@ def test_a_selection_that_fails_leaves_the_last_good_subset_with_one_warning(mak
             raise RuntimeError('out of luck')
         return ef.select_subset(*arguments, **options)
 
-    monkeypatch.setattr(subset_selection, 'select_subset', once)
+    monkeypatch.setattr(sources, 'select_subset', once)
     subsets = Subsets()
     trainer = make_trainer([algorithm], callbacks=[subsets], max_duration='3ep')
     with pytest.warns(UserWarning, match='SubsetSelection') as caught:

@@ -216,7 +216,7 @@ def test_reduced_precision_keeps_the_error_in_float32():
     [
         ([], 'there is none'),
         ([torch.zeros(3, 5)], 'found no labels'),
-        ([(torch.zeros(3, 5), torch.rand(3))], 'class indices'),
+        ([(torch.zeros(3, 5), torch.rand(3, 2, 2))], 'class indices'),
     ],
 )
 def test_bad_batches(data, message):

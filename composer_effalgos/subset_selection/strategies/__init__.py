@@ -16,10 +16,19 @@ from composer_effalgos.subset_selection import cords_backend
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection, Solver
 from composer_effalgos.subset_selection.strategies.craig import craig
+from composer_effalgos.subset_selection.strategies.el2n import el2n
+from composer_effalgos.subset_selection.strategies.forgetting import forgetting
 from composer_effalgos.subset_selection.strategies.glister import glister
 from composer_effalgos.subset_selection.strategies.gradmatch import gradmatch
+from composer_effalgos.subset_selection.strategies.grand import grand
+from composer_effalgos.subset_selection.strategies.herding import herding
+from composer_effalgos.subset_selection.strategies.k_center import k_center
+from composer_effalgos.subset_selection.strategies.milo import PHASES, milo
+from composer_effalgos.subset_selection.strategies.points import FEATURES
 from composer_effalgos.subset_selection.strategies.random import random_subset
+from composer_effalgos.subset_selection.strategies.ranking import RANKING_OPTIONS
 from composer_effalgos.subset_selection.strategies.submodular import FUNCTIONS, submodular
+from composer_effalgos.subset_selection.strategies.uncertainty import MEASURES, uncertainty
 
 __all__ = ['BACKENDS', 'STRATEGIES', 'check_options', 'select_subset']
 
@@ -37,6 +46,7 @@ COMMON_OPTIONS: dict[str, Any] = {
     'val_labels': None,
     'batch_size': None,
     'num_classes': None,
+    'class_balance': 'proportional',
     'seed': None,
     'generator': None,
 }
@@ -44,20 +54,44 @@ COMMON_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a strategy accepts: its selection types, the default first, and its own options with their defaults."""
+    """What a strategy accepts and needs.
+
+    Attributes:
+        selection_types: those it knows, the default first.
+        options: its own options with their defaults.
+        backends: those that have it.
+        weighted: whether its weights can be other than one.
+        validation: whether it looks at validation gradients.
+        softmax: whether its error must be ``softmax(logits) - onehot(label)``, whatever loss the model trains with.
+        targets: whether ``labels`` are the numbers of a regression, not classes.
+    """
 
     selection_types: tuple[str, ...]
     options: Mapping[str, Any]
+    backends: tuple[str, ...] = BACKENDS
+    weighted: bool = True
+    validation: bool = False
+    softmax: bool = False
+    targets: bool = False
 
 
 _KERNEL_OPTIONS = {'if_convex': False, 'optimizer': 'lazy'}
 _SUBMODULAR = Strategy(('PerClass', 'Supervised'), _KERNEL_OPTIONS)
-_RANDOM = Strategy(('Supervised', 'PerClass'), {})
+_RANDOM = Strategy(('Supervised', 'PerClass'), {}, weighted=False)
+
+
+def _ours(options: Mapping[str, Any], *, softmax: bool = False) -> Strategy:
+    return Strategy(('PerClass', 'Supervised'), options, backends=('torch',), weighted=False, softmax=softmax)
+
+
 STRATEGIES: Mapping[str, Strategy] = {
-    'glister': Strategy(('PerClass', 'PerBatch', 'Supervised'), {'eta': 0.01, 'greedy': 'Stochastic', 'r': 15}),
+    'glister': Strategy(
+        ('PerClass', 'PerBatch', 'Supervised'), {'eta': 0.01, 'greedy': 'Stochastic', 'r': 15}, weighted=False, validation=True
+    ),
     'gradmatch': Strategy(
         ('PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'),
         {'eta': 0.01, 'valid': False, 'v1': True, 'lam': 0.5, 'eps': 1e-4},
+        validation=True,
     ),
     'craig': Strategy(('PerClass', 'PerBatch', 'Supervised'), _KERNEL_OPTIONS),
     'facility-location': _SUBMODULAR,
@@ -66,12 +100,38 @@ STRATEGIES: Mapping[str, Strategy] = {
     'saturated-coverage': _SUBMODULAR,
     'random': _RANDOM,
     'adaptive-random': _RANDOM,
+    'el2n': _ours(RANKING_OPTIONS, softmax=True),
+    'grand': _ours(RANKING_OPTIONS),
+    'forgetting': _ours({**RANKING_OPTIONS, 'scores': None}),
+    **{measure: _ours(RANKING_OPTIONS, softmax=True) for measure in MEASURES},
+    'herding': _ours({'features': 'embedding'}),
+    'k-center': _ours({'features': 'embedding'}),
+    'milo': _ours({'phase': 'weighted-random', 'lam': 0.4, 'scores': None, 'features': 'embedding'}),
+    'fixedweight': Strategy(
+        ('PerClass', 'PerBatch', 'PerClassPerGradient'), {'eta': 0.01, 'valid': False}, backends=('cords',), validation=True
+    ),
+    'adapweights': Strategy(('Supervised',), {'eta': 0.01, 'valid': False, 'ss_indices': None}, backends=('cords',), validation=True),
+    'selcon': Strategy(
+        ('Supervised',),
+        {'delta': None, 'lam': 1e-5, 'lr': 0.01, 'num_epochs': 100},
+        backends=('cords',),
+        weighted=False,
+        validation=True,
+        targets=True,
+    ),
 }
 TORCH_SOLVERS: Mapping[str, Solver] = {
     'glister': glister,
     'gradmatch': gradmatch,
     'craig': craig,
     **{name: functools.partial(submodular, function=name) for name in FUNCTIONS},
+    'el2n': el2n,
+    'grand': grand,
+    'forgetting': forgetting,
+    **{name: functools.partial(uncertainty, measure=name) for name in MEASURES},
+    'herding': herding,
+    'k-center': k_center,
+    'milo': milo,
 }
 
 
@@ -87,29 +147,38 @@ def select_subset(
     """Picks exactly ``budget`` samples and a weight for each.
 
     Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al.,
-    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543. Options have the names of the CORDS
-    package.
+    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543; the others name theirs in their
+    modules. Options have the names of the CORDS package.
 
     Args:
         strategy (str): ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
-            ``saturated-coverage``, ``random`` or ``adaptive-random`` (``random``, drawn anew by the caller with another seed).
+            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, drawn anew by the caller with another seed), ``el2n``,
+            ``grand``, ``forgetting``, ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``; with
+            ``backend='cords'`` alone ``fixedweight``, ``adapweights``, ``selcon``.
         gradients (LastLayerGradients): of the N candidates.
         budget (int): samples to pick, 1 to N.
-        labels (Tensor | None): class indices, integer ``[N]``; needed for the selection types by class.
+        labels (Tensor | None): class indices, integer ``[N]``; needed for the selection types by class. For ``selcon`` the numbers to
+            predict, float ``[N]``.
         backend (str): ``torch`` (this package's own) or ``cords`` (the CORDS 0.0.4 package).
         **options: for every strategy ``selection_type`` (``PerClass``, ``PerBatch``, ``Supervised``, ``PerClassPerGradient``; by default
             ``PerClass`` where there are labels, else ``Supervised``), ``linear_layer`` (``False``: bias gradients alone), ``val_gradients``
             and ``val_labels`` (of a validation set; the candidates stand in for it if absent), ``batch_size`` (``PerBatch``: rows of a
-            batch), ``num_classes``, and ``seed`` or ``generator`` (seed 0 if neither is given).
+            batch), ``num_classes``, ``class_balance`` (``proportional``, or ``equal``: as many of each class, as far as the class goes),
+            and ``seed`` or ``generator`` (seed 0 if neither is given).
             ``glister``: ``eta`` (step size of the one-step update), ``greedy`` (``Stochastic``, ``RGreedy``, ``Naive``), ``r`` (rounds).
             ``gradmatch``: ``valid`` (match the validation gradient), ``lam`` (ridge), ``eps`` (relative residual to stop at), ``v1`` (which
             of CORDS's two solvers), ``eta`` (CORDS asks for it and does not use it). ``craig`` and the submodular functions:
-            ``optimizer``, ``if_convex`` (distances between embeddings instead of gradients).
+            ``optimizer``, ``if_convex`` (distances between embeddings instead of gradients). ``el2n``, ``grand``, ``forgetting``,
+            ``margin``, ``entropy``, ``least-confidence``: ``keep`` (``highest``, ``lowest``), ``skip`` (share of the top to leave out).
+            ``forgetting``: ``scores`` (forgetting events, ``[N]``). ``herding``, ``k-center``, ``milo``: ``features`` (``embedding``,
+            ``gradient``). ``milo``: ``phase`` (``stochastic-greedy``, ``weighted-random``), ``lam`` (of the graph cut), ``scores``
+            (importance, ``[N]``). ``adapweights``: ``ss_indices`` (the subset to weigh; random if absent). ``selcon``: ``delta`` (bound
+            on the validation loss), ``lam``, ``lr``, ``num_epochs``, ``batch_size``.
 
     Returns:
         tuple[Tensor, Tensor]: ``budget`` different positions, int64, in the order of selection (class after class for the types by class;
-        CORDS shuffles the order of GradMatch and CRAIG), and their weights, float32, not below zero and as CORDS gives them: ones for
-        GLISTER and random, matching weights for GradMatch, cluster sizes for CRAIG and the submodular functions. Where a solver ends short
+        CORDS shuffles the order of GradMatch and CRAIG), and their weights, float32, not below zero and as CORDS gives them: matching
+        weights for GradMatch, cluster sizes for CRAIG and the submodular functions, ones for nearly all others. Where a solver ends short
         of the budget (GradMatch has matched the gradient, a batch is short), the rest is filled with random samples of weight 1; where
         it gives more (a last whole batch), those of the least weight are left out, the last picked first. Both lie on the device of the
         gradients.
@@ -118,18 +187,19 @@ def select_subset(
         InputError: for an unknown strategy, backend, option or value; a budget outside 1 to N; gradients that are not finite; labels that
             are missing, out of range or of another length.
     """
-    settings = check_options(strategy, backend=backend, **options)
-    gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings)
+    settings, spec = check_options(strategy, backend=backend, **options), STRATEGIES[strategy]
+    gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings, spec)
     total = len(gradients)
     if not _whole(budget) or not 1 <= budget <= total:
         raise InputError(f'budget: got {budget!r}; a whole number of samples from 1 to {total} is right')
-    selection_type = settings['selection_type'] or ('Supervised' if labels is None else STRATEGIES[strategy].selection_types[0])
+    by_default = 'PerClass' if settings['class_balance'] == 'equal' else spec.selection_types[0] if labels is not None else 'Supervised'
+    selection_type = settings['selection_type'] or by_default
     if selection_type.startswith('PerClass') and labels is None:
         raise InputError(f'labels: missing; selection_type={selection_type} needs the class of every sample')
     if selection_type == 'PerBatch' and settings['batch_size'] is None:
         raise InputError('batch_size: missing; selection_type=PerBatch needs the number of samples in a batch')
     with torch.no_grad():
-        reference, reference_labels = _reference(gradients, labels, settings)
+        reference, reference_labels = _reference(gradients, labels, settings, spec)
         problem = Problem(
             gradients=gradients,
             budget=int(budget),
@@ -139,6 +209,7 @@ def select_subset(
             batch_size=settings['batch_size'] if selection_type == 'PerBatch' else None,
             options=settings,
             generator=settings['generator'] or torch.Generator().manual_seed(settings['seed'] or 0),
+            scores=_scores(settings.get('scores'), gradients),
         )
         solver = _solver(strategy, backend)
         if not selection_type.startswith('PerClass'):
@@ -164,6 +235,8 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> d
     _check_choice('strategy', strategy, STRATEGIES)
     _check_choice('backend', backend, BACKENDS)
     spec = STRATEGIES[strategy]
+    if backend not in spec.backends:
+        raise InputError(f'backend: {backend} has no strategy {strategy}; backend={spec.backends[0]} has it')
     known = {**COMMON_OPTIONS, **spec.options}
     for name in options:
         if name not in known:
@@ -171,18 +244,26 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> d
     settings = {**known, **options}
     if settings['selection_type'] is not None:
         _check_choice('selection_type', settings['selection_type'], spec.selection_types)
-    if 'greedy' in settings:
-        _check_choice('greedy', settings['greedy'], GREEDY)
-    if 'optimizer' in settings:
-        _check_choice('optimizer', settings['optimizer'], APRICOT_OPTIMIZERS if backend == 'cords' else TORCH_OPTIMIZERS)
+    choices: Mapping[str, tuple[str, ...]] = {
+        'class_balance': ('proportional', 'equal'),
+        'greedy': GREEDY,
+        'optimizer': APRICOT_OPTIMIZERS if backend == 'cords' else TORCH_OPTIMIZERS,
+        'keep': ('highest', 'lowest'),
+        'features': FEATURES,
+        'phase': PHASES,
+    }
+    for name in settings.keys() & choices.keys():
+        _check_choice(name, settings[name], choices[name])
+    if settings['class_balance'] == 'equal' and not (settings['selection_type'] or 'PerClass').startswith('PerClass'):
+        raise InputError(f'class_balance: equal shares need selection_type=PerClass, got {settings["selection_type"]!r}')
     for name in ('linear_layer', 'if_convex', 'valid', 'v1'):
         if name in settings and not isinstance(settings[name], bool):
             raise InputError(f'{name}: got {settings[name]!r}; true or false is right')
-    for name in ('eta', 'lam', 'eps'):
+    for name in ('eta', 'lam', 'eps', 'skip', 'delta', 'lr'):
         value: Any = settings.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
-            raise InputError(f'{name}: got {value!r}; a number not below 0 is right')
-    for name in ('r', 'batch_size', 'num_classes'):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < (1 if name == 'skip' else math.inf):
+            raise InputError(f'{name}: got {value!r}; a number {"in [0, 1)" if name == "skip" else "not below 0"} is right')
+    for name in ('r', 'batch_size', 'num_classes', 'num_epochs'):
         value = settings.get(name)
         if value is not None and (not _whole(value) or value < 1):
             raise InputError(f'{name}: got {value!r}; a whole number from 1 is right')
@@ -212,16 +293,23 @@ def _nearest(value: Any, choices: Any) -> str:
 
 
 def _check_rows(
-    name: str, gradients: Any, label_name: str, labels: Any, settings: Mapping[str, Any]
+    name: str, gradients: Any, label_name: str, labels: Any, settings: Mapping[str, Any], spec: Strategy
 ) -> tuple[LastLayerGradients, Tensor | None]:
-    """The gradients in float32 as the options want them, and the labels beside them in int64."""
+    """The gradients in float32 as the options want them, and the labels beside them in int64 (numbers to predict in float32)."""
     if not isinstance(gradients, LastLayerGradients):
         raise InputError(f'{name}: got {type(gradients).__name__}; LastLayerGradients is right')
     for part, factor in (('error', gradients.error), ('embedding', gradients.embedding)):
         if factor is not None and not torch.isfinite(factor).all():
             row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
             raise InputError(f'{name}.{part}: sample {row} has a value that is not finite; check the loss and the precision')
-    if labels is not None:
+    if spec.targets:
+        if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.shape != (len(gradients),):
+            raise InputError(f'{label_name}: the numbers to predict, a float tensor of shape [{len(gradients)}], are right')
+        if not torch.isfinite(labels).all():
+            row = int((~torch.isfinite(labels)).nonzero()[0])
+            raise InputError(f'{label_name}: sample {row} is not finite')
+        labels = labels.detach().float().to(gradients.device)
+    elif labels is not None:
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(gradients),):
             raise InputError(f'{label_name}: class indices, an integer tensor of shape [{len(gradients)}], are right')
         classes = settings['num_classes'] or max(gradients.error.shape[1], 2)
@@ -236,14 +324,24 @@ def _check_rows(
     return LastLayerGradients(gradients.error.detach().float(), embedding), labels
 
 
+def _scores(scores: Any, gradients: LastLayerGradients) -> Tensor | None:
+    if scores is None:
+        return None
+    if not isinstance(scores, Tensor) or scores.shape != (len(gradients),) or scores.isnan().any():
+        raise InputError(f'scores: one number a sample, a tensor of shape [{len(gradients)}] without NaN, is right')
+    return scores.detach().float().to(gradients.device)
+
+
 def _reference(
-    gradients: LastLayerGradients, labels: Tensor | None, settings: Mapping[str, Any]
+    gradients: LastLayerGradients, labels: Tensor | None, settings: Mapping[str, Any], spec: Strategy
 ) -> tuple[LastLayerGradients, Tensor | None]:
     if settings['val_gradients'] is None:
         if settings.get('valid'):
             raise InputError('val_gradients: missing; valid=True matches the gradient of a validation set')
         return gradients, labels
-    reference, reference_labels = _check_rows('val_gradients', settings['val_gradients'], 'val_labels', settings['val_labels'], settings)
+    reference, reference_labels = _check_rows(
+        'val_gradients', settings['val_gradients'], 'val_labels', settings['val_labels'], settings, spec
+    )
     if len(reference) == 0 or reference.dim != gradients.dim or reference.device != gradients.device:
         raise InputError(
             f'val_gradients: {len(reference)} of {reference.dim} numbers on {reference.device}; '
@@ -267,7 +365,8 @@ def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor,
     assert problem.labels is not None
     assert problem.reference_labels is not None
     classes, counts = problem.labels.unique(return_counts=True)
-    for label, budget in zip(classes.tolist(), _shares(counts.tolist(), problem.budget), strict=True):
+    shares = _equal_shares if problem.options['class_balance'] == 'equal' else _shares
+    for label, budget in zip(classes.tolist(), shares(counts.tolist(), problem.budget), strict=True):
         if budget == 0:
             continue
         rows = (problem.labels == label).nonzero()[:, 0]
@@ -280,11 +379,8 @@ def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor,
             if label >= gradients.error.shape[1]:
                 raise InputError(f'selection_type: PerClassPerGradient needs an output for class {label}; PerClass does not')
             gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
-        labels = problem.labels[rows]
-        yield (
-            rows,
-            replace(problem, gradients=gradients, budget=budget, labels=labels, reference=reference, reference_labels=reference_labels),
-        )
+        part = replace(problem.part(rows), gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels)
+        yield rows, part
 
 
 def _shares(counts: list[int], budget: int) -> list[int]:
@@ -298,6 +394,15 @@ def _shares(counts: list[int], budget: int) -> list[int]:
         largest = max(range(len(counts)), key=lambda i: shares[i])
         shares[largest] -= 1
         missing += 1
+    return shares
+
+
+def _equal_shares(counts: list[int], budget: int) -> list[int]:
+    """The same for every class, as far as the class goes; what is left over goes to the larger ones."""
+    shares, left = [0] * len(counts), budget
+    for done, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
+        shares[i] = min(counts[i], left // (len(counts) - done))
+        left -= shares[i]
     return shares
 
 

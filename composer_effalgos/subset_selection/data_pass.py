@@ -1,0 +1,188 @@
+"""What a selection looks at: every rank reads its share of the data, then the ranks exchange what they found."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec, State, ensure_data_spec, get_precision_context
+from composer.utils import dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, DistributedSampler
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan import PlannedDataLoader, WeightedLoss, class_labels
+from composer_effalgos.subset_selection.gradients import LastLayerGradients, labels_of, last_layer_gradients
+
+__all__ = ['DataPass', 'Found', 'Rows', 'training_data_spec']
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some samples: their labels ``[n]``, and their gradients where they were asked for."""
+
+    labels: Tensor
+    gradients: LastLayerGradients | None = None
+
+    def take(self, indices: Tensor | slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.labels[indices], None if self.gradients is None else self.gradients.take(indices))
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The labels where they are class indices; ``None`` where they are the numbers of a regression."""
+        return None if self.labels.is_floating_point() else self.labels
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one look found: of a rank's own share, or after :meth:`gathered` of all samples in their order."""
+
+    train: Rows
+    validation: Rows | None = None
+
+    def gathered(self, num_samples: int, state: State) -> Found:
+        """The same of all ranks; a collective call."""
+        world_size = dist.get_world_size()
+        if world_size == 1:
+            return self
+        by_rank = torch.cat([torch.arange(rank, num_samples, world_size) for rank in range(world_size)])
+        train = _concatenated(self.train, state)
+        back = by_rank.argsort().to(train.labels.device)
+        return Found(train.take(back), None if self.validation is None else _concatenated(self.validation, state))
+
+
+class DataPass:
+    """One pass over a rank's share of the data, in evaluation mode and in the run's precision; no collective calls.
+
+    Args:
+        state: The trainer's state.
+        loader: The planned loader.
+        loss: The weighted loss, whose per-sample form is differentiated.
+        spec: The training data's ``DataSpec``, whose transforms batches go through as in training; ``None`` for none.
+        seed: Seeds what random augmentation the data set does.
+    """
+
+    def __init__(self, state: State, loader: PlannedDataLoader, loss: WeightedLoss, spec: DataSpec | None, seed: int) -> None:
+        self._state, self._loader, self._loss, self._spec, self._seed = state, loader, loss, spec, seed
+
+    def gradients(self, *, linear_layer: bool, softmax: bool) -> Rows:
+        """Last-layer gradients and labels of this rank's training samples: every ``world_size``-th, from the ``rank``-th.
+
+        Args:
+            linear_layer: Whether the embeddings are kept.
+            softmax: Takes the gradients of a plain cross-entropy, whatever loss the model trains with.
+        """
+        return self._gradients_of(self._batches(), linear_layer, softmax)
+
+    def validation(self, dataloader: DataLoader | DataSpec, like: Rows, *, linear_layer: bool, softmax: bool) -> Rows:
+        """The same of this rank's share of a validation set.
+
+        Args:
+            dataloader: Its loader; without a ``DistributedSampler`` its batches are dealt out over the ranks.
+            like: Training rows; a rank without a batch of its own has none of the same kind.
+            linear_layer: As for the training rows.
+            softmax: As for the training rows.
+        """
+        spec = ensure_data_spec(dataloader)
+        batches: Iterable[Any] = spec.dataloader
+        if not isinstance(getattr(spec.dataloader, 'sampler', None), DistributedSampler):
+            batches = itertools.islice(batches, self._loader.rank, None, self._loader.world_size)
+        transformed = self._on_device(batches, spec)
+        first = next(transformed, None)
+        if first is None:
+            return like.take(slice(0, 0))
+        return self._gradients_of(itertools.chain([first], transformed), linear_layer, softmax)
+
+    def labels(self) -> Rows:
+        """Labels of this rank's training samples: those that the data set carries, or read sample by sample where it carries none."""
+        known = class_labels(self._loader.dataset)
+        if known is not None:
+            labels = torch.as_tensor(known)
+            if labels.shape == (self._loader.num_samples,) and not labels.is_floating_point():
+                return Rows(self._state.device.tensor_to_device(labels[self._loader.rank :: self._loader.world_size].long()))
+        return Rows(torch.cat([labels_of(batch) for batch in self._batches()]))
+
+    def _batches(self) -> Iterator[Any]:
+        loader = self._loader
+        share = range(loader.rank, loader.num_samples, loader.world_size)
+        return self._on_device(loader.read(share, loader.initial_batch_size, seed=self._seed), self._spec)
+
+    def _on_device(self, batches: Iterable[Any], spec: DataSpec | None) -> Iterator[Any]:
+        for batch in batches:
+            batch = self._state.device.batch_to_device(batch)
+            yield batch if spec is None else spec.microbatch_transforms(spec.batch_transforms(batch))
+
+    def _gradients_of(self, batches: Iterable[Any], linear_layer: bool, softmax: bool) -> Rows:
+        per_sample: Callable[[Any, Any], Tensor] = _cross_entropy
+        if not softmax:
+            self._loss.require_per_sample('SubsetSelection')
+            per_sample = self._loss.per_sample
+        gradients, labels = last_layer_gradients(
+            self._state.model,
+            batches,
+            per_sample,
+            linear_layer=linear_layer,
+            context=lambda: get_precision_context(self._state.precision, self._state.precision_config),
+        )
+        return Rows(labels, gradients)
+
+
+def training_data_spec() -> DataSpec | None:
+    """The ``DataSpec`` of the trainer that is calling, or ``None`` where there is no trainer.
+
+    Composer gives algorithms the loader alone and keeps the ``DataSpec``, with the transforms it applies to every training batch, in the
+    trainer, which nothing in the state leads to; but every event is run by a method of the trainer.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get('self')
+        if isinstance(caller, Trainer):
+            return caller._train_data_spec
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _cross_entropy(outputs: Any, batch: Any) -> Tensor:
+    logits, labels = logits_and_classes(outputs, batch)
+    return cross_entropy(logits, labels, reduction='none')
+
+
+def logits_and_classes(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """A classifier's logits, float ``[B, C]``, and class indices, int64 ``[B]``.
+
+    Args:
+        outputs: What the model gave: logits, or a mapping with a key ``logits``.
+        batch: The batch.
+
+    Raises:
+        InputError: Where the model does not classify.
+    """
+    logits = outputs.get('logits') if isinstance(outputs, Mapping) else outputs
+    labels = labels_of(batch)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels) or labels.is_floating_point():
+        raise InputError('strategy: this one is for classifiers, whose outputs are logits [B, C] and whose labels are class indices [B]')
+    return logits, labels
+
+
+def _concatenated(rows: Rows, state: State) -> Rows:
+    gradients = rows.gradients
+    if gradients is not None:
+        embedding = None if gradients.embedding is None else _all_rows(gradients.embedding, state)
+        gradients = LastLayerGradients(_all_rows(gradients.error, state), embedding)
+    return Rows(_all_rows(rows.labels, state), gradients)
+
+
+def _all_rows(rows: Tensor, state: State) -> Tensor:
+    """Every rank's rows, rank after rank; ranks may have different numbers of them."""
+    rows = state.device.tensor_to_device(rows)
+    counts = dist.all_gather(state.device.tensor_to_device(torch.tensor([len(rows)])))
+    longest = max(int(count.item()) for count in counts)
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    return torch.cat([part[: int(count.item())] for part, count in zip(dist.all_gather(padded), counts, strict=True)])

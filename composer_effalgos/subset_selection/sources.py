@@ -1,0 +1,334 @@
+"""Where the subsets of a run come from: gradients, chance, counts of forgetting, MILO's two phases, or a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import DataSpec, State
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan import EpochRecord, Plan, WeightedLoss
+from composer_effalgos.subset_selection.data_pass import DataPass, Found, Rows, logits_and_classes
+from composer_effalgos.subset_selection.gradients import LastLayerGradients
+from composer_effalgos.subset_selection.problem import Selection
+from composer_effalgos.subset_selection.strategies import STRATEGIES, check_options, select_subset
+from composer_effalgos.subset_selection.strategies.milo import importance
+from composer_effalgos.subset_selection.subset_file import check_subset, read_subset
+
+__all__ = ['Occasion', 'Source', 'make_source']
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """One selection.
+
+    Attributes:
+        budget: Samples to pick.
+        num_candidates: Samples to pick from.
+        candidates: Their numbers in the data set, int64, ascending; ``None`` for all samples.
+        generator: The only source of randomness.
+        number: Selections made before it, had none failed.
+        total: Selections in the whole run; ``None`` where its length is not in epochs.
+        batch_size: Samples of a batch on one rank.
+        current: The subset trained on so far, as positions among the candidates, int64; ``None`` before the first.
+    """
+
+    budget: int
+    num_candidates: int
+    candidates: Tensor | None
+    generator: torch.Generator
+    number: int
+    total: int | None
+    batch_size: int
+    current: Tensor | None
+
+
+class Source:
+    """Picks subsets. Every rank reads its share of the data; rank 0 picks.
+
+    Args:
+        strategy: The strategy's name.
+        backend: The strategy's backend.
+        options: The strategy's options, checked here.
+    """
+
+    once = False  # whether one subset serves the whole run
+    weighted = False  # whether weights may differ from one another
+    by_position = False  # whether it names samples by their position in a batch, beside weights
+    val_dataloader: DataLoader | DataSpec | None = None
+
+    def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
+        self.strategy, self.backend, self.options = strategy, backend, dict(options)
+        self.settings = check_options(strategy, backend=backend, **options)
+
+    def start(self, plan: Plan, loss: WeightedLoss) -> None:
+        """At ``INIT``."""
+
+    def epoch_end(self, state: State) -> None:
+        """At the end of an epoch or a fit, and before one that follows an interrupted fit; on every rank."""
+
+    def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
+        """Before the first epoch on a data set; ``known`` where what was loaded from a checkpoint is about it."""
+
+    def budget(self, num_samples: int, fraction: float) -> int:
+        """How many samples a subset has."""
+        return round(fraction * num_samples)
+
+    def read(self, data: DataPass) -> Found | None:
+        """What this rank has to look at, without a collective call; ``None`` for nothing."""
+        raise NotImplementedError
+
+    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        """Positions among the candidates and their weights, on rank 0."""
+        raise NotImplementedError
+
+    def picked(self) -> None:
+        """After a selection that succeeded; on every rank."""
+
+    def state_dict(self, state: State | None) -> dict[str, Any]:
+        """What a resumed run needs; a collective call."""
+        return {}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave."""
+
+    def _select(self, gradients: LastLayerGradients, occasion: Occasion, classes: Tensor | None, **options: Any) -> Selection:
+        return select_subset(
+            self.strategy,
+            gradients,
+            occasion.budget,
+            labels=classes,
+            backend=self.backend,
+            generator=occasion.generator,
+            **{**self.options, **options},
+        )
+
+    def _select_without_gradients(self, occasion: Occasion, classes: Tensor | None, **options: Any) -> Selection:
+        """For strategies that look at no gradient: by chance, or by scores."""
+        if classes is not None:
+            options['num_classes'] = int(classes.max()) + 1
+        return self._select(LastLayerGradients(torch.zeros(occasion.num_candidates, 1)), occasion, classes, **options)
+
+
+class _Gradients(Source):
+    """Asks the strategy, with the gradients of the model as it is."""
+
+    def __init__(
+        self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
+    ) -> None:
+        super().__init__(strategy, backend, options)
+        self.spec = STRATEGIES[strategy]
+        self.weighted = self.spec.weighted
+        self.looks: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax}
+        self.uses_validation = self.spec.validation and self.settings.get('valid', True)
+        self.val_dataloader = val_dataloader
+
+    def read(self, data: DataPass) -> Found:
+        train = data.gradients(**self.looks)
+        if self.val_dataloader is None or not self.uses_validation:
+            return Found(train)
+        return Found(train, data.validation(self.val_dataloader, train, **self.looks))
+
+    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        assert found is not None
+        assert found.train.gradients is not None
+        options: dict[str, Any] = {}
+        if found.validation is not None and self.uses_validation:
+            options.update(val_gradients=found.validation.gradients, val_labels=self._labels(found.validation))
+        if self.settings['selection_type'] == 'PerBatch' and self.settings['batch_size'] is None:
+            options['batch_size'] = occasion.batch_size
+        if 'ss_indices' in self.settings and self.settings['ss_indices'] is None:
+            options['ss_indices'] = occasion.current
+        return self._select(found.train.gradients, occasion, self._labels(found.train), **options)
+
+    def _labels(self, rows: Rows) -> Tensor | None:
+        return rows.labels if self.spec.targets else rows.classes
+
+
+class _Random(Source):
+    """Draws; the labels are looked at for the shares of classes alone."""
+
+    def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
+        super().__init__(strategy, backend, options)
+        self.once = strategy == 'random'
+        self.by_class = self.settings['selection_type'] == 'PerClass' or self.settings['class_balance'] == 'equal'
+
+    def read(self, data: DataPass) -> Found | None:
+        return Found(data.labels()) if self.by_class else None
+
+    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        if found is None:
+            chosen = torch.randperm(occasion.num_candidates, generator=occasion.generator)[: occasion.budget]
+            return chosen, torch.ones(occasion.budget)
+        return self._select_without_gradients(occasion, found.train.labels.cpu())
+
+
+class _Forgetting(Source):
+    """Counts how often each sample is forgotten while the run trains on it, and ranks by the count."""
+
+    by_position = True
+
+    def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
+        super().__init__(strategy, backend, options)
+        self.by_class = self.settings['selection_type'] != 'Supervised'
+        self.events = torch.zeros(0, dtype=torch.int32)
+        self.last = torch.zeros(0, dtype=torch.int8)  # whether it was right when last trained on; -1 before
+
+    def start(self, plan: Plan, loss: WeightedLoss) -> None:
+        self.record = EpochRecord(plan)
+        loss.subscribers.append(self._observe)
+
+    def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
+        size = len(dataset)  # type: ignore[arg-type]
+        if not known or len(self.events) != size:
+            self.events, self.last = torch.zeros(size, dtype=torch.int32), torch.full((size,), -1, dtype=torch.int8)
+
+    def epoch_end(self, state: State) -> None:
+        if self.record.begun:
+            self.events, self.last = self._merged(self.record.of_all_ranks(state))
+            self.record.clear()
+
+    def read(self, data: DataPass) -> Found | None:
+        return Found(data.labels()) if self.by_class else None
+
+    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        learnt = (self.events > 0) | (self.last == 1)
+        scores = torch.where(learnt, self.events.float(), math.inf)
+        scores[self.last == -1] = -1.0  # never trained on: nothing is known
+        scores = scores if occasion.candidates is None else scores[occasion.candidates]
+        return self._select_without_gradients(occasion, None if found is None else found.train.labels.cpu(), scores=scores)
+
+    def state_dict(self, state: State | None) -> dict[str, Any]:
+        events, last = (self.events, self.last) if state is None else self._merged(self.record.of_all_ranks(state))
+        return {'events': events, 'last': last}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.events, self.last = saved['events'].cpu(), saved['last'].cpu()
+
+    def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
+        logits, classes = logits_and_classes(outputs, batch)
+        self.record.note((logits.detach().argmax(dim=1) == classes).float(), where)
+
+    def _merged(self, noted: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        events, last = self.events.clone(), self.last.clone()
+        for samples, right in noted:
+            fresh = right.to(torch.int8)
+            events[samples] += ((last[samples] == 1) & (fresh == 0)).int()
+            last[samples] = fresh
+        return events, last
+
+
+class _Milo(Source):
+    """Prepares both of MILO's phases from one pass over the data, and then trains through them without another."""
+
+    def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
+        options = dict(options)
+        self.exploration = options.pop('exploration', 1 / 6)
+        number = isinstance(self.exploration, int | float) and not isinstance(self.exploration, bool)
+        if not number or not 0 <= self.exploration <= 1:
+            raise InputError(f'exploration: the share of the selections by stochastic greedy, a number in [0, 1], got {self.exploration!r}')
+        for name in ('phase', 'scores'):
+            if name in options:
+                raise InputError(f'{name}: SubsetSelection goes through both phases by itself; exploration is the share of the first')
+        super().__init__(strategy, backend, options)
+        self.prepared: dict[str, Tensor] = {}
+        self.ready = False  # on every rank, while rank 0 alone needs what was prepared
+
+    def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
+        self.ready = self.ready and known
+
+    def read(self, data: DataPass) -> Found | None:
+        return None if self.ready else Found(data.gradients(linear_layer=True, softmax=False))
+
+    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        if found is not None:
+            self.prepared = self._prepare(found.train, occasion)
+        subsets = self.prepared['subsets']
+        if occasion.number < len(subsets):
+            return subsets[occasion.number].long(), torch.ones(occasion.budget)
+        gains, labels = self.prepared['importance'], self.prepared.get('labels')
+        return self._select_without_gradients(occasion, labels, scores=gains, phase='weighted-random')
+
+    def picked(self) -> None:
+        self.ready = True
+
+    def _prepare(self, train: Rows, occasion: Occasion) -> dict[str, Tensor]:
+        if occasion.total is None:
+            raise InputError('strategy: milo needs max_duration in epochs, to share out its two phases')
+        assert train.gradients is not None
+        classes = None if self.settings['selection_type'] == 'Supervised' else train.classes
+        subsets = [
+            self._select(train.gradients, occasion, classes, phase='stochastic-greedy')[0].int().cpu()
+            for _ in range(math.ceil(self.exploration * occasion.total - 1e-9))
+        ]
+        gains = importance(train.gradients, classes, self.settings['features'])
+        prepared = {'subsets': torch.stack(subsets) if subsets else torch.zeros(0, occasion.budget, dtype=torch.int32)}
+        prepared['importance'] = gains.cpu()
+        return prepared if classes is None else {**prepared, 'labels': classes.cpu()}
+
+    def state_dict(self, state: State | None) -> dict[str, Any]:
+        return {'prepared': self.prepared}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.prepared = {name: value.cpu() for name, value in saved['prepared'].items()}
+        self.ready = bool(self.prepared)
+
+
+class _File(Source):
+    """Trains on the subset that a file holds."""
+
+    once = True
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        path = options.get('path')
+        if path is None or set(options) != {'path'}:
+            other = next((name for name in options if name != 'path'), None)
+            raise InputError('path: missing; strategy=file needs the file' if other is None else f'{other}: not an option of strategy file')
+        self.path = Path(path)
+        self.subset = read_subset(self.path)
+        self.weighted = bool((self.subset.weights != self.subset.weights[0]).any())
+
+    def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
+        check_subset(self.path, self.subset, dataset)
+
+    def budget(self, num_samples: int, fraction: float) -> int:
+        return len(self.subset.indices)
+
+    def read(self, data: DataPass) -> None:
+        return None
+
+    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        return self.subset.indices, self.subset.weights
+
+
+def make_source(
+    strategy: str, backend: str, options: Mapping[str, Any], *, linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
+) -> Source:
+    """The source for a strategy.
+
+    Args:
+        strategy: ``file`` or a strategy's name.
+        backend: ``torch`` or ``cords``.
+        options: The strategy's options.
+        linear_layer: Whether weight gradients of the last layer are used.
+        val_dataloader: The validation data, or ``None``.
+
+    Raises:
+        InputError: For an unknown strategy, backend, option or value, or a file that cannot be read.
+    """
+    if strategy == 'file':
+        return _File(options)
+    if strategy in ('random', 'adaptive-random'):
+        return _Random(strategy, backend, options)
+    if strategy == 'forgetting':
+        return _Forgetting(strategy, backend, options)
+    if strategy == 'milo':
+        return _Milo(strategy, backend, options)
+    return _Gradients(strategy, backend, options, linear_layer, val_dataloader)

@@ -1,0 +1,18 @@
+"""Forgetting: the samples that were learnt and lost again most often."""
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.subset_selection.problem import Problem, Selection
+from composer_effalgos.subset_selection.strategies.ranking import by_rank
+
+__all__ = ['forgetting']
+
+
+def forgetting(problem: Problem) -> Selection:
+    """Ranks by the number of forgetting events, given as ``scores`` (Toneva et al., arXiv 1812.05159, section 3).
+
+    A sample is forgotten when it was classified correctly and is classified wrongly the next time it is trained on; one that was never
+    learnt counts as forgotten infinitely often. ``SubsetSelection`` counts while it trains on all data (``kappa``).
+    """
+    if problem.scores is None:
+        raise InputError('scores: missing; forgetting needs the number of forgetting events of every sample')
+    return by_rank(problem, problem.scores)

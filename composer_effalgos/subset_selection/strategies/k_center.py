@@ -1,0 +1,19 @@
+"""K-center: the samples that leave no other far away."""
+
+import torch
+
+from composer_effalgos.subset_selection.problem import Problem, Selection
+from composer_effalgos.subset_selection.strategies.points import farthest_first, points_of
+
+__all__ = ['k_center']
+
+
+def k_center(problem: Problem) -> Selection:
+    """Greedy k-center (Sener and Savarese, arXiv 1708.00489, algorithm 1), from a random first sample.
+
+    The largest distance from a sample to its nearest pick is at most twice the least possible.
+    """
+    points = points_of(problem.gradients, problem.options['features'])
+    first = int(torch.randint(len(points), (), generator=problem.generator))
+    order, _ = farthest_first(points, problem.budget, first)
+    return order, torch.ones(problem.budget, device=points.device)

@@ -1,0 +1,77 @@
+"""MILO: first varied subsets of typical samples, then random draws that favour the untypical ones."""
+
+import torch
+from torch import Tensor
+
+from composer_effalgos.subset_selection.gradients import LastLayerGradients
+from composer_effalgos.subset_selection.problem import Problem, Selection, by_label
+from composer_effalgos.subset_selection.strategies.greedy import greedy
+from composer_effalgos.subset_selection.strategies.points import farthest_first, points_of, unit_length
+
+__all__ = ['PHASES', 'importance', 'milo']
+
+PHASES = ('stochastic-greedy', 'weighted-random')
+
+
+def milo(problem: Problem) -> Selection:
+    """One subset of MILO (Killamsetty et al., arXiv 2301.13287), of either of its phases.
+
+    ``phase='stochastic-greedy'``: graph cut, ``sum_{v, s in S} sim(v, s) - lam sum_{s, t in S} sim(s, t)``, by stochastic greedy, which
+    gives another near-optimal subset with every seed. ``phase='weighted-random'``: a draw without replacement in which a sample of
+    importance ``g`` (:func:`importance`, or ``scores``) has weight ``1 + g + g^2 / 2``, the second-order Taylor softmax. The similarity
+    is ``(1 + cosine) / 2``. ``SubsetSelection`` goes through both phases.
+    """
+    points = unit_length(points_of(problem.gradients, problem.options['features']))
+    if problem.options['phase'] == 'stochastic-greedy':
+        steps = greedy(_GraphCut(points, problem.options['lam']), 'stochastic', problem.budget, problem.generator, points.device)
+        items = torch.tensor([item for (item, _), _ in zip(steps, range(problem.budget), strict=False)], device=points.device)
+    else:
+        gain = _importance(points) if problem.scores is None else problem.scores
+        weight = 1 + gain.double() + gain.double().square() / 2
+        # The smallest of exponential variables with these rates make a draw without replacement (Efraimidis and Spirakis, 2006).
+        times = -torch.rand(len(points), generator=problem.generator, dtype=torch.float64).clamp(min=1e-300).log().to(points.device)
+        items = (times / weight).argsort()[: problem.budget]
+    return items, torch.ones(problem.budget, device=points.device)
+
+
+def importance(gradients: LastLayerGradients, labels: Tensor | None = None, features: str = 'embedding') -> Tensor:
+    """MILO's importance of every sample: how far it was from those taken before, when all of its class are taken greedily.
+
+    The greedy maximisation of disparity-min, the least distance ``1 - sim`` within a set: the gain is the value of the set that the
+    sample enters with. One pass over a class of ``n`` samples costs ``n^2`` inner products, once a run.
+
+    Args:
+        gradients (LastLayerGradients): of the N samples.
+        labels (Tensor | None): class indices, int64 ``[N]``; ``None`` for one class.
+        features (str): compares ``embedding`` or ``gradient``.
+
+    Returns:
+        Tensor: float32 ``[N]``, in [0, 1].
+    """
+    points = unit_length(points_of(gradients, features))
+    gains = torch.empty(len(points), device=points.device)
+    for rows in by_label(labels, len(points), points.device):
+        gains[rows] = _importance(points.take(rows))
+    return gains
+
+
+def _importance(points: LastLayerGradients) -> Tensor:
+    """Begins with the sample nearest to the mean, so that the result does not depend on chance."""
+    first = int(points.dot(points.mean()).argmax())
+    order, distances = farthest_first(points, len(points), first)
+    distances[0] = distances[1] if len(points) > 1 else 0.0
+    return torch.empty_like(distances).index_copy_(0, order, (distances / 4).clamp(max=1))  # |u - v|^2 / 4 = 1 - (1 + u.v) / 2
+
+
+class _GraphCut:
+    """Graph cut of cosine similarities, in closed form: no kernel is kept."""
+
+    def __init__(self, points: LastLayerGradients, lam: float) -> None:
+        self.points, self.lam, self.n = points, lam, len(points)
+        self.gain = (self.n + points.dot(points.sum()).double()) / 2 - lam * (1 + points.squared_norms().double()) / 2
+
+    def gains(self, items: Tensor) -> Tensor:
+        return self.gain[items]
+
+    def add(self, item: Tensor) -> None:
+        self.gain -= self.lam * (1 + self.points.gram(self.points.take(item))[:, 0].double())

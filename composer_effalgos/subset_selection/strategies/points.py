@@ -1,0 +1,47 @@
+"""What herding, k-center and MILO compare samples by."""
+
+import torch
+from torch import Tensor
+
+from composer_effalgos.subset_selection.gradients import LastLayerGradients
+
+__all__ = ['FEATURES', 'farthest_first', 'points_of', 'unit_length']
+
+FEATURES = ('embedding', 'gradient')
+
+
+def points_of(gradients: LastLayerGradients, features: str) -> LastLayerGradients:
+    """Samples as points: their embeddings, or with ``features='gradient'`` (or without an embedding) their gradients."""
+    if features == 'gradient' or gradients.embedding is None:
+        return gradients
+    return LastLayerGradients(gradients.embedding)
+
+
+def unit_length(points: LastLayerGradients) -> LastLayerGradients:
+    """The points scaled to length 1; a point at the origin stays there."""
+    return LastLayerGradients(points.error / points.squared_norms().sqrt().clamp(min=1e-12)[:, None], points.embedding)
+
+
+def farthest_first(points: LastLayerGradients, count: int, first: int) -> tuple[Tensor, Tensor]:
+    """Takes one point after the other, always the one furthest from those taken (Gonzalez, 1985). Nothing here waits for the device.
+
+    Args:
+        points (LastLayerGradients): N points.
+        count (int): how many to take, 1 to N.
+        first (int): the point to begin with.
+
+    Returns:
+        tuple[Tensor, Tensor]: positions, int64 ``[count]``, and how far (squared) each was from the nearest taken before it, float32
+        ``[count]``; infinite for the first.
+    """
+    squares, device = points.squared_norms(), points.device
+    nearest = torch.full((len(points),), torch.inf, device=device)
+    order = torch.empty(count, dtype=torch.int64, device=device)
+    distances = torch.empty(count, device=device)
+    best = torch.tensor([first], device=device)
+    for step in range(count):
+        order[step], distances[step] = best[0], nearest[best[0]]
+        to_best = squares + squares[best] - 2 * points.gram(points.take(best))[:, 0]
+        nearest = torch.minimum(nearest, to_best.clamp_(min=0)).index_fill_(0, best, -torch.inf)
+        best = nearest.argmax(dim=0, keepdim=True)
+    return order, distances

@@ -1,0 +1,147 @@
+"""A subset as a file: Parquet with the columns ``index`` and ``weight``, and in its metadata which data set it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan import class_labels
+
+__all__ = ['SubsetFile', 'labels_digest', 'read_subset', 'write_subset']
+
+_KEY = b'composer_effalgos.subset'
+
+
+@dataclass(frozen=True)
+class SubsetFile:
+    """What a file holds.
+
+    Attributes:
+        indices: Sample numbers, int64 ``[k]``, ascending.
+        weights: Their loss weights, float32 ``[k]``.
+        facts: What is known about its origin: ``num_samples`` and ``labels`` of the data set, and whatever the writer added.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    facts: Mapping[str, Any]
+
+
+def labels_digest(dataset: Dataset[Any]) -> str | None:
+    """A fingerprint of a data set's labels, in their order; ``None`` where it carries none."""
+    labels = class_labels(dataset)
+    if labels is None:
+        return None
+    values = torch.as_tensor(labels)
+    return hashlib.sha256(values.numpy().astype(np.int64).tobytes()).hexdigest()[:16] if not values.is_floating_point() else None
+
+
+def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Dataset[Any], facts: Mapping[str, Any]) -> None:
+    """Writes a subset, all of it or nothing.
+
+    Args:
+        path: The file, which is replaced if there is one.
+        indices: Sample numbers, int64 ``[k]``.
+        weights: Their loss weights, float32 ``[k]``.
+        dataset: The data set they number.
+        facts: What else the file should say of itself; plain data.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    order = indices.argsort()
+    table = pa.table({'index': indices[order].numpy(), 'weight': weights[order].numpy().astype(np.float32)})
+    known = {**facts, 'num_samples': len(dataset), 'labels': labels_digest(dataset)}  # type: ignore[arg-type]
+    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(known)}), unfinished)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f'{path}: cannot be written ({error.strerror or error}); a path in a folder that exists is right') from error
+
+
+def read_subset(path: Path) -> SubsetFile:
+    """Reads a subset.
+
+    Args:
+        path: A Parquet file with a column ``index`` and, unless all weights are one, a column ``weight``.
+
+    Returns:
+        The subset, its indices ascending.
+
+    Raises:
+        InputError: No such file, another kind of file, a column missing or of another type, an index twice or below zero, a weight that is
+            not a number from 0 on, or weights that are all zero.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise InputError(f'path: {path}: no such file; effalgos select writes one') from None
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f'path: {path}: not a readable Parquet file ({" ".join(str(error).split())})') from error
+    index = _column(path, table, 'index', np.integer).astype(np.int64)
+    if len(index) == 0:
+        raise InputError(f'path: {path}: has no rows; at least one sample is right')
+    if index.min() < 0:
+        raise InputError(f'path: {path}: row {int(index.argmin())}: index {index.min()}; sample numbers from 0 are right')
+    values, counts = np.unique(index, return_counts=True)
+    if counts.max() > 1:
+        raise InputError(f'path: {path}: index {values[counts.argmax()]} is there {counts.max()} times; every sample once is right')
+    weight = np.ones(len(index), np.float32)
+    if 'weight' in table.column_names:
+        weight = _column(path, table, 'weight', np.number).astype(np.float32)
+    wrong = ~(np.isfinite(weight) & (weight >= 0))
+    if wrong.any():
+        raise InputError(f'path: {path}: row {int(wrong.argmax())}: weight {weight[wrong][0]}; a number from 0 is right')
+    if not weight.any():
+        raise InputError(f'path: {path}: all weights are 0; at least one above 0 is right')
+    order = index.argsort()
+    facts = json.loads((table.schema.metadata or {}).get(_KEY, b'{}'))
+    return SubsetFile(torch.from_numpy(index[order]), torch.from_numpy(weight[order]), facts)
+
+
+def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
+    """Refuses a subset of another data set.
+
+    Args:
+        path: Where it came from, for messages.
+        subset: The subset.
+        dataset: The data set to train on.
+
+    Raises:
+        InputError: It was written for a data set of another size or with other labels, or names samples that are not there.
+    """
+    size = len(dataset)  # type: ignore[arg-type]
+    written_for = subset.facts.get('num_samples', size)
+    if written_for != size:
+        raise InputError(f'path: {path}: is a subset of {written_for} samples, and this data set has {size}; select from this one')
+    if int(subset.indices[-1]) >= size:
+        raise InputError(f'path: {path}: index {int(subset.indices[-1])}, and this data set has {size} samples; 0 to {size - 1} is right')
+    labels, ours = subset.facts.get('labels'), labels_digest(dataset)
+    if labels is not None and ours is not None and labels != ours:
+        raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
+
+
+def _column(path: Path, table: pa.Table, name: str, kind: type) -> np.ndarray:
+    if name not in table.column_names:
+        raise InputError(f'path: {path}: no column {name!r} (found {", ".join(table.column_names)}); index and weight are right')
+    column = table.column(name)
+    values = column.to_numpy()
+    if column.null_count or not np.issubdtype(values.dtype, kind):
+        right = 'whole numbers' if kind is np.integer else 'numbers'
+        raise InputError(f'path: {path}: column {name!r} is {column.type} with {column.null_count} empty; {right}, none empty, are right')
+    return values

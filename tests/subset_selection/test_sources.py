@@ -1,0 +1,391 @@
+"""In training: where subsets come from, what is held out for validation, and what a resumed run knows."""
+
+import itertools
+
+import pandas as pd
+import pytest
+import torch
+from composer.core import Callback, DataSpec
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from composer_effalgos import InfoBatch, InputError, SubsetSelection
+from composer_effalgos import functional as ef
+from composer_effalgos.plan import Plan
+from composer_effalgos.subset_selection import last_layer_gradients, sources
+from composer_effalgos.subset_selection.strategies.milo import importance
+from composer_effalgos.subset_selection.subset_file import write_subset
+
+STATIC = ['el2n', 'grand', 'forgetting', 'margin', 'entropy', 'least-confidence', 'herding', 'k-center', 'milo']
+
+
+class Subsets(Callback):
+    """What each epoch trained on."""
+
+    def __init__(self):
+        self.trained, self.orders, self.seconds = [], [], []
+
+    def epoch_end(self, state, logger):
+        loader = Plan.of(state).loader
+        self.trained.append(loader.plan.order.sort().values)
+        self.orders.append(loader.rank_order)
+        self.seconds.append(loader.facts['selection_seconds'])
+
+
+@pytest.fixture
+def fit(make_trainer):
+    def run(*algorithms, callbacks=(), **kwargs) -> Subsets:
+        subsets = Subsets()
+        trainer = make_trainer(algorithms, callbacks=[subsets, *callbacks], **kwargs)
+        trainer.fit()
+        subsets.trainer = trainer
+        return subsets
+
+    return run
+
+
+@pytest.mark.parametrize('strategy', STATIC)
+def test_every_strategy_trains_on_exactly_the_budget(fit, strategy):
+    algorithm = SubsetSelection(strategy, 0.3, '2ep', kappa=0.25)
+    subsets = fit(algorithm, max_duration='4ep')
+    assert [len(set(t.tolist())) for t in subsets.trained] == [203, 61, 61, 61]
+    assert torch.equal(subsets.trained[1], subsets.trained[2])
+    assert (algorithm.weights == 1).all()
+    assert [seconds > 0 for seconds in subsets.seconds] == [False, True, False, True]
+
+
+# ---------------------------------------------------------------- a held-out share
+
+
+@pytest.mark.parametrize('strategy', ['glister', 'gradmatch', 'random', 'adaptive-random', 'craig', 'milo', 'forgetting', 'margin'])
+def test_what_is_held_out_is_never_trained_on(fit, strategy):
+    algorithm = SubsetSelection(strategy, 0.3, '1ep', kappa=0.3, val_share=0.2)
+    subsets = fit(algorithm, max_duration='4ep')
+    held_out = set(algorithm.held_out.tolist())
+    assert len(held_out) == round(0.2 * 203)
+    assert [len(t) for t in subsets.trained] == [203 - len(held_out)] * 2 + [61] * 2
+    for trained in subsets.trained:
+        assert not held_out & set(trained.tolist())
+    if strategy == 'random':
+        assert torch.equal(subsets.trained[2], subsets.trained[3])
+
+
+@pytest.mark.parametrize(('strategy', 'options'), [('glister', {'greedy': 'Naive'}), ('gradmatch', {'valid': True})])
+def test_the_held_out_samples_are_the_validation_set(fit, problem, strategy, options):
+    """The subset is what ``ef.select_subset`` picks with the gradients of the held-out samples, computed by hand."""
+    algorithm, seen = SubsetSelection(strategy, 0.3, '1ep', val_share=0.2, **options), []
+
+    class Check(Callback):
+        def epoch_start(self, state, logger):
+            batches = DataLoader(problem, batch_size=16)
+            gradients, labels = last_layer_gradients(state.model, batches, cross_entropies)
+            held_out = algorithm.held_out
+            rest = torch.tensor([i for i in range(203) if i not in set(held_out.tolist())])
+            validation = {'val_gradients': gradients.take(held_out), 'val_labels': labels[held_out]}
+            positions, _ = ef.select_subset(strategy, gradients.take(rest), 61, labels=labels[rest], **validation, **options)
+            seen.append((set(rest[positions].tolist()), set(algorithm.indices.tolist())))
+
+    fit(algorithm, callbacks=[Check()], max_duration='2ep')
+    assert len(seen) == 2
+    for expected, found in seen:
+        assert len(expected & found) >= 59  # GradMatch fills up at random
+
+
+def cross_entropies(outputs, batch):
+    return nn.functional.cross_entropy(outputs, batch[1], reduction='none')
+
+
+def test_holding_out_needs_room(make_trainer):
+    with pytest.raises(InputError, match=r'fraction: 0.9 of 203 samples is 183, but val_share leaves 162; use a fraction of at most 0.798'):
+        make_trainer([SubsetSelection('glister', 0.9, val_share=0.2)]).fit()
+
+
+def test_validation_loaders_are_not_read_for_nothing(fit, problem):
+    class Unread(TensorDataset):
+        def __getitem__(self, index):
+            raise AssertionError('read')
+
+    unread = DataLoader(Unread(*problem.tensors), batch_size=16)
+    fit(SubsetSelection('craig', 0.3, val_dataloader=unread), max_duration='1ep')
+    fit(SubsetSelection('gradmatch', 0.3, val_dataloader=unread), max_duration='1ep')
+
+
+# ---------------------------------------------------------------- DataSpec
+
+
+def test_batches_go_through_the_transforms_of_their_data_spec(make_trainer, problem):
+    """Inputs that only the transforms put right give the selection of inputs that were right from the start."""
+    inputs, labels = problem.tensors
+    validation = TensorDataset(inputs[:50], labels[:50])
+
+    def spec(tensors, batch_size, **transforms):
+        return DataSpec(DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=len(tensors[0]) > 50), **transforms)
+
+    def fit(train, val):
+        algorithm = SubsetSelection('glister', 0.3, '1ep', val_dataloader=val)
+        trainer = make_trainer([algorithm], max_duration='2ep')
+        trainer.fit(train_dataloader=train)
+        return algorithm.indices
+
+    plain = fit(spec((inputs, labels), 16), spec(validation.tensors, 16))
+    transforms = {
+        'batch_transforms': lambda batch: [batch[0] * 2, batch[1]],
+        'microbatch_transforms': lambda batch: [batch[0] + 1, batch[1]],
+    }
+    transformed = fit(
+        spec(((inputs - 1) / 2, labels), 16, **transforms),
+        spec(((validation.tensors[0]) * 4, validation.tensors[1]), 16, batch_transforms=lambda batch: [batch[0] / 4, batch[1]]),
+    )
+    assert len(set(plain.tolist()) & set(transformed.tolist())) >= 0.9 * len(plain)  # (x - 1) / 2 * 2 + 1 is x but for the last bits
+
+
+# ---------------------------------------------------------------- forgetting
+
+
+class Presentations(Callback):
+    """Whether each sample was right each time it was trained on, from a second forward pass."""
+
+    def __init__(self, problem):
+        self.problem, self.right = problem, {i: [] for i in range(len(problem))}
+
+    def batch_start(self, state, logger):
+        loader = Plan.of(state).loader
+        where = loader.batch_slice(int(state.timestamp.batch_in_epoch))
+        indices = loader.rank_order[where]
+        with torch.no_grad():
+            right = state.model.module(self.problem.tensors[0][indices]).argmax(dim=1) == self.problem.tensors[1][indices]
+        for index, correct in zip(indices.tolist(), right.tolist(), strict=True):
+            self.right[index].append(correct)
+
+
+def events_by_definition(right):
+    if not any(right):
+        return float('inf') if right else -1.0
+    return float(sum(before and not after for before, after in itertools.pairwise(right)))
+
+
+@pytest.mark.parametrize('microbatch', [None, 5])
+def test_forgetting_counts_what_was_lost_again(fit, problem, microbatch, monkeypatch):
+    presentations, given = Presentations(problem), []
+    select = sources.select_subset
+
+    def spy(*arguments, **options):
+        given.append(options['scores'].clone())
+        return select(*arguments, **options)
+
+    monkeypatch.setattr(sources, 'select_subset', spy)
+    algorithm = SubsetSelection('forgetting', 0.3, '2ep', kappa=0.6)
+    fit(algorithm, callbacks=[presentations], max_duration='10ep', lr=1.0, device_train_microbatch_size=microbatch)
+    warm_up = [events_by_definition(right[:6]) for right in presentations.right.values()]
+    assert given[0].tolist() == warm_up
+    assert len(set(warm_up)) > 3
+    in_subset = set(algorithm.indices.tolist())
+    later = [events_by_definition(right[:8]) for right in presentations.right.values()]
+    assert given[1].tolist() == later  # goes on within the subset
+    assert min(later[i] for i in in_subset) >= sorted(later)[-61 - 10]
+
+
+def test_forgetting_beside_pruning(fit):
+    algorithm = SubsetSelection('forgetting', 0.3, '2ep', kappa=0.6)
+    subsets = fit(InfoBatch(0.5, delta=1.0), algorithm, max_duration='5ep')
+    assert len(algorithm.indices) == 61
+    assert len(subsets.trained[1]) < 203
+    assert set(subsets.trained[4].tolist()) < set(algorithm.indices.tolist())
+
+
+def test_samples_never_trained_on_are_chosen_last(fit):
+    algorithm = SubsetSelection('forgetting', 0.9, kappa=0.5, selection_type='Supervised')
+    subsets = fit(algorithm, max_duration='2ep', drop_last=True)  # 192 of 203 samples in 12 batches of 16
+    order = subsets.orders[0]
+    assert len(order) == 192
+    assert set(algorithm.indices.tolist()) < set(order.tolist())
+
+
+# ---------------------------------------------------------------- MILO
+
+
+def test_milo_goes_through_both_phases_after_one_pass(fit, problem, monkeypatch):
+    algorithm = SubsetSelection('milo', 0.2, '1ep', exploration=0.5)
+    read, before = [], sources.DataPass.gradients
+    monkeypatch.setattr(sources.DataPass, 'gradients', lambda self, **looks: read.append(looks) or before(self, **looks))
+    subsets = fit(algorithm, max_duration='6ep')
+    assert len(read) == 1
+    prepared = algorithm.state_dict()['source']['prepared']
+    assert prepared['subsets'].shape == (3, 41)
+    for trained, subset in zip(subsets.trained[:3], prepared['subsets'], strict=True):
+        assert trained.tolist() == sorted(subset.tolist())
+    assert len({tuple(trained.tolist()) for trained in subsets.trained}) == 6
+    for trained in subsets.trained:  # in proportion to the classes
+        shares = torch.bincount(problem.tensors[1][trained]) - 41 * torch.bincount(problem.tensors[1]) / 203
+        assert shares.abs().max() < 1
+
+
+def test_milo_prepares_from_the_first_embeddings(fit, problem):
+    algorithm, seen = SubsetSelection('milo', 0.2, '1ep'), []
+
+    class Check(Callback):
+        def epoch_start(self, state, logger):
+            if not seen:
+                gradients, labels = last_layer_gradients(state.model, DataLoader(problem, batch_size=16), cross_entropies)
+                seen.append(importance(gradients, labels))
+
+    fit(algorithm, callbacks=[Check()], max_duration='3ep')
+    assert torch.equal(algorithm.state_dict()['source']['prepared']['importance'], seen[0])
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def subset_file(tmp_path, problem):
+    path = tmp_path / 'subset.parquet'
+    write_subset(path, torch.arange(0, 200, 4), torch.arange(50) + 1.0, dataset=problem, facts={})
+    return path
+
+
+def test_trains_on_the_subset_of_a_file(fit, subset_file):
+    algorithm = SubsetSelection('file', path=str(subset_file), kappa=0.3)
+    subsets = fit(algorithm, max_duration='3ep')
+    assert [len(t) for t in subsets.trained] == [203, 50, 50]
+    assert subsets.trained[1].tolist() == list(range(0, 200, 4))
+    torch.testing.assert_close(algorithm.weights, (torch.arange(50) + 1.0) / 25.5)
+
+
+def test_files_of_others_need_no_weights_and_no_metadata(fit, tmp_path):
+    path = tmp_path / 'mine.parquet'
+    pd.DataFrame({'index': [5, 3, 9, *range(20, 60)]}).to_parquet(path)
+    algorithm = SubsetSelection('file', path=str(path))
+    fit(algorithm, max_duration='1ep')
+    assert algorithm.indices.tolist() == [3, 5, 9, *range(20, 60)]
+    assert (algorithm.weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ('columns', 'message'),
+    [
+        ({'idx': [1]}, r"no column 'index' \(found idx\)"),
+        ({'index': pd.Series([], dtype=int)}, 'has no rows'),
+        ({'index': [1.5]}, "column 'index' is double"),
+        ({'index': [1, None]}, "column 'index' is double with 1 empty"),
+        ({'index': [3, -1]}, 'row 1: index -1'),
+        ({'index': [3, 4, 3]}, 'index 3 is there 2 times'),
+        ({'index': [3], 'weight': ['a']}, "column 'weight' is .*string"),
+        ({'index': [3, 4], 'weight': [1.0, -1.0]}, 'row 1: weight -1.0'),
+        ({'index': [3, 4], 'weight': [0.0, 0.0]}, 'all weights are 0'),
+    ],
+)
+def test_refuses_files(tmp_path, columns, message):
+    path = tmp_path / 'subset.parquet'
+    pd.DataFrame(columns).to_parquet(path)
+    with pytest.raises(InputError, match=f'^path: .*subset.parquet: {message}') as caught:
+        SubsetSelection('file', path=str(path))
+    assert '\n' not in str(caught.value)
+
+
+def test_refuses_what_is_no_file(tmp_path):
+    with pytest.raises(InputError, match='no such file; effalgos select writes one'):
+        SubsetSelection('file', path=str(tmp_path / 'none.parquet'))
+    text = tmp_path / 'text.parquet'
+    text.write_text('index,weight\n1,1\n')
+    with pytest.raises(InputError, match='not a readable Parquet file'):
+        SubsetSelection('file', path=str(text))
+    with pytest.raises(InputError, match='path: missing'):
+        SubsetSelection('file')
+    with pytest.raises(InputError, match='eta: not an option of strategy file'):
+        SubsetSelection('file', path=str(text), eta=0.1)
+
+
+def test_refuses_a_subset_of_another_data_set(make_trainer, problem, subset_file, tmp_path):
+    inputs, labels = problem.tensors
+    for dataset, message in (
+        (TensorDataset(inputs[:150], labels[:150]), 'is a subset of 203 samples, and this data set has 150'),
+        (TensorDataset(inputs, labels.flip(0)), 'of the same size, but with other labels'),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_trainer([SubsetSelection('file', path=str(subset_file))], dataset=dataset).fit()
+    beyond = tmp_path / 'beyond.parquet'
+    pd.DataFrame({'index': [*range(20), 203]}).to_parquet(beyond)
+    with pytest.raises(InputError, match='index 203, and this data set has 203 samples'):
+        make_trainer([SubsetSelection('file', path=str(beyond))]).fit()
+    short = tmp_path / 'short.parquet'
+    pd.DataFrame({'index': [1, 2]}).to_parquet(short)
+    with pytest.raises(InputError, match='path: the file has 2 samples, less than one batch of 16'):
+        make_trainer([SubsetSelection('file', path=str(short))]).fit()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, problem):
+    with pytest.raises(InputError, match='cannot be written'):
+        write_subset(tmp_path / 'none' / 'subset.parquet', torch.arange(3), torch.ones(3), dataset=problem, facts={})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_equal_shares_of_the_classes(fit, problem):
+    for strategy in ('random', 'glister'):
+        algorithm = SubsetSelection(strategy, 0.3, class_balance='equal')
+        fit(algorithm, max_duration='1ep')
+        assert sorted(torch.bincount(problem.tensors[1][algorithm.indices]).tolist()) == [20, 20, 21]
+
+
+class NoTargets(torch.utils.data.Dataset):
+    def __init__(self, problem):
+        self.problem = problem
+
+    def __len__(self):
+        return len(self.problem)
+
+    def __getitem__(self, index):
+        return self.problem[index]
+
+
+def test_labels_are_read_where_the_data_set_carries_none(fit, problem):
+    chosen = []
+    for dataset in (problem, NoTargets(problem)):
+        algorithm = SubsetSelection('random', 0.3, selection_type='PerClass')
+        fit(algorithm, max_duration='1ep', dataset=dataset)
+        chosen.append(algorithm.indices)
+    assert torch.equal(*chosen)
+
+
+# ---------------------------------------------------------------- regression
+
+
+def test_regression_selects_without_classes(fit, problem):
+    targets = problem.tensors[0][:, :1] * 2 + 1
+    module = nn.Linear(8, 1)
+
+    def loss(outputs, labels, reduction='mean'):
+        return nn.functional.mse_loss(outputs, labels, reduction=reduction)
+
+    for strategy in ('gradmatch', 'craig', 'k-center'):
+        algorithm = SubsetSelection(strategy, 0.3)
+        fit(algorithm, max_duration='1ep', dataset=TensorDataset(problem.tensors[0], targets), module=module, loss_fn=loss)
+        assert len(algorithm.indices) == 61
+    with pytest.raises(InputError, match='strategy: this one is for classifiers'):
+        fit(SubsetSelection('el2n', 0.3), dataset=TensorDataset(problem.tensors[0], targets), module=module, loss_fn=loss)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'val_share': 1.0}, '^val_share: must be'),
+        (
+            {'val_share': 0.1, 'val_dataloader': DataLoader([1])},
+            '^val_share: cannot be combined with val_dataloader',
+        ),
+        ({'strategy': 'forgetting'}, '^kappa: strategy forgetting counts'),
+        ({'strategy': 'milo', 'exploration': 2}, '^exploration: '),
+        ({'strategy': 'milo', 'phase': 'weighted-random'}, '^phase: SubsetSelection goes through both'),
+        ({'class_balance': 'equal', 'selection_type': 'Supervised'}, '^class_balance: equal shares need'),
+    ],
+)
+def test_refuses_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        SubsetSelection(**arguments)
+
+
+def test_milo_needs_epochs(make_trainer):
+    with pytest.raises(InputError, match='milo needs max_duration in epochs'):
+        make_trainer([SubsetSelection('milo', 0.3)], max_duration='20ba').fit()
