@@ -198,9 +198,14 @@ def center_boxes(heights: np.ndarray, widths: np.ndarray, shorter: int, height: 
     Returns:
         int64 ``[m, 4]``: top, left, height, width in the image.
     """
-    scale = np.minimum(heights, widths) / shorter
-    tall, wide = (np.maximum(1, np.round(side * scale)).astype(np.int64) for side in (height, width))
-    return np.stack([(heights - tall) // 2, (widths - wide) // 2, tall, wide], axis=1)
+    boxes = []
+    for lengths, others, side in ((heights, widths, height), (widths, heights, width)):
+        resized = np.where(lengths <= others, shorter, shorter * lengths // others)
+        start = np.round((resized - side) / 2)  # torchvision rounds in the resized image
+        first, last = (np.round(place * lengths / resized).astype(np.int64) for place in (start, start + side))
+        boxes.append((first, np.maximum(last - first, 1)))
+    (top, tall), (left, wide) = boxes
+    return np.stack([top, left, tall, wide], axis=1)
 
 
 def random_resized_boxes(
