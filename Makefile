@@ -7,7 +7,7 @@ BENCH_OUT ?= runs/digits
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv chromium demo bench test test-slow lint clean
+.PHONY: setup setup-ffcv chromium demo bench notebooks docs test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 		"error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; name another with make PYTHON=python3.11" % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo 'error: no virtual environment; on Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev,cords,streaming]'
+	$(BIN)/pip install --quiet -e '.[dev,cords,streaming,notebooks,docs]'
 	$(BIN)/pip install --quiet --no-deps cords==0.0.4 mosaicml-streaming==0.13.0
 	@touch $@
 
@@ -40,6 +40,14 @@ bench: $(STAMP)
 chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; }
+
+# Runs the tutorials anew, each from a clean kernel, and stores their outputs.
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py
+
+# The pages are in build/site; a broken link or a docstring that cannot be read is an error.
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'not slow'

@@ -82,13 +82,17 @@ def run_jobs(
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     console = console or Console()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{out}: the folder cannot be made ({error.strerror})') from error
     failures: list[str] = []
     text, clock = TextColumn('{task.description}'), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
-    with locked(out) as lock:
+    with _locked(out) as lock:
         for job in jobs:
             if fresh and job.recipe.run_folder.exists():
                 shutil.rmtree(job.recipe.run_folder)
-            check_settings(job)
+            _check_settings(job)
         todo = [job for job in jobs if not (job.recipe.run_folder / FINISHED).exists()]
         if len(todo) < len(jobs):
             console.print(f'{len(jobs) - len(todo)} of {len(jobs)} runs are done already', highlight=False)
@@ -102,11 +106,10 @@ def run_jobs(
                 if deadline is not None and time.monotonic() >= deadline:
                     break
 
-                def advance(epochs: list[dict[str, Any]], done: int = done, most: int = job.epochs or 0) -> bool:
-                    progress.update(task, completed=done + min(len(epochs), most))
-                    return False
+                def advance(epochs: int, done: int = done, most: int = job.epochs or 0) -> None:
+                    progress.update(task, completed=done + min(epochs, most))
 
-                failure = train_job(job, lock, ranks=ranks, deadline=deadline, enough=advance)
+                failure = _train(job, ranks, deadline, lock, advance)
                 if failure is None:
                     break  # the time is over
                 pending.remove(name)
@@ -128,22 +131,8 @@ def finished(job: Job) -> bool:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Makes ``out`` and holds it for this process and its runs; what a killed call left running is waited for.
-
-    Args:
-        out: The folder of the runs.
-
-    Yields:
-        The descriptor that holds the lock, for the runs to inherit.
-
-    Raises:
-        InputError: ``out`` cannot be written, or another call is at work in it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'{out}: the folder cannot be made ({error.strerror})') from error
+def _locked(out: Path) -> Iterator[int]:
+    """Holds ``out`` for this process and its runs; what a killed call left running is waited for."""
     try:
         file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -163,15 +152,8 @@ def locked(out: Path) -> Iterator[int]:
         os.close(file)  # the lock goes with the last process that holds the file
 
 
-def check_settings(job: Job) -> None:
-    """Refuses a folder that holds the same run with other settings: neither mixing nor replacing them is what was asked for.
-
-    Args:
-        job: The run.
-
-    Raises:
-        InputError: Its folder holds other settings; the message names one of them.
-    """
+def _check_settings(job: Job) -> None:
+    """Refuses a folder that holds the same run with other settings: neither mixing nor replacing them is what was asked for."""
     path = job.recipe.run_folder / RECIPE
     if not path.exists():
         return
@@ -190,21 +172,8 @@ def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
     return {key: value for name, item in settings.items() for key, value in _flat(item, f'{prefix}.{name}' if prefix else name).items()}
 
 
-def train_job(
-    job: Job, lock: int, *, ranks: int = 1, deadline: float | None = None, enough: Callable[[list[dict[str, Any]]], bool]
-) -> str | None:
-    """Trains one run, or what is left of it.
-
-    Args:
-        job: The run.
-        lock: What :func:`locked` gave.
-        ranks: Its processes.
-        deadline: When to stop it, on the monotonic clock.
-        enough: Sees the epochs in ``summary.json`` again and again; where it is true, the run has come to its end.
-
-    Returns:
-        What went wrong; '' where all is well; None where the deadline came first.
-    """
+def _train(job: Job, ranks: int, deadline: float | None, lock: int, advance: Callable[[int], None]) -> str | None:
+    """Trains one run, or what is left of it; what went wrong, '' where all is well, None where the deadline came first."""
     folder = job.recipe.run_folder
     resumes = (checkpoint_folder(job.recipe) / 'latest-rank0.pt').exists()
     if folder.exists() and not resumes:
@@ -224,16 +193,15 @@ def train_job(
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == 'linux' else None,
         )
-        reached = False
         try:
-            while process.poll() is None and not reached:
+            while process.poll() is None:
                 if deadline is not None and time.monotonic() >= deadline:
                     return None
                 time.sleep(0.1)
-                reached = enough(_epochs(folder))
+                advance(_epochs_done(folder))
         finally:
             _stop(process)
-    if (reached or process.returncode == 0) and (folder / SUMMARY).exists():
+    if process.returncode == 0 and (folder / SUMMARY).exists():
         (folder / FINISHED).touch()
         return ''
     return f'{_last_line(folder / LOG, process.returncode)} (see {folder / LOG})'
@@ -265,11 +233,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _epochs(folder: Path) -> list[dict[str, Any]]:
+def _epochs_done(folder: Path) -> int:
     try:
-        return json.loads((folder / SUMMARY).read_text(encoding='utf-8'))['epochs']
+        return len(json.loads((folder / SUMMARY).read_text(encoding='utf-8'))['epochs'])
     except FileNotFoundError:
-        return []
+        return 0
 
 
 def _last_line(log: Path, returncode: int) -> str:
