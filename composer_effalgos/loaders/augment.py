@@ -123,13 +123,12 @@ class BatchTransform:
         columns = torch.arange(crop_width, device=images.device)
         rows = rows + down
         columns = columns + (crop_width - 1 - 2 * columns) * flip + across
-        inside = None
+        rows_beside, columns_beside = (rows < 0) | (rows >= height), (columns < 0) | (columns >= width)
         if any(self.padding):
-            inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
             rows, columns = self._into(rows, height), self._into(columns, width)
         pixels = ((indices[:, None] * height + rows) * width)[:, :, None] + columns[:, None, :]
-        if inside is not None and self.padding_mode == 'constant':
-            pixels = torch.where(inside, pixels, total * height * width)
+        if any(self.padding) and self.padding_mode == 'constant':
+            pixels.masked_fill_(rows_beside[:, :, None] | columns_beside[:, None, :], total * height * width)
         stored = images.as_strided((total * height * width + 1, 3), (3, 1))
         chosen = stored.index_select(0, pixels.view(-1)).view(len(indices), crop_height, crop_width, 3)
         if self.size is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from composer_effalgos.loaders.augment import split_transform, steps_of, with_bl
 from composer_effalgos.plan import DataPath, Reading
 
 # On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to so many bytes
-TOGETHER = 64 * 2**20
+TOGETHER = 64 * 2**20  # bytes
 
 
 class DeviceDataLoader(DataPath):
@@ -106,24 +107,17 @@ class DeviceDataLoader(DataPath):
         decisions = self._transform.draw(reading.seed, reading.indices, *images.shape[1:3])
         indices, decisions = self._to_device(reading.indices), self._to_device(decisions)
         offsets = reading.offsets
-        for first, last in self._together(offsets):
+        for first, last in _together(offsets, TOGETHER // (4 * images[0].numel()) if self.device.type == 'cuda' else 0):
             start, stop = offsets[first], offsets[last]
             chosen = indices[start:stop]
             inputs, targets = self._transform(images, chosen, decisions[:, start:stop]), labels.index_select(0, chosen)
+            if last == first + 1:
+                yield [inputs, targets]
+                continue
             for batch in range(first, last):
                 here = slice(offsets[batch] - start, offsets[batch + 1] - start)
-                yield [inputs[here], targets[here]]
-
-    def _together(self, offsets: Any) -> Iterator[tuple[int, int]]:
-        """Ranges of batches that are made at once: one on a CPU, where a batch should stay in the cache."""
-        assert self._images is not None
-        samples = TOGETHER // (4 * self._images[0].numel()) if self.device.type == 'cuda' else 0
-        first = 0
-        while first < len(offsets) - 1:
-            last = int(np.searchsorted(offsets, offsets[first] + samples, side='right')) - 1
-            last = max(last, first + 1)
-            yield first, last
-            first = last
+                # memory of its own: Composer deep-copies each batch, and the copy of a view is one of all that it is a view of
+                yield [inputs[here].clone(), targets[here].clone()]
 
     def _to_device(self, values: Tensor) -> Tensor:
         if self.device.type != 'cuda':
@@ -166,6 +160,15 @@ class DeviceDataLoader(DataPath):
                 done += 1
         assert images is not None, 'a DataLoader has no empty data set'
         return images, labels
+
+
+def _together(offsets: Sequence[int], samples: int) -> Iterator[tuple[int, int]]:
+    """Ranges of batches with at most so many samples together, one batch at least: on a CPU, one, which stays in its cache."""
+    first = 0
+    while first < len(offsets) - 1:
+        last = max(first + 1, bisect.bisect_right(offsets, offsets[first] + samples) - 1)
+        yield first, last
+        first = last
 
 
 class _ToStore:

@@ -10,6 +10,8 @@ import torchvision
 from composer import Trainer
 from composer.algorithms import RandAugment
 from composer.models import ComposerClassifier
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
@@ -19,6 +21,7 @@ from composer_effalgos import AdaBatch, InfoBatch, InputError
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.images import ImageArray, small_image_transform
 from composer_effalgos.loaders import DeviceDataLoader, cache
+from composer_effalgos.loaders.device import _together
 from composer_effalgos.plan import PlannedDataLoader, plan_epoch, resume_epoch
 
 
@@ -63,6 +66,25 @@ def test_without_augmentation_batches_are_those_of_a_data_loader():
     assert by_device[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_batches_made_together_are_the_same_and_own_their_memory(monkeypatch):
+    loader = DeviceDataLoader(small_images(cutout=3), batch_size=4, shuffle=True)
+    apart = whole(loader)
+    monkeypatch.setattr('composer_effalgos.loaders.device._together', lambda offsets, samples: _together(offsets, 10))
+    together = list(loader)
+    assert equal(apart, together)
+    assert all(column.untyped_storage().nbytes() == column.nbytes for batch in together for column in batch)
+
+
+@given(sizes=st.lists(st.integers(1, 9), max_size=20), samples=st.integers(0, 30))
+def test_ranges_of_batches(sizes, samples):
+    offsets = np.cumsum([0, *sizes]).tolist()
+    ranges = list(_together(offsets, samples))
+    assert [batch for first, last in ranges for batch in range(first, last)] == list(range(len(sizes)))
+    for first, last in ranges:
+        assert last == first + 1 or offsets[last] - offsets[first] <= samples
+        assert last == len(sizes) or offsets[last + 1] - offsets[first] > samples
+
+
 def test_evaluation_transform_with_resize_and_crop_is_done_once(folder):
     dataset = torchvision.datasets.ImageFolder(
         folder / 'train', v2.Compose([v2.Resize(9), v2.CenterCrop(8), transforms.ToTensor(), v2.Normalize((0.5,) * 3, (0.2,) * 3)])
@@ -83,8 +105,8 @@ def test_a_plan_gives_the_samples_of_the_worker_path(world_size):
     )
     for rank in range(world_size):
         epochs = []
-        for given in (DeviceDataLoader(dataset, batch_size=8, shuffle=True), DataLoader(dataset, batch_size=8, shuffle=True)):
-            loader = PlannedDataLoader(given, seed=1, rank=rank, world_size=world_size)
+        for path in (DeviceDataLoader(dataset, batch_size=8, shuffle=True), DataLoader(dataset, batch_size=8, shuffle=True)):
+            loader = PlannedDataLoader(path, seed=1, rank=rank, world_size=world_size)
             loader.set_plan(plan, 2)
             batches = list(loader)
             assert batches[0] is None
