@@ -163,13 +163,19 @@ def make_loader(settings: Settings) -> DataLoader:
     )
 
 
-def make_trainer(settings: Settings, algorithms: Sequence[Algorithm], callbacks: Sequence[Callback] = (), seed: int = 0) -> Trainer:
+def make_trainer(
+    settings: Settings,
+    algorithms: Sequence[Algorithm],
+    callbacks: Sequence[Callback] = (),
+    seed: int = 0,
+    loader_of: Callable[[Settings], DataLoader] = make_loader,
+) -> Trainer:
     """A trainer of the benchmark's network on the benchmark's data."""
     torch.manual_seed(settings.seed + seed)
     model = ComposerClassifier(build_model(settings.model, CLASSES), num_classes=CLASSES)
     return Trainer(
         model=model,
-        train_dataloader=make_loader(settings),
+        train_dataloader=loader_of(settings),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4),
         max_duration=f'{settings.epochs}ep',
         algorithms=[*([ChannelsLast()] if settings.device == 'gpu' else []), *algorithms],
@@ -181,40 +187,60 @@ def make_trainer(settings: Settings, algorithms: Sequence[Algorithm], callbacks:
     )
 
 
-def race(settings: Settings, methods: Sequence[Sequence[Algorithm]], seed: int = 0) -> list[list[Turn]]:
+def take_turns(relay: Relay, runs: Sequence[Callable[[], None]]) -> list[list[Turn]]:
+    """Runs functions in threads of their own, one at a time, batch by batch.
+
+    Args:
+        relay: Is told by each run, under its number in ``runs``, of every batch that is done.
+        runs: The functions.
+
+    Returns:
+        The turns of each.
+    """
+    errors: list[BaseException] = []
+
+    def work(who: int) -> None:
+        try:
+            relay.enter(who)
+            runs[who]()
+        except BaseException as error:  # raised again in the main thread
+            errors.append(error)
+        finally:
+            relay.leave(who)
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return relay.turns
+
+
+def race(
+    settings: Settings,
+    methods: Sequence[Sequence[Algorithm]],
+    seed: int = 0,
+    loader_of: Callable[[Settings], DataLoader] = make_loader,
+) -> list[list[Turn]]:
     """Trains with each set of algorithms, all in one process and in turns.
 
     Args:
         settings: What to train.
         methods: The algorithms of each training.
         seed: Added to the settings' seed.
+        loader_of: Makes the loader of a training.
 
     Returns:
         The turns of each training.
     """
     relay = Relay(len(methods), torch.cuda.synchronize if settings.device == 'gpu' else lambda: None)
-    trainers = [make_trainer(settings, algorithms, [Runner(relay, who)], seed) for who, algorithms in enumerate(methods)]
-    errors: list[BaseException] = []
-
-    def train(who: int) -> None:
-        try:
-            relay.enter(who)
-            trainers[who].fit()
-        except BaseException as error:  # raised again in the main thread
-            errors.append(error)
-        finally:
-            relay.leave(who)
-
-    threads = [threading.Thread(target=train, args=(who,)) for who in range(len(methods))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    trainers = [make_trainer(settings, algorithms, [Runner(relay, who)], seed, loader_of) for who, algorithms in enumerate(methods)]
+    turns = take_turns(relay, [trainer.fit for trainer in trainers])
     for trainer in trainers:
         trainer.close()
-    if errors:
-        raise errors[0]
-    return relay.turns
+    return turns
 
 
 def compare_steps(plain: Sequence[Turn], ours: Sequence[Turn]) -> dict[str, Any]:
@@ -450,6 +476,26 @@ def markdown(results: dict[str, Any]) -> str:
     return text + f'\nA pruned epoch under torch’s profiler:\n\n```\n{results["hooks"]["table"].strip()}\n```\n'
 
 
+def measure_saving(settings: Settings, loader_of: Callable[[Settings], DataLoader] = make_loader) -> dict[str, Any]:
+    """Full against pruned trainings.
+
+    Args:
+        settings: What to train.
+        loader_of: Makes the loader of a training.
+
+    Returns:
+        What :func:`compare_savings` gives for all trainings together, and under ``runs`` for each.
+    """
+    races = []
+    for seed in range(settings.repeats):
+        methods: list[list[Algorithm]] = [[], [InfoBatch(prune_ratio=0.5, delta=0.875)]]
+        # every other time the pruned training is the first of the two: being the second costs up to a percent
+        order = 1 if seed % 2 == 0 else -1
+        races.append(race(settings, methods[::order], seed, loader_of)[::order])
+    together = [[turn for turns in races for turn in turns[who]] for who in range(2)]
+    return {'runs': [compare_savings(*turns) for turns in races], **compare_savings(*together)}
+
+
 def measure(settings: Settings) -> dict[str, Any]:
     """Runs everything.
 
@@ -462,14 +508,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     results: dict[str, Any] = {'settings': asdict(settings)}
     results['control'] = compare_steps(*race(settings, [[], []]))
     results['overhead'] = compare_steps(*race(settings, [[], [InfoBatch(prune_ratio=0.0)]]))
-    races = []
-    for seed in range(settings.repeats):
-        methods: list[list[Algorithm]] = [[], [InfoBatch(prune_ratio=0.5, delta=0.875)]]
-        # every other time the pruned training is the first of the two: being the second costs up to a percent
-        order = 1 if seed % 2 == 0 else -1
-        races.append(race(settings, methods[::order], seed)[::order])
-    together = [[turn for turns in races for turn in turns[who]] for who in range(2)]
-    results['saving'] = {'runs': [compare_savings(*turns) for turns in races], **compare_savings(*together)}
+    results['saving'] = measure_saving(settings)
     results['hooks'] = time_hooks(settings)
     results['synchronisation'] = check_synchronisation(settings) if settings.device == 'gpu' else None
     return results
