@@ -25,7 +25,7 @@ import torch
 from composer import Trainer
 from composer.loggers import TensorboardLogger
 from composer.models import ComposerClassifier
-from infobatch_overhead import Relay, Runner, Turn, _make_threads_alike, take_turns
+from infobatch_overhead import Relay, Runner, Turn, _steady_memory, take_turns
 from torchmetrics import MetricCollection
 
 from composer_effalgos.models import build_model
@@ -242,5 +242,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    _make_threads_alike()
+    _steady_memory()
     main()

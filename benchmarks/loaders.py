@@ -20,6 +20,8 @@ CPU, small enough for two cores::
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
 import itertools
 import tempfile
 import time
@@ -31,6 +33,8 @@ from typing import Any
 
 import infobatch_overhead
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import record
 import torch
 from composer import Callback, Logger, State, Trainer
@@ -41,9 +45,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
+from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.images import ImageArray, small_image_transform
-from composer_effalgos.loaders import DeviceDataLoader
+from composer_effalgos.loaders import LOADERS, DeviceDataLoader
 from composer_effalgos.models import build_model
 from composer_effalgos.plan import Plan
 
@@ -54,13 +59,31 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Load:
-    """What is read and trained."""
+    """What is read and trained.
+
+    Attributes:
+        name: Title of its section.
+        model: What is trained.
+        source: Name of the data set.
+        folder: Where it lies.
+        converted: Folder for other formats of it.
+        batch_size: Samples in a batch.
+        limit: Training samples.
+    """
 
     name: str
     model: str
-    dataset: Any
+    source: str
+    folder: Path
+    converted: Path
     batch_size: int
-    folder: Path | None = None  # of the image files, where there are any
+    limit: int
+
+    def dataset(self, kind: str | None = None) -> Any:
+        """The training set, as it is or as ``mds`` or ``beton``."""
+        if kind is None:
+            return build_dataset(self.source, 'train', path=str(self.folder), limit=self.limit)
+        return build_dataset(kind, 'train', path=str(self.converted / kind))
 
 
 def small_images(count: int, seed: int) -> ImageArray:
@@ -73,6 +96,19 @@ def small_images(count: int, seed: int) -> ImageArray:
         size=32, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, padding=4, padding_mode='reflect', flip=True
     )
     return ImageArray(images, torch.from_numpy(labels), [str(name) for name in range(CLASSES)], transform)
+
+
+def write_small_images(folder: Path, count: int, seed: int) -> None:
+    """:func:`small_images` as CIFAR-10's Parquet files."""
+    folder.mkdir(parents=True)
+    for name, number in (('train', count), ('test', CLASSES)):
+        made = small_images(number, seed)
+        encoded = []
+        for image in made.images:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, 'PNG')
+            encoded.append(buffer.getvalue())
+        pq.write_table(pa.table({'image': encoded, 'label': made.targets.numpy()}), folder / f'{name}.parquet')
 
 
 def write_large_images(folder: Path, count: int, seed: int) -> None:
@@ -103,10 +139,13 @@ class SameBatch:
 
 def make_loader(load: Load, path: str, args: argparse.Namespace) -> Any:
     """The loader of one path; ``workers`` and ``DataLoader`` differ in the plan, which training adds."""
-    if path == 'device':
-        return DeviceDataLoader(load.dataset, batch_size=load.batch_size, shuffle=True, drop_last=True)
+    dataset = load.dataset({'mds': 'mds', 'ffcv': 'beton'}.get(path))
+    if path in LOADERS:
+        return LOADERS[path](
+            dataset, train=True, batch_size=load.batch_size, drop_last=True, seed=args.seed, num_workers=max(1, args.workers)
+        )
     loader = DataLoader(
-        load.dataset,
+        dataset,
         batch_size=load.batch_size,
         shuffle=True,
         drop_last=True,
@@ -114,12 +153,15 @@ def make_loader(load: Load, path: str, args: argparse.Namespace) -> Any:
         persistent_workers=args.workers > 0,
         pin_memory=args.device == 'gpu',
     )
-    return SameBatch(next(iter(loader)), load.dataset, args.device) if path == 'no loading' else loader
+    return SameBatch(next(iter(loader)), dataset, args.device) if path == 'no loading' else loader
 
 
 def paths_of(load: Load) -> list[str]:
-    """The paths that can carry a load: a random resized crop is none of the device path's steps."""
-    return ['DataLoader', 'workers', *(['device'] if load.folder is None else [])]
+    """The paths that can carry a load and whose packages are installed: a random resized crop is none of the device path's steps."""
+    paths = ['DataLoader', 'workers']
+    paths += ['mds'] if importlib.util.find_spec('streaming') else []
+    paths += ['ffcv'] if 'ffcv' in LOADERS and importlib.util.find_spec('ffcv') else []
+    return [*paths, *(['device'] if load.source != 'image_folder' else [])]
 
 
 def read_alone(load: Load, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -131,7 +173,7 @@ def read_alone(load: Load, args: argparse.Namespace) -> list[dict[str, Any]]:
     loaders = {path: make_loader(load, path, args) for path in paths_of(load) if path != 'workers'}
     seconds: dict[str, list[float]] = {path: [] for path in loaders}
     cpu_seconds: dict[str, list[float]] = {path: [] for path in loaders}
-    samples = load.batch_size * (len(load.dataset) // load.batch_size)
+    samples = load.batch_size * (load.limit // load.batch_size)
     for turn in range(args.repeats + 1):
         for path in list(loaders)[:: 1 if turn % 2 == 0 else -1]:
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -142,12 +184,12 @@ def read_alone(load: Load, args: argparse.Namespace) -> list[dict[str, Any]]:
             if turn > 0:
                 seconds[path].append(time.perf_counter() - started)
                 cpu_seconds[path].append(time.process_time() - cpu_started)
-    in_process = args.workers == 0
+    alone = args.workers == 0
     return [
         {
             'path': path,
             'images_per_second': samples / median(seconds[path]),
-            'images_per_cpu_second': samples / median(cpu_seconds[path]) if in_process or path == 'device' else None,
+            'images_per_cpu_second': samples / median(cpu_seconds[path]) if (alone and path != 'ffcv') or path == 'device' else None,
         }
         for path in loaders
     ]
@@ -190,8 +232,9 @@ def make_trainer(load: Load, path: str, args: argparse.Namespace) -> tuple[Train
         train_dataloader=make_loader(load, path, args),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
         max_duration='0ep',
+        train_subset_num_batches=args.steps or -1,
         algorithms=[ChannelsLast()],
-        callbacks=[watch, *([Plan()] if path in ('workers', 'device') else [])],
+        callbacks=[watch, *([Plan()] if path not in ('DataLoader', 'no loading') else [])],
         device=args.device,
         precision='amp_bf16' if on_gpu else 'fp32',
         progress_bar=False,
@@ -299,7 +342,8 @@ def markdown(results: dict[str, Any]) -> str:
             header,
             [[row['path'], f'{row["images_per_second"]:,.0f}', _number(row['images_per_cpu_second'], ',.0f')] for row in load['alone']],
         )
-        text += f'\nTraining {load["model"]} with Composer; “DataLoader” is without our plan, “workers” with it:\n\n'
+        steps = 'all batches' if not results['steps'] else f'{results["steps"]} batches'
+        text += f'\nTraining {load["model"]} with Composer, {steps} an epoch; “DataLoader” is without our plan, “workers” with it:\n\n'
         header = ['path', 'images/s', 'of “no loading”', 'time in the loader', 'GPU waits for data']
         most = load['training'][-1]['images_per_second']
         rows = [
@@ -335,12 +379,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument('--device', choices=('cpu', 'gpu'), default='gpu' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--cifar', type=Path, help='folder of CIFAR-10, in the place of generated small images')
     parser.add_argument('--workers', type=int, help='worker processes; 8 on a GPU, 0 on the CPU when not given')
-    parser.add_argument('--samples', type=int, help='small images; 50,000 on a GPU, 256 on the CPU when not given')
-    parser.add_argument('--large-samples', type=int, help='large images; 5,120 on a GPU, 32 on the CPU when not given; 0 for none')
+    parser.add_argument('--samples', type=int, help='small images; 50,000 on a GPU, 2,048 on the CPU when not given')
+    parser.add_argument('--large-samples', type=int, help='large images; 5,120 on a GPU, 64 on the CPU when not given; 0 for none')
     parser.add_argument('--batch-size', type=int, help='of the small images; 128 on a GPU, 32 on the CPU when not given')
     parser.add_argument('--large-batch-size', type=int, help='of the large images; 256 on a GPU, 8 on the CPU when not given')
     parser.add_argument('--models', nargs=2, default=['resnet18_cifar', 'torchvision/resnet50'], help='of the small and the large images')
-    parser.add_argument('--repeats', type=int, default=3, help='epochs that count')
+    parser.add_argument('--steps', type=int, help='batches of an epoch of training; all on a GPU, 4 on the CPU when not given')
+    parser.add_argument('--repeats', type=int, help='epochs that count; 3 on a GPU, 2 on the CPU when not given')
     parser.add_argument(
         '--saving-samples', type=int, help='images for InfoBatch; 50,000 on a GPU, 4,096 on the CPU when not given; 0 for none'
     )
@@ -351,8 +396,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     on_gpu = args.device == 'gpu'
     defaults = {
         'workers': (8, 0),
-        'samples': (50_000, 256),
-        'large_samples': (5_120, 32),
+        'samples': (50_000, 2_048),
+        'large_samples': (5_120, 64),
+        'steps': (0, 4),
+        'repeats': (3, 2),
         'batch_size': (128, 32),
         'large_batch_size': (256, 8),
         'saving_samples': (50_000, 4_096),
@@ -361,21 +408,27 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for name, (gpu, cpu) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu if on_gpu else cpu)
-    with tempfile.TemporaryDirectory(prefix='loaders_') as folder:
-        small = small_images(args.samples, args.seed)
-        if args.cifar is not None:
-            small = build_dataset('cifar10', 'train', path=str(args.cifar), limit=args.samples)
-        loads = [Load('Small images (32x32)', args.models[0], small, args.batch_size)]
+    with tempfile.TemporaryDirectory(prefix='loaders_') as name:
+        folder = Path(name)
+        if args.cifar is None:
+            write_small_images(folder / 'small', args.samples, args.seed)
+        source = args.cifar or folder / 'small'
+        loads = [Load('Small images (32x32)', args.models[0], 'cifar10', source, folder / 'small_as', args.batch_size, args.samples)]
         if args.large_samples:
-            write_large_images(Path(folder), args.large_samples, args.seed)
-            large = build_dataset('image_folder', 'train', path=folder)
-            loads.append(Load('Large images (JPEG, 224x224)', args.models[1], large, args.large_batch_size, Path(folder)))
+            source = folder / 'large'
+            write_large_images(source, args.large_samples, args.seed)
+            about = ('Large images (JPEG, random resized crop to 224x224)', args.models[1], 'image_folder', source)
+            loads.append(Load(*about, folder / 'large_as', args.large_batch_size, args.large_samples))
+        for load in loads:
+            for path, kind, to in (('mds', 'mds', 'mds'), ('ffcv', 'beton', 'ffcv')):
+                if path in paths_of(load):
+                    convert(load.source, [f'path={load.folder}', f'limit={load.limit}'], to, load.converted / kind)
         results: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in ('out', 'cifar')}
         results['loads'] = [
             {
                 'name': load.name,
                 'model': load.model,
-                'samples': len(load.dataset),
+                'samples': load.limit,
                 'batch_size': load.batch_size,
                 'alone': read_alone(load, args),
                 'training': train(load, args),
@@ -390,5 +443,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    infobatch_overhead._make_threads_alike()
+    infobatch_overhead._steady_memory()
     main()

@@ -15,6 +15,7 @@ from composer.loggers import TensorboardLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MetricCollection
 
 from composer_effalgos.components import Component, one_line
 from composer_effalgos.datasets import build_dataset
@@ -199,7 +200,8 @@ def build_network(recipe: Recipe, num_classes: int) -> ComposerClassifier:
     if num_classes < 2:
         raise InputError(f'{recipe.source}: dataset: has one class; a classifier needs at least two')
     component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})
-    return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes)
+    train_metrics = None if settings.train_metrics else MetricCollection([])  # None: Composer's default, accuracy
+    return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes, train_metrics=train_metrics)
 
 
 def _precision(recipe: Recipe, *, on_gpu: bool) -> str | None:

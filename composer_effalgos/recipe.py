@@ -63,12 +63,15 @@ class ModelRecipe:
         name: A name that :func:`composer_effalgos.models.build_model` knows.
         num_classes: Outputs; as many as the data set has classes when null.
         pretrained: True for the library's weights, or a file of weights.
+        train_metrics: Measure the accuracy on each training batch, as Composer does by default. It costs host time in every step (see
+            docs/data_paths.md), and on pruned or chosen samples it is not the training set's.
         options: What goes to the model.
     """
 
     name: str
     num_classes: int | None = None
     pretrained: bool | str = False
+    train_metrics: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -225,6 +225,17 @@ def test_a_corrupt_image_in_a_worker_is_one_line(recipe_file, tmp_path, capfd):
     assert 'corrupt image' in line
 
 
+def test_accuracy_on_training_batches_is_measured_where_it_is_asked_for(recipe_file):
+    trained = []
+    for wanted in (False, True):
+        trainer = build_trainer(load_recipe(recipe_file, [f'model.train_metrics={str(wanted).lower()}', 'max_duration=1ep']))
+        trainer.fit()
+        assert list(trainer.state.train_metrics) == (['MulticlassAccuracy'] if wanted else [])
+        assert list(trainer.state.eval_metrics['eval']) == ['CrossEntropy', 'MulticlassAccuracy']
+        trained.append(trainer.state.model.state_dict())
+    assert same(*({key: value for key, value in weights.items() if 'metrics' not in key} for weights in trained))
+
+
 def test_a_worker_that_dies_is_one_line(recipe_file, tmp_path, capfd, monkeypatch):
     for split in ('train', 'val'):
         for index in range(8):
