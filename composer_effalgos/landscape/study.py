@@ -111,9 +111,16 @@ class Study:
             writer.writerow(field.name for field in fields(Point))
             writer.writerows(asdict(point).values() for point in self.points)
 
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the curve, as JSON can hold it: a number that is not finite is its name.
+
+        Returns:
+            ``about``, ``as_saved``, ``distances`` and ``sharpness``.
+        """
+        return _plain({'about': self.about, 'as_saved': self.as_saved, 'distances': self.distances, 'sharpness': self.sharpness})
+
     def _write_json(self, path: Path) -> None:
-        content = {'about': self.about, 'as_saved': self.as_saved, 'distances': self.distances, 'sharpness': self.sharpness}
-        path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+        path.write_text(json.dumps(self.numbers(), indent=2, allow_nan=False) + '\n', encoding='utf-8')
 
 
 def interpolate(
