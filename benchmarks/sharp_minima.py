@@ -1,9 +1,9 @@
-"""Small batch against large batch (Keskar et al., arXiv 1609.04836): trains both, then looks at the line between them and their sharpness.
+"""Small batch against large batch (Keskar et al., arXiv 1609.04836): both trainings, the line between the solutions, their sharpness.
 
-One network of ``yamls/sweeps/sharp_minima.yaml`` on CIFAR-10. The training stops after ``--minutes`` and the same command goes on with it
-(exit status 3 until both runs are done); then it writes ``sharp_minima_<network>`` (.md, .json, .csv, .png, .svg) to ``--out``.
+One network of ``yamls/cifar10/cifar10_keskar_*.yaml`` on CIFAR-10. The training stops after ``--minutes``, and the same command goes on
+with it (exit status 3 until both runs are done); then it writes ``sharp_minima_<network>`` (.md, .json, .csv, .png, .svg) to ``--out``.
 
-On a GPU, C1 as the paper trains it: python benchmarks/sharp_minima.py --data data
+On a GPU, C1 for as many epochs as the paper: python benchmarks/sharp_minima.py --data data
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 import record
 
-from composer_effalgos.bench import load_sweep, run_jobs
+from composer_effalgos.bench import Sweep, run_jobs
 from composer_effalgos.build import checkpoint_folder
 from composer_effalgos.errors import InputError
 from composer_effalgos.landscape import Settings, Study, interpolate
 from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.recipe import SWEEPS, Recipe, recipe_folder
+from composer_effalgos.recipe import Recipe, recipe_folder
 
 NETWORKS = ('c1', 'c2', 'vgg11_bn')
 
@@ -32,6 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--data', help='folder of CIFAR-10')
     parser.add_argument('--network', choices=NETWORKS, default='c1')
     parser.add_argument('--epochs', type=int, default=100)
+    parser.add_argument('--batches', type=int, nargs=2, default=(256, 5000), metavar=('SMALL', 'LARGE'))
     parser.add_argument('--set', action='append', default=[], dest='overrides', metavar='key=value', help='on top of both recipes')
     parser.add_argument('--minutes', type=float, help='stop the training after so many; the same command goes on')
     parser.add_argument('--samples', type=int, help='training samples for the curve; all by default')
@@ -89,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     overrides = [f'max_duration={args.epochs}ep', *([f'dataset.path={json.dumps(args.data)}'] if args.data else []), *args.overrides]
     try:
-        sweep = load_sweep(recipe_folder() / SWEEPS / 'sharp_minima.yaml')
-        jobs = sweep.jobs(args.runs, overrides, only=[f'{args.network}_256', f'{args.network}_5000'])
+        recipe = f'cifar10/cifar10_keskar_{args.network}.yaml'
+        methods = {f'{args.network}_{batch}': {'recipe': recipe, 'dataset': {'batch_size': batch}} for batch in args.batches}
+        jobs = Sweep('sharp_minima', recipe_folder() / recipe, methods=methods).jobs(args.runs, overrides)
         outcome = run_jobs(jobs, args.runs, minutes=args.minutes, keep_checkpoints=True)
         for failure in outcome.failures:
             print(f'error: {failure}', file=sys.stderr)

@@ -16,21 +16,12 @@ SMALL = [
 @pytest.fixture
 def arguments(tmp_path):
     overrides = [part for setting in SMALL for part in ('--set', setting)]
-    return ['--epochs', '1', '--runs', str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), *overrides]
+    return ['--epochs', '1', '--batches', '16', '64', '--runs', str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), *overrides]
 
 
 @pytest.mark.slow
-def test_two_runs_and_what_lies_between_them(script, tmp_path, arguments, capsys, monkeypatch):
+def test_two_runs_and_what_lies_between_them(script, tmp_path, arguments):
     sharp_minima = script('sharp_minima')
-    load_sweep = sharp_minima.load_sweep
-
-    def small_sweep(path):
-        sweep = load_sweep(path)
-        sweep.methods['c1_256']['dataset'] = {'batch_size': 16}
-        sweep.methods['c1_5000']['dataset'] = {'batch_size': 64}
-        return sweep
-
-    monkeypatch.setattr(sharp_minima, 'load_sweep', small_sweep)
     assert sharp_minima.main([*arguments, '--minutes', '0']) == 3
     assert not (tmp_path / 'out').exists()
     assert sharp_minima.main([*arguments, '--samples', '48', '--sharpness-samples', '16']) == 0
