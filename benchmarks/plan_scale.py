@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
-import resource
 import subprocess
 import sys
 import time
@@ -64,9 +61,9 @@ def measure(samples: int, repeats: int, **settings: Any) -> dict[str, Any]:
     """
     plan_once(torch.rand(WARM_UP), epoch=0, **settings)
     scores = torch.rand(samples, generator=torch.Generator().manual_seed(0))
-    before = _peak_bytes()
+    before = record.peak_bytes()
     plan, first = _timed(lambda: plan_once(scores, epoch=0, **settings))
-    extra = _peak_bytes() - before
+    extra = record.peak_bytes() - before
     kept = plan.num_samples
     del plan
     plans, permutations = [first], [_timed(lambda: torch.randperm(samples))[1]]
@@ -93,20 +90,9 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - started
 
 
-def _peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    status = Path('/proc/self/status')
-    if status.exists():  # getrusage would start from the peak of the process that started this one
-        return 1024 * int(re.search(r'^VmHWM:\s*(\d+) kB$', status.read_text(), re.MULTILINE)[1])  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def exponent(rows: Sequence[dict[str, Any]]) -> float | None:
-    """The slope of time over N, both logarithmic, by least squares: 1 for linear; ``None`` for a single N."""
-    points = [(math.log(row['samples']), math.log(row['nanoseconds_per_sample'] * row['samples'])) for row in rows]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else None
+    """The power of N that time grows as: 1 for linear; ``None`` for a single N."""
+    return record.power([(row['samples'], row['nanoseconds_per_sample'] * row['samples']) for row in rows])
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
+import resource
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -69,6 +71,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = ['| ' + ' | '.join(map(str, row)) + ' |' for row in (header, ['---'] * len(header), *rows)]
     return '\n'.join(lines) + '\n'
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    status = Path('/proc/self/status')
+    if status.exists():  # getrusage would start from the peak of the process that started this one
+        return 1024 * int(re.search(r'^VmHWM:\s*(\d+) kB$', status.read_text(), re.MULTILINE)[1])  # type: ignore[index]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def power(points: Sequence[tuple[float, float]]) -> float | None:
+    """The p of ``y = a x^p``, by least squares on the logarithms; ``None`` for fewer than two different x."""
+    if len({x for x, _ in points}) < 2:
+        return None
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
 def _cpu_name() -> str:

@@ -67,7 +67,7 @@ class LastLayerGradients:
 
     def take(self, indices: Tensor | slice) -> 'LastLayerGradients':
         """The gradients of some samples, by position, mask or slice."""
-        return LastLayerGradients(self.error[indices], None if self.embedding is None else self.embedding[indices])
+        return LastLayerGradients(_rows(self.error, indices), None if self.embedding is None else _rows(self.embedding, indices))
 
     def to(self, device: torch.device | str) -> 'LastLayerGradients':
         """The same gradients on another device."""
@@ -118,6 +118,12 @@ class LastLayerGradients:
         if self.embedding is None:
             return self.error
         return torch.cat([self.error, (self.error[:, :, None] * self.embedding[:, None, :]).flatten(1)], dim=1)
+
+
+def _rows(factor: Tensor, indices: Tensor | slice) -> Tensor:
+    if isinstance(indices, Tensor) and indices.dtype == torch.int64:
+        return factor.index_select(0, indices)  # several times faster than factor[indices]
+    return factor[indices]
 
 
 def find_final_linear(module: nn.Module) -> nn.Linear:

@@ -164,7 +164,7 @@ def test_gradmatch_without_a_limit_is_non_negative_least_squares(make_gradients,
     indices, weights = matching_pursuit(
         gradients.dot(target),
         gradients.squared_norms(),
-        lambda item: gradients.gram(gradients.take([item]))[:, 0],
+        lambda item: gradients.take(item).gram(gradients)[0],
         float(target.square().sum()),
         n,
         lam=lam,

@@ -299,7 +299,8 @@ def _check_rows(
     if not isinstance(gradients, LastLayerGradients):
         raise InputError(f'{name}: got {type(gradients).__name__}; LastLayerGradients is right')
     for part, factor in (('error', gradients.error), ('embedding', gradients.embedding)):
-        if factor is not None and not torch.isfinite(factor).all():
+        # by the extremes, which are not finite either then, because isfinite() itself makes a copy of what it looks at
+        if factor is not None and factor.numel() and not all(extreme.isfinite() for extreme in factor.aminmax()):
             row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
             raise InputError(f'{name}.{part}: sample {row} has a value that is not finite; check the loss and the precision')
     if spec.targets:
@@ -371,10 +372,12 @@ def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor,
             continue
         rows = (problem.labels == label).nonzero()[:, 0]
         reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
-        gradients, reference = problem.gradients.take(rows), problem.reference.take(reference_rows)
-        reference_labels = problem.reference_labels[reference_rows]
-        if len(reference) == 0:  # a class that the validation set lacks is measured against its own training gradients
+        gradients = problem.gradients.take(rows)
+        if problem.reference is problem.gradients or len(reference_rows) == 0:
+            # there is no validation set, or it lacks this class: it is measured against its own training gradients
             reference, reference_labels = gradients, problem.labels[rows]
+        else:
+            reference, reference_labels = problem.reference.take(reference_rows), problem.reference_labels[reference_rows]
         if per_gradient:  # only what the classifier of this class sees
             if label >= gradients.error.shape[1]:
                 raise InputError(f'selection_type: PerClassPerGradient needs an output for class {label}; PerClass does not')

@@ -1,17 +1,14 @@
 """GLISTER: the samples whose gradient step lowers the validation loss most."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection, softmax_targets
+from composer_effalgos.subset_selection.strategies.greedy import Remaining
 
 __all__ = ['glister']
-
-SAMPLE_FACTOR = math.log(100)  # stochastic greedy looks at ln(1/0.01) N/k candidates a step
 
 
 def glister(problem: Problem) -> Selection:
@@ -33,31 +30,31 @@ def glister(problem: Problem) -> Selection:
 
 
 class _Validation:
-    """The validation loss as a function of the last layer."""
+    """The validation loss as a function of the last layer. Logits and errors have a row a class, along which the CPU is fast."""
 
     def __init__(self, problem: Problem) -> None:
         self.embedding = problem.reference.embedding
         self.eta = problem.options['eta']
         targets = softmax_targets(problem.reference.error, problem.reference_labels)
         self.moves = targets is not None and self.eta > 0
-        if targets is not None:
-            self.logits = targets[0].clone()
-            self.onehot = one_hot(targets[1], self.logits.shape[1])
         self.gradient = problem.reference.mean()
+        if targets is not None and self.moves:
+            self.logits = targets[0].T.contiguous()
+            self.onehot = one_hot(targets[1], len(self.logits)).to(self.logits.dtype).T.contiguous()
 
-    def step(self, picked: LastLayerGradients, scale: Tensor) -> None:
-        """Moves the last layer along the gradients of the picked rows, each times its scale, and takes the gradient there."""
+    def step(self, picked: LastLayerGradients) -> None:
+        """Moves the last layer along some gradients and takes the validation gradient there."""
         if not self.moves:
             return
-        error = picked.error * scale[:, None]
+        error = picked.error.T
         if self.embedding is None or picked.embedding is None:
-            shift = error.sum(dim=0)
-        elif len(error) < error.shape[1]:
-            shift = (self.embedding @ picked.embedding.T + 1) @ error
+            shift = error.sum(dim=1, keepdim=True)
+        elif error.shape[1] < error.shape[0]:
+            shift = error @ (picked.embedding @ self.embedding.T).add_(1)
         else:
-            shift = self.embedding @ (picked.embedding.T @ error) + error.sum(dim=0)
-        self.logits -= self.eta * shift
-        self.gradient = LastLayerGradients(torch.softmax(self.logits, dim=1) - self.onehot, self.embedding).mean()
+            shift = (error @ picked.embedding @ self.embedding.T).add_(error.sum(dim=1, keepdim=True))
+        self.logits.sub_(shift, alpha=self.eta)
+        self.gradient = LastLayerGradients((torch.softmax(self.logits, dim=0) - self.onehot).T, self.embedding).mean()
 
 
 def _by_rounds(problem: Problem, validation: _Validation, size: int) -> Tensor:
@@ -71,33 +68,31 @@ def _by_rounds(problem: Problem, validation: _Validation, size: int) -> Tensor:
         best = gains.topk(min(size, budget - done)).indices
         taken[best] = True
         picks.append(best)
-        validation.step(*_picked(problem, best))
+        validation.step(_means(problem, best))
     return torch.cat(picks)
 
 
 def _stochastic(problem: Problem, validation: _Validation) -> Tensor:
-    candidates, budget, device = problem.gradients, problem.item_budget, problem.gradients.device
-    rest = torch.arange(problem.items)
-    sample = max(1, int(problem.items / budget * SAMPLE_FACTOR))
-    picks: list[int] = []
-    for left in range(problem.items, problem.items - budget, -1):
-        # With replacement, which leaves out nothing but repeated looks at the same candidate.
-        drawn = torch.randint(left, (sample,), generator=problem.generator) if sample < left else torch.arange(left)
-        seen = rest[drawn].to(device)
-        rows, item_scale = _picked(problem, seen)
-        gains = rows.dot(validation.gradient) * item_scale
+    budget, device = problem.item_budget, problem.gradients.device
+    remaining = Remaining(problem.items, budget, problem.generator, device)
+    picks: list[Tensor] = []
+    for _ in range(budget):
+        seen = remaining.sample()
+        gains = _means(problem, seen).dot(validation.gradient)
         if problem.batch_size is not None:
             owner = problem.rows_of(seen, torch.arange(len(seen), device=device))[1]
             gains = gains.new_zeros(len(seen)).index_add_(0, owner, gains)
-        best = int(gains.argmax())
-        picks.append(int(seen[best]))
-        rest[drawn[best]] = rest[left - 1].clone()
-        validation.step(*_picked(problem, seen[best : best + 1]))
-    return torch.tensor(picks, device=candidates.device)
+        best = gains.argmax(dim=0, keepdim=True)
+        picks.append(seen[best])
+        remaining.remove(best)
+        validation.step(_means(problem, picks[-1]))
+    return torch.cat(picks)
 
 
-def _picked(problem: Problem, items: Tensor) -> tuple[LastLayerGradients, Tensor]:
-    """The rows of some items, and for each the share that makes its item the mean of its rows."""
+def _means(problem: Problem, items: Tensor) -> LastLayerGradients:
+    """Gradients that add up to the mean gradient of each item: those of its rows, divided by their number."""
+    if problem.batch_size is None:
+        return problem.gradients.take(items)
     rows, position = problem.rows_of(items, torch.arange(len(items), device=items.device))
-    sizes = torch.bincount(position, minlength=len(items))
-    return problem.gradients.take(rows), 1 / sizes[position]
+    part, sizes = problem.gradients.take(rows), torch.bincount(position)
+    return LastLayerGradients(part.error / sizes[position, None], part.embedding)

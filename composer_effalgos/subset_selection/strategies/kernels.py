@@ -12,7 +12,7 @@ from composer_effalgos.subset_selection.problem import Problem
 __all__ = ['Distances', 'batch_mean_gram']
 
 KERNEL_BYTES = 2**28  # a kernel above this is computed anew, block by block, whenever a part of it is needed
-BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**22  # of one block; some four of them are in use at a time
 
 
 def batch_mean_gram(gradients: LastLayerGradients, batch_size: int) -> Tensor:
@@ -39,7 +39,8 @@ def batch_mean_gram(gradients: LastLayerGradients, batch_size: int) -> Tensor:
 class Distances:
     """Squared distances between the gradients of n items: samples, or means of batches.
 
-    Kept whole up to ``KERNEL_BYTES`` (n = 8,192), otherwise computed by rows on demand.
+    Kept whole up to ``KERNEL_BYTES`` (n = 8,192), otherwise computed by rows on demand. In use at any time are those bytes and some
+    ``4 BLOCK_BYTES``.
 
     Args:
         problem (Problem): whose items are compared.
@@ -49,26 +50,33 @@ class Distances:
         self.gradients = problem.gradients
         self.n = problem.items
         self.whole: Tensor | None = None
+        device = self.gradients.device
         if problem.batch_size is not None:
             gram = batch_mean_gram(problem.gradients, problem.batch_size)
             squares = gram.diagonal().clone()
             self.whole = gram.mul_(-2).add_(squares).add_(squares[:, None]).clamp_(min=0)
-        elif 4 * self.n**2 <= KERNEL_BYTES:
-            self.whole = self.gradients.squared_distances()
-        if self.whole is not None:
             self.whole.fill_diagonal_(0)  # not the rounding error of norm + norm - 2 norm
-        # One pass for both: the total from each item to all, float64 [n], and the largest distance.
+        else:
+            self.squares = self.gradients.squared_norms()
+        # One pass for all: the total from each item to all, float64 [n], the largest distance, and the kernel if it is kept.
+        keep = self.whole is None and 4 * self.n**2 <= KERNEL_BYTES
+        kernel = torch.empty(self.n, self.n, device=device) if keep else None
         totals, largest = [], []
-        for _, block in self.blocks(torch.arange(self.n, device=self.gradients.device)):
+        for part, block in self.blocks(torch.arange(self.n, device=device)):
             totals.append(block.sum(dim=1, dtype=torch.float64))
             largest.append(block.max())
+            if kernel is not None:
+                kernel[part] = block
+        if kernel is not None:
+            self.whole = kernel
         self.totals, self.largest = torch.cat(totals), float(torch.stack(largest).max())
 
     def rows(self, items: Tensor) -> Tensor:
         """Squared distances from some items to all, float ``[m, n]``."""
         if self.whole is not None:
-            return self.whole[items]
-        distances = self.gradients.take(items).squared_distances(self.gradients)
+            return self.whole.index_select(0, items)
+        distances = self.gradients.take(items).gram(self.gradients).mul_(-2)
+        distances.add_(self.squares[items, None]).add_(self.squares).clamp_(min=0)
         distances[torch.arange(len(items), device=items.device), items] = 0
         return distances
 
