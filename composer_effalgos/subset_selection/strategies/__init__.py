@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,10 +214,11 @@ def select_subset(
         solver = _solver(strategy, backend)
         if not selection_type.startswith('PerClass'):
             return _exactly(problem, solver(problem))
-        picks = []
-        for rows, part in _by_class(problem, per_gradient=selection_type == 'PerClassPerGradient'):
-            positions, weights = _exactly(part, solver(part))
-            picks.append((rows[positions], weights))
+        assert labels is not None
+        classes, counts = labels.unique(return_counts=True)
+        shares = (_equal_shares if settings['class_balance'] == 'equal' else _shares)(counts.tolist(), problem.budget)
+        per_gradient = selection_type == 'PerClassPerGradient'
+        picks = [_in_class(problem, solver, label, k, per_gradient) for label, k in zip(classes.tolist(), shares, strict=True) if k > 0]
         return torch.cat([indices for indices, _ in picks]), torch.cat([weights for _, weights in picks])
 
 
@@ -361,29 +362,26 @@ def _solver(strategy: str, backend: str) -> Solver:
     return TORCH_SOLVERS[strategy]
 
 
-def _by_class(problem: Problem, *, per_gradient: bool) -> Iterator[tuple[Tensor, Problem]]:
-    """The rows of each class that has a share of the budget, and the problem of picking among them."""
+def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gradient: bool) -> Selection:
+    """Picks ``budget`` samples of one class. What it needs in memory is gone before the next class begins."""
     assert problem.labels is not None
     assert problem.reference_labels is not None
-    classes, counts = problem.labels.unique(return_counts=True)
-    shares = _equal_shares if problem.options['class_balance'] == 'equal' else _shares
-    for label, budget in zip(classes.tolist(), shares(counts.tolist(), problem.budget), strict=True):
-        if budget == 0:
-            continue
-        rows = (problem.labels == label).nonzero()[:, 0]
-        reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
-        gradients = problem.gradients.take(rows)
-        if problem.reference is problem.gradients or len(reference_rows) == 0:
-            # there is no validation set, or it lacks this class: it is measured against its own training gradients
-            reference, reference_labels = gradients, problem.labels[rows]
-        else:
-            reference, reference_labels = problem.reference.take(reference_rows), problem.reference_labels[reference_rows]
-        if per_gradient:  # only what the classifier of this class sees
-            if label >= gradients.error.shape[1]:
-                raise InputError(f'selection_type: PerClassPerGradient needs an output for class {label}; PerClass does not')
-            gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
-        part = replace(problem.part(rows), gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels)
-        yield rows, part
+    rows = (problem.labels == label).nonzero()[:, 0]
+    part = problem.part(rows)
+    reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
+    if problem.reference is problem.gradients or len(reference_rows) == 0:
+        # there is no validation set, or it lacks this class: it is measured against its own training gradients
+        gradients, reference, reference_labels = part.gradients, part.gradients, part.labels
+    else:
+        gradients, reference = part.gradients, problem.reference.take(reference_rows)
+        reference_labels = problem.reference_labels[reference_rows]
+    if per_gradient:  # only what the classifier of this class sees
+        if label >= gradients.error.shape[1]:
+            raise InputError(f'selection_type: PerClassPerGradient needs an output for class {label}; PerClass does not')
+        gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
+    part = replace(part, gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels)
+    positions, weights = _exactly(part, solver(part))
+    return rows[positions], weights
 
 
 def _shares(counts: list[int], budget: int) -> list[int]:

@@ -12,7 +12,7 @@ from composer_effalgos.subset_selection.problem import Problem
 __all__ = ['Distances', 'batch_mean_gram']
 
 KERNEL_BYTES = 2**28  # a kernel above this is computed anew, block by block, whenever a part of it is needed
-BLOCK_BYTES = 2**22  # of one block; some four of them are in use at a time
+BLOCK_BYTES = 2**20  # of one block; some four of them are in use at a time
 
 
 def batch_mean_gram(gradients: LastLayerGradients, batch_size: int) -> Tensor:
