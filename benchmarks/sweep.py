@@ -1,0 +1,104 @@
+"""A sweep of ``yamls/sweeps`` as a benchmark: trained by ``effalgos bench``, its table recorded with machine, versions and command.
+
+The composition table on a GPU (the same command goes on after ``--minutes``, until it ends with status 0)::
+
+    python benchmarks/sweep.py yamls/sweeps/cifar10_compose.yaml dataset.path=data --minutes 9
+
+On a CPU::
+
+    python benchmarks/sweep.py yamls/sweeps/cifar10_compose_cpu.yaml dataset.path=data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+from rich.console import Console
+
+from composer_effalgos.bench import load_sweep, markdown_table, read_runs, run_sweep, table_rows
+from composer_effalgos.bench.charts import published_for
+from composer_effalgos.bench.results import JSON
+from composer_effalgos.bench.runner import FINISHED
+from composer_effalgos.bench.table import NOTE, Row
+from composer_effalgos.errors import InputError
+
+
+def efficiency(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Share of time saved over share of samples saved, of each method that has a baseline."""
+    return [
+        {
+            'method': row.method,
+            'saved_samples': row.saved_fraction,
+            'saved_time': 1 - row.time_ratio,
+            'efficiency': (1 - row.time_ratio) / row.saved_fraction,
+        }
+        for row in rows
+        if row.time_ratio is not None and row.saved_fraction > 0
+    ]
+
+
+def report(runs_dir: Path, targets: Sequence[float], out: Path, name: str, title: str, left: Sequence[str]) -> Path:
+    """Writes ``name.json`` and ``name.md`` from the runs that are done."""
+    runs = [run for run in read_runs(runs_dir)[0] if (runs_dir / run.folder / FINISHED).exists()]
+    rows = table_rows(runs, targets)
+    saved = efficiency(rows)
+    text = f'{markdown_table(rows)}\n{NOTE}\n'
+    if saved:
+        header = ['', 'samples saved', 'time saved', 'time over samples']
+        cells = [
+            [item['method'], f'{item["saved_samples"]:.2%}', f'{item["saved_time"]:.2%}', f'{item["efficiency"]:.3f}'] for item in saved
+        ]
+        text += f'\n{record.table(header, cells)}'
+        text += '\nTime is that of training, data loading included; a method with other layers than the baseline is not comparable in it.\n'
+    theirs = [item for item in published_for(rows) if item['epochs'] in {len(run.summary['epochs']) for run in runs}]
+    if theirs:
+        header = ['published', 's/epoch', 'epoch > 70 %', 'source']
+        text += '\n' + record.table(
+            header, [[item['method'], f'{item["seconds"] / item["epochs"]:.2f}', item['first_above_70'], item['source']] for item in theirs]
+        )
+    if left:
+        text += f'\nNot done yet: {", ".join(left)}.\n'
+    methods = json.loads((runs_dir / JSON).read_text(encoding='utf-8'))['methods']
+    return record.write(out, name, {'methods': methods, 'efficiency': saved, 'left': list(left)}, text, title=title)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the command line says, and records it.
+
+    Returns:
+        The exit status: 0 when every run is done, 3 when the time was over before, 2 for bad input, 1 where a run failed.
+    """
+    parser = argparse.ArgumentParser(description='A sweep as a benchmark.')
+    parser.add_argument('sweep', type=Path)
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='settings on top of every recipe')
+    parser.add_argument('--runs', type=Path, help='folder of the runs, to be kept between calls; runs/<name of the sweep> by default')
+    parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results', help='folder of the results')
+    parser.add_argument('--name', help='of the results; the name of the sweep by default')
+    parser.add_argument('--minutes', type=float, help='stop after so many')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[], help='in place of those of the sweep')
+    parser.add_argument('--only', nargs='+', default=[], help='methods to train')
+    args = parser.parse_intermixed_args(argv)
+    try:
+        sweep = load_sweep(args.sweep)
+        runs = args.runs or Path('runs') / sweep.name
+        outcome = run_sweep(args.sweep, runs, args.overrides, seeds=args.seeds, only=args.only, minutes=args.minutes, console=Console())
+        for failure in outcome.failures:
+            print(f'error: {failure}', file=sys.stderr)
+        title = args.sweep.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+        left = [*outcome.failures, *outcome.pending]
+        if any(runs.glob(f'*/{FINISHED}')):
+            print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left))
+    except InputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return outcome.status
+
+
+if __name__ == '__main__':
+    sys.exit(main())
