@@ -17,6 +17,7 @@ from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.check import PORTION, check_images
 from composer_effalgos.errors import InputError
 from composer_effalgos.recipe import SWEEPS, DatasetRecipe, list_recipes, load_recipe, recipe_folder
+from composer_effalgos.selection import select_to_file
 
 app = typer.Typer(name='effalgos', help='Data efficiency for MosaicML Composer.', no_args_is_help=True, add_completion=False)
 
@@ -71,6 +72,17 @@ def _exit(outcome: Outcome) -> None:
         print(f'error: {failure}', file=sys.stderr)
     if outcome.status:
         raise typer.Exit(outcome.status)
+
+
+@app.command()
+def select(
+    recipe: Annotated[Path, typer.Argument(help='A recipe with algorithms.subset_selection, which says how to select.')],
+    out: Annotated[Path, typer.Option(help='The Parquet file to write: columns index and weight.')],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of the recipe.')] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to select with; the model's first ones by default.")] = None,
+) -> None:
+    """Select a subset with a trained model and write it to a file, for strategy=file to train on."""
+    typer.echo(select_to_file(recipe, overrides or (), checkpoint, out))
 
 
 @app.command()

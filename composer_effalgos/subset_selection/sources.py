@@ -199,6 +199,8 @@ class _Forgetting(Source):
         return Found(data.labels()) if self.by_class else None
 
     def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+        if bool((self.last == -1).all()):
+            raise InputError('strategy: forgetting has counted nothing yet; train with this strategy and kappa above 0 first')
         learnt = (self.events > 0) | (self.last == 1)
         scores = torch.where(learnt, self.events.float(), math.inf)
         scores[self.last == -1] = -1.0  # never trained on: nothing is known
@@ -228,8 +230,8 @@ class _Forgetting(Source):
 class _Milo(Source):
     """Prepares both of MILO's phases from one pass over the data, and then trains through them without another."""
 
-    def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
-        options = dict(options)
+    def __init__(self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool) -> None:
+        options, self.linear_layer = dict(options), linear_layer
         self.exploration = options.pop('exploration', 1 / 6)
         number = isinstance(self.exploration, int | float) and not isinstance(self.exploration, bool)
         if not number or not 0 <= self.exploration <= 1:
@@ -245,7 +247,7 @@ class _Milo(Source):
         self.ready = self.ready and known
 
     def read(self, data: DataPass) -> Found | None:
-        return None if self.ready else Found(data.gradients(linear_layer=True, softmax=False))
+        return None if self.ready else Found(data.gradients(linear_layer=self.linear_layer, softmax=False))
 
     def pick(self, found: Found | None, occasion: Occasion) -> Selection:
         if found is not None:
@@ -330,5 +332,5 @@ def make_source(
     if strategy == 'forgetting':
         return _Forgetting(strategy, backend, options)
     if strategy == 'milo':
-        return _Milo(strategy, backend, options)
+        return _Milo(strategy, backend, options, linear_layer)
     return _Gradients(strategy, backend, options, linear_layer, val_dataloader)
