@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,10 @@ class Samples:
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[bytes | np.ndarray, int]]:
-        pairs = zip(self.order.tolist(), self.labels, strict=True)
-        for index, label in track(pairs, self.split, total=len(self), transient=True, disable=not sys.stdout.isatty()):
+        pairs: Iterable[tuple[int, int]] = zip(self.order.tolist(), self.labels, strict=True)
+        if sys.stdout.isatty():
+            pairs = track(pairs, self.split, total=len(self), transient=True)
+        for index, label in pairs:
             yield self.dataset.stored(index), label
 
 

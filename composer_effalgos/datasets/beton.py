@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ from composer_effalgos.datasets.images import check_at_least, data_folder, decod
 from composer_effalgos.datasets.packed import Description, class_names, pipeline
 from composer_effalgos.errors import InputError
 
+RAW = 1  # ffcv's number for images that are stored as pixels
+
 
 def import_ffcv(key: str) -> None:
     """See that ffcv is there.
@@ -28,9 +31,14 @@ def import_ffcv(key: str) -> None:
         InputError: It is not, or cannot be loaded.
     """
     try:
-        import ffcv.loader  # noqa: F401
+        threads = torch.get_num_threads()
+        import ffcv.pipeline.compiler as compiler
     except ImportError as error:
         raise InputError(f'{key} needs ffcv ({one_line(error)}); `make setup-ffcv` builds it') from error
+    if compiler.ch is torch:
+        # with the number of its own threads ffcv would set that of torch's, which belongs to the training, and it did so when imported
+        compiler.ch = SimpleNamespace(set_num_threads=lambda number: None)
+        torch.set_num_threads(threads)
 
 
 def ffcv_field() -> Any:
@@ -122,13 +130,13 @@ class Beton(VisionDataset):
         self.targets = targets
         self.classes = classes
         self.num_classes = len(classes)
-        images = reader.metadata[_column(reader, file, 'image')][rows.numpy()]
+        everything = reader.metadata[_column(reader, file, 'image')]
+        images = everything[rows.numpy()]
         self.sizes = torch.from_numpy(np.stack([images['height'], images['width']], axis=1).astype(np.int64))
-        order = np.argsort(reader.alloc_table['ptr'])
-        pointers, lengths = reader.alloc_table['ptr'][order], reader.alloc_table['size'][order]
-        self._places = images['data_ptr'].astype(np.int64)
-        self._lengths = lengths[np.searchsorted(pointers, images['data_ptr'])].astype(np.int64)
-        self._raw = images['mode'] == 1
+        self._raw = images['mode'] == RAW
+        table = np.sort(reader.alloc_table, order='ptr')
+        self._places = everything['data_ptr']
+        self._lengths = table['size'][np.searchsorted(table['ptr'], self._places)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,8 +149,16 @@ class Beton(VisionDataset):
 
     def stored(self, index: int) -> bytes | np.ndarray:
         """An image as it is held: a JPEG file's bytes, or uint8 ``[H, W, 3]``."""
-        data = np.fromfile(self.file, np.uint8, count=int(self._lengths[index]), offset=int(self._places[index]))
-        return data.reshape(*self.sizes[index].tolist(), 3) if self._raw[index] else data.tobytes()
+        row = int(self.rows[index])
+        data = self.encoded(row)
+        return np.frombuffer(data, np.uint8).reshape(*self.sizes[index].tolist(), 3) if self._raw[index] else data
+
+    def encoded(self, row: int) -> bytes:
+        """The bytes of an image, by its place in the file."""
+        place = int(self._places[row])
+        with self.file.open('rb') as opened:
+            opened.seek(place)
+            return opened.read(int(self._lengths[row]))
 
 
 def _column(reader: Any, file: Path, name: str) -> str:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch.utils.data import Dataset
 
+from composer_effalgos.datasets.beton import Beton
+from composer_effalgos.errors import InputError
 from composer_effalgos.loaders.device import DeviceDataLoader
+from composer_effalgos.loaders.ffcv import FfcvDataLoader
 from composer_effalgos.plan import DataPath
 
 
@@ -31,7 +34,34 @@ def device(
     return loader
 
 
-LOADERS: Mapping[str, Callable[..., DataPath]] = {'device': device}
+def ffcv(
+    dataset: Beton, *, train: bool, batch_size: int, drop_last: bool, seed: int, num_workers: int, batches_ahead: int = 2
+) -> FfcvDataLoader:
+    """``loader: ffcv``: decoded by ffcv's threads, augmented on the device.
+
+    Args:
+        dataset: The data set, ``dataset: beton``.
+        train: Whether the order is drawn anew each epoch.
+        batch_size: Samples per rank and batch.
+        drop_last: Leave the last, smaller batch of an epoch out.
+        seed: The run's seed.
+        num_workers: Threads that decode; at least one.
+        batches_ahead: Batches decoded ahead.
+    """
+    if batches_ahead < 1:
+        raise InputError(f'loader.batches_ahead: expected at least 1, got {batches_ahead}')
+    return FfcvDataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=train,
+        drop_last=drop_last,
+        seed=seed,
+        num_threads=num_workers,
+        batches_ahead=batches_ahead,
+    )
+
+
+LOADERS: Mapping[str, Callable[..., DataPath]] = {'device': device, 'ffcv': ffcv}
 """Builders: ``(dataset, *, train, batch_size, drop_last, seed, num_workers, **options)``; ``batch_size`` is per rank."""
 
 GIVEN = ('dataset', 'train', 'batch_size', 'drop_last', 'seed', 'num_workers')

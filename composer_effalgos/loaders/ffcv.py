@@ -1,0 +1,369 @@
+"""ffcv's compiled, threaded decoding as a data path: it reads the ``.beton`` files that ``effalgos convert`` writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from queue import Empty, Full
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from composer_effalgos.datasets.beton import Beton, check_beton, import_ffcv
+from composer_effalgos.datasets.images import decode_image
+from composer_effalgos.errors import InputError
+from composer_effalgos.loaders.augment import BatchTransform, random_bits, split_transform, steps_of, with_black_pixel
+from composer_effalgos.plan import DataPath, Reading, stream_seed
+
+TRIES = 10  # as torchvision's RandomResizedCrop
+
+Boxes = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""``(seed, sample numbers, heights, widths) -> int64 [m, 4]``: top, left, height and width of the part of each image to decode."""
+
+
+class FfcvDataLoader(DataPath):
+    """Batches decoded by ffcv's threads, augmented as a whole.
+
+    ffcv decodes, crops to a box and resizes, in compiled code and ahead of the training; the plan's batches go to it as they are, of any
+    size, and nothing is compiled again when the size changes. What ffcv decoded is copied out of its buffers, which it uses again, and the
+    rest of the pipeline (random crop, flip, normalisation) runs over the whole batch on the device. What is random about a sample depends
+    on (seed, epoch, sample) alone, as on :class:`~composer_effalgos.loaders.DeviceDataLoader`.
+
+    Args:
+        dataset: A :class:`~composer_effalgos.datasets.beton.Beton`. Its transform begins with RandomResizedCrop, or Resize and CenterCrop,
+            or the stored images have one size; :func:`~composer_effalgos.loaders.augment.split_transform` says what may follow.
+        batch_size: Samples per rank and batch.
+        shuffle: Draws a new order each epoch.
+        drop_last: Drops a last batch that is not full.
+        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+        device: Where the batches go; by default this rank's GPU, or else the CPU.
+        num_threads: Threads that decode.
+        batches_ahead: Batches decoded ahead.
+
+    Raises:
+        InputError: Another data set or a transform that it cannot run, ffcv missing, a file that is cut off.
+    """
+
+    def __init__(
+        self,
+        dataset: Beton,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        num_threads: int = 1,
+        batches_ahead: int = 2,
+    ) -> None:
+        if not isinstance(dataset, Beton):
+            raise InputError(
+                f'FfcvDataLoader: reads .beton files (in a recipe `dataset: {{name: beton, ...}}`), got {type(dataset).__name__}; '
+                'effalgos convert --to ffcv writes them'
+            )
+        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        if device is None:
+            device = f'cuda:{dist.get_local_rank()}' if torch.cuda.is_available() else 'cpu'
+        self.device = torch.device(device)
+        self._steps = steps_of(dataset.transform)
+        self._decoding, self._transform = _split(dataset)
+        self._loader = _compile(dataset, self._decoding.size, num_threads, batches_ahead)
+
+    def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
+        """Decodes batches; see :meth:`DataPath.read_batches`.
+
+        Yields:
+            ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.
+        """
+        dataset = self.dataset
+        assert isinstance(dataset, Beton)
+        if [id(step) for step in steps_of(dataset.transform)] != [id(step) for step in self._steps]:
+            raise InputError(
+                'FfcvDataLoader: the transform of its data set was changed after it had been read, by an algorithm such as RandAugment; '
+                'use worker processes (in a recipe `loader: workers`) with it'
+            )
+        if len(reading.offsets) < 2:
+            return
+        heights, widths = dataset.sizes[reading.indices].T.numpy()
+        boxes = self._decoding.boxes(stream_seed(reading.seed, 1), reading.indices.numpy(), heights, widths)
+        decisions = self._transform.draw(reading.seed, reading.indices, *self._decoding.size)
+        labels = dataset.targets[reading.indices]
+        cut = list(pairwise(reading.offsets))
+        rows = dataset.rows[reading.indices].numpy().astype(np.uint64)
+        epoch = _epoch(dataset, self._loader, [rows[start:stop] for start, stop in cut], [boxes[start:stop] for start, stop in cut])
+        try:
+            for (start, stop), (decoded,) in zip(cut, epoch, strict=True):
+                images = self._copied(decoded)
+                here = torch.arange(stop - start, device=self.device)
+                inputs = self._transform(images, here, self._on_device(decisions[:, start:stop]))
+                yield [inputs, self._on_device(labels[start:stop])]
+        finally:
+            epoch.stop()
+
+    def _copied(self, decoded: np.ndarray) -> Tensor:
+        """ffcv's buffer in memory of our own, with the black pixel that a :class:`BatchTransform` wants, on the device."""
+        room = with_black_pixel(decoded.shape)
+        room.copy_(torch.from_numpy(decoded))
+        return self._on_device(room.as_strided((room.numel() + 3,), (1,)))[: room.numel()].view(room.shape)
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        if self.device.type != 'cuda':
+            return values
+        return values.contiguous().pin_memory().to(self.device, non_blocking=True)
+
+
+# ------------------------------------------------------------------ what is decoded
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What ffcv does to each image.
+
+    Attributes:
+        size: Height and width that come out, in pixels.
+        boxes: Says which part of each image.
+    """
+
+    size: tuple[int, int]
+    boxes: Boxes
+
+
+def _split(dataset: Beton) -> tuple[Decoding, BatchTransform]:
+    """Splits a pipeline into what ffcv does while it decodes and what is done to whole batches."""
+    steps = steps_of(dataset.transform)
+    first = steps[0]
+    if isinstance(first, transforms.RandomResizedCrop | v2.RandomResizedCrop):
+        fixed, rest = split_transform(transforms.Compose(steps[1:]))
+        if fixed:
+            raise _cannot(dataset.transform)
+        scale, ratio = (float(first.scale[0]), float(first.scale[1])), (float(first.ratio[0]), float(first.ratio[1]))
+
+        def random_boxes(seed: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+            return random_resized_boxes(seed, samples, heights, widths, scale, ratio)
+
+        return Decoding((int(first.size[0]), int(first.size[1])), random_boxes), rest
+    fixed, rest = split_transform(dataset.transform)
+    if len(fixed) == 2 and isinstance(fixed[0], _RESIZE) and isinstance(fixed[1], _CENTER):
+        shorter, crop = _sides(fixed[0].size), _sides(fixed[1].size) * 2
+        if len(shorter) == 1 and max(crop[:2]) <= shorter[0]:
+            height, width = crop[:2]
+            return Decoding((height, width), lambda _, __, heights, widths: center_boxes(heights, widths, shorter[0], height, width)), rest
+    if len(fixed) == 1 and isinstance(fixed[0], _RESIZE) and rest.crop is None and rest.size is None:
+        size = _sides(fixed[0].size)
+        if len(size) == 2:
+            fixed, rest = [], replace(rest, size=(size[0], size[1]))
+    if fixed:
+        raise _cannot(dataset.transform)
+    if not (dataset.sizes == dataset.sizes[0]).all():
+        raise InputError(
+            f'{dataset.file}: images of several sizes need a transform that begins with RandomResizedCrop, or Resize and CenterCrop'
+        )
+    height, width = dataset.sizes[0].tolist()
+    return Decoding((height, width), lambda _, samples, __, ___: np.tile(np.array([0, 0, height, width]), (len(samples), 1))), rest
+
+
+_RESIZE, _CENTER = transforms.Resize | v2.Resize, transforms.CenterCrop | v2.CenterCrop
+
+
+def _sides(size: int | Sequence[int]) -> list[int]:
+    return [size] if isinstance(size, int) else [int(side) for side in size]
+
+
+def _cannot(transform: Any) -> InputError:
+    return InputError(
+        f'FfcvDataLoader: cannot run {" ".join(repr(transform).split())}; before what DeviceDataLoader takes it takes RandomResizedCrop, '
+        'or Resize(shorter side) and CenterCrop; use worker processes (in a recipe `loader: workers`) for others'
+    )
+
+
+def center_boxes(heights: np.ndarray, widths: np.ndarray, shorter: int, height: int, width: int) -> np.ndarray:
+    """What a resize of the shorter side to ``shorter`` and a centre crop of ``height`` x ``width`` keep of each image.
+
+    Args:
+        heights: Of the images, int64 ``[m]``, in pixels.
+        widths: Of the images, int64 ``[m]``, in pixels.
+        shorter: In pixels.
+        height: Of the crop, in pixels.
+        width: Of the crop, in pixels.
+
+    Returns:
+        int64 ``[m, 4]``: top, left, height, width in the image.
+    """
+    boxes = []
+    for lengths, others, side in ((heights, widths, height), (widths, heights, width)):
+        resized = np.where(lengths <= others, shorter, shorter * lengths // others)
+        start = np.round((resized - side) / 2)  # torchvision rounds in the resized image
+        first, last = (np.round(place * lengths / resized).astype(np.int64) for place in (start, start + side))
+        boxes.append((first, np.maximum(last - first, 1)))
+    (top, tall), (left, wide) = boxes
+    return np.stack([top, left, tall, wide], axis=1)
+
+
+def random_resized_boxes(
+    seed: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """The boxes of torchvision's RandomResizedCrop (Szegedy et al. 2015, arXiv 1409.4842), drawn from a stream of each sample's own.
+
+    Args:
+        seed: Names the epoch's stream.
+        samples: Sample numbers, int64 ``[m]``.
+        heights: Of the images, int64 ``[m]``, in pixels.
+        widths: Of the images, int64 ``[m]``, in pixels.
+        scale: Least and largest share of the image's area.
+        ratio: Least and largest ratio of width to height.
+
+    Returns:
+        int64 ``[m, 4]``: top, left, height, width.
+    """
+    draws = random_bits(seed, samples, 2 * TRIES + 2) / 2**32
+    area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[:TRIES])
+    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[TRIES : 2 * TRIES])
+    wide, tall = np.round(np.sqrt(area * aspect)).astype(np.int64), np.round(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
+    first = fits.argmax(axis=0)
+    columns = np.arange(len(samples))
+    # where none fits: the largest box in the middle whose ratio is allowed
+    shape = widths / heights
+    whole_wide = np.where(shape > ratio[1], np.round(heights * ratio[1]).astype(np.int64), widths)
+    whole_tall = np.where(shape < ratio[0], np.round(widths / ratio[0]).astype(np.int64), heights)
+    found = fits.any(axis=0)
+    wide, tall = np.where(found, wide[first, columns], whole_wide), np.where(found, tall[first, columns], whole_tall)
+    top = np.where(found, (draws[-2] * (heights - tall + 1)).astype(np.int64), (heights - tall) // 2)
+    left = np.where(found, (draws[-1] * (widths - wide + 1)).astype(np.int64), (widths - wide) // 2)
+    return np.stack([top, left, tall, wide], axis=1)
+
+
+# ------------------------------------------------------------------ ffcv's parts
+
+
+def _compile(dataset: Beton, size: tuple[int, int], num_threads: int, batches_ahead: int) -> Any:
+    """ffcv's Loader of the images alone; it is never iterated itself, see :func:`_epoch`."""
+    import_ffcv('loader: ffcv')
+    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+    from ffcv.libffcv import imdecode, memcpy, resize_crop
+    from ffcv.loader import Loader
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+
+    class BoxDecoder(SimpleRGBImageDecoder):
+        """Decodes the image, and resizes a box of it to the output, where that is not the whole image at its own size.
+
+        Memory of a batch: the output; the boxes, which are filled in before; whether a JPEG file could not be decoded.
+        """
+
+        def declare_state_and_memory(self, previous_state: Any) -> Any:
+            shape, pixel = (*size, 3), np.dtype('<u1')
+            memory = AllocationQuery(shape, pixel), AllocationQuery((4,), np.dtype('<i8')), AllocationQuery((1,), pixel)
+            return replace(previous_state, jit_mode=True, shape=shape, dtype=pixel), memory
+
+        def generate_code(self) -> Any:
+            jpg = IMAGE_MODES['jpg']
+            read, over = self.memory_read, Compiler.get_iterator()
+            decode_jpeg, copy, resize = (Compiler.compile(function) for function in (imdecode, memcpy, resize_crop))
+            out_height, out_width = size
+
+            def decode(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
+                output, boxes, failed = memory
+                for row in over(len(batch_indices)):
+                    field = metadata[batch_indices[row]]
+                    data = read(field['data_ptr'], storage_state)
+                    height, width = np.int64(field['height']), np.int64(field['width'])
+                    top, left, tall, wide = boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3]
+                    failed[row, 0] = 0
+                    if tall == height == out_height and wide == width == out_width:
+                        if field['mode'] == jpg:
+                            status = decode_jpeg(data, output[row], height, width, height, width, 0, 0, 1, 1, False, False)
+                            failed[row, 0] = status != 0
+                        else:
+                            copy(data, output[row])
+                    elif field['mode'] == jpg:
+                        pixels = np.empty((height, width, 3), np.uint8)
+                        status = decode_jpeg(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
+                        failed[row, 0] = status != 0
+                        resize(pixels, top, top + tall, left, left + wide, output[row])
+                    else:
+                        resize(data.reshape(height, width, 3), top, top + tall, left, left + wide, output[row])
+                return output[: len(batch_indices)]
+
+            decode.is_parallel = True  # type: ignore[attr-defined]
+            return decode
+
+    reader = check_beton(dataset.file)
+    pipelines = {name: [BoxDecoder()] if name == 'image' else None for name in reader.field_names}
+    return Loader(
+        str(dataset.file),
+        batch_size=1,
+        num_workers=max(1, min(num_threads, os.cpu_count() or 1)),
+        pipelines=pipelines,
+        drop_last=False,
+        batches_ahead=batches_ahead,
+    )
+
+
+def _epoch(dataset: Beton, loader: Any, batches: list[np.ndarray], boxes: list[np.ndarray]) -> Any:
+    """ffcv's thread that decodes ahead, over batches of any sizes; an error in it is raised where the batch is asked for."""
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    class Epoch(EpochIterator):
+        def __init__(self) -> None:
+            self.error: BaseException | None = None
+            loader.batch_size = max(map(len, batches))  # the room in its buffers
+            super().__init__(loader, np.concatenate(batches))
+
+        def start(self) -> None:
+            self.iter_ixes = iter(batches)  # ffcv's own are all of one size
+            super().start()
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except BaseException as error:  # else whoever waits for the batch would wait for ever
+                self.error = error
+                while not self.terminate_event.is_set():
+                    with contextlib.suppress(Full):
+                        self.output_queue.put(None, timeout=0.5)
+                        return
+
+        def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
+            (memory,) = (found for found in self.memory_allocations['operation'].values() if found is not None)
+            output, places, failed = (part[batch_slot][: len(batch_indices)] for part in memory)
+            places[:] = boxes[b_ix]
+            result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+            for row in np.flatnonzero(failed):
+                output[row] = _decode_again(dataset, int(batch_indices[row]), boxes[b_ix][row], output.shape[1:3])
+            return result
+
+        def __next__(self) -> Any:
+            try:
+                return super().__next__()
+            except StopIteration:
+                if self.error is not None:
+                    raise self.error from None
+                raise
+
+        def stop(self) -> None:
+            """Ends the thread, which may wait for room in its queue."""
+            self.close()
+            self.closed = True
+            while self.is_alive():
+                with contextlib.suppress(Empty):
+                    self.output_queue.get(timeout=0.05)
+
+    return Epoch()
+
+
+def _decode_again(dataset: Beton, row: int, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image for which TurboJPEG gave a warning or an error, which ffcv does not tell apart; broken ones are refused here."""
+    data = dataset.encoded(row)
+    image = decode_image(data, f'{dataset.file}: sample {row}')
+    top, left, tall, wide = box.tolist()
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BOX, box=(left, top, left + wide, top + tall)))
