@@ -168,7 +168,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column('seeds', lambda row: str(len(row.runs)), lambda row: len(row.runs)),
         Column('accuracy %', _accuracy_text, lambda row: row.accuracy),
         _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100),
-        _number('samples', lambda row: row.samples_seen, ',.0f'),
+        _number('samples', lambda row: row.samples_seen, ',.0f', brief=False),
         _number('saved %', lambda row: row.saved_fraction, '.1f', 100),
         _number('train s', lambda row: row.train_seconds, '.1f'),
         _number('time %', lambda row: row.time_ratio, '.0f', 100),
