@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.landscape.curve import Batches
@@ -20,6 +19,16 @@ Objective = Callable[[Tensor], tuple[float, Tensor]]
 
 # The search begins this far from the centre, in half widths of the box: at a minimum itself the gradient says nothing
 _START = 0.01
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a training changes, in the network's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def as_vector(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors one after the other, in a vector of its own, whatever their memory format (``parameters_to_vector`` takes only one)."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def training_loss(model: nn.Module, batches: Batches) -> Objective:
@@ -35,11 +44,14 @@ def training_loss(model: nn.Module, batches: Batches) -> Objective:
     Returns:
         Weights (all trainable parameters as one vector, float32 ``[n]``) to mean cross-entropy and its gradient, float32 ``[n]``.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trainable(model)
+    sizes = [parameter.numel() for parameter in parameters]
     samples = sum(len(labels) for _, labels in batches)
 
     def loss(weights: Tensor) -> tuple[float, Tensor]:
-        vector_to_parameters(weights, parameters)
+        with torch.no_grad():
+            for parameter, values in zip(parameters, weights.split(sizes), strict=True):
+                parameter.copy_(values.view_as(parameter))
         model.eval()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -48,7 +60,7 @@ def training_loss(model: nn.Module, batches: Batches) -> Objective:
         for images, labels in batches:
             part = nn.functional.cross_entropy(model(images), labels, reduction='sum') / samples
             value += float(part)
-            gradient += parameters_to_vector(torch.autograd.grad(part, parameters))
+            gradient += as_vector(torch.autograd.grad(part, parameters))
         return value, gradient
 
     return loss

@@ -19,7 +19,6 @@ from composer.loggers import Logger
 from composer.utils import get_device
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from composer_effalgos.build import build_network, build_split
@@ -28,7 +27,7 @@ from composer_effalgos.datasets import DATASETS
 from composer_effalgos.errors import InputError
 from composer_effalgos.landscape.curve import Batches, Point, alphas, evaluate, line
 from composer_effalgos.landscape.figure import draw
-from composer_effalgos.landscape.sharpness import random_basis, sharpness, training_loss
+from composer_effalgos.landscape.sharpness import as_vector, random_basis, sharpness, trainable, training_loss
 from composer_effalgos.models.pretrained import differences, read_weights
 from composer_effalgos.recipe import Recipe
 
@@ -165,7 +164,7 @@ def interpolate(
     as_saved, vectors = {}, {}
     for label, state in solutions.items():
         model.load_state_dict(state)
-        vectors[label] = parameters_to_vector(_trainable(model)).detach().clone()
+        vectors[label] = as_vector(trainable(model))
         loss, accuracy = evaluate(model, test)
         as_saved[label] = {'test_loss': loss, 'test_accuracy': accuracy}
         progress(f'{label} as saved: test loss {loss:.4g}, accuracy {accuracy:.4f}')
@@ -210,14 +209,14 @@ def interpolate(
 
 def _checked(settings: Settings) -> list[float]:
     """The places on the line, once every setting is known to be in its range."""
-    for name in ('samples', 'batch_size', 'iterations'):
+    # Less than 3 a batch, or 2 in all, can leave a batch of one, of which batch norm has no variance
+    least = {'samples': 2, 'batch_size': 3, 'iterations': 1, 'sharpness_samples': 0, 'subspace': 0, 'seed': 0}
+    for name, lowest in least.items():
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(f'{name}: expected at least 1, got {value}')
-    for name in ('sharpness_samples', 'subspace', 'seed'):
-        value = getattr(settings, name)
-        if value is not None and value < 0:
-            raise InputError(f'{name}: expected at least 0, got {value}')
+        if value is not None and value < lowest:
+            raise InputError(f'{name}: expected at least {lowest}, got {value}')
+    if settings.sharpness_samples == 1:
+        raise InputError('sharpness_samples: expected 0 (no sharpness) or at least 2, got 1')
     for epsilon in settings.epsilons:
         if not 0 < epsilon < math.inf:
             raise InputError(f'epsilon: must be above 0, got {epsilon}')
@@ -252,10 +251,6 @@ def _fitting(source: str, weights: Mapping[str, Tensor], model: nn.Module, recip
         if not value.isfinite().all():
             raise InputError(f'{source}: {name} holds numbers that are not finite; the training had diverged')
     return {name: weights.get(name, value).to(value.dtype) for name, value in own.items()}
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _read(dataset: Dataset[Any], samples: int | None, settings: Settings, workers: int) -> tuple[Tensor, Tensor]:
