@@ -6,6 +6,7 @@ import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 from composer import Trainer
 from composer.algorithms import EMA, BlurPool, SqueezeExcite
@@ -17,6 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos.datasets.images import ImageArray, small_image_transform
+from composer_effalgos.loaders import DeviceDataLoader
 from composer_effalgos.plan import Plan
 
 torch.set_num_threads(1)
@@ -39,6 +42,17 @@ class Augmented(Dataset):
         if self.augment:
             image = image.roll(int(torch.randint(3, ())), dims=1) * random.uniform(0.8, 1.2)
         return image, self.labels[index]
+
+
+def small_images() -> ImageArray:
+    """90 noisy 8x8 images with crop and flip."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = np.clip(generator.normal(100, 40, (90, 8, 8, 3)) + 30 * labels[:, None, None, None], 0, 255).astype(np.uint8)
+    transform = small_image_transform(
+        size=8, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, padding=1, padding_mode='reflect', flip=True, cutout=2
+    )
+    return ImageArray(images, torch.from_numpy(labels), ['a', 'b', 'c'], transform)
 
 
 class Watch(Callback):
@@ -73,6 +87,8 @@ def main() -> None:
     parser.add_argument('--save-interval', default='3ba')
     parser.add_argument('--lr', type=float, default=0.05)
     parser.add_argument('--simple', action='store_true', help='no layer or augmentation whose result depends on the ranks')
+    parser.add_argument('--loader', choices=['workers', 'device'], default='workers')
+    parser.add_argument('--images', action='store_true', help='images and augmentation that either loader can read')
     parser.add_argument('--subset', default='gradmatch')
     parser.add_argument('--backend', default='torch')
     parser.add_argument('--kappa', type=float, default=0.0)
@@ -93,7 +109,7 @@ def main() -> None:
         nn.Flatten(),
         nn.Linear(128, 3),
     )
-    dataset = Augmented(augment=not options.simple)
+    dataset = small_images() if options.images else Augmented(augment=not options.simple)
     algorithms = [InfoBatch(0.5, 0.9), AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
     if options.subset != 'none':
         subset = {'backend': options.backend, 'kappa': options.kappa, 'val_share': options.val_share}
@@ -101,15 +117,20 @@ def main() -> None:
     if not options.simple:
         algorithms += [BlurPool(min_channels=1), SqueezeExcite(latent_channels=2, min_channels=4), EMA(half_life='10ba')]
     watch = Watch(options.kill_at)
-    trainer = Trainer(
-        model=ComposerClassifier(network, num_classes=3),
-        train_dataloader=DataLoader(
+    drop_last = options.simple  # a last batch that is not full is shared out differently over different ranks
+    if options.loader == 'device':
+        loader = DeviceDataLoader(dataset, batch_size=options.batch_size, shuffle=True, drop_last=drop_last)
+    else:
+        loader = DataLoader(
             dataset,
             batch_size=options.batch_size,
             num_workers=options.workers,
             sampler=dist.get_sampler(dataset, shuffle=True),
-            drop_last=options.simple,  # a last batch that is not full is shared out differently over different ranks
-        ),
+            drop_last=drop_last,
+        )
+    trainer = Trainer(
+        model=ComposerClassifier(network, num_classes=3),
+        train_dataloader=loader,
         eval_dataloader=DataLoader(dataset, batch_size=30, sampler=dist.get_sampler(dataset)),
         optimizers=torch.optim.SGD(network.parameters(), lr=options.lr, momentum=0.9),
         schedulers=CosineAnnealingWithWarmupScheduler('1ep', '1dur'),
