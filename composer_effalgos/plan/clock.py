@@ -17,25 +17,21 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from composer_effalgos.plan.loader import PlannedDataLoader
 
 
-def virtual_batch(batch: int, num_batches: int, full_batches: int) -> int:
-    """Maps a batch of the planned epoch to a batch of the full one.
+def virtual_batch(samples: int, samples_before_last: int, full_batches: int) -> int:
+    """Maps a batch of the planned epoch to a batch of the full one, by the samples before it.
 
     Schedules are stepped *after* a batch's update and *before* the timestamp moves on, so the last batch must map to the last batch:
-    ``b -> b (L - 1) / (n - 1)``, rounded. The time after the epoch maps to the time after the epoch.
+    ``s -> s (L - 1) / S``, rounded.
 
     Args:
-        batch: Batch in the planned epoch, 0 to ``num_batches``.
-        num_batches: Batches of the planned epoch, ``n``.
+        samples: Samples of the planned epoch before the batch, ``s``.
+        samples_before_last: Samples before the planned epoch's last batch, ``S``.
         full_batches: Batches of the full epoch, ``L``.
 
     Returns:
-        Batch in the full epoch, 0 to ``full_batches``.
+        Batch in the full epoch, 0 to ``L - 1``.
     """
-    if batch >= num_batches:
-        return full_batches
-    if num_batches == 1:
-        return full_batches - 1
-    return round(batch * (full_batches - 1) / (num_batches - 1))
+    return round(samples * (full_batches - 1) / samples_before_last) if samples_before_last else full_batches - 1
 
 
 def _is_composer_schedule(scheduler: LRScheduler) -> bool:
@@ -55,16 +51,18 @@ class EpochClock:
     def __init__(self) -> None:
         self.batch_base = 0  # virtual batches, samples before the current epoch
         self.sample_base = 0
+        self.batches_done = 0  # virtual batches of the current epoch that PyTorch schedulers were stepped for
         self._loader: PlannedDataLoader | None = None
         self._steps_seen: dict[int, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """The virtual time at which the current epoch began."""
-        return {'batch_base': self.batch_base, 'sample_base': self.sample_base}
+        """The virtual time at which the current epoch began, and how far the schedulers are in it."""
+        return {'batch_base': self.batch_base, 'sample_base': self.sample_base, 'batches_done': self.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restores what :meth:`state_dict` gave."""
         self.batch_base, self.sample_base = state['batch_base'], state['sample_base']
+        self.batches_done = state.get('batches_done', 0)
 
     def start(self, state: State, loader: PlannedDataLoader) -> None:
         """Puts the run's schedules on this clock; those that are on it already stay as they are.
@@ -110,7 +108,7 @@ class EpochClock:
         if len(loader) == loader.full_batches and self.batch_base == int(real.batch - real.batch_in_epoch):
             yield  # nothing was pruned so far: real time is virtual time
             return
-        batch = virtual_batch(int(real.batch_in_epoch), len(loader), loader.full_batches)
+        batch = self._virtual(int(real.batch_in_epoch))
         sample = min(batch * loader.initial_batch_size * loader.world_size, loader.full_samples)
         samples = self.sample_base + sample
         state.timestamp = real.copy(
@@ -136,12 +134,12 @@ class EpochClock:
         assert loader is not None
         assert state.max_duration is not None
         if state.max_duration.unit == TimeUnit.EPOCH:
-            done = int(state.timestamp.batch_in_epoch)
-            before, now = (virtual_batch(b - 1, len(loader), loader.full_batches) + 1 if b else 0 for b in (done - 1, done))
+            steps = self._virtual(int(state.timestamp.batch_in_epoch) - 1) - self.batches_done
             for scheduler in state.schedulers:
                 if not _is_composer_schedule(scheduler) and _steps(scheduler) > self._steps_seen.get(id(scheduler), 0):
-                    for _ in range(now - before - 1):
+                    for _ in range(steps):
                         scheduler.step()
+            self.batches_done += 1 + max(0, steps)
         self._note_steps(state)
 
     def epoch_end(self, state: State) -> None:
@@ -153,7 +151,18 @@ class EpochClock:
         assert self._loader is not None
         self.batch_base += self._loader.full_batches
         self.sample_base += self._loader.full_samples
+        self.batches_done = 0
         self._note_steps(state)
+
+    def _virtual(self, batch: int) -> int:
+        """The full epoch's batch for a batch of the planned one, 0 to the number of batches."""
+        loader = self._loader
+        assert loader is not None
+        if batch >= len(loader):
+            return loader.full_batches
+        if loader.plan is None:  # before an epoch
+            return batch
+        return virtual_batch(loader.samples_before(batch), loader.samples_before(len(loader) - 1), loader.full_batches)
 
     def _note_steps(self, state: State) -> None:
         self._steps_seen = {id(s): _steps(s) for s in state.schedulers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,30 @@ def resume_epoch(
     done, rest = plan.sizes[: batches - plan.first_batch], plan.sizes[batches - plan.first_batch :]
     start = plan.start + sum(done)
     if not same_world_size and rest:
-        size_then = (lambda b, s: batch_size(b + batches, s + start)) if callable(batch_size) else batch_size
         # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
-        rest = tuple(split_batches(sum(rest), size_then, world_size, drop_last))
+        rest = tuple(split_batches(sum(rest), _later(batch_size, batches, start), world_size, drop_last))
     return EpochPlan(plan.order, plan.weights, rest, start=start, first_batch=batches)
+
+
+def resize_rest(plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_size: int) -> EpochPlan:
+    """The same epoch with its rest in batches of another size.
+
+    Samples, their order, their weights and who trains on them stay as they are; so under ``drop_last`` the last batch may be smaller.
+
+    Args:
+        plan: The epoch's plan.
+        batches: Batches of the epoch trained before.
+        batch_size: Samples per rank and batch.
+        world_size: Number of ranks.
+
+    Returns:
+        The plan with other ``sizes`` from batch number ``batches`` on.
+    """
+    done, rest = plan.sizes[: batches - plan.first_batch], plan.sizes[batches - plan.first_batch :]
+    start = plan.start + sum(done)
+    return replace(plan, sizes=(*done, *split_batches(sum(rest), _later(batch_size, batches, start), world_size)))
+
+
+def _later(batch_size: BatchSize, batches: int, samples: int) -> BatchSize:
+    """The batch sizes of an epoch's rest, counted from its beginning."""
+    return (lambda b, s: batch_size(b + batches, s + samples)) if callable(batch_size) else batch_size

@@ -318,6 +318,11 @@ class PlannedDataLoader(DataLoader):
         full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last)[:max_batches]
         self.full_samples, self.full_batches = sum(full), len(full)
 
+    def samples_before(self, batch: int) -> int:
+        """Samples over all ranks that the epoch trains on before batch number ``batch``, which must not be one trained before a resume."""
+        assert self.plan is not None
+        return self.plan.start + self.world_size * self.rank_offsets[batch - self.plan.first_batch]
+
     def rank_orders(self) -> list[Tensor]:
         """The samples of every rank in the current plan, each int64 ``[m]``."""
         assert self.plan is not None
@@ -336,17 +341,31 @@ class PlannedDataLoader(DataLoader):
         """Yields the epoch's batches.
 
         Batches that were trained before a resume come as ``None``: the trainer skips them by number without looking, so nothing is read
-        or decoded for them, on any path. The same holds before there is a plan, when the trainer spins its loaders.
+        or decoded for them, on any path. The same holds before there is a plan, when the trainer spins its loaders. A plan whose rest
+        changes between two batches (:func:`~composer_effalgos.plan.epoch.resize_rest`) holds from the next batch on, whatever was
+        prefetched.
         """
         if self.plan is None:
             yield None
             return
-        first = self.plan.first_batch
-        for _ in range(first):
+        batch = self.plan.first_batch
+        for _ in range(batch):
             yield None
-        batch_seeds = (stream_seed(self.seed, 2, self._epoch, self.rank, first + b) for b in range(len(self.plan.sizes)))
-        seed = stream_seed(self.seed, 2, self._epoch)
-        yield from self._path.read_batches(Reading(self.rank_order, self.rank_offsets, seed, batch_seeds))
+        while batch < self.plan.num_batches:
+            plan = self.plan
+            for read in self._path.read_batches(self._rest(batch)):
+                yield read
+                batch += 1
+                if self.plan is not plan:  # what was read ahead is read again, in batches of the new size
+                    break
+
+    def _rest(self, batch: int) -> Reading:
+        """What is to be read from ``batch`` on."""
+        assert self.plan is not None
+        offsets = self.rank_offsets[batch - self.plan.first_batch :]
+        batch_seeds = (stream_seed(self.seed, 2, self._epoch, self.rank, b) for b in range(batch, self.plan.num_batches))
+        indices, offsets = self.rank_order[offsets[0] :], [offset - offsets[0] for offset in offsets]
+        return Reading(indices, offsets, stream_seed(self.seed, 2, self._epoch), batch_seeds)
 
     def read(self, indices: Sequence[int], batch_size: int, seed: int = 0) -> Iterator[Any]:
         """Reads some samples in the order given, on the same path, outside the epoch's plan.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import EpochClock
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resume_epoch
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resize_rest, resume_epoch
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 
@@ -163,6 +163,22 @@ class Plan(Callback):
             drop_last=loader.drop_last,
             max_batches=loader.max_batches,
         )
+
+    def resize(self, state: State) -> None:
+        """Plans the rest of the epoch anew, from the next batch on, with the batch sizes that are asked for now.
+
+        To be called between two batches, on every rank (at ``BEFORE_DATALOADER``).
+
+        Args:
+            state: The trainer's state.
+        """
+        loader = self.loader
+        assert loader.plan is not None
+        batches = int(state.timestamp.batch_in_epoch)
+        plan = resize_rest(loader.plan, batches=batches, batch_size=self._current_batch_size(), world_size=loader.world_size)
+        if plan.sizes != loader.plan.sizes:
+            loader.set_plan(plan, int(state.timestamp.epoch))
+            state.set_dataloader(loader, state.dataloader_label)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Tells the loss which samples come."""

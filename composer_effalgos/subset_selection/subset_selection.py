@@ -15,7 +15,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from composer_effalgos.adabatch.adabatch import parse_time
+from composer_effalgos.adabatch.policies import parse_time
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan, WeightedLoss, check_seed, stream_seed
 from composer_effalgos.subset_selection.data_pass import DataPass, Found, training_data_spec

@@ -1,0 +1,182 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composer.algorithms import SAM, GradientClipping
+from composer.core import Callback, Precision
+from composer.loggers import InMemoryLogger
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composer_effalgos import AdaBatch, InfoBatch, InputError
+from composer_effalgos.adabatch import NoiseScale, noise_and_signal, policies
+
+
+class Measurements(Callback):
+    """Notes what a policy measures, and what per-sample gradients say about the same batch."""
+
+    def __init__(self, policy: NoiseScale, start: torch.Tensor) -> None:
+        self.policy, self.start = policy, start
+        self.found: list[tuple[float, float]] = []
+        self.expected: list[tuple[float, float]] = []
+
+    def before_train_batch(self, state, logger):
+        self.part = state.device_train_microbatch_size
+        self.batch = state.batch[0]
+
+    def batch_end(self, state, logger):
+        before = getattr(self, 'before', torch.zeros(2))
+        after = torch.zeros(2) if self.policy._averages is None else self.policy._averages
+        if not torch.equal(before, after):
+            self.before = after
+            self.found.append(tuple(((after - self.policy.decay * before) / (1 - self.policy.decay)).tolist()))
+            gradients = (self.start - self.batch).double()
+            parts, mean = [part.mean(dim=0) for part in gradients.split(self.part)], gradients.mean(dim=0)
+            sizes = [len(part) for part in gradients.split(self.part)]
+            noise = sum(b * (g - mean).square().sum().item() for b, g in zip(sizes, parts, strict=True)) / (len(parts) - 1)
+            self.expected.append((noise, mean.square().sum().item() - noise / len(gradients)))
+
+
+def measure(make_trainer, distance, dataset, start, policy=None, algorithms=(), loss_scale=1.0, **arguments):
+    policy = policy or NoiseScale(ratio=1e9, measure_every=1, decay=0.0)
+    watch = Measurements(policy, start)
+    arguments = {'lr': 0.0, 'max_duration': '1ep'} | arguments
+    trainer = make_trainer(
+        [*algorithms, AdaBatch(policy=policy)], model=distance(start, loss_scale), dataset=dataset, callbacks=[watch], **arguments
+    )
+    trainer.state.callbacks.append(trainer.state.callbacks.pop(trainer.state.callbacks.index(watch)))  # after the policy
+    trainer.fit()
+    return watch
+
+
+@pytest.mark.parametrize('microbatch', [None, 16, 5, 8, 1], ids=lambda m: f'microbatch {m}')
+def test_measures_what_the_samples_gradients_say(make_trainer, distance, points, microbatch):
+    dataset, start = points(103, 6), torch.linspace(-1, 1, 6)
+    watch = measure(make_trainer, distance, dataset, start, device_train_microbatch_size=microbatch)
+    assert len(watch.found) == 7  # 6 batches of 16 and one of 7
+    for found, expected in zip(watch.found, watch.expected, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert watch.part == {None: 4, 16: 4, 5: 5, 8: 4, 1: 1}[microbatch]  # one part is halved: 7 into 4 and 3
+
+
+def test_the_estimate_is_right_where_it_is_known_in_closed_form(make_trainer, distance, points):
+    """Gradients w - x, with x of unit variance in 20 dimensions: noise 20, signal |w|^2, whatever batch they are measured with."""
+    dataset, start = points(2000, 20), torch.full((20,), 0.3)
+    noise, signal = 20 * 2000 / 1999, 20 * 0.09 - 20 / 1999  # the finite sample's
+    for batch_size, microbatch in ((16, None), (40, 10), (16, 1)):
+        watch = measure(make_trainer, distance, dataset, start, batch_size=batch_size, device_train_microbatch_size=microbatch)
+        found = torch.tensor(watch.found[:-1], dtype=torch.float64)  # the last batch may be smaller
+        error = found.std(dim=0) / math.sqrt(len(found))
+        assert ((found.mean(dim=0) - torch.tensor([noise, signal])).abs() < 4 * error).all()
+        assert error[0] / noise < 0.06
+    policy = NoiseScale(ratio=1e9, measure_every=1, decay=0.99)
+    measure(make_trainer, distance, dataset, start, policy, batch_size=16, device_train_microbatch_size=2)
+    assert policy.noise_scale == pytest.approx(noise / signal, rel=0.3)
+
+
+def test_grows_as_long_as_the_noise_scale_says(make_trainer, distance, points):
+    """A noise scale of 20 / 1.8 = 11: with ratio 1 a batch of 4 grows to 8 and to 16, and then no more."""
+    logger = InMemoryLogger()
+    policy = NoiseScale(ratio=1.0, window='1ep', measure_every=1, decay=0.98)
+    trainer = make_trainer(
+        [AdaBatch(policy=policy)],
+        model=distance(torch.full((20,), 0.3)),
+        dataset=points(1000, 20),
+        lr=0.0,
+        batch_size=4,
+        max_duration='6ep',
+        loggers=[logger],
+    )
+    trainer.fit()
+    assert [epoch[0] for epoch in trainer.recorder.sizes] == [4, 8, 16, 16, 16, 16]
+    logged = [value for _, value in logger.data['adabatch/noise_scale']]
+    assert logged == pytest.approx([20 / 1.8] * 6, rel=0.35)
+
+
+def test_few_measurements_decide_nothing(make_trainer, distance, points):
+    policy = NoiseScale(ratio=0.001, window='1ep', measure_every=1, decay=0.95)  # 20 are needed
+    trainer = make_trainer([AdaBatch(policy=policy)], model=distance(torch.ones(3)), dataset=points(100, 3), lr=0.0, max_duration='4ep')
+    trainer.fit()
+    assert [epoch[0] for epoch in trainer.recorder.sizes] == [16, 16, 16, 32]  # 7 an epoch
+
+
+def test_is_measured_before_clipping_and_without_the_loss_scale(make_trainer, distance, points, monkeypatch):
+    dataset, start = points(100, 4), torch.ones(4)
+    plain = measure(make_trainer, distance, dataset, start).found
+    clipped = measure(make_trainer, distance, dataset, start, algorithms=[GradientClipping('norm', 0.01)]).found
+    assert clipped == plain
+    monkeypatch.setattr(policies, '_loss_scale', lambda state: torch.tensor(1024.0))
+    scaled = measure(make_trainer, distance, dataset, start, loss_scale=1024.0).found
+    assert torch.tensor(scaled) == pytest.approx(torch.tensor(plain), rel=1e-5)
+
+
+def test_the_loss_scale_is_the_scalers():
+    scaler = torch.amp.GradScaler('cpu', init_scale=512.0)
+    model = torch.nn.Linear(1, 1)
+    assert policies._loss_scale(SimpleNamespace(precision=Precision.AMP_FP16, scaler=scaler, model=model)) == 512
+    assert policies._loss_scale(SimpleNamespace(precision=Precision.AMP_BF16, scaler=scaler, model=model)) == 1
+
+
+def test_what_overflows_does_not_count(make_trainer, distance, points):
+    policy = NoiseScale(measure_every=1, decay=0.9)
+    measure(make_trainer, distance, points(100, 4), torch.ones(4), policy)
+    before = policy._averages
+    policy._measurement = torch.tensor([math.inf, 1.0])
+    policy._average()
+    assert torch.equal(policy._averages, before)
+
+
+@pytest.mark.parametrize('algorithm', [lambda: InfoBatch(0.0), lambda: SAM(rho=0.05, interval=3)], ids=['InfoBatch', 'SAM'])
+def test_measures_beside_algorithms_that_change_the_loss_or_the_step(make_trainer, algorithm):
+    policy = NoiseScale(measure_every=2, decay=0.5)
+    trainer = make_trainer([algorithm(), AdaBatch(policy=policy)], max_duration='2ep')
+    trainer.fit()
+    assert 0 < policy.noise_scale < math.inf
+    assert not policy._hooks
+    assert all(not p._backward_hooks for p in trainer.state.model.parameters())
+
+
+def test_the_microbatch_is_given_back(make_trainer):
+    for microbatch in (None, 16, 4):
+        trainer = make_trainer([AdaBatch(2, policy=NoiseScale(1e9, measure_every=3))], device_train_microbatch_size=microbatch)
+        seen = []
+        trainer.state.callbacks[0].batch_checkpoint = lambda state, logger, seen=seen: seen.append(state.device_train_microbatch_size)
+        trainer.fit()
+        assert set(seen) == {microbatch or 16}
+
+
+def test_a_batch_that_is_not_measured_is_trained_as_ever(make_trainer, weights_of):
+    plain, measured = make_trainer([AdaBatch(2, '9ep')]), make_trainer([AdaBatch(policy=NoiseScale(1e9, measure_every=10**6))])
+    plain.fit()
+    measured.fit()
+    assert torch.allclose(weights_of(plain), weights_of(measured), atol=1e-6)  # the very first batch is measured, in halves
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 10**6))
+def test_the_equations_of_the_paper(sizes, seed):
+    """Equal parts: equations A.2 of arXiv 1812.06162; any parts: the analysis of variance."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(size, 3, dtype=torch.float64, generator=generator) for size in sizes]
+    means, mean, total = [part.mean(dim=0) for part in parts], torch.cat(parts).mean(dim=0), sum(sizes)
+    weighted = sum(size * m.square().sum() for size, m in zip(sizes, means, strict=True))
+    noise, signal = noise_and_signal(weighted, mean.square().sum(), len(sizes), total)
+    between = sum(size * (m - mean).square().sum() for size, m in zip(sizes, means, strict=True)) / (len(sizes) - 1)
+    assert noise.item() == pytest.approx(between.item(), abs=1e-9)
+    assert signal.item() == pytest.approx((mean.square().sum() - between / total).item(), abs=1e-9)
+    if len(set(sizes)) == 1:
+        small, big = sizes[0], total
+        g_small, g_big = sum(m.square().sum() for m in means) / len(means), mean.square().sum()
+        assert noise.item() == pytest.approx(((g_small - g_big) / (1 / small - 1 / big)).item(), abs=1e-9)
+        assert signal.item() == pytest.approx(((big * g_big - small * g_small) / (big - small)).item(), abs=1e-9)
+
+
+def test_refuses_what_it_cannot_see():
+    policy = NoiseScale()
+    state = SimpleNamespace(fsdp_enabled=True, timestamp=SimpleNamespace(batch=0))
+    with pytest.raises(InputError, match='FSDP'):
+        policy.fit_start(state, None)
+    policy._measurement = None
+    with pytest.raises(InputError, match='ddp_sync_strategy'):
+        policy._average()
