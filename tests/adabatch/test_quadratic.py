@@ -25,9 +25,9 @@ class Watch(Callback):
 def predicted(epochs: list[list[int]], rates: list[list[float]], start: float) -> list[float]:
     """Expected excess loss of a coordinate after each epoch.
 
-    A step is ``w <- (1 - a) w + a m`` with the mean ``m`` of the batch. Batches of ``b`` out of ``N`` points of unit variance, drawn without
-    replacement, have means of variance ``(N - b) / (b (N - 1))`` and covariance ``-1 / (N - 1)`` within an epoch, none across epochs. So
-    the second moment of ``w``, linear in all the means, is ``prod(1 - a)^2 w_0^2 + c' Cov(m) c``.
+    A step is ``w <- (1 - a) w + a m`` with the mean ``m`` of the batch. Batches of ``b`` out of ``N`` points of unit variance, drawn
+    without replacement, have means of variance ``(N - b) / (b (N - 1))`` and covariance ``-1 / (N - 1)`` within an epoch, none across
+    epochs. So the second moment of ``w``, which is linear in all the means, is ``prod(1 - a)^2 w_0^2 + c' Cov(m) c``.
     """
     losses, second_moment = [], start**2
     for sizes, learning_rates in zip(epochs, rates, strict=True):
