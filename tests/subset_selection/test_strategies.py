@@ -284,6 +284,60 @@ def test_batch_mean_gram_in_blocks(make_gradients, monkeypatch):
         torch.testing.assert_close(kernels.batch_mean_gram(gradients, 4), means @ means.T)
 
 
+def taylor_fall(gradients, labels, chosen, eta, validation, validation_labels):
+    """GLISTER's objective: the fall of the validation loss in first order, summed over the picks, the gradient taken anew at each."""
+    rows, onehot = gradients.dense().double(), one_hot(validation_labels, gradients.error.shape[1])
+    logits, step, total = (validation.error + onehot).double().log(), torch.zeros(rows.shape[1], dtype=torch.float64), 0.0
+    classes, embedding = gradients.error.shape[1], validation.embedding.double()
+    for index in chosen:
+        moved = logits - eta * (step[:classes] + embedding @ step[classes:].view(classes, -1).T)
+        gradient = LastLayerGradients(torch.softmax(moved, dim=1) - onehot, embedding).mean()
+        total += float(rows[index] @ gradient)
+        step += rows[index]
+    return total
+
+
+@pytest.mark.usefixtures('has_cords')
+@pytest.mark.parametrize('greedy', ['Stochastic', 'RGreedy', 'Naive'])
+def test_glister_gains_no_less_than_cords(make_gradients, greedy):
+    falls: dict[str, list[float]] = {'torch': [], 'cords': []}
+    for seed in range(4):
+        gradients, labels = make_gradients(150, 3, 6, seed)
+        validation, validation_labels = make_gradients(45, 3, 6, seed + 50)
+        options = {'val_gradients': validation, 'val_labels': validation_labels, 'labels': labels, 'eta': 0.05, 'seed': seed}
+        for backend, found in falls.items():
+            indices, _ = select_subset(
+                'glister', gradients, 30, backend=backend, greedy=greedy, r=10, selection_type='Supervised', **options
+            )
+            found.append(taylor_fall(gradients, labels, indices.tolist(), 0.05, validation, validation_labels))
+    ours, theirs = (np.array(falls[backend]) for backend in ('torch', 'cords'))
+    if greedy != 'Stochastic':  # where each looks at random candidates of its own, on average alone
+        assert (ours >= 0.999 * theirs).all()
+    assert ours.mean() >= 0.999 * theirs.mean()
+
+
+def test_tiny_cases_by_brute_force(make_gradients):
+    """Where greedy is exact: GLISTER whose gradient stays, GradMatch on gradients at right angles, facility location of one."""
+    gradients, labels = make_gradients(9, 3, 2)
+    gains = gradients.dot(gradients.mean())
+    for budget in (1, 3, 8):
+        best = max(itertools.combinations(range(9), budget), key=lambda subset: gains[list(subset)].sum())
+        indices, _ = select_subset('glister', gradients, budget, labels=labels, eta=0.0, greedy='Naive', selection_type='Supervised')
+        assert sorted(indices.tolist()) == list(best)
+    orthogonal = LastLayerGradients(torch.diag(torch.tensor([3.0, 1.0, 4.0, 1.5, 2.0, 0.5])))
+    target = orthogonal.sum()
+    for budget in (1, 2, 4):
+
+        def least(subset):
+            rows = orthogonal.error[list(subset)].T.numpy()
+            return nnls(rows, target.numpy())[1]
+
+        best = min(itertools.combinations(range(6), budget), key=least)
+        indices, weights = select_subset('gradmatch', orthogonal, budget, lam=0.0, eps=0.0, selection_type='Supervised')
+        assert sorted(indices.tolist()) == list(best)
+        assert float(residual(orthogonal, indices, weights, target)) ** 0.5 == pytest.approx(least(best), rel=1e-4)
+
+
 def test_stochastic_greedy_comes_close(make_gradients):
     gradients, _ = make_gradients(200, 3, 6)
     similar = similarity(gradients.dense())
