@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from composer_effalgos.bench import Outcome, run_sweep, write_report
+from composer_effalgos.bench import Outcome, run_search, run_sweep, write_report
 from composer_effalgos.convert import convert as write_converted
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.check import PORTION, check_images
@@ -65,6 +65,21 @@ def bench(
         keep_checkpoints=keep_checkpoints,
     )
     _exit(outcome)
+
+
+@app.command()
+def search(
+    sweep: Annotated[Path, typer.Argument(help='A YAML file with search: axes.')],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')] = None,
+    out: Annotated[Path | None, typer.Option(help='Folder for the runs; runs/<name of the sweep> by default.')] = None,
+    target: Annotated[float | None, typer.Option(help="The accuracy to reach; the last of the sweep's targets by default.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help='Combinations to train.')] = 30,
+    seed: Annotated[int, typer.Option(help='Of the search and of the runs.')] = 17,
+    minutes: Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')] = None,
+    fresh: Annotated[bool, typer.Option('--fresh', help='Train everything anew.')] = False,
+) -> None:
+    """Search the combination of settings that reaches an accuracy in the least seconds of training."""
+    _exit(run_search(sweep, out, overrides or (), target=target, trials=trials, seed=seed, minutes=minutes, fresh=fresh))
 
 
 def _exit(outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
 from composer_effalgos.bench.bench import run_sweep
 from composer_effalgos.bench.report import write_report
 from composer_effalgos.bench.runner import Outcome, run_jobs
+from composer_effalgos.bench.search import run_search
 from composer_effalgos.bench.sweep import Job, Sweep, load_sweep
 from composer_effalgos.bench.table import Row, Run, markdown_table, read_runs, rich_table, table_rows
 
@@ -17,6 +18,7 @@ __all__ = [
     'read_runs',
     'rich_table',
     'run_jobs',
+    'run_search',
     'run_sweep',
     'table_rows',
     'write_report',

@@ -82,17 +82,13 @@ def run_jobs(
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     console = console or Console()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'{out}: the folder cannot be made ({error.strerror})') from error
     failures: list[str] = []
     text, clock = TextColumn('{task.description}'), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
-    with _locked(out) as lock:
+    with locked(out) as lock:
         for job in jobs:
             if fresh and job.recipe.run_folder.exists():
                 shutil.rmtree(job.recipe.run_folder)
-            _check_settings(job)
+            check_settings(job)
         todo = [job for job in jobs if not (job.recipe.run_folder / FINISHED).exists()]
         if len(todo) < len(jobs):
             console.print(f'{len(jobs) - len(todo)} of {len(jobs)} runs are done already', highlight=False)
@@ -106,10 +102,11 @@ def run_jobs(
                 if deadline is not None and time.monotonic() >= deadline:
                     break
 
-                def advance(epochs: int, done: int = done, most: int = job.epochs or 0) -> None:
-                    progress.update(task, completed=done + min(epochs, most))
+                def advance(epochs: list[dict[str, Any]], done: int = done, most: int = job.epochs or 0) -> bool:
+                    progress.update(task, completed=done + min(len(epochs), most))
+                    return False
 
-                failure = _train(job, ranks, deadline, lock, advance)
+                failure = train_job(job, lock, ranks=ranks, deadline=deadline, enough=advance)
                 if failure is None:
                     break  # the time is over
                 pending.remove(name)
@@ -131,8 +128,22 @@ def finished(job: Job) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Holds ``out`` for this process and its runs; what a killed call left running is waited for."""
+def locked(out: Path) -> Iterator[int]:
+    """Makes ``out`` and holds it for this process and its runs; what a killed call left running is waited for.
+
+    Args:
+        out: The folder of the runs.
+
+    Yields:
+        The descriptor that holds the lock, for the runs to inherit.
+
+    Raises:
+        InputError: ``out`` cannot be written, or another call is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{out}: the folder cannot be made ({error.strerror})') from error
     try:
         file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -152,8 +163,15 @@ def _locked(out: Path) -> Iterator[int]:
         os.close(file)  # the lock goes with the last process that holds the file
 
 
-def _check_settings(job: Job) -> None:
-    """Refuses a folder that holds the same run with other settings: neither mixing nor replacing them is what was asked for."""
+def check_settings(job: Job) -> None:
+    """Refuses a folder that holds the same run with other settings: neither mixing nor replacing them is what was asked for.
+
+    Args:
+        job: The run.
+
+    Raises:
+        InputError: Its folder holds other settings; the message names one of them.
+    """
     path = job.recipe.run_folder / RECIPE
     if not path.exists():
         return
@@ -172,8 +190,21 @@ def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
     return {key: value for name, item in settings.items() for key, value in _flat(item, f'{prefix}.{name}' if prefix else name).items()}
 
 
-def _train(job: Job, ranks: int, deadline: float | None, lock: int, advance: Callable[[int], None]) -> str | None:
-    """Trains one run, or what is left of it; what went wrong, '' where all is well, None where the deadline came first."""
+def train_job(
+    job: Job, lock: int, *, ranks: int = 1, deadline: float | None = None, enough: Callable[[list[dict[str, Any]]], bool]
+) -> str | None:
+    """Trains one run, or what is left of it.
+
+    Args:
+        job: The run.
+        lock: What :func:`locked` gave.
+        ranks: Its processes.
+        deadline: When to stop it, on the monotonic clock.
+        enough: Sees the epochs in ``summary.json`` again and again; where it is true, the run has come to its end.
+
+    Returns:
+        What went wrong; '' where all is well; None where the deadline came first.
+    """
     folder = job.recipe.run_folder
     resumes = (checkpoint_folder(job.recipe) / 'latest-rank0.pt').exists()
     if folder.exists() and not resumes:
@@ -193,15 +224,16 @@ def _train(job: Job, ranks: int, deadline: float | None, lock: int, advance: Cal
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == 'linux' else None,
         )
+        reached = False
         try:
-            while process.poll() is None:
+            while process.poll() is None and not reached:
                 if deadline is not None and time.monotonic() >= deadline:
                     return None
                 time.sleep(0.1)
-                advance(_epochs_done(folder))
+                reached = enough(_epochs(folder))
         finally:
             _stop(process)
-    if process.returncode == 0 and (folder / SUMMARY).exists():
+    if (reached or process.returncode == 0) and (folder / SUMMARY).exists():
         (folder / FINISHED).touch()
         return ''
     return f'{_last_line(folder / LOG, process.returncode)} (see {folder / LOG})'
@@ -233,11 +265,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _epochs_done(folder: Path) -> int:
+def _epochs(folder: Path) -> list[dict[str, Any]]:
     try:
-        return len(json.loads((folder / SUMMARY).read_text(encoding='utf-8'))['epochs'])
+        return json.loads((folder / SUMMARY).read_text(encoding='utf-8'))['epochs']
     except FileNotFoundError:
-        return 0
+        return []
 
 
 def _last_line(log: Path, returncode: int) -> str:

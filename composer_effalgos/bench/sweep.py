@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Job:
 class Method:
     """A method of a sweep: a recipe, its seeds, and what is merged on top of the recipe in turn."""
 
-    recipe: str
+    recipe: Path
     seeds: list[int]
     layers: list[dict[str, Any]]
 
@@ -72,6 +72,7 @@ class Sweep:
         settings: What goes on top of every recipe.
         methods: What goes on top of each method's recipe, and its own ``recipe`` and ``seeds``, by name.
         matrix: Axes, each with its choices by name; every combination of them is a method too.
+        search: Axes for ``effalgos search``, in the same form.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Sweep:
     settings: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     matrix: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
 
     def all_methods(self) -> dict[str, Method]:
         """The methods and the combinations of the matrix, by name, in order.
@@ -91,25 +93,63 @@ class Sweep:
         """
         named: list[tuple[str, list[Any]]] = [(name, [layer]) for name, layer in self.methods.items()]
         if self.matrix:
-            for combination in itertools.product(*(choices.items() for choices in self.matrix.values())):
-                name = '+'.join(name for name, layer in combination if layer) or 'baseline'
-                named.append((name, [layer for _, layer in combination]))
+            named += [combine(dict(choices)) for choices in itertools.product(*(axis.items() for axis in self.matrix.values()))]
         found: dict[str, Method] = {}
         for name, layers in named:
             if name in found:
                 raise InputError(f'{self.path}: {name}: two methods have this name; rename one')
-            recipe, seeds, settings = self.recipe, self.seeds, [self.settings]
-            for layer in layers:
-                layer = {} if layer is None else layer
-                check_type(f'{self.path}: {name}', layer, dict)
-                recipe, seeds = layer.get('recipe', recipe), layer.get('seeds', seeds)
-                settings.append({key: value for key, value in layer.items() if key not in ('recipe', 'seeds')})
-            if recipe is None:
-                raise InputError(f'{self.path}: {name}: no recipe; give the method, or the sweep, a recipe: FILE.yaml')
-            check_type(f'{self.path}: {name}: recipe', recipe, str)
-            check_type(f'{self.path}: {name}: seeds', seeds, list[int])
-            found[name] = Method(recipe, seeds, settings)
+            found[name] = self.method(name, layers)
         return found
+
+    def method(self, name: str, layers: Sequence[Any]) -> Method:
+        """A method, checked as far as it can be without its recipe.
+
+        Args:
+            name: Its name.
+            layers: What lies on the sweep's ``settings``, in turn.
+
+        Returns:
+            The method.
+
+        Raises:
+            InputError: It has no recipe, or a value of the wrong type.
+        """
+        recipe, seeds, settings = self.recipe, self.seeds, [self.settings]
+        for layer in layers:
+            layer = {} if layer is None else layer
+            check_type(f'{self.path}: {name}', layer, dict)
+            recipe, seeds = layer.get('recipe', recipe), layer.get('seeds', seeds)
+            settings.append({key: value for key, value in layer.items() if key not in ('recipe', 'seeds')})
+        if recipe is None:
+            raise InputError(f'{self.path}: {name}: no recipe; give the method, or the sweep, a recipe: FILE.yaml')
+        check_type(f'{self.path}: {name}: recipe', recipe, str)
+        check_type(f'{self.path}: {name}: seeds', seeds, list[int])
+        beside = self.path.parent / recipe
+        return Method(beside if beside.is_file() else recipe_folder() / recipe, seeds, settings)
+
+    def job(self, name: str, method: Method, seed: int, out: Path, overrides: Sequence[str] = ()) -> Job:
+        """One run.
+
+        Args:
+            name: The method's name.
+            method: The method.
+            seed: Its seed.
+            out: The runs' ``save_folder``.
+            overrides: ``key=value`` settings on top of everything else.
+
+        Returns:
+            The run, its recipe checked.
+
+        Raises:
+            InputError: The recipe is missing or wrong.
+        """
+        run_name = f'{name}_seed{seed}'
+        # Not part of what is compared. One who gives save_interval wants a run that was stopped to go on from there.
+        placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}
+        settings = read_settings(method.recipe, [*method.layers, *overrides, placed])
+        if settings.get('save_interval') is not None:
+            settings = {'save_num_checkpoints_to_keep': 1} | settings | {'autoresume': True}
+        return Job(name, parse_recipe(settings, source=f'{self.path}: {name}', run_name=run_name))
 
     def jobs(self, out: Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), only: Sequence[str] = ()) -> list[Job]:
         """Every run of the sweep, each recipe checked.
@@ -129,28 +169,30 @@ class Sweep:
             InputError: A recipe is missing or wrong, or a name in ``only`` unknown.
         """
         methods = self.all_methods()
+        if not methods:
+            raise InputError(f'{self.path}: no methods; give at least one under methods: or matrix:')
         for name in only:
             if name not in methods:
                 raise InputError(f'{self.path}: no method {name!r}; {did_you_mean(name, methods)}')
-        found: list[tuple[int, Job]] = []
-        for name, method in methods.items():
-            if only and name not in only:
-                continue
-            for number, seed in enumerate(seeds or method.seeds):
-                run_name = f'{name}_seed{seed}'
-                # Not part of what is compared. One who gives save_interval wants a run that was stopped to go on from there.
-                placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}
-                settings = read_settings(self._recipe_path(method.recipe), [*method.layers, *overrides, placed])
-                if settings.get('save_interval') is not None:
-                    settings = {'save_num_checkpoints_to_keep': 1} | settings | {'autoresume': True}
-                found.append((number, Job(name, parse_recipe(settings, source=f'{self.path}: {name}', run_name=run_name))))
-        if not found:
-            raise InputError(f'{self.path}: no methods; give at least one under methods: or matrix:')
+        found = [
+            (number, self.job(name, method, seed, out, overrides))
+            for name, method in methods.items()
+            if not only or name in only
+            for number, seed in enumerate(seeds or method.seeds)
+        ]
         return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
-    def _recipe_path(self, recipe: str) -> Path:
-        beside = self.path.parent / recipe
-        return beside if beside.is_file() else recipe_folder() / recipe
+
+def combine(choices: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """The name and the layers of a combination.
+
+    Args:
+        choices: The settings of the choice taken on each axis, by the choice's name.
+
+    Returns:
+        The names of the choices that have settings, joined by ``+`` (``baseline`` where none has), and the settings.
+    """
+    return '+'.join(name for name, layer in choices.items() if layer) or 'baseline', list(choices.values())
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -175,8 +217,13 @@ def load_sweep(path: str | Path) -> Sweep:
             raise InputError(f'{path}: {key}: unknown key; {did_you_mean(key, hints)}')
         check_type(f'{path}: {key}', value, hints[key])
     sweep = Sweep(name=path.stem, path=path, **settings)
-    for axis, choices in sweep.matrix.items():
-        check_type(f'{path}: matrix.{axis}', choices, dict)
+    for key, axes in (('matrix', sweep.matrix), ('search', sweep.search)):
+        for axis, choices in axes.items():
+            check_type(f'{path}: {key}.{axis}', choices, dict)
+        names = [choice for choices in axes.values() for choice in choices]
+        for choice in names:
+            if names.count(choice) > 1:
+                raise InputError(f'{path}: {key}: two choices are named {choice!r}; rename one')
     if not all(0 < target <= 1 for target in sweep.targets):
         raise InputError(f'{path}: targets: expected accuracies in (0, 1], got {sweep.targets}')
     sweep.all_methods()

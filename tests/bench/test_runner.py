@@ -125,7 +125,7 @@ def test_every_recipe_is_checked_before_the_first_run(sweep, tmp_path):
 def test_a_folder_in_use_is_refused_and_one_that_is_a_file(sweep, tmp_path, fake, monkeypatch):
     monkeypatch.setattr(runner, 'GRACE', 0.1)
     (tmp_path / 'out').mkdir()
-    with runner._locked(tmp_path / 'out'), pytest.raises(InputError, match='another sweep is at work'):
+    with runner.locked(tmp_path / 'out'), pytest.raises(InputError, match='another sweep is at work'):
         run_sweep(sweep, tmp_path / 'out', console=quiet())
     assert fake() == []
     (tmp_path / 'file').write_text('')
@@ -149,7 +149,7 @@ run_sweep({str(sweep)!r}, {str(tmp_path / 'out')!r}, only=['baseline'])
     process.wait()
     start = time.monotonic()
     # were the run still there, it would hold the folder for its minute
-    with runner._locked(tmp_path / 'out'):
+    with runner.locked(tmp_path / 'out'):
         assert time.monotonic() - start < 30
     (job, _) = load_sweep(sweep).jobs(tmp_path / 'out', only=['baseline'])
     assert not runner.finished(job)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from composer_effalgos.bench.sweep import load_sweep
+from composer_effalgos.bench.sweep import combine, load_sweep
 from composer_effalgos.errors import InputError
 from composer_effalgos.recipe import list_recipes
 
@@ -110,8 +110,15 @@ def test_unknown_methods_and_files_are_named(write_sweep, tmp_path):
 
 @pytest.mark.parametrize('path', [path for path, _ in list_recipes(YAMLS / 'sweeps')], ids=lambda path: path.stem)
 def test_the_projects_own_sweeps_are_valid(path, tmp_path):
-    jobs = load_sweep(path).jobs(tmp_path)
-    assert len({job.recipe.run_name for job in jobs}) == len(jobs)
+    sweep = load_sweep(path)
+    jobs = [] if sweep.search else sweep.jobs(tmp_path)
+    first = {axis: next(iter(choices)) for axis, choices in sweep.search.items()}
+    for axis, choices in sweep.search.items():
+        for choice in choices:
+            name, layers = combine({taken: sweep.search[a][taken] for a, taken in (first | {axis: choice}).items()})
+            jobs.append(sweep.job(name, sweep.method(name, layers), 1, tmp_path))
+    assert jobs
+    assert sweep.search or len({job.recipe.run_name for job in jobs}) == len(jobs)
     assert all(job.epochs for job in jobs)
 
 
