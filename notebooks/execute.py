@@ -39,7 +39,12 @@ def run(path: Path, parameters: dict[str, Any] | None = None) -> nbformat.Notebo
         cell.source += '\n' + '\n'.join(f'{name} = {value!r}' for name, value in parameters.items())
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            notebook, timeout=1800, record_timing=False, resources={'metadata': {'path': folder}}, extra_arguments=['--log-level=ERROR']
+            notebook,
+            timeout=1800,
+            record_timing=False,
+            coalesce_streams=True,
+            resources={'metadata': {'path': folder}},
+            extra_arguments=['--log-level=ERROR'],
         )
         client.execute()
     notebook.metadata['language_info'] = {'name': 'python'}
