@@ -306,7 +306,8 @@ class NoiseScale(_Watching):
             return
         loader = Plan.of(state).loader
         batch = int(state.timestamp.batch_in_epoch)
-        size = loader.samples_before(batch + 1) - loader.samples_before(batch)
+        assert loader.plan is not None
+        size = loader.plan.sizes[batch - loader.plan.first_batch]  # over all ranks, which may have different shares of it
         part = state.device_train_microbatch_size
         assert part is not None
         mine = loader.batch_slice(batch)

@@ -71,11 +71,16 @@ def test_learning_rate_on_top_of_a_schedule(make_trainer):
         None,
         lambda o: lr_scheduler.MultiStepLR(o, [3], 0.1),
         lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 6, eta_min=0.04),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4, eta_min=0.02),
+        lambda o: lr_scheduler.CyclicLR(o, 0.05, 0.2, step_size_up=4, cycle_momentum=False),
+        lambda o: lr_scheduler.LinearLR(o, 0.2, total_iters=5),
+        lambda o: lr_scheduler.PolynomialLR(o, 8, power=2.0),
         lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
         lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.MultiStepLR(o, [3], 0.5)]),
         lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=7, cycle_momentum=False),
     ],
-    ids=['none', 'steps', 'cosine', 'lambda', 'chained', 'one cycle'],
+    ids=['none', 'steps', 'cosine', 'cosine to a floor', 'restarts', 'cyclic', 'linear', 'polynomial', 'lambda', 'chained', 'one cycle'],
 )
 def test_learning_rate_on_top_of_pytorch_schedulers(make_trainer, scheduler_of):
     runs = []

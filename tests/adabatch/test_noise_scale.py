@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,3 +183,12 @@ def test_refuses_what_it_cannot_see():
     policy._measurement = None
     with pytest.raises(InputError, match='ddp_sync_strategy'):
         policy._average()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize('options', [[], ['--microbatch', '3', '--sync', 'multi_auto_sync']], ids=['a part a rank', 'microbatches'])
+def test_measures_over_ranks(options):
+    script = Path(__file__).parents[1] / 'scripts' / 'noise_over_ranks.py'
+    command = [sys.executable, '-m', 'composer.cli', '-n', '2', str(script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
