@@ -144,7 +144,9 @@ class DeviceDataLoader(DataPath):
         images: Tensor | None = None
         stored = with_transform(self.dataset, _ToStore(self._once))
         done = 0
-        for items in DataLoader(stored, batch_size=256, num_workers=self.decoders, collate_fn=list):
+        # with a generator of its own: otherwise PyTorch draws from the one that training uses, and a resumed run would differ
+        generator = torch.Generator()
+        for items in DataLoader(stored, batch_size=256, num_workers=self.decoders, collate_fn=list, generator=generator):
             for image, label in items:
                 if images is None:
                     _check_room(size * image.size, psutil.virtual_memory().available, 'memory')

@@ -136,6 +136,16 @@ def test_augmentation_is_the_same_at_any_rank_count_batch_size_and_after_a_resum
     assert sum(torch.equal(alone[sample], next_epoch[sample]) for sample in alone) < 10
 
 
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_training_generators_are_untouched(num_workers):
+    loader = DeviceDataLoader(small_images(cutout=2), batch_size=8, shuffle=True, num_workers=num_workers)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    loader.load()
+    list(loader)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()
+
+
 def test_the_selection_pass_reads_on_the_device():
     loader = PlannedDataLoader(DeviceDataLoader(small_images(augment=False), batch_size=8), seed=1)
     images, labels = (torch.cat(column) for column in zip(*loader.read(range(3, 40, 2), 7), strict=True))
