@@ -32,7 +32,7 @@ html_copy_source = False
 
 myst_heading_anchors = 3
 nb_execution_mode = 'off'  # notebooks are stored with their outputs, see notebooks/execute.py
-suppress_warnings = ['myst.header', 'toc.not_readable']  # method cards begin sections at the level that they like
+suppress_warnings = ['myst.header']  # method cards begin sections at the level that they like
 
 autodoc_typehints = 'signature'
 autodoc_member_order = 'bysource'

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Callback
 from composer.models import ComposerClassifier
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
+from composer_effalgos import AdaBatch
 from composer_effalgos.cli import app
+from composer_effalgos.datasets import build_dataset
 from composer_effalgos.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +66,7 @@ def test_there_are_examples_and_commands_to_test():
 
 @pytest.fixture
 def example() -> dict[str, Any]:
-    """What the examples take for granted: data, loaders, a model and an optimizer."""
+    """What the examples take for granted: data, loaders, a model, an optimizer, and names that the card has introduced."""
     torch.manual_seed(0)
     inputs = torch.randn(64, 8)
     targets = (inputs[:, 0] > 0).long()
@@ -71,11 +74,16 @@ def example() -> dict[str, Any]:
     model = ComposerClassifier(torch.nn.Linear(8, 2), num_classes=2)
     return {
         'dataset': dataset,
+        'train_set': build_dataset('digits', 'train', limit=128),
+        'eval_set': build_dataset('digits', 'eval'),
         'loader': DataLoader(dataset, batch_size=2),
         'train_dataloader': DataLoader(dataset, batch_size=2, shuffle=True),
         'eval_dataloader': DataLoader(dataset, batch_size=16),
         'model': model,
         'optimizer': torch.optim.SGD(model.parameters(), lr=0.01),
+        'AdaBatch': AdaBatch,
+        'Callback': Callback,
+        'utilisation_of_the_last_epoch': lambda: 0.4,
         'epochs': 3,
         'batch_size': 16,
         'inputs_of': lambda indices: inputs[indices],
