@@ -50,7 +50,7 @@ docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

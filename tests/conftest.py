@@ -13,9 +13,13 @@ from composer import Trainer
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.models import ComposerClassifier, ComposerModel
+from hypothesis import settings
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 torch.set_num_threads(1)  # the networks here are too small to gain from more
+
+settings.register_profile('untimed', deadline=None)  # a busy machine fails no test
+settings.load_profile('untimed')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

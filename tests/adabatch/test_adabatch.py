@@ -139,7 +139,7 @@ def test_limits_stop_the_growth_with_one_warning(make_trainer):
         make_trainer([AdaBatch(2, '1ep', max_batch_size=32)], max_duration='2ep').fit()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(1.1, 5), st.integers(1, 3), st.none() | st.integers(16, 300))
 def test_sizes_never_shrink_nor_pass_a_limit(factor, interval, limit):
     algorithm = AdaBatch(factor, f'{interval}ep', max_batch_size=limit)

@@ -9,7 +9,7 @@ import torch
 from composer.algorithms import SAM, GradientClipping
 from composer.core import Callback, Precision
 from composer.loggers import InMemoryLogger
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError
@@ -156,7 +156,6 @@ def test_a_batch_that_is_not_measured_is_trained_as_ever(make_trainer, weights_o
     assert torch.allclose(weights_of(plain), weights_of(measured), atol=1e-6)  # the very first batch is measured, in halves
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 10**6))
 def test_the_equations_of_the_paper(sizes, seed):
     """Equal parts: equations A.2 of arXiv 1812.06162; any parts: the analysis of variance."""

@@ -71,7 +71,7 @@ def test_a_growth_that_could_not_be_foreseen_is_as_exact_as_one_that_could(make_
     assert torch.equal(weights_of(runs[0]), weights_of(runs[1]))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from([1.3, 2, 3]), st.booleans())
 def test_no_sample_is_lost_or_repeated_wherever_the_batch_grows(make_trainer, batches, factor, drop_last):
     seen = Seen()
@@ -169,7 +169,6 @@ def drive(policy: LossPlateau, losses: list[float]) -> list[int]:
     return growths
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(0, 4), st.sampled_from([0.0, 0.05, 0.3]))
 def test_plateau_is_the_rule_of_reduce_lr_on_plateau(losses, patience, threshold):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -57,7 +57,7 @@ def residual(gradients, indices, weights, target, lam=0.0):
     return (rows.T @ weights.double() - target.double()).square().sum() + lam * weights.double().square().sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     case=st.sampled_from(CASES),
     n=st.integers(1, 30),
@@ -153,7 +153,7 @@ def test_glister_equals_cords(make_gradients, selection_type, greedy):
     assert ours.tolist() == theirs.tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 20), classes=st.integers(1, 3), dim=st.integers(1, 8), lam=st.sampled_from([0.0, 0.5, 5.0]), seed=st.integers(0, 999)
 )
@@ -213,7 +213,7 @@ def test_gradmatch_with_one_sample_takes_the_best_aligned(make_gradients):
     torch.testing.assert_close(weights[0], rows[indices[0]] @ target / rows[indices[0]].square().sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(function=st.sampled_from(FUNCTIONS), n=st.integers(2, 14), budget=st.integers(1, 8), seed=st.integers(0, 999), dim=st.integers(1, 4))
 def test_submodular_greedy_by_definition(make_gradients, function, n, budget, seed, dim):
     gradients, _ = make_gradients(n, 2, dim, seed)
