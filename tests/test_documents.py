@@ -42,7 +42,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 def anchors(path: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a Markdown file."""
-    headings = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), flags=re.MULTILINE)
+    text = re.sub(r'```.*?```', '', path.read_text(encoding='utf-8'), flags=re.DOTALL)
+    headings = re.findall(r'^#+ (.*)$', text, flags=re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
