@@ -25,7 +25,7 @@ from composer_effalgos.plan import (
 )
 
 _STREAM = 10  # of random numbers, see stream_seed
-_BLOCK = 1 << 16  # random numbers that are drawn together, in the processor's cache
+_BLOCK = 1 << 14  # random numbers that are drawn together, in the processor's cache
 
 
 def prune(
