@@ -112,7 +112,10 @@ class DataPass:
     def _batches(self) -> Iterator[Any]:
         loader = self._loader
         share = range(loader.rank, loader.num_samples, loader.world_size)
-        return self._on_device(loader.read(share, loader.initial_batch_size, seed=self._seed), self._spec)
+        fits, microbatch = loader.initial_batch_size, self._state.device_train_microbatch_size
+        fits = min(fits, microbatch) if isinstance(microbatch, int) else fits
+        # what fits with all that a backward pass needs fits several times over without
+        return self._on_device(loader.read(share, 4 * fits, seed=self._seed), self._spec)
 
     def _on_device(self, batches: Iterable[Any], spec: DataSpec | None) -> Iterator[Any]:
         for batch in batches:
