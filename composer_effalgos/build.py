@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from composer import Trainer
 from composer.loggers import TensorboardLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist, get_device, reproducibility
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
@@ -21,6 +21,7 @@ from composer_effalgos.components import Component, one_line
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
+from composer_effalgos.models.pretrained import differences
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import Plan
 from composer_effalgos.recipe import Recipe
@@ -70,7 +71,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
     precision = _precision(recipe, on_gpu=on_gpu)
     try:
-        return Trainer(
+        trainer = Trainer(
             model=model,
             train_dataloader=train_loader,
             eval_dataloader=eval_loader,
@@ -93,6 +94,20 @@ def build_trainer(recipe: Recipe) -> Trainer:
         if not loads or (isinstance(error, RuntimeError) and 'loading state_dict' not in str(error)):
             raise
         raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
+    if recipe.trainer.get('load_path') and not recipe.trainer.get('load_ignore_keys'):
+        _check_weights(trainer, f'{recipe.source}: load_path', Path(recipe.trainer['load_path']))
+    return trainer
+
+
+def _check_weights(trainer: Trainer, key: str, path: Path) -> None:
+    """Composer loads what fits and leaves the rest as it was: weights of another network must not pass for this one's."""
+    model = trainer.state.model
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    content = torch.load(path, map_location='cpu', mmap=True, weights_only=False)  # as Composer has just read it
+    found = differences(model.state_dict(), content['state'].get('model', {}))
+    if found:
+        trainer.close()
+        raise InputError(f'{key}: {path}: the checkpoint is of another model ({found})')
 
 
 def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
@@ -245,7 +260,7 @@ def check_checkpoint(key: str, path: Path) -> None:
     try:
         # The checksums are right; Composer reads it in the same way, and mmap leaves the tensors on the disk
         content = torch.load(path, map_location='cpu', mmap=True, weights_only=False)
-    except (RuntimeError, EOFError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # there is no end to what damaged bytes lead to
         raise InputError(f'{key}: {path}: not a checkpoint ({one_line(error)[:200]})') from error
     if not isinstance(content, dict) or 'state' not in content:
         raise InputError(f"{key}: {path}: not a checkpoint of Composer's (it has no 'state'); expected one that this training wrote")

@@ -147,6 +147,8 @@ def check_data(
     out: Annotated[Path | None, typer.Option(help='File for the list of broken images.')] = None,
 ) -> None:
     """Decode every image of a data set; list those that are broken and end with status 1 if there are any."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f'--out: {out}: expected a file in a folder that exists')
     if source.is_dir():
         data = DatasetRecipe(name='image_folder', batch_size=1, path=str(source))
     else:

@@ -150,8 +150,9 @@ class EfficiencyMonitor(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         batches = int(state.timestamp.batch_in_epoch)
         if batches > 0:  # max_duration cut the epoch short
-            length = state.dataloader_len
-            self._record(state, logger, state.timestamp, share=batches / int(length) if length else 1.0)
+            plan = getattr(state.train_dataloader, 'plan', None)
+            share = 1.0 if plan is None else int(state.timestamp.sample_in_epoch) / plan.num_samples
+            self._record(state, logger, state.timestamp, share)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         label = str(state.dataloader_label)

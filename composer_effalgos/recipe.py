@@ -375,5 +375,5 @@ def _check_duration(key: str, duration: str | int) -> None:
         time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
-    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN):
+    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
         raise InputError(f"{key}: expected a positive number of epochs, batches or samples such as '10ep', got {duration!r}")

@@ -27,6 +27,7 @@ from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
 
 LOG, RECIPE, FINISHED, LOCK = 'train.log', 'recipe.yaml', 'finished', '.lock'
+TARGET = 'target'  # in a folder of effalgos search: the accuracy at which its runs were stopped
 GRACE = 30.0  # seconds for a run to end after SIGTERM, and for one that an earlier call left behind
 PORTION_OVER = 3  # the exit status where runs are left for the next call
 
@@ -85,6 +86,8 @@ def run_jobs(
     failures: list[str] = []
     text, clock = TextColumn('{task.description}'), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
     with locked(out) as lock:
+        if (out / TARGET).exists():
+            raise InputError(f'{out}: holds runs of effalgos search, which stops them early; give another --out')
         for job in jobs:
             if fresh and job.recipe.run_folder.exists():
                 shutil.rmtree(job.recipe.run_folder)

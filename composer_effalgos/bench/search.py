@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from composer_effalgos.bench.runner import Outcome, check_settings, finished, locked, train_job
+from composer_effalgos.bench.runner import TARGET, Outcome, check_settings, finished, locked, train_job
 from composer_effalgos.bench.sweep import Job, Sweep, combine, load_sweep
 from composer_effalgos.bench.table import Run, first_above
 from composer_effalgos.errors import InputError
@@ -120,6 +120,7 @@ def run_search(
     trials = min(trials, len(rest))
     random.Random(seed).shuffle(rest)
     with locked(out) as lock:
+        _keep_target(out, target, fresh=fresh)
         while len(done) + len(failures) < trials:
             asked = study.ask()
             choices = {axis: asked.suggest_categorical(axis, list(names)) for axis, names in sweep.search.items()}
@@ -160,6 +161,15 @@ def _target(sweep: Sweep, target: float | None) -> float:
     if not 0 < found <= 1:
         raise InputError(f'target: expected an accuracy in (0, 1], got {found}')
     return found
+
+
+def _keep_target(out: Path, target: float, *, fresh: bool) -> None:
+    """Runs were stopped where they reached one target: they say nothing about another."""
+    file = out / TARGET
+    before = float(file.read_text(encoding='utf-8')) if file.exists() else target
+    if before != target and not fresh:
+        raise InputError(f'{out}: its runs were stopped at an accuracy of {before}, not {target}; give another --out, or --fresh')
+    file.write_text(str(target), encoding='utf-8')
 
 
 def _job(sweep: Sweep, choices: Mapping[str, str], out: Path, overrides: Sequence[str], seed: int) -> Job:

@@ -222,9 +222,20 @@ def load_sweep(path: str | Path) -> Sweep:
             check_type(f'{path}: {key}.{axis}', choices, dict)
         names = [choice for choices in axes.values() for choice in choices]
         for choice in names:
+            _check_name(f'{path}: {key}', choice)
             if names.count(choice) > 1:
                 raise InputError(f'{path}: {key}: two choices are named {choice!r}; rename one')
+    for name in sweep.methods:
+        _check_name(f'{path}: methods', name)
     if not all(0 < target <= 1 for target in sweep.targets):
         raise InputError(f'{path}: targets: expected accuracies in (0, 1], got {sweep.targets}')
+    if not sweep.seeds:
+        raise InputError(f'{path}: seeds: expected at least one, got []')
     sweep.all_methods()
     return sweep
+
+
+def _check_name(key: str, name: Any) -> None:
+    """YAML reads 0.1, on and 17 as something else than text."""
+    if not isinstance(name, str):
+        raise InputError(f"{key}: {name!r} is no name; put it in quotes, such as '{name}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
@@ -127,7 +128,8 @@ def save(folder: Path, identity: str, images: Tensor, labels: Tensor) -> None:
     except OSError as error:
         warnings.warn(f'{path}: not written ({error.strerror}); the images will be decoded again next time', stacklevel=2)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file, say
+            part.unlink()
 
 
 def _path(folder: Path, identity: str) -> Path:
