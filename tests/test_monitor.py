@@ -40,6 +40,7 @@ class PrunedLoader(DataLoader):
     """A loader that says of itself what a planned one does."""
 
     full_samples = 40
+    plan = SimpleNamespace(num_samples=30)
     facts: dict[str, float] = {}  # noqa: RUF012
 
 

@@ -85,8 +85,8 @@ def test_selects_with_the_first_weights(recipe, tmp_path, monkeypatch):
     [
         (['algorithms=null'], 'algorithms.subset_selection: missing'),
         (['--out', 'none/subset.parquet'], '--out: none/subset.parquet: a file in a folder that exists is right'),
-        (['--checkpoint', 'none.pt'], '--checkpoint: none.pt: no such checkpoint'),
-        (['--checkpoint', 'small.yaml'], '--checkpoint: small.yaml: not a checkpoint'),
+        (['--checkpoint', 'none.pt'], '--checkpoint: no file none.pt'),
+        (['--checkpoint', 'small.yaml'], '--checkpoint: small.yaml is no readable file of weights'),
         (['algorithms.subset_selection={strategy: file, path: none.parquet}'], 'none.parquet: no such file'),
         (['algorithms.subset_selection={strategy: forgetting, fraction: 0.4, kappa: 0.5}'], 'forgetting has counted nothing yet'),
         (['algorithms.subset_selection.fraction=0.1'], 'less than one batch'),
@@ -101,3 +101,17 @@ def test_refuses_in_one_line(recipe, tmp_path, monkeypatch, capsys, arguments, m
     assert message in errors[0]
     assert not (tmp_path / 'subset.parquet').exists()
     assert not list(tmp_path.glob('.subset*'))
+
+
+def test_code_in_a_checkpoint_is_not_run_and_weights_of_another_network_are_refused(recipe, tmp_path, monkeypatch, capsys):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'was_run',)
+
+    other = {'state': {'model': {'a': torch.zeros(2)}}}
+    for content, message in (({'state': Code()}, 'no readable file of weights'), (other, 'of another model')):
+        torch.save(content, tmp_path / 'other.pt')
+        assert select(monkeypatch, recipe, '--out', 'subset.parquet', '--checkpoint', 'other.pt') == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / 'was_run').exists()
+    assert not (tmp_path / 'subset.parquet').exists()

@@ -271,7 +271,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _epochs(folder: Path) -> list[dict[str, Any]]:
     try:
         return json.loads((folder / SUMMARY).read_text(encoding='utf-8'))['epochs']
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return []
 
 

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from composer_effalgos import cli
-from composer_effalgos.bench import load_sweep, run_search, runner
+from composer_effalgos.bench import load_sweep, run_search, run_sweep, runner
 from composer_effalgos.errors import InputError
 
 pytest.importorskip('optuna')
@@ -105,6 +105,17 @@ def test_it_goes_on_where_it_stopped(space, tmp_path):
     assert len(found(out)) == 9
     outcome = run_search(space, tmp_path / 'other', trials=3, minutes=0, console=quiet())
     assert (outcome.status, outcome.pending) == (3, ['3 trials'])
+
+
+def test_runs_stopped_at_one_target_do_not_pass_for_another(space, tmp_path):
+    out = tmp_path / 'out'
+    run_search(space, out, trials=1, target=0.5, console=quiet())
+    with pytest.raises(InputError, match='stopped at an accuracy of 0.5, not 0.6'):
+        run_search(space, out, trials=1, target=0.6, console=quiet())
+    best = tmp_path / 'best.yaml'
+    best.write_text((out / 'best.yaml').read_text())
+    with pytest.raises(InputError, match='holds runs of effalgos search'):
+        run_sweep(best, out, console=quiet())
 
 
 def test_a_run_that_cannot_win_is_stopped(space, tmp_path):

@@ -124,3 +124,17 @@ def test_the_projects_own_sweeps_are_valid(path, tmp_path):
 
 def test_sweeps_are_no_recipes():
     assert not [path for path, _ in list_recipes(YAMLS) if 'sweeps' in path.parts]
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('methods: {1: {}}', r'methods: 1 is no name; put it in quotes'),
+        ('matrix: {lr: {0.1: {optimizer: {lr: 0.1}}}}', r'matrix: 0\.1 is no name'),
+        ('matrix: {blurpool: {on: {}}}', r'matrix: True is no name'),
+        ('seeds: []\nmethods: {a: {}}', 'seeds: expected at least one'),
+    ],
+)
+def test_names_are_text_and_there_is_a_seed(write_sweep, text, message):
+    with pytest.raises(InputError, match=message):
+        load_sweep(write_sweep(f'recipe: small.yaml\n{text}'))
