@@ -110,7 +110,7 @@ def test_it_goes_on_where_it_stopped(space, tmp_path):
 def test_runs_stopped_at_one_target_do_not_pass_for_another(space, tmp_path):
     out = tmp_path / 'out'
     run_search(space, out, trials=1, target=0.5, console=quiet())
-    with pytest.raises(InputError, match='stopped at an accuracy of 0.5, not 0.6'):
+    with pytest.raises(InputError, match=r'stopped at an accuracy of 0\.5, not 0\.6'):
         run_search(space, out, trials=1, target=0.6, console=quiet())
     best = tmp_path / 'best.yaml'
     best.write_text((out / 'best.yaml').read_text())
