@@ -338,6 +338,7 @@ def draw(results: dict[str, Any], target: Path) -> None:
                     if row['stopped']:
                         panel.annotate('stopped', (row[axis], row['seconds']), color=f'C{number}', fontsize=7, ha='center', va='bottom')
         panel.set(xscale='log', yscale='log', xlabel=f'{name}, %' if axis == 'fraction' else name, title=fixed[axis])
+        panel.xaxis.set_minor_formatter('')  # labels between the powers of ten run into each other
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('seconds')
     figure.legend(loc='outside right upper', fontsize=8)
