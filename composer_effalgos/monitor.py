@@ -16,6 +16,7 @@ from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
 
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 from composer_effalgos.infobatch import InfoBatch
 
 SUMMARY = 'summary.json'
@@ -258,12 +259,8 @@ class EfficiencyMonitor(Callback):
             entries = [asdict(self._scores[epoch]) for epoch in sorted(self._scores)]
             summary['score_histograms'] = {'edges': SCORE_EDGES.tolist(), 'epochs': entries}
         target = self._folder(state) / SUMMARY
-        part = target.with_name(f'{SUMMARY}.{os.getpid()}.tmp')  # of this process alone: two runs may share a name by mistake
-        try:
-            part.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + '\n', encoding='utf-8')
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(target) as unfinished:
+            unfinished.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + '\n', encoding='utf-8')
 
 
 def _histogram(epoch: int, scores: np.ndarray) -> _Scores:

@@ -14,6 +14,7 @@ from composer_effalgos.bench.charts import charts, published_for
 from composer_effalgos.bench.results import read_targets
 from composer_effalgos.bench.table import NOTE, Row, columns, markdown_table, read_runs, table_rows
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,8 @@ def write_report(runs_dir: str | Path, out: str | Path | None = None, *, targets
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in pages.items():
-            part = path.with_name(f'{path.name}.tmp')
-            part.write_text(text, encoding='utf-8')
-            part.replace(path)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(text, encoding='utf-8')
     except OSError as error:
         raise InputError(f'{out}: the report cannot be written ({error.strerror})') from error
     return out

@@ -13,6 +13,7 @@ from typing import Any
 
 from composer_effalgos.bench.table import Row, Run, first_above
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 
 CSV, JSON = 'results.csv', 'results.json'
 _TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
@@ -54,9 +55,8 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
     }
     try:
         for name, text in ((CSV, table.getvalue()), (JSON, json.dumps(content, indent=2) + '\n')):
-            part = out / f'{name}.tmp'
-            part.write_text(text, encoding='utf-8')
-            part.replace(out / name)
+            with whole_file(out / name) as unfinished:
+                unfinished.write_text(text, encoding='utf-8')
     except OSError as error:
         raise InputError(f'{out}: the results cannot be written ({error.strerror})') from error
 

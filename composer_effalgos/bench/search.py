@@ -20,6 +20,7 @@ from composer_effalgos.bench.runner import TARGET, Outcome, check_settings, fini
 from composer_effalgos.bench.sweep import Job, Sweep, combine, load_sweep
 from composer_effalgos.bench.table import Run, first_above
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 from composer_effalgos.monitor import SUMMARY
 
 BEST = 3  # combinations that go into best.yaml
@@ -236,6 +237,5 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
         'best.yaml': f'# The fastest to {target} in a search, to be confirmed\n{yaml.safe_dump(best, sort_keys=False)}',
     }
     for name, text in texts.items():
-        part = out / f'{name}.tmp'
-        part.write_text(text, encoding='utf-8')
-        part.replace(out / name)
+        with whole_file(out / name) as unfinished:
+            unfinished.write_text(text, encoding='utf-8')

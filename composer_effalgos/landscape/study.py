@@ -25,6 +25,7 @@ from composer_effalgos.build import build_network, build_split
 from composer_effalgos.components import Component, parameters
 from composer_effalgos.datasets import DATASETS
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 from composer_effalgos.landscape.curve import Batches, Point, alphas, evaluate, line
 from composer_effalgos.landscape.figure import draw
 from composer_effalgos.landscape.sharpness import as_vector, random_basis, sharpness, trainable, training_loss
@@ -277,13 +278,8 @@ def _save_svg(figure: Figure, path: Path) -> None:
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> Path:
-    """Write a file that is never seen half written."""
-    part = path.with_name(f'.{path.name}.part')
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        write(unfinished)
     return path
 
 

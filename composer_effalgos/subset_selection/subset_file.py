@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 from composer_effalgos.plan import class_labels
 
 __all__ = ['SubsetFile', 'labels_digest', 'read_subset', 'write_subset']
@@ -65,12 +65,10 @@ def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Datas
     order = indices.argsort()
     table = pa.table({'index': indices[order].numpy(), 'weight': weights[order].numpy().astype(np.float32)})
     known = {**facts, 'num_samples': len(dataset), 'labels': labels_digest(dataset)}  # type: ignore[arg-type]
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(known)}), unfinished)
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(known)}), unfinished)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise InputError(f'{path}: cannot be written ({error.strerror or error}); a path in a folder that exists is right') from error
 
 
