@@ -26,7 +26,7 @@ import torch
 from composer import Trainer
 from composer.loggers import TensorboardLogger
 from composer.models import ComposerClassifier
-from infobatch_overhead import Relay, Runner, Turn, _steady_memory, take_turns
+from infobatch_overhead import Relay, Runner, Turn, take_turns
 from torchmetrics import MetricCollection
 
 from composer_effalgos.models import build_model
@@ -243,5 +243,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    _steady_memory()
+    record.steady()
     main()

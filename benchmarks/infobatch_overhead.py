@@ -18,7 +18,6 @@ which raises an error where one of them waits for the device.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import math
 import threading
@@ -45,7 +44,6 @@ from composer_effalgos.models import build_model
 from composer_effalgos.plan import Plan
 
 CLASSES = 10
-M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -520,20 +518,6 @@ def measure(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def _steady_memory() -> None:
-    """Keeps glibc from giving memory back, and both trainings, each in a thread, on one heap.
-
-    Otherwise a step takes up to a thousand page faults, or none, by where its tensors happen to lie: up to a tenth of the step's time, by
-    chance for one training and not for the other. Subnormal numbers are off, on which the CPU is slow: the better a network has learnt,
-    the more of them its gradients hold.
-    """
-    torch.set_flush_denormal(True)
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is not None:
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(option, value)
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measures what the command line says and writes ``infobatch_overhead_<device>.{json,md}``."""
     parser = argparse.ArgumentParser(description='The cost of InfoBatch in a training step, and what it saves.')
@@ -564,5 +548,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    _steady_memory()
+    record.steady()
     main()

@@ -443,5 +443,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    infobatch_overhead._steady_memory()
+    record.steady()
     main()

@@ -66,6 +66,7 @@ def measure(samples: int, repeats: int, **settings: Any) -> dict[str, Any]:
     extra = record.peak_bytes() - before
     kept = plan.num_samples
     del plan
+    record.steady()
     plans, permutations = [first], [_timed(lambda: torch.randperm(samples))[1]]
     for repeat in range(1, repeats):
         plans.append(_timed(lambda epoch=repeat: plan_once(scores, epoch=epoch, **settings))[1])
@@ -100,7 +101,8 @@ def markdown(results: dict[str, Any]) -> str:
     settings, rows = results['settings'], results['rows']
     text = (
         f'`prune_ratio` {settings["prune_ratio"]}, {settings["world_size"]} ranks, {settings["batch_size"]} samples per rank and batch, '
-        'uniform scores. CPU times of one thread, medians after a first plan, which is the one whose memory is measured.\n\n'
+        'uniform scores. CPU times of one thread, medians after a first plan, the one whose memory is measured; after it memory stays '
+        'with the process, so that neither side pays for page faults by chance.\n\n'
     )
     header = ['samples', 'kept', 'plan, s', 'randperm, s', 'plan / randperm', 'ns a sample', 'peak, bytes a sample']
     cells = []

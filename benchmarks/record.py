@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import math
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # of malloc.h
 
 PACKAGES = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'timm', 'numpy')
 
@@ -79,6 +82,20 @@ def peak_bytes() -> int:
     if status.exists():  # getrusage would start from the peak of the process that started this one
         return 1024 * int(re.search(r'^VmHWM:\s*(\d+) kB$', status.read_text(), re.MULTILINE)[1])  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def steady() -> None:
+    """Rules out two things that slow one of two sides by chance.
+
+    glibc gives no memory back, and all threads share one heap: otherwise a step takes up to a thousand page faults, or none, by where its
+    tensors happen to lie, up to a tenth of a training step's time and half of a permutation's. Subnormal numbers are off, on which the CPU
+    is slow: the better a network has learnt, the more of them its gradients hold.
+    """
+    torch.set_flush_denormal(True)
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
 
 
 def power(points: Sequence[tuple[float, float]]) -> float | None:

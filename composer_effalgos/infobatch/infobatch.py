@@ -25,7 +25,7 @@ from composer_effalgos.plan import (
 )
 
 _STREAM = 10  # of random numbers, see stream_seed
-_BLOCK = 1 << 14  # random numbers that are drawn together, in the processor's cache
+_BLOCK = 1 << 16  # random numbers that are drawn together, in the processor's cache
 
 
 def prune(
@@ -74,7 +74,9 @@ def prune(
         for number, ratio in enumerate(ratios, 1):
             keep[members] &= ~_drop(own_groups == number, ratio, draws)
     kept = np.flatnonzero(keep)
-    weights = np.array([1.0] + [1 / (1 - ratio) for ratio in ratios], np.float32).take(groups.take(kept))
+    group, weights = groups.take(kept), np.ones(len(kept), np.float32)
+    for number, ratio in enumerate(ratios, 1):  # several times faster than looking them up by group
+        np.maximum(weights, (group == number) * np.float32(1 / (1 - ratio)), out=weights)
     return torch.from_numpy(kept), torch.from_numpy(weights)
 
 
@@ -116,9 +118,9 @@ def _groups(values: np.ndarray, limits: list[float]) -> np.ndarray:
 def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.ndarray:
     """Draws ``m - floor((1 - ratio) m)`` of a group's ``m`` members, every choice as likely as any other.
 
-    Each member is drawn on its own with a probability close to ``ratio``; then as many as are too many or too few, a number of the order
-    of ``sqrt(m)``, are put back or drawn in addition, uniformly at random. By symmetry no member is drawn more often than another, and
-    this costs a few nanoseconds a sample where a shuffle costs ten times that.
+    Each member is drawn on its own with a probability within 1/512 of ``ratio``; then as many as are too many or too few, a small part of
+    them, are put back or drawn in addition, uniformly at random. By symmetry no member is drawn more often than another, and this costs
+    about a nanosecond a sample, much less than a shuffle.
 
     Args:
         members: Bool ``[N]``.
@@ -135,12 +137,23 @@ def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.n
         return dropped
     for start in range(0, len(members), _BLOCK):
         part = members[start : start + _BLOCK]
-        numbers = draws.bit_generator.random_raw(-(-len(part) // 4)).view(np.uint16)[: len(part)]
-        np.logical_and(part, numbers < round(ratio * 2**16), out=dropped[start : start + _BLOCK])
+        numbers = draws.bit_generator.random_raw(-(-len(part) // 8)).view(np.uint8)[: len(part)]
+        np.logical_and(part, numbers < round(ratio * 2**8), out=dropped[start : start + _BLOCK])
     surplus = np.count_nonzero(dropped) - wanted
-    pool = np.flatnonzero(dropped if surplus > 0 else members & ~dropped)
-    dropped[pool[draws.choice(len(pool), abs(surplus), replace=False, shuffle=False)]] = surplus < 0
+    dropped[_choose(dropped if surplus > 0 else members > dropped, abs(surplus), draws)] = surplus < 0
     return dropped
+
+
+def _choose(mask: np.ndarray, count: int, draws: np.random.Generator) -> np.ndarray:
+    """Positions of ``count`` of the true entries of ``mask``, every choice as likely as any other."""
+    size = np.count_nonzero(mask)
+    if 32 * count > size:
+        return np.flatnonzero(mask)[draws.choice(size, count, replace=False, shuffle=False)]
+    found: dict[int, None] = {}  # few of many: the first of random positions that are true, without looking at them all
+    while len(found) < count:
+        tries = draws.integers(len(mask), size=16 + 2 * (count - len(found)) * len(mask) // size)
+        found.update(dict.fromkeys(tries[mask[tries]].tolist()))
+    return np.fromiter(found, np.int64)[:count]
 
 
 def _check_ratio(name: str, value: float) -> None:

@@ -87,19 +87,22 @@ class EpochPlan:
     """What one epoch trains on, for all ranks.
 
     Batch ``b`` holds ``order[stops[b - 1]:stops[b]]``; rank ``r`` of ``w`` takes every ``w``-th of them, from the ``r``-th. Since every
-    batch but the last is a multiple of ``w``, a rank's whole epoch is ``order[start:][r::w]``.
+    batch but the last is a multiple of ``w``, a rank's whole epoch is ``order[start:][r::w]``. The order is kept as a permutation, and a
+    rank looks up its own part alone.
 
     Attributes:
-        order: Sample indices in the order of training, int64 ``[n]``, no index twice.
-        weights: Loss weights aligned with ``order``, float32 ``[n]``; ``None`` where all are 1.
+        kept: Sample indices, int64 ``[n]``, no index twice.
+        kept_weights: Loss weights aligned with ``kept``, float32 ``[n]``; ``None`` where all are 1.
         sizes: Global sizes of the batches from ``first_batch`` on.
-        start: Samples of ``order`` that were trained before (a run resumed within the epoch), else 0.
+        permutation: Positions in ``kept`` in the order of training, int32 or int64 ``[n]``; ``None`` for the order of ``kept``.
+        start: Samples that were trained before (a run resumed within the epoch), else 0.
         first_batch: Number of the first batch in ``sizes``: the batches trained before, else 0.
     """
 
-    order: Tensor
-    weights: Tensor | None
+    kept: Tensor
+    kept_weights: Tensor | None
     sizes: tuple[int, ...]
+    permutation: Tensor | None = None
     start: int = 0
     first_batch: int = 0
 
@@ -113,18 +116,33 @@ class EpochPlan:
         """Samples of the whole epoch over all ranks, those trained before included."""
         return self.start + sum(self.sizes)
 
+    @property
+    def order(self) -> Tensor:
+        """Sample indices in the order of training, int64 ``[n]``."""
+        return self._ordered(self.kept, slice(None))
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Loss weights aligned with :attr:`order`, float32 ``[n]``; ``None`` where all are 1."""
+        return None if self.kept_weights is None else self._ordered(self.kept_weights, slice(None))
+
     def rank_order(self, rank: int, world_size: int) -> Tensor:
         """The samples that ``rank`` trains on from ``first_batch`` on, int64 ``[m]``."""
-        return self.order[self.start : self.num_samples][rank::world_size]
+        return self._ordered(self.kept, slice(self.start + rank, self.num_samples, world_size))
 
     def rank_weights(self, rank: int, world_size: int) -> Tensor | None:
         """The weights of :meth:`rank_order`, float32 ``[m]``; ``None`` where all are 1."""
-        return None if self.weights is None else self.weights[self.start : self.num_samples][rank::world_size]
+        if self.kept_weights is None:
+            return None
+        return self._ordered(self.kept_weights, slice(self.start + rank, self.num_samples, world_size))
 
     def rank_offsets(self, rank: int, world_size: int) -> list[int]:
         """Where the batches of :meth:`rank_order` begin and end: ``len(sizes) + 1`` ascending positions."""
         stops = np.cumsum((0, *self.sizes))
         return np.maximum(0, (stops - rank + world_size - 1) // world_size).tolist()
+
+    def _ordered(self, values: Tensor, part: slice) -> Tensor:
+        return values[part] if self.permutation is None else values.index_select(0, self.permutation[part])
 
 
 def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator) -> Tensor:
@@ -182,15 +200,14 @@ def plan_epoch(
     sizes = split_batches(len(kept), batch_size, world_size, drop_last) or split_batches(len(kept), batch_size, world_size)
     if not sizes:
         raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
+    permutation = None
     if shuffle:
         generator = torch.Generator().manual_seed(stream_seed(seed, 0, epoch))
         # half as wide where that is enough: half the memory, and faster to draw
         permutation = torch.randperm(len(kept), generator=generator, dtype=torch.int32 if len(kept) < 2**31 else torch.int64)
         if shard_starts is not None:
             permutation = permutation.index_select(0, by_shard(kept.index_select(0, permutation), shard_starts, generator))
-        kept = kept.index_select(0, permutation)
-        weights = None if weights is None else weights.index_select(0, permutation)
-    return EpochPlan(kept, weights, tuple(sizes[:max_batches]))
+    return EpochPlan(kept, weights, tuple(sizes[:max_batches]), permutation)
 
 
 def resume_epoch(
@@ -214,7 +231,7 @@ def resume_epoch(
     if not same_world_size and rest:
         # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
         rest = tuple(split_batches(sum(rest), _later(batch_size, batches, start), world_size, drop_last))
-    return EpochPlan(plan.order, plan.weights, rest, start=start, first_batch=batches)
+    return replace(plan, sizes=rest, start=start, first_batch=batches)
 
 
 def resize_rest(plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_size: int) -> EpochPlan:

@@ -61,12 +61,35 @@ def test_by_class_equals_class_after_class(n, classes, ratio, seed):
 def test_blocks_change_nothing(n, ratio, seed, block):
     scores = torch.tensor(np.random.default_rng(seed).random(n))
     whole = ef.prune(scores, ratio, generator(seed))
-    before, infobatch._BLOCK = infobatch._BLOCK, 4 * block
+    before, infobatch._BLOCK = infobatch._BLOCK, 8 * block
     try:
         blocked = ef.prune(scores, ratio, generator(seed))
     finally:
         infobatch._BLOCK = before
     assert all(a.equal(b) for a, b in zip(whole, blocked, strict=True))
+
+
+def test_few_of_many_are_chosen_uniformly():
+    mask = np.zeros(80, bool)
+    mask[5:70] = True  # 65 of which 2 are drawn: without looking at them all
+    draws, trials, choices = np.random.default_rng(0), 40_000, Counter()
+    for _ in range(trials):
+        choices[tuple(sorted(infobatch._choose(mask, 2, draws).tolist()))] += 1
+    assert all(mask[i] and mask[j] and i < j for i, j in choices)
+    number = math.comb(65, 2)
+    observed = np.array([*choices.values(), *[0] * (number - len(choices))])
+    chi_squared = ((observed - trials / number) ** 2 / (trials / number)).sum()
+    assert abs(chi_squared - (number - 1)) < 5 * math.sqrt(2 * (number - 1))
+
+
+@given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.integers(0, 30))
+def test_choosing_takes_as_many_as_asked_for_and_none_twice(n, density, share, seed):
+    draws = np.random.default_rng(seed)
+    mask = draws.random(n) < density
+    count = int(share * mask.sum())
+    chosen = infobatch._choose(mask, count, draws)
+    assert len(set(chosen.tolist())) == count
+    assert mask[chosen].all()
 
 
 @pytest.mark.parametrize('ratio', [0.1, 0.5, 0.8])
