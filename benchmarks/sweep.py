@@ -7,6 +7,10 @@ The composition table on a GPU (the same command goes on after ``--minutes``, un
 On a CPU::
 
     python benchmarks/sweep.py yamls/sweeps/cifar10_compose_cpu.yaml dataset.path=data
+
+The time to equal accuracy, where a sweep trains every method for several lengths::
+
+    python benchmarks/sweep.py yamls/sweeps/digits_lengths.yaml --equal-to baseline+16ep
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from composer_effalgos.bench import load_sweep, markdown_table, read_runs, run_s
 from composer_effalgos.bench.charts import published_for
 from composer_effalgos.bench.results import JSON
 from composer_effalgos.bench.runner import FINISHED
-from composer_effalgos.bench.table import NOTE, Row
+from composer_effalgos.bench.table import NOTE, PARITY, Row
 from composer_effalgos.errors import InputError
 
 
@@ -43,8 +47,74 @@ def efficiency(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def report(runs_dir: Path, targets: Sequence[float], out: Path, name: str, title: str, left: Sequence[str]) -> Path:
-    """Writes ``name.json`` and ``name.md`` from the runs that are done."""
+def equal_accuracy(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
+    """How soon each method gets to a reference's final accuracy when it may choose its length.
+
+    A method's rows are those whose name differs in what follows the last ``+`` alone: ``infobatch+8ep``, ``infobatch+16ep``. Of its lengths
+    whose final accuracy, the mean over the seeds, is no more than :data:`PARITY` below the reference's, the one that trains for the fewest
+    seconds counts. The reference's own method is there too: it may get to that accuracy in a shorter run.
+
+    Args:
+        rows: Rows of a table.
+        reference: The name of one of them.
+
+    Returns:
+        For each method its shortest such run, and how many times sooner than the reference it ends (``times_faster``); where no length is
+        accurate enough, the most accurate one, with None.
+
+    Raises:
+        InputError: There is no such row.
+    """
+    named = {row.method: row for row in rows}
+    if reference not in named or named[reference].accuracy is None:
+        raise InputError(f'--equal-to: {reference!r} is none of the methods: {", ".join(named)}')
+    goal: float = named[reference].accuracy  # type: ignore[assignment]
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.accuracy is not None:
+            methods.setdefault(row.method.rpartition('+')[0] or row.method, []).append(row)
+    found = []
+    for method, lengths in methods.items():
+        there = [row for row in lengths if row.accuracy >= goal - PARITY]  # type: ignore[operator]
+        best = min(there, key=lambda row: row.train_seconds) if there else max(lengths, key=lambda row: row.accuracy or 0)
+        found.append(
+            {
+                'method': method,
+                'run': best.method,
+                'seeds': len(best.runs),
+                'accuracy': best.accuracy,
+                'samples_seen': best.samples_seen,
+                'train_seconds': best.train_seconds,
+                'times_faster': named[reference].train_seconds / best.train_seconds if there else None,
+            }
+        )
+    return found
+
+
+def equal_accuracy_table(found: Sequence[dict[str, Any]], reference: str) -> str:
+    """The rows of :func:`equal_accuracy` as Markdown."""
+    header = ['method', 'shortest run as accurate', 'accuracy %', 'samples', 'train s', f'times faster than {reference}']
+    cells = [
+        [
+            item['method'],
+            item['run'] if item['times_faster'] else f'none; most accurate: {item["run"]}',
+            f'{100 * item["accuracy"]:.2f}',
+            f'{item["samples_seen"]:,.0f}',
+            f'{item["train_seconds"]:.1f}',
+            f'{item["times_faster"]:.2f}' if item['times_faster'] else '–',
+        ]
+        for item in found
+    ]
+    return (
+        f'\nTime to equal accuracy: the shortest run of each method whose mean final accuracy is at most {100 * PARITY:g} points below '
+        f'that of {reference}.\n\n{record.table(header, cells)}'
+    )
+
+
+def report(
+    runs_dir: Path, targets: Sequence[float], out: Path, name: str, title: str, left: Sequence[str], reference: str | None = None
+) -> Path:
+    """Writes ``name.json`` and ``name.md`` from the runs that are done; ``reference`` is what :func:`equal_accuracy` compares with."""
     runs = [run for run in read_runs(runs_dir)[0] if (runs_dir / run.folder / FINISHED).exists()]
     rows = table_rows(runs, targets)
     saved = efficiency(rows)
@@ -56,6 +126,9 @@ def report(runs_dir: Path, targets: Sequence[float], out: Path, name: str, title
         ]
         text += f'\n{record.table(header, cells)}'
         text += '\nTime is that of training, data loading included; a method with other layers than the baseline is not comparable in it.\n'
+    equal = [] if reference is None else equal_accuracy(rows, reference)
+    if reference is not None:
+        text += equal_accuracy_table(equal, reference)
     theirs = [item for item in published_for(rows) if item['epochs'] in {len(run.summary['epochs']) for run in runs}]
     if theirs:
         header = ['published', 's/epoch', 'epoch > 70 %', 'source']
@@ -65,7 +138,8 @@ def report(runs_dir: Path, targets: Sequence[float], out: Path, name: str, title
     if left:
         text += f'\nNot done yet: {", ".join(left)}.\n'
     methods = json.loads((runs_dir / JSON).read_text(encoding='utf-8'))['methods']
-    return record.write(out, name, {'methods': methods, 'efficiency': saved, 'left': list(left)}, text, title=title)
+    results = {'methods': methods, 'efficiency': saved, 'equal_accuracy': equal, 'left': list(left)}
+    return record.write(out, name, results, text, title=title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--name', help='of the results; the name of the sweep by default')
     parser.add_argument('--minutes', type=float, help='stop after so many')
     parser.add_argument('--seeds', type=int, nargs='+', default=[], help='in place of those of the sweep')
+    parser.add_argument(
+        '--equal-to', metavar='METHOD', help='how soon does each method get to the accuracy of this one, at any of its lengths'
+    )
     parser.add_argument('--only', nargs='+', default=[], help='methods to train')
     args = parser.parse_intermixed_args(argv)
     try:
@@ -93,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = args.sweep.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
         left = [*outcome.failures, *outcome.pending]
         if any(runs.glob(f'*/{FINISHED}')):
-            print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left))
+            print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left, args.equal_to))
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

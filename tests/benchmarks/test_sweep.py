@@ -1,6 +1,9 @@
 import json
+from collections import namedtuple
 
 import pytest
+
+from composer_effalgos.errors import InputError
 
 # A small network on generated images instead of a ResNet-18 on CIFAR-10
 SMALL = [
@@ -45,3 +48,27 @@ def test_bad_input_costs_no_minute(script, tmp_path, arguments, capsys):
     assert captured.err.startswith('error: ')
     assert 'learning_rate' in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_time_to_equal_accuracy(script):
+    sweep = script('sweep')
+    row = namedtuple('row', 'method accuracy train_seconds samples_seen runs')
+    rows = [
+        row('baseline+8ep', 0.95, 5.0, 80, (1, 2)),
+        row('baseline+16ep', 0.97, 10.0, 160, (1, 2)),
+        row('infobatch+adabatch+8ep', 0.9681, 4.0, 60, (1, 2)),
+        row('infobatch+adabatch+16ep', 0.98, 8.0, 120, (1, 2)),
+        row('glister+8ep', 0.91, 2.0, 24, (1, 2)),
+        row('glister+16ep', 0.9, 4.0, 48, (1, 2)),
+    ]
+    found = {item['method']: (item['run'], item['times_faster']) for item in sweep.equal_accuracy(rows, 'baseline+16ep')}
+    assert found == {
+        'baseline': ('baseline+16ep', 1.0),
+        'infobatch+adabatch': ('infobatch+adabatch+8ep', 2.5),
+        'glister': ('glister+8ep', None),
+    }
+    text = sweep.equal_accuracy_table(sweep.equal_accuracy(rows, 'baseline+16ep'), 'baseline+16ep')
+    assert '| infobatch+adabatch | infobatch+adabatch+8ep | 96.81 | 60 | 4.0 | 2.50 |' in text
+    assert '| glister | none; most accurate: glister+8ep | 91.00 | 24 | 2.0 | – |' in text
+    with pytest.raises(InputError, match="--equal-to: 'baseline' is none of the methods"):
+        sweep.equal_accuracy(rows, 'baseline')
