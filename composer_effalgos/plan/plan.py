@@ -298,7 +298,7 @@ class Plan(Callback):
 
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
-        if plan.weights is not None:
+        if plan.kept_weights is not None:
             if self.loss is None or not self._by_position:
                 raise InputError(
                     "load_path: the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
