@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from composer_effalgos.convert import convert
+
 IMAGES = ['--images', '--loader', 'device']
 
 
@@ -31,8 +33,15 @@ def test_the_paths_deal_out_the_same_samples_to_two_ranks(train_small):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_killed_run_goes_on_to_the_same_end(train_small):
-    shared = [*IMAGES, '--subset', 'glister', '--duration', '4ep', '--batch-size', '4']
+@pytest.mark.parametrize('loader', ['device', 'ffcv', 'mds'])
+def test_a_killed_run_goes_on_to_the_same_end(train_small, tmp_path, loader):
+    if loader == 'device':
+        shared = IMAGES
+    else:
+        pytest.importorskip({'ffcv': 'ffcv', 'mds': 'streaming'}[loader])
+        convert('digits', ['limit=90'], loader, tmp_path / 'packed')
+        shared = ['--loader', loader, '--packed', str(tmp_path / 'packed')]
+    shared = [*shared, '--subset', 'glister', '--duration', '4ep', '--batch-size', '4']
     whole = train_small('whole', *shared, ranks=2)
     train_small('killed', *shared, '--kill-at', '17', ranks=2)  # within an epoch, and between checkpoints
     resumed = train_small('killed', *shared, ranks=2)

@@ -18,8 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos.datasets.beton import beton
 from composer_effalgos.datasets.images import ImageArray, small_image_transform
+from composer_effalgos.datasets.mds import mds
 from composer_effalgos.loaders import DeviceDataLoader
+from composer_effalgos.loaders.ffcv import FfcvDataLoader
 from composer_effalgos.plan import Plan
 
 torch.set_num_threads(1)
@@ -87,7 +90,8 @@ def main() -> None:
     parser.add_argument('--save-interval', default='3ba')
     parser.add_argument('--lr', type=float, default=0.05)
     parser.add_argument('--simple', action='store_true', help='no layer or augmentation whose result depends on the ranks')
-    parser.add_argument('--loader', choices=['workers', 'device'], default='workers')
+    parser.add_argument('--loader', choices=['workers', 'device', 'ffcv', 'mds'], default='workers')
+    parser.add_argument('--packed', type=Path, help='what effalgos convert wrote of the digits, for ffcv and mds')
     parser.add_argument('--images', action='store_true', help='images and augmentation that either loader can read')
     parser.add_argument('--subset', default='gradmatch')
     parser.add_argument('--backend', default='torch')
@@ -98,6 +102,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
+    classes = 3 if options.packed is None else 10
     middle = [] if options.simple else [nn.BatchNorm2d(8), nn.Dropout(0.1)]
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -107,9 +112,12 @@ def main() -> None:
         nn.Conv2d(8, 8, 3, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(128, 3),
+        nn.Linear(128, classes),
     )
-    dataset = small_images() if options.images else Augmented(augment=not options.simple)
+    if options.packed is not None:
+        dataset = {'ffcv': beton, 'mds': mds}[options.loader]('train', str(options.packed))
+    else:
+        dataset = small_images() if options.images else Augmented(augment=not options.simple)
     algorithms = [InfoBatch(0.5, 0.9), AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
     if options.subset != 'none':
         subset = {'backend': options.backend, 'kappa': options.kappa, 'val_share': options.val_share}
@@ -118,8 +126,9 @@ def main() -> None:
         algorithms += [BlurPool(min_channels=1), SqueezeExcite(latent_channels=2, min_channels=4), EMA(half_life='10ba')]
     watch = Watch(options.kill_at)
     drop_last = options.simple  # a last batch that is not full is shared out differently over different ranks
-    if options.loader == 'device':
-        loader = DeviceDataLoader(dataset, batch_size=options.batch_size, shuffle=True, drop_last=drop_last)
+    if options.loader in ('device', 'ffcv'):
+        make = DeviceDataLoader if options.loader == 'device' else FfcvDataLoader
+        loader = make(dataset, batch_size=options.batch_size, shuffle=True, drop_last=drop_last)
     else:
         loader = DataLoader(
             dataset,
@@ -129,7 +138,7 @@ def main() -> None:
             drop_last=drop_last,
         )
     trainer = Trainer(
-        model=ComposerClassifier(network, num_classes=3),
+        model=ComposerClassifier(network, num_classes=classes),
         train_dataloader=loader,
         eval_dataloader=DataLoader(dataset, batch_size=30, sampler=dist.get_sampler(dataset)),
         optimizers=torch.optim.SGD(network.parameters(), lr=options.lr, momentum=0.9),
