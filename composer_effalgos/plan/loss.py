@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
@@ -16,6 +16,11 @@ from composer_effalgos.errors import InputError
 
 PerSampleLoss = Callable[[Any, Any], Tensor]
 """``(outputs, batch) -> losses``: float ``[B, ...]``, reduced to ``[B]`` by the mean over all other dimensions."""
+
+
+class _Counted(NamedTuple):
+    losses: Tensor  # [B]
+    counts: Tensor | None  # how much each counts in their mean, [B]; None for the same
 
 
 def _takes_reduction(function: Callable) -> bool:
@@ -49,7 +54,7 @@ def _find_per_sample(model: ComposerModel, original: Callable[..., Any]) -> Call
     return lambda outputs, batch: original(outputs, batch, reduction='none')
 
 
-def _huggingface_losses(model: HuggingFaceModel, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+def _huggingface_losses(model: HuggingFaceModel, outputs: Any, batch: Any) -> _Counted:
     """Losses of a Hugging Face model, float32 ``[B]``; of language models the mean over the tokens with a label, and their number."""
     labels = batch.get('labels') if isinstance(batch, Mapping | UserDict) else None
     if not isinstance(labels, Tensor):
@@ -58,16 +63,16 @@ def _huggingface_losses(model: HuggingFaceModel, outputs: Any, batch: Any) -> tu
     if labels.is_floating_point() and labels.shape == logits.shape:  # several labels, or several numbers
         several = getattr(model.config, 'problem_type', None) != 'regression'
         function = nn.functional.binary_cross_entropy_with_logits if several else nn.functional.mse_loss
-        return function(logits, labels.float(), reduction='none'), None
+        return _Counted(function(logits, labels.float(), reduction='none'), None)
     if labels.ndim == 1:  # classification of sequences, or regression with one output
         if logits.shape[-1] == 1:
-            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction='none'), None
-        return nn.functional.cross_entropy(logits, labels, reduction='none'), (labels != -100).long()
+            return _Counted(nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction='none'), None)
+        return _Counted(nn.functional.cross_entropy(logits, labels, reduction='none'), (labels != -100).long())
     if model.shift_labels:  # a causal model's logits at a token are for the next
         logits, labels = logits[:, :-1], labels[:, 1:]
     tokens = (labels != -100).sum(dim=1)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none', ignore_index=-100).view(labels.shape)
-    return losses.sum(dim=1) / tokens.clamp(min=1), tokens
+    return _Counted(losses.sum(dim=1) / tokens.clamp(min=1), tokens)
 
 
 def per_sample_mean(losses: Tensor) -> Tensor:
@@ -106,7 +111,8 @@ class WeightedLoss:
 
     def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None) -> None:
         self.original: Callable[..., Any] = model.loss
-        self.model_name = type(model).__name__
+        self._model = model
+        self._logger: Any = None  # each Trainer gives the model its own: whose training step the window is of
         self._given = per_sample_loss
         self._found = _find_per_sample(model, self.original)
         self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
@@ -115,6 +121,11 @@ class WeightedLoss:
         self._position = self._next_position = 0
         self._first_call = True
         self._verified = per_sample_loss is not None
+
+    @property
+    def model_name(self) -> str:
+        """The model's class, for messages."""
+        return type(self._model).__name__
 
     def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
         # a copy of the model (SWA, export) gets its plain loss: it has no plan
@@ -166,9 +177,11 @@ class WeightedLoss:
         function = self._given or self._found
         assert function is not None, 'require_per_sample comes first'
         losses = function(outputs, batch)
-        losses, counts = losses if isinstance(losses, tuple) and self._given is None else (losses, None)
+        losses, counts = losses if isinstance(losses, _Counted) else (losses, None)
         if not isinstance(losses, Tensor) or losses.ndim == 0:
             got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
+            if self._given is not None:
+                raise InputError(f'per_sample_loss: must give a tensor [B, ...], got {got}')
             raise InputError(
                 f'{self.model_name}.loss: the per-sample loss must be a tensor [B, ...], got {got}; pass InfoBatch(per_sample_loss=...)'
             )
@@ -189,6 +202,7 @@ class WeightedLoss:
             window: The batch's place in the rank's epoch.
         """
         self._window, self._position, self._first_call = window, 0, True
+        self._logger = getattr(self._model, 'logger', None)
 
     def end_microbatch(self) -> None:
         """After a microbatch's backward pass."""
@@ -210,12 +224,13 @@ class WeightedLoss:
 
     def _wrong_size(self, seen: int, window: slice) -> None:
         raise InputError(
-            f'train_dataloader: the plan says {window.stop - window.start} samples in this batch, the loss saw {seen}; another algorithm '
-            'or collate_fn adds or drops samples, so positions no longer name them'
+            f'train_dataloader: the plan says {window.stop - window.start} samples in this batch, the loss saw {seen}; another algorithm, '
+            'collate_fn or per_sample_loss adds or drops samples, so positions no longer name them'
         )
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._window is None or not self._active:
+        # a run that broke off within a batch leaves its window behind, and another Trainer may go on with the model
+        if self._window is None or not self._active or getattr(self._model, 'logger', None) is not self._logger:
             return self.original(outputs, batch, *args, **kwargs)
         losses, counts = self._evaluate(outputs, batch)
         if not self._verified:

@@ -79,7 +79,7 @@ class DataPass:
             linear_layer: Whether the embeddings are kept.
             softmax: Takes the gradients of a plain cross-entropy, whatever loss the model trains with.
         """
-        return self._gradients_of(self._batches(), linear_layer, softmax)
+        return self._complete(self._gradients_of(self._batches(), linear_layer, softmax))
 
     def validation(self, dataloader: DataLoader | DataSpec, like: Rows, *, linear_layer: bool, softmax: bool) -> Rows:
         """The same of this rank's share of a validation set.
@@ -107,15 +107,26 @@ class DataPass:
             labels = torch.as_tensor(known)
             if labels.shape == (self._loader.num_samples,) and not labels.is_floating_point():
                 return Rows(self._state.device.tensor_to_device(labels[self._loader.rank :: self._loader.world_size].long()))
-        return Rows(torch.cat([labels_of(batch) for batch in self._batches()]))
+        return self._complete(Rows(torch.cat([labels_of(batch) for batch in self._batches()])))
+
+    @property
+    def _share(self) -> range:
+        return range(self._loader.rank, self._loader.num_samples, self._loader.world_size)
+
+    def _complete(self, rows: Rows) -> Rows:
+        if len(rows.labels) != len(self._share):
+            raise InputError(
+                f'train_dataloader: {len(self._share)} samples were read, {len(rows.labels)} came; collate_fn or a transform of the DataSpec '
+                'adds or drops samples, so positions no longer name them'
+            )
+        return rows
 
     def _batches(self) -> Iterator[Any]:
         loader = self._loader
-        share = range(loader.rank, loader.num_samples, loader.world_size)
         fits, microbatch = loader.initial_batch_size, self._state.device_train_microbatch_size
         fits = min(fits, microbatch) if isinstance(microbatch, int) else fits
         # what fits with all that a backward pass needs fits several times over without
-        return self._on_device(loader.read(share, 4 * fits, seed=self._seed), self._spec)
+        return self._on_device(loader.read(self._share, 4 * fits, seed=self._seed), self._spec)
 
     def _on_device(self, batches: Iterable[Any], spec: DataSpec | None) -> Iterator[Any]:
         for batch in batches:

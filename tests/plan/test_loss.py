@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from composer.algorithms import CutMix, MixUp
+from composer.core import Callback
 from composer.loss import binary_cross_entropy_with_logits
 from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
@@ -206,6 +207,53 @@ def test_interpolated_losses_take_scores_from_the_first_call(mix, make_trainer, 
     trainer.fit()
     assert [w.stop - w.start for w in seen] == trainer.recorder.sizes[0]
     assert not algorithm.scores.isnan().any()
+
+
+class Several(ComposerModel):
+    """Returns three losses, as Composer allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, batch):
+        return self.layer(batch[0])
+
+    def loss(self, outputs, batch, reduction='mean'):
+        return (nn.functional.cross_entropy(outputs, batch[1], reduction=reduction),) * 3
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (None, r'Several.loss: the per-sample loss must be a tensor \[B, ...\], got tuple; pass InfoBatch\(per_sample_loss'),
+        (lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]), r'^per_sample_loss: must give a tensor .* got shape \(\)$'),
+        (lambda outputs, batch: outputs[:3], 'the loss saw 3; .*per_sample_loss adds or drops samples'),
+    ],
+    ids=['three losses', 'one number', 'some samples'],
+)
+def test_what_is_not_one_loss_a_sample_is_refused(make_trainer, given, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer([InfoBatch(per_sample_loss=given)], model=Several()).fit()
+
+
+class BreaksOff(Callback):
+    def before_backward(self, state, logger):
+        if int(state.timestamp.epoch) == 1:  # whose batches are weighted
+            raise KeyboardInterrupt
+
+
+def test_a_model_whose_run_broke_off_trains_on_without_us(make_trainer, weights_of):
+    model = ComposerClassifier(nn.Linear(8, 3), num_classes=3)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer([InfoBatch()], model=model, callbacks=[BreaksOff()]).fit()
+    fresh = ComposerClassifier(nn.Linear(8, 3), num_classes=3)
+    fresh.load_state_dict(model.state_dict())
+    runs = []
+    for each in (model, fresh):
+        runs.append(make_trainer(model=each, max_duration='1ep'))
+        runs[-1].fit()
+    assert torch.equal(*map(weights_of, runs))
 
 
 class OutOfMemory(nn.Linear):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
 from composer_effalgos import InputError, SubsetSelection
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
@@ -120,3 +121,10 @@ def test_no_linear_layer_but_bias_gradients(make_trainer, strategy):
     algorithm = SubsetSelection(strategy, 0.3, linear_layer=False, kappa=0.5)
     make_trainer([algorithm], module=module, max_duration='2ep').fit()
     assert len(algorithm.indices) == 61
+
+
+@pytest.mark.parametrize('change', [lambda items: items * 2, lambda items: items[1:]], ids=['doubles', 'drops'])
+def test_a_collate_function_that_changes_the_number_of_samples(make_trainer, problem, change):
+    loader = DataLoader(problem, batch_size=16, collate_fn=lambda items: default_collate(change(items)))
+    with pytest.raises(InputError, match=r'train_dataloader: 203 samples were read, \d+ came; collate_fn or'):
+        make_trainer([SubsetSelection('glister', 0.5)], train_loader=loader).fit()
