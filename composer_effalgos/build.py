@@ -123,9 +123,8 @@ def _trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     if not arguments.get('autoresume', False):
         return arguments
     latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
-    if latest.exists():
-        # A run killed between writing a checkpoint and marking it the latest writes that checkpoint again
-        arguments.setdefault('save_overwrite', True)
+    # A run killed between writing a checkpoint, be it the first, and marking it the latest writes that checkpoint again
+    arguments.setdefault('save_overwrite', True)
     if dist.get_world_size() > dist.get_local_world_size():
         # Every node of Composer 0.32.1 would remove the same signal file from the folder that they share, and fail where it is gone
         arguments['autoresume'] = False

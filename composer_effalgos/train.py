@@ -82,6 +82,10 @@ def refuse(error: InputError) -> int:
     return 2
 
 
+def _refuse_to_write(error: OSError, recipe: str) -> int:
+    return refuse(InputError(f'{error.filename or recipe}: {error.strerror}; what was saved before is whole'))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names.
 
@@ -103,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written
         if error.filename is None and error.errno is None:
             raise
-        return refuse(InputError(f'{error.filename or args.recipe}: {error.strerror}; what was saved before is whole'))
+        return _refuse_to_write(error, args.recipe)
     except RuntimeError as error:
+        if isinstance(error.__context__, OSError) and error.__context__.errno is not None:  # torch.save's words for the same
+            return _refuse_to_write(error.__context__, args.recipe)
         if 'DataLoader worker' in str(error):  # from PyTorch's signal handler, wherever the main process was
             print(
                 f'error: {one_line(error)}; a process that reads data died: too little memory or shared memory (fewer dataset.num_workers '

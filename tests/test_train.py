@@ -1,9 +1,12 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,27 @@ def test_checkpoints_of_finished_runs(recipe_file, tmp_path, capfd):
     assert main([*saving, 'autoresume=true']) == 0
     assert latest.resolve().stat().st_mtime_ns == before
     assert main([*saving, 'save_overwrite=true']) == 0
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_the_first_checkpoint(recipe_file, tmp_path, capfd):
+    saving = [str(recipe_file), 'save_interval=1ep', 'max_duration=1ep', 'autoresume=true']
+    with room(1 << 16):
+        assert 'File too large; what was saved before is whole' in refused(capfd, *saving)
+    checkpoints = tmp_path / 'runs' / 'small' / 'checkpoints'
+    assert [path.name for path in checkpoints.iterdir()] == ['ep1-ba4-rank0.pt']  # a part of it, and not marked as the latest
+    assert main(saving) == 0
+    assert weights(checkpoints / 'latest-rank0.pt')
 
 
 def test_damaged_checkpoints(tmp_path):

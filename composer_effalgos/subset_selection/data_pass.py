@@ -116,8 +116,8 @@ class DataPass:
     def _complete(self, rows: Rows) -> Rows:
         if len(rows.labels) != len(self._share):
             raise InputError(
-                f'train_dataloader: {len(self._share)} samples were read, {len(rows.labels)} came; collate_fn or a transform of the DataSpec '
-                'adds or drops samples, so positions no longer name them'
+                f'train_dataloader: {len(self._share)} samples were read, {len(rows.labels)} came; collate_fn or a transform of the '
+                'DataSpec adds or drops samples, so positions no longer name them'
             )
         return rows
 
