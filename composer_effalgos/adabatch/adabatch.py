@@ -11,11 +11,14 @@ from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from torch.optim.lr_scheduler import LRScheduler
 
-from composer_effalgos.adabatch.policies import Every, Milestones, Policy, Progress, check_number, find_policy, progress_of
+from composer_effalgos.adabatch.policies import Every, Milestones, Policy, Progress, find_policy, progress_of
+from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import BatchSize, Plan
 
 _PROBED = 8  # batches after a growth in which an out-of-memory error is taken for its consequence
+_LARGEST_FACTOR = 1e6  # no batch or learning rate is multiplied by more at once
+_SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by in all: float32 bears no more
 
 
 class AdaBatch(Algorithm):
@@ -33,7 +36,7 @@ class AdaBatch(Algorithm):
     Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
 
     Args:
-        growth_factor: What the batch size is multiplied by, greater than 1. Sizes are rounded to whole samples.
+        growth_factor: What the batch size is multiplied by, greater than 1, at most 1e6. Sizes are rounded to whole samples.
         interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1000000sp'``), tokens (``'50000000tok'``)
             or a share of the run (``'0.2dur'``).
         milestones: Times of the growths, in place of ``interval``.
@@ -69,8 +72,8 @@ class AdaBatch(Algorithm):
         lr_factor: float = 1.0,
         policy: Policy | str | Mapping[str, Any] | None = None,
     ) -> None:
-        check_number('growth_factor', growth_factor, above=1)
-        check_number('lr_factor', lr_factor, above=0)
+        check_number('growth_factor', growth_factor, above=1, most=_LARGEST_FACTOR)
+        check_number('lr_factor', lr_factor, least=1 / _LARGEST_FACTOR, most=_LARGEST_FACTOR)
         if max_batch_size is not None and (isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1):
             raise InputError(f'max_batch_size: must be a whole number of samples per rank, at least 1, got {max_batch_size!r}')
         if policy is not None and milestones is not None:
@@ -220,7 +223,7 @@ class AdaBatch(Algorithm):
 
     def _grow(self, state: State, logger: Logger) -> None:
         size, growths = self._size(self._growths)
-        loader, scale = self._plan.loader, self.lr_factor**growths
+        loader, scale = self._plan.loader, self._scale(growths)
         if scale != self._lr_scale:
             for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
                 group['lr'] = group['lr'] * (scale / self._lr_scale)
@@ -233,6 +236,16 @@ class AdaBatch(Algorithm):
             if not self._explicit_microbatch:
                 self._set_microbatch(state, size)
             logger.log_metrics({'adabatch/batch_size': size * loader.world_size, 'adabatch/lr_scale': scale})
+
+    def _scale(self, growths: int) -> float:
+        """What so many growths multiply the learning rate by."""
+        logarithm = growths * math.log10(self.lr_factor)
+        if not _SCALES[0] <= logarithm <= _SCALES[1]:
+            raise InputError(
+                f'lr_factor: {self.lr_factor} at each of {growths} growths multiplies the learning rate by 1e{logarithm:+.0f}; '
+                'a factor nearer to 1, or fewer growths, are right'
+            )
+        return self.lr_factor**growths
 
     # ------------------------------------------------------------------ memory
 

@@ -20,6 +20,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_effalgos.checks import LARGEST, check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan
 
@@ -178,7 +179,7 @@ class LossPlateau(_Watching):
     def __init__(self, patience: int = 2, threshold: float = 0.01, window: str | int | Time = '1ep') -> None:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
             raise InputError(f'patience: must be a whole number of windows, at least 0, got {patience!r}')
-        check_number('threshold', threshold, least=0)
+        check_number('threshold', threshold, least=0, most=LARGEST)
         self.patience, self.threshold = patience, threshold
         super().__init__(window)
 
@@ -266,7 +267,7 @@ class NoiseScale(_Watching):
     """
 
     def __init__(self, ratio: float = 2.0, window: str | int | Time = '1ep', measure_every: int = 10, decay: float = 0.95) -> None:
-        check_number('ratio', ratio, above=0)
+        check_number('ratio', ratio, above=0, most=LARGEST)
         check_number('decay', decay, least=0, below=1)
         if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 1:
             raise InputError(f'measure_every: must be a whole number of batches, at least 1, got {measure_every!r}')
@@ -439,22 +440,3 @@ def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy:
         return POLICIES[name](**arguments)
     except TypeError as error:
         raise InputError(f'policy: {name}: {error}') from error
-
-
-def check_number(name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> None:
-    """Refuses what is not a finite number within bounds.
-
-    Args:
-        name: The argument's name, for the message.
-        value: Its value.
-        above: It must be greater than this.
-        least: It must be at least this.
-        below: It must be smaller than this.
-
-    Raises:
-        InputError: Where it is not.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (above < value < below and value >= least):
-        bounds = [f'greater than {above}'] * (above > -math.inf) + [f'at least {least}'] * (least > -math.inf)
-        raise InputError(f'{name}: must be a number {" and ".join(bounds + [f"less than {below}"] * (below < math.inf))}, got {value!r}')

@@ -12,6 +12,7 @@ from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor
 
+from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import (
     EpochRecord,
@@ -57,7 +58,7 @@ def prune(
     Raises:
         InputError: Where ``prune_ratio`` or ``bands`` is outside its range, or ``scores`` or ``labels`` has another shape.
     """
-    _check_ratio('prune_ratio', prune_ratio)
+    check_number('prune_ratio', prune_ratio, least=0, below=1)
     if scores.ndim != 1:
         raise InputError(f'scores: must have one dimension, got shape {tuple(scores.shape)}')
     if labels is not None and (labels.shape != scores.shape or labels.is_floating_point()):
@@ -156,20 +157,14 @@ def _choose(mask: np.ndarray, count: int, draws: np.random.Generator) -> np.ndar
     return np.fromiter(found, np.int64)[:count]
 
 
-def _check_ratio(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f'{name}: must be a number in [0, 1), got {value!r}')
-
-
 def _checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     try:
         pairs = [(quantile, ratio) for quantile, ratio in bands]
     except (TypeError, ValueError) as error:
         raise InputError(f'bands: must be a list of (quantile, ratio) pairs, got {bands!r}') from error
     for number, (quantile, ratio) in enumerate(pairs):
-        _check_ratio(f'bands[{number}] ratio', ratio)
-        if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
-            raise InputError(f'bands[{number}] quantile: must be a number in (0, 1], got {quantile!r}')
+        check_number(f'bands[{number}] ratio', ratio, least=0, below=1)
+        check_number(f'bands[{number}] quantile', quantile, above=0, most=1)
     if not 0 < len(pairs) < 250 or [q for q, _ in pairs] != sorted({q for q, _ in pairs}):
         raise InputError(f'bands: quantiles must ascend, got {[q for q, _ in pairs]}')
     return pairs
@@ -224,10 +219,9 @@ class InfoBatch(Algorithm):
         class_balanced: bool = False,
         labels: Sequence[int] | Tensor | None = None,
     ) -> None:
-        _check_ratio('prune_ratio', prune_ratio)
-        _check_ratio('score_decay', score_decay)
-        if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta <= 1:
-            raise InputError(f'delta: must be a number in [0, 1], got {delta!r}')
+        check_number('prune_ratio', prune_ratio, least=0, below=1)
+        check_number('score_decay', score_decay, least=0, below=1)
+        check_number('delta', delta, least=0, most=1)
         check_seed(seed)
         if per_sample_loss is not None and not callable(per_sample_loss):
             raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')

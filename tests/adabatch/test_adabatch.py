@@ -177,6 +177,9 @@ def test_given_twice(make_trainer):
         ({'growth_factor': 0.5}, 'growth_factor'),
         ({'growth_factor': '2'}, 'growth_factor'),
         ({'growth_factor': float('nan')}, 'growth_factor'),
+        ({'growth_factor': 1e308}, 'growth_factor'),
+        ({'lr_factor': 1e200}, 'lr_factor'),
+        ({'lr_factor': 1e-200}, 'lr_factor'),
         ({'interval': '20'}, 'interval'),
         ({'interval': '0ep'}, 'interval'),
         ({'interval': '10s'}, 'interval'),
@@ -192,3 +195,10 @@ def test_given_twice(make_trainer):
 def test_refuses_arguments(arguments, name):
     with pytest.raises(InputError, match=f'^{name}: must be'):
         AdaBatch(**arguments)
+
+
+@pytest.mark.parametrize('factor', [1000.0, 1e-6])
+def test_refuses_a_learning_rate_beyond_all_numbers(make_trainer, factor):
+    trainer = make_trainer([AdaBatch(1.0001, lr_factor=factor, policy=lambda progress: 60 * progress.batch)], max_duration='1ep')
+    with pytest.raises(InputError, match=rf'^lr_factor: {factor} at each of 60 growths multiplies the learning rate by 1e'):
+        trainer.fit()

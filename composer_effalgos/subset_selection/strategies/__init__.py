@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_effalgos.checks import LARGEST, Range
 from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection import cords_backend
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
@@ -38,6 +38,8 @@ TORCH_OPTIMIZERS = ('lazy', 'naive', 'stochastic')
 APRICOT_OPTIMIZERS = (
     'lazy', 'naive', 'stochastic', 'approximate-lazy', 'two-stage', 'modular', 'random', 'sample', 'greedi', 'bidirectional'
 )  # fmt: skip
+
+_RANGES = {name: Range(least=0, most=LARGEST) for name in ('eta', 'lam', 'eps', 'delta', 'lr')} | {'skip': Range(least=0, below=1)}
 
 COMMON_OPTIONS: dict[str, Any] = {
     'selection_type': None,
@@ -233,8 +235,9 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> d
     Raises:
         InputError: for an unknown name or a value that cannot be.
     """
-    _check_choice('strategy', strategy, STRATEGIES)
     _check_choice('backend', backend, BACKENDS)
+    if strategy not in STRATEGIES:
+        _check_choice('strategy', strategy, [name for name, spec in STRATEGIES.items() if backend in spec.backends])
     spec = STRATEGIES[strategy]
     if backend not in spec.backends:
         raise InputError(f'backend: {backend} has no strategy {strategy}; backend={spec.backends[0]} has it')
@@ -260,10 +263,9 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> d
     for name in ('linear_layer', 'if_convex', 'valid', 'v1'):
         if name in settings and not isinstance(settings[name], bool):
             raise InputError(f'{name}: got {settings[name]!r}; true or false is right')
-    for name in ('eta', 'lam', 'eps', 'skip', 'delta', 'lr'):
-        value: Any = settings.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < (1 if name == 'skip' else math.inf):
-            raise InputError(f'{name}: got {value!r}; a number {"in [0, 1)" if name == "skip" else "not below 0"} is right')
+    for name, allowed in _RANGES.items():
+        if name in settings and settings[name] not in allowed:
+            raise InputError(f'{name}: got {settings[name]!r}; a number {allowed} is right')
     for name in ('r', 'batch_size', 'num_classes', 'num_epochs'):
         value = settings.get(name)
         if value is not None and (not _whole(value) or value < 1):
