@@ -87,7 +87,14 @@ def build_trainer(recipe: Recipe) -> Trainer:
             **_trainer_arguments(recipe),
             save_folder=str(checkpoint_folder(recipe)) if saves else None,
         )
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+    except ZeroDivisionError as error:
+        if recipe.scheduler is None:
+            raise
+        times = ', '.join(f'{name}={value}' for name, value in recipe.scheduler.kwargs.items())
+        raise InputError(
+            f'{recipe.scheduler.key}: one of its times ({times}) is less than a batch of this run; longer ones are right'
+        ) from error
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f'{recipe.source}: {one_line(error)}') from error
     except (KeyError, RuntimeError) as error:
         # Composer finds out parameter by parameter, some of them only in the optimizer's state

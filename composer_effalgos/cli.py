@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from composer_effalgos.bench import Outcome, run_search, run_sweep, write_report
+from composer_effalgos.checks import check_number
 from composer_effalgos.convert import convert as write_converted
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.check import PORTION, check_images
@@ -177,10 +178,11 @@ def convert(
     overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings of either, e.g. path=data.')] = None,
     to: Annotated[str, typer.Option(help='ffcv or mds.')] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help='Folder to write into.')] = ...,  # type: ignore[assignment]
-    shard_mb: Annotated[float, typer.Option(min=0.001, help='Size of an MDS shard, in units of 2^20 bytes.')] = 64,
+    shard_mb: Annotated[float, typer.Option(help='Size of an MDS shard, in units of 2^20 bytes, below 4096.')] = 64,
     shuffle: Annotated[int | None, typer.Option(min=0, help='Write training samples in the random order of this seed.')] = None,
 ) -> None:
     """Write a data set as ffcv's .beton files or as MDS shards."""
+    check_number('--shard-mb', shard_mb, least=0.001, below=4096)
     typer.echo(write_converted(source, overrides or (), to, out, shard_bytes=int(shard_mb * 2**20), shuffle=shuffle))
 
 

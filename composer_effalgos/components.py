@@ -42,6 +42,7 @@ __all__ = [
     'optimizers',
     'parameters',
     'schedulers',
+    'takes_time',
 ]
 
 
@@ -294,6 +295,12 @@ def _matches(value: Any, hint: Any) -> bool:
 
 def _is_time(hint: Any) -> bool:
     return (typing.get_origin(hint) or hint) is Time
+
+
+def takes_time(hint: Any) -> bool:
+    """Whether a type hint allows a time string, or a list of them."""
+    inner = [part for item in _alternatives(hint) for part in (item, *(typing.get_args(item) if typing.get_origin(item) is list else ()))]
+    return any(_is_time(part) for item in inner for part in _alternatives(item))
 
 
 def _is_time_string(text: str) -> bool:

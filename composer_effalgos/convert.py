@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from rich.progress import track
 
@@ -26,7 +25,7 @@ from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.mds import INDEX, LABELS
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
 from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipe import load_recipe, merge_settings
 
 __all__ = ['FORMATS', 'convert']
 
@@ -41,7 +40,7 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
         overrides: ``key=value`` settings: of the recipe, or options of the data set.
         to: ``'ffcv'`` or ``'mds'``.
         out: Folder to write into; ``train`` and ``eval`` (``.beton`` files, or folders of shards) must not be in it.
-        shard_bytes: Size at which a new shard begins.
+        shard_bytes: Size at which a new shard begins, 1 to 2**32 - 1 (MDS counts in 32 bits).
         shuffle: Write the training samples in a random order drawn with this seed, so that each shard holds all classes; ``None`` keeps
             the order.
 
@@ -97,8 +96,12 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
     for override in overrides:
         if '=' not in override:
             raise InputError(f'{override}: expected key=value, an option of {source} such as path=data')
-    settings = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    assert isinstance(settings, dict)
+    settings = merge_settings(source, {}, overrides, example='path=data')
+    for key in ('name', 'split'):
+        if key in settings:
+            raise InputError(
+                f'override {key!r}: {source} is converted, both splits of it; options of {source} are right, such as path=data'
+            )
     return source, {str(key): value for key, value in settings.items()}
 
 

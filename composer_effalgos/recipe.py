@@ -25,7 +25,17 @@ from composer_effalgos.errors import InputError
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 
-__all__ = ['DatasetRecipe', 'ModelRecipe', 'Recipe', 'list_recipes', 'load_recipe', 'parse_recipe', 'read_settings', 'recipe_folder']
+__all__ = [
+    'DatasetRecipe',
+    'ModelRecipe',
+    'Recipe',
+    'list_recipes',
+    'load_recipe',
+    'merge_settings',
+    'parse_recipe',
+    'read_settings',
+    'recipe_folder',
+]
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,9 @@ NOT_FOR_RECIPES = {
     'self', 'train_dataloader', 'train_dataloader_label', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithm_passes', 'profiler',
     'load_object_store', 'console_stream', 'spin_dataloaders',
 }  # fmt: skip
+_FLOAT32_MAX = 3.4e38
+_SCHEDULE_UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
+_LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # of schedules, which divide by them
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -170,6 +183,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     for key in settings:
         if key not in OURS and key not in trainer_hints:
             raise InputError(f'{source}: {key}: unknown key; {did_you_mean(str(key), {*OURS, *trainer_hints})}')
+        _check_finite(f'{source}: {key}', settings[key])
     for key in ('dataset', 'model', 'optimizer', 'max_duration'):
         if settings.get(key) is None:
             raise InputError(f'{source}: {key}: missing; every recipe needs it')
@@ -177,6 +191,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     trainer = {key: value for key, value in settings.items() if key not in OURS}
     for key, value in trainer.items():
         check_type(f'{source}: {key}', value, trainer_hints[key])
+    _check_trainer(source, trainer)
     hints = typing.get_type_hints(Recipe)
     plain = {key: settings[key] for key in ('max_duration', 'run_name', 'seed', 'precision', 'save_folder') if key in settings}
     for key, value in plain.items():
@@ -189,12 +204,12 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     if plain.get('precision') is not None:
         find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
 
-    scheduler, loader = settings.get('scheduler'), settings.get('loader')
+    loader = settings.get('loader')
     return Recipe(
         dataset=_dataset(f'{source}: dataset', settings['dataset']),
         model=_section(ModelRecipe, f'{source}: model', settings['model'], MODELS, given=('num_classes',)),
         optimizer=_named(f'{source}: optimizer', 'optimizer', settings['optimizer'], components.optimizers(), given=('params',)),
-        scheduler=None if scheduler is None else _named(f'{source}: scheduler', 'scheduler', scheduler, components.schedulers()),
+        scheduler=_scheduler(f'{source}: scheduler', settings.get('scheduler')),
         loader=None if loader is None else _loader(f'{source}: loader', loader),
         algorithms=_several(f'{source}: algorithms', 'algorithm', settings.get('algorithms'), components.algorithms()),
         callbacks=_several(f'{source}: callbacks', 'callback', settings.get('callbacks'), components.callbacks()),
@@ -273,22 +288,41 @@ def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
         raise InputError(f'{path}: not a readable YAML file: {one_line(error)}') from error
     if not OmegaConf.is_dict(config) or not config:
         raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
+    return merge_settings(str(path), config, overrides, example='optimizer.lr=0.05')
+
+
+def merge_settings(source: str, settings: Any, overrides: Sequence[str | Mapping[str, Any]], *, example: str) -> dict[str, Any]:
+    """Merge overrides into settings.
+
+    Args:
+        source: Where the settings come from; begins a message about them.
+        settings: An OmegaConf config, or plain keys and values.
+        overrides: What is merged on top in turn: ``key=value`` in OmegaConf's dot notation, or nested settings.
+        example: An override that would be right, for the message about one that is none.
+
+    Returns:
+        Plain data, interpolations resolved.
+
+    Raises:
+        InputError: An override that does not fit, or an interpolation that leads nowhere.
+    """
+    config: Any = settings
     for override in overrides:
         if isinstance(override, str):
             key, equals, _ = override.partition('=')
             if not equals or not key.strip():
-                raise InputError(f'override {override!r}: expected key=value, e.g. optimizer.lr=0.05')
+                raise InputError(f'override {override!r}: expected key=value, e.g. {example}')
         try:
             layer = OmegaConf.from_dotlist([override]) if isinstance(override, str) else OmegaConf.create(dict(override))
             config = OmegaConf.merge(config, layer)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             raise InputError(f'override {override!r}: {one_line(error)}') from error
     try:
-        settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise InputError(f'{path}: {one_line(error)}') from error
-    assert isinstance(settings, dict)
-    return typing.cast('dict[str, Any]', settings)
+        raise InputError(f'{source}: {one_line(error)}') from error
+    assert isinstance(plain, dict)
+    return typing.cast('dict[str, Any]', plain)
 
 
 def _dataset(key: str, settings: Any) -> DatasetRecipe:
@@ -362,6 +396,52 @@ def _several(key: str, kind: str, settings: Any, known: Mapping[str, Any]) -> li
         check_type(f'{key}.{name}', arguments, dict)
         found.append(Component(f'{key}.{name}', target, check_arguments(f'{key}.{name}', target, arguments)))
     return found
+
+
+def _scheduler(key: str, settings: Any) -> Component | None:
+    """The schedule. Composer finds out about a time that it cannot use when it trains, and does not say which it was."""
+    if settings is None:
+        return None
+    component = _named(key, 'scheduler', settings, components.schedulers())
+    for name, value in component.kwargs.items():
+        if not components.takes_time(parameters(component.target)[name].hint):
+            continue
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            time = Time.from_timestring(text)
+            if time.unit not in _SCHEDULE_UNITS or time.value < 0 or (time.value == 0 and name in _LENGTHS):
+                units = ', '.join(f"'{unit.value}'" for unit in _SCHEDULE_UNITS)
+                least = 'a time above 0' if name in _LENGTHS else 'a time of at least 0'
+                raise InputError(f'{key}.{name}: expected {least} in one of the units {units}, got {text!r}')
+    return component
+
+
+def _check_finite(key: str, value: Any) -> None:
+    """Refuses NaN and what float32 cannot hold, wherever it stands: a run that meets it trains on and learns nothing."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_finite(f'{key}.{name}', item)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_finite(f'{key}[{number}]', item)
+    elif isinstance(value, (int, float)) and not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
+        raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {str(value)[:50]}')
+
+
+def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
+    """Refuses arguments that the Trainer takes and then fails with, or runs with to no purpose."""
+    microbatch = trainer.get('device_train_microbatch_size')
+    if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
+        raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
+    for key in ('train_subset_num_batches', 'eval_subset_num_batches'):
+        batches = trainer.get(key)
+        if batches is not None and batches < 1 and batches != -1:
+            raise InputError(f'{source}: {key}: expected a number of batches from 1, or -1 for all, got {batches!r}')
+    for key, otherwise in (('eval_interval', 'or 0 for no evaluation'), ('save_interval', 'or no such key for no checkpoints')):
+        interval = trainer.get(key)
+        if interval is None or (interval == 0 and key == 'eval_interval'):
+            continue
+        if ensure_time(interval, TimeUnit.EPOCH).value <= 0:
+            raise InputError(f"{source}: {key}: expected a time above 0 such as '1ep', {otherwise}, got {interval!r}")
 
 
 def _check_run_name(source: str, run_name: str) -> None:

@@ -92,8 +92,8 @@ class OneCycleScheduler(ComposerScheduler):
         t_max: str | Time = '1dur',
     ) -> None:
         for name, value in (('max_lr', max_lr), ('div_factor', div_factor), ('final_div_factor', final_div_factor)):
-            if not value > 0:
-                raise InputError(f'{name}: must be above 0, got {value}')
+            if not 0 < value < math.inf:
+                raise InputError(f'{name}: must be above 0, got {value}' if value <= 0 else f'{name}: must be finite, got {value}')
         if not 0 <= pct_start <= 1:
             raise InputError(f'pct_start: must be within [0, 1], got {pct_start}')
         if anneal_strategy not in ('cos', 'linear'):

@@ -163,3 +163,23 @@ def test_killed_while_it_writes(kind, tmp_path):
     convert('digits', ['limit=10'], kind, out)
     assert not [path for path in out.iterdir() if path.name.startswith('.')]
     assert len(read(kind, 'train', out)) == 10
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['limit=['], "override 'limit=[': "),
+        (['split=1'], "override 'split': digits is converted, both splits of it; options of digits are right"),
+        (['name=1'], "override 'name': "),
+        (['--shard-mb', '1e12'], '--shard-mb: must be a number in [0.001, 4096), got 1000000000000.0'),
+        (['--shard-mb', 'nan'], '--shard-mb: must be a number in [0.001, 4096), got nan'),
+    ],
+)
+def test_a_wrong_argument_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    out = tmp_path / 'out'
+    monkeypatch.setattr(sys, 'argv', ['effalgos', 'convert', 'digits', *arguments, '--to', 'mds', '--out', str(out)])
+    assert main() == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f'error: {message}')
+    assert line.count('\n') == 1
+    assert not out.exists()

@@ -104,6 +104,21 @@ def test_the_file_names_the_run_where_the_recipe_does_not(recipe_file):
         ('max_duration=10sec', 'max_duration: expected a positive number of epochs, batches or samples'),
         ('precision=amp_bf61', "precision: unknown precision; did you mean 'amp_bf16'?"),
         ('eval_interval=3x', "eval_interval: expected an integer or a time string such as '10ep', got '3x' (str)"),
+        ('eval_interval=0ep', "eval_interval: expected a time above 0 such as '1ep', or 0 for no evaluation, got '0ep'"),
+        ('save_interval=0ba', "save_interval: expected a time above 0 such as '1ep', or no such key for no checkpoints, got '0ba'"),
+        ('save_interval=0', 'save_interval: expected a time above 0'),
+        ('train_subset_num_batches=0', 'train_subset_num_batches: expected a number of batches from 1, or -1 for all, got 0'),
+        ('eval_subset_num_batches=-2', 'eval_subset_num_batches: expected a number of batches from 1, or -1 for all, got -2'),
+        ('device_train_microbatch_size=0', 'device_train_microbatch_size: expected a whole number of samples from 1, or auto, got 0'),
+        ('device_train_microbatch_size=-4', 'device_train_microbatch_size: expected a whole number'),
+        ('device_train_microbatch_size=2.5', 'device_train_microbatch_size: expected a whole number'),
+        ('device_train_microbatch_size=x', 'device_train_microbatch_size: expected a whole number'),
+        ('optimizer.lr=.nan', 'optimizer.lr: expected a finite number that fits into 32 bits, got nan'),
+        ('optimizer.lr=.inf', 'optimizer.lr: expected a finite number that fits into 32 bits, got inf'),
+        ('optimizer.lr=1e300', 'optimizer.lr: expected a finite number that fits into 32 bits, got 1e+300'),
+        ('optimizer.betas=[.inf]', 'optimizer.betas[0]: expected a finite number'),
+        ('scheduler.t_max=0ep', "scheduler.t_max: expected a time above 0 in one of the units 'ep', 'ba', 'sp', 'tok', 'dur', got '0ep'"),
+        ('scheduler.t_max=1sec', "scheduler.t_max: expected a time above 0 in one of the units 'ep', 'ba', 'sp', 'tok', 'dur', got '1sec'"),
         ('autoresume=1', 'autoresume: expected true or false, got 1 (int)'),
         ('dataset=null', 'dataset: missing'),
         ('dataset=cifar10', "dataset: expected a mapping, got 'cifar10' (str)"),
@@ -230,3 +245,23 @@ def test_our_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {path.stem for path, description in list_recipes(recipe_folder()) if description}
     assert {'digits_baseline', 'digits_infobatch', 'digits_adabatch', 'digits_glister', 'digits_all', 'synthetic_smoke'} <= names
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'expected'),
+    [
+        ({'name': 'step', 'step_size': '0ep'}, 'scheduler.step_size: expected a time above 0'),
+        ({'name': 'step', 'step_size': '1sec'}, 'scheduler.step_size: expected a time above 0'),
+        ({'name': 'multi_step', 'milestones': ['1ep', '2sec']}, "scheduler.milestones: expected a time of at least 0 .*, got '2sec'"),
+        ({'name': 'cosine_annealing_warm_restarts', 't_0': '0ba'}, 'scheduler.t_0: expected a time above 0'),
+        ({'name': 'linear_with_warmup', 't_warmup': '-1ba'}, 'scheduler.t_warmup: expected a time of at least 0'),
+    ],
+)
+def test_times_of_a_schedule(scheduler, expected):
+    with pytest.raises(InputError, match=f'^recipe: {expected}'):
+        parse_recipe(minimal(scheduler=scheduler))
+
+
+@pytest.mark.parametrize('extra', [{'scheduler': {'name': 'linear_with_warmup', 't_warmup': '0ba'}}, {'eval_interval': 0}])
+def test_zeros_that_mean_something(extra):
+    parse_recipe(minimal(**extra))

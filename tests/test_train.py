@@ -219,6 +219,15 @@ def test_what_cannot_run_is_refused_with_nothing_written(recipe_file, tmp_path, 
     assert not list((tmp_path / 'runs').rglob('*.*'))
 
 
+def test_a_network_for_images_of_another_size_is_refused(recipe_file, capfd):
+    assert 'model.image_size: the network is for images of 32x32 pixels, got 8x8' in refused(capfd, recipe_file, 'model.name=keskar_c1')
+
+
+def test_a_schedules_time_below_a_batch_is_refused(recipe_file, capfd):
+    recipe_file.write_text(re.sub('scheduler:.*', 'scheduler: {name: step, step_size: 0.001dur}', recipe_file.read_text()))
+    assert 'scheduler: one of its times (step_size=0.001dur) is less than a batch of this run' in refused(capfd, recipe_file)
+
+
 @pytest.mark.parametrize('name', ['cifar10', 'image_folder', 'image_parquet'])
 def test_missing_data_is_refused(recipe_file, tmp_path, capfd, name):
     nowhere = tmp_path / 'nowhere'

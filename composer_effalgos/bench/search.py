@@ -37,7 +37,7 @@ class Trial:
         choices: The choice taken on each axis.
         epoch: The first epoch above the target, from 1; None where it was not reached.
         seconds: Seconds of training to that epoch's end; None likewise.
-        accuracy: The best accuracy seen, in [0, 1].
+        accuracy: The best accuracy seen, in [0, 1]; None where none was measured.
         epochs: Epochs trained.
         stopped: Whether it was stopped because it had taken longer than the best one.
     """
@@ -46,14 +46,14 @@ class Trial:
     choices: dict[str, str]
     epoch: int | None
     seconds: float | None
-    accuracy: float
+    accuracy: float | None
     epochs: int
     stopped: bool
 
     @property
     def cost(self) -> float:
         """What the search minimises: the seconds to the target, or for want of those how much of the accuracy is missing."""
-        return _NEVER * (2 - self.accuracy) if self.seconds is None else self.seconds
+        return _NEVER * (2 - (self.accuracy or 0.0)) if self.seconds is None else self.seconds
 
 
 def run_search(
@@ -200,13 +200,14 @@ def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
     accuracies = [entry['eval_accuracy'] for entry in summary['epochs'] if entry['eval_accuracy'] is not None]
     epochs = len(summary['epochs'])
     stopped = epoch is None and epochs < (job.epochs or epochs)
-    return Trial(job.method, choices, epoch, seconds, max(accuracies, default=0.0), epochs, stopped)
+    return Trial(job.method, choices, epoch, seconds, max(accuracies, default=None), epochs, stopped)
 
 
 def _line(trial: Trial) -> str:
     if trial.seconds is not None:
         return f'{trial.name}: there after {trial.seconds:.1f} s, epoch {trial.epoch}'
-    return f'{trial.name}: {"slower than the best" if trial.stopped else "not there at the end"}, accuracy {trial.accuracy:.4f}'
+    accuracy = 'no accuracy measured' if trial.accuracy is None else f'accuracy {trial.accuracy:.4f}'
+    return f'{trial.name}: {"slower than the best" if trial.stopped else "not there at the end"}, {accuracy}'
 
 
 def _table(trials: Sequence[Trial], target: float) -> str:
@@ -217,7 +218,8 @@ def _table(trials: Sequence[Trial], target: float) -> str:
     for trial in sorted(trials, key=lambda trial: trial.cost):
         seconds, epoch = ('–', '–') if trial.seconds is None else (f'{trial.seconds:.1f}', trial.epoch)
         why = 'slower than the best, stopped' if trial.stopped else '' if trial.seconds is not None else 'not reached'
-        lines.append(f'| {trial.name} | {seconds} | {epoch} | {100 * trial.accuracy:.2f} | {trial.epochs} | {why} |')
+        accuracy = '–' if trial.accuracy is None else f'{100 * trial.accuracy:.2f}'
+        lines.append(f'| {trial.name} | {seconds} | {epoch} | {accuracy} | {trial.epochs} | {why} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from composer_effalgos.checks import Range
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
 
@@ -239,7 +239,7 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
         try:
             summary = json.loads(path.read_text(encoding='utf-8'))
             _check(summary)
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = f'is not valid JSON: {error}' if isinstance(error, json.JSONDecodeError) else str(error)
             problems.append(f'{path}: left out, {reason}')
         else:
@@ -404,6 +404,10 @@ def _check(summary: Any) -> None:
     for key, kind in kinds.items():
         if not isinstance(summary.get(key), kind):
             raise ValueError(f'{key!r} is missing or not {kind.__name__}')
+    for section in ('dataset', 'model'):
+        settings = summary['recipe'].get(section)
+        if isinstance(settings, dict) and not isinstance(settings.get('name'), str | None):
+            raise ValueError(f"'recipe': {section}.name must be a string")
     if 'score_histograms' in summary:
         _check_histograms(summary['score_histograms'])
     if not summary['epochs']:
@@ -412,7 +416,7 @@ def _check(summary: Any) -> None:
         for entry in entries:
             if not isinstance(entry, dict) or any(not _is_number(entry.get(key)) for key in _NUMBERS[part]):
                 raise ValueError(f'{part!r}: each of {", ".join(_NUMBERS[part])} must be a number')
-            if entry.get('eval_accuracy') is not None and not _is_number(entry['eval_accuracy']):
+            if 'eval_accuracy' not in entry or not (entry['eval_accuracy'] is None or _is_number(entry['eval_accuracy'])):
                 raise ValueError(f"{part!r}: 'eval_accuracy' must be a number or null")
 
 
@@ -428,4 +432,4 @@ def _check_histograms(histograms: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value in Range()

@@ -34,9 +34,10 @@ def import_ffcv(key: str) -> None:
         threads = torch.get_num_threads()
         import numba
 
-        if numba.config.NUMBA_NUM_THREADS == 1:
+        config: Any = numba.config  # whose settings the type checker does not see
+        if config.NUMBA_NUM_THREADS == 1:
             # on one core TBB, started by another thread than the main one, keeps Python from ending; ffcv starts it when imported
-            numba.config.THREADING_LAYER = 'omp'
+            config.THREADING_LAYER = 'omp'
         import ffcv.pipeline.compiler as compiler
     except ImportError as error:
         raise InputError(f'{key} needs ffcv ({one_line(error)}); `make setup-ffcv` builds it') from error

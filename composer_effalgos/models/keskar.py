@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from composer_effalgos.errors import InputError
 
@@ -41,7 +41,7 @@ def keskar_c1(num_classes: int, conv_stride: int = 1, image_size: int = 32) -> n
 
     features = nn.Sequential(*stage(3), *stage(64))
     hidden = [*_dense(64 * side * side, 384), nn.Dropout(0.5), *_dense(384, 192), nn.Dropout(0.5)]
-    return _network(features, hidden, nn.Linear(192, num_classes))
+    return _network(features, hidden, nn.Linear(192, num_classes), image_size)
 
 
 def keskar_c2(num_classes: int, image_size: int = 32) -> nn.Sequential:
@@ -68,15 +68,33 @@ def keskar_c2(num_classes: int, image_size: int = 32) -> nn.Sequential:
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
         side = (side + 1) // 2
     hidden = [nn.Dropout(0.5), *_dense(512 * side * side, 512), nn.Dropout(0.5)]
-    return _network(nn.Sequential(*layers), hidden, nn.Linear(512, num_classes))
+    return _network(nn.Sequential(*layers), hidden, nn.Linear(512, num_classes), image_size)
 
 
 def _dense(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs, eps=_EPS), nn.ReLU(inplace=True)]
 
 
-def _network(features: nn.Sequential, hidden: list[nn.Module], classifier: nn.Linear) -> nn.Sequential:
-    model = nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), hidden=nn.Sequential(*hidden), classifier=classifier))
+class _OfOneSize(nn.Sequential):
+    """Layers for images of one size."""
+
+    def __init__(self, layers: OrderedDict[str, nn.Module], image_size: int) -> None:
+        super().__init__(layers)
+        self.image_size = image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise InputError(
+                f'model.image_size: the network is for images of {self.image_size}x{self.image_size} pixels, got {height}x{width}; '
+                'the size of the images is right'
+            )
+        return super().forward(images)
+
+
+def _network(features: nn.Sequential, hidden: list[nn.Module], classifier: nn.Linear, image_size: int) -> nn.Sequential:
+    layers = OrderedDict[str, nn.Module](features=features, flatten=nn.Flatten(), hidden=nn.Sequential(*hidden), classifier=classifier)
+    model = _OfOneSize(layers, image_size)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(module.weight)

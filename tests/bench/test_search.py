@@ -169,3 +169,14 @@ def test_best_yaml_is_a_sweep_with_its_overrides(space, tmp_path):
     content = yaml.safe_load((tmp_path / 'out' / 'best.yaml').read_text())
     assert content['targets'] == [0.8]
     assert content['methods']['baseline']['max_duration'] == '5ep'
+
+
+def test_a_trial_without_an_accuracy_says_so(space, tmp_path):
+    fake = tmp_path / 'fake.py'
+    fake.write_text(fake.read_text().replace('eval_accuracy=min(1, 0.05 + lr * (epoch + 1))', 'eval_accuracy=None'))
+    console = quiet()
+    assert run_search(space, tmp_path / 'out', trials=2, console=console).status == 0
+    said = console.file.getvalue()
+    assert said.count('not there at the end, no accuracy measured') == 2
+    assert '| – | – | – | 6 | not reached |' in said
+    assert [trial['accuracy'] for trial in found(tmp_path / 'out')] == [None, None]

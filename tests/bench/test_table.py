@@ -123,11 +123,25 @@ def test_broken_summaries_are_named_and_left_out(tmp_path, write_run):
     write_run('no edges', score_histograms={'epochs': []})
     write_run('not numbers', epochs=[{'epoch': 'one'}])
     write_run('infinite', totals=json.loads('{"train_seconds": Infinity}'))
+    for section in ('model', 'dataset'):
+        write_run('a list', settings={section: {'name': ['resnet8']}})
+    for key, value in (('epoch', 10**400), ('eval_accuracy', 'high'), ('eval_accuracy', None)):
+        summary = json.loads((write_run('changed') / 'summary.json').read_text())
+        summary['epochs'][1][key] = value
+        if value is None:
+            del summary['epochs'][1][key]
+        (max((tmp_path / 'runs').iterdir()) / 'summary.json').write_text(json.dumps(summary))
+    totals = json.loads((tmp_path / 'runs' / '00' / 'summary.json').read_text())['totals']
+    del totals['eval_accuracy']
+    write_run('no accuracy', totals=totals)
+    write_run('deep').joinpath('summary.json').write_text('[' * 100_000)
     folder = write_run('not text')
     folder.joinpath('summary.json').write_bytes(b'\xff\xfe{')
     runs, problems = read_runs(tmp_path / 'runs')
     assert [run.summary['run_name'] for run in runs] == ['good']
-    assert len(problems) == 11
+    assert len(problems) == 18
+    assert problems[10].endswith("'recipe': model.name must be a string")
+    assert problems[15].endswith("'totals': 'eval_accuracy' must be a number or null")
     for number, problem in enumerate(problems, start=1):
         assert problem.startswith(f'{tmp_path}/runs/{number:02d}/summary.json: left out, ')
         assert '\n' not in problem
