@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -74,7 +75,8 @@ class EfficiencyMonitor(Callback):
     spent on batches that no checkpoint kept is not in it.
 
     ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
-    name ends in ``Accuracy``. With several evaluators the one labelled ``eval`` counts, else the first that has an accuracy.
+    name ends in ``Accuracy``; where there is none, it is null and one warning says so. With several evaluators the one labelled ``eval``
+    counts, else the first that has an accuracy.
 
     With :class:`InfoBatch` the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
     and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
@@ -96,6 +98,7 @@ class EfficiencyMonitor(Callback):
         self._epochs: dict[int, _Epoch] = {}
         self._running = _Running()
         self._evaluated: dict[str, float] = {}
+        self._accuracy_warned = False
         self._peak_memory = 0
         self._scores: dict[int, _Scores] = {}
 
@@ -165,6 +168,7 @@ class EfficiencyMonitor(Callback):
     def eval_after_all(self, state: State, logger: Logger) -> None:
         evaluated, self._evaluated = self._evaluated, {}
         if not evaluated:
+            self._warn_of_no_accuracy(state)
             return
         accuracy = evaluated.get('eval', next(iter(evaluated.values())))
         # Evaluation at an epoch's end runs after EPOCH_END, when the timestamp is in the next epoch already.
@@ -175,6 +179,17 @@ class EfficiencyMonitor(Callback):
         if epoch in self._epochs:
             self._epochs[epoch].eval_accuracy = accuracy
             self._write(state)
+
+    def _warn_of_no_accuracy(self, state: State) -> None:
+        if self._accuracy_warned or dist.get_global_rank() != 0:
+            return
+        self._accuracy_warned = True
+        names = ', '.join(dict.fromkeys(name for metrics in state.eval_metrics.values() for name in metrics)) or 'none'
+        warnings.warn(
+            f'EfficiencyMonitor: no metric of the evaluation has a name that ends in Accuracy (there are: {names}); '
+            f'eval_accuracy in {SUMMARY} stays null',
+            stacklevel=2,
+        )
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         self._evaluated = {}  # trainer.eval() is not part of the run

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from composer import Callback, ComposerModel, Evaluator, Trainer
 from composer.loggers import InMemoryLogger
+from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from composer.optim import ConstantScheduler, LinearScheduler
 from torch.utils.data import DataLoader, TensorDataset
@@ -330,6 +332,21 @@ def test_another_accuracy_serves_where_there_is_no_multiclass_accuracy(tmp_path)
     log = InMemoryLogger()
     trainer(tmp_path, model=model, optimizers=torch.optim.SGD(module.parameters(), lr=0.1), max_duration='1ep', loggers=log).fit()
     assert summary(tmp_path)['totals']['eval_accuracy'] == float(log.data['metrics/eval/TopTwoAccuracy'][-1][1])
+
+
+def test_no_accuracy_among_the_metrics_is_said_once(tmp_path):
+    module = torch.nn.Linear(6, 3)
+    model = ComposerClassifier(module, num_classes=3, val_metrics=MetricCollection([CrossEntropy()]))
+    run = trainer(tmp_path, model=model, optimizers=torch.optim.SGD(module.parameters(), lr=0.1), max_duration='2ep')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        run.fit()
+    said = [str(item.message) for item in caught if 'EfficiencyMonitor' in str(item.message)]
+    assert said == [
+        'EfficiencyMonitor: no metric of the evaluation has a name that ends in Accuracy (there are: CrossEntropy); '
+        'eval_accuracy in summary.json stays null'
+    ]
+    assert summary(tmp_path)['totals']['eval_accuracy'] is None
 
 
 def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path):

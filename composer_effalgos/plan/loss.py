@@ -58,7 +58,9 @@ def _huggingface_losses(model: HuggingFaceModel, outputs: Any, batch: Any) -> _C
     """Losses of a Hugging Face model, float32 ``[B]``; of language models the mean over the tokens with a label, and their number."""
     labels = batch.get('labels') if isinstance(batch, Mapping | UserDict) else None
     if not isinstance(labels, Tensor):
-        raise InputError(f"{type(model).__name__}.loss: the batch has no 'labels'; pass InfoBatch(per_sample_loss=...)")
+        raise InputError(
+            f"{type(model).__name__}.loss: the batch has no 'labels'; pass per_sample_loss=callable(outputs, batch) -> [B] to the algorithm"
+        )
     logits = (outputs['logits'] if isinstance(outputs, Mapping) else outputs[1]).float()
     if labels.is_floating_point() and labels.shape == logits.shape:  # several labels, or several numbers
         several = getattr(model.config, 'problem_type', None) != 'regression'
@@ -99,6 +101,7 @@ class WeightedLoss:
     Args:
         model: The model whose ``loss`` it replaces.
         per_sample_loss: The caller's per-sample loss; ``None`` to call the model's own with ``reduction='none'``.
+        user: The algorithm that takes one, for messages.
 
     A loss whose mean is not the plain mean of its samples (class weights, ignored labels, tokens, a scale of its own) keeps its own
     normalisation: ``sum(weight_i * loss_i) / M`` with the ``M`` that the model's loss divides by in this batch. Without weights it is the
@@ -109,10 +112,11 @@ class WeightedLoss:
             that they fill.
     """
 
-    def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None) -> None:
+    def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None, *, user: str = 'InfoBatch') -> None:
         self.original: Callable[..., Any] = model.loss
         self._model = model
         self._logger: Any = None  # each Trainer gives the model its own: whose training step the window is of
+        self._way_out = f'pass {user}(per_sample_loss=callable(outputs, batch) -> [B])'
         self._given = per_sample_loss
         self._found = _find_per_sample(model, self.original)
         self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
@@ -152,10 +156,7 @@ class WeightedLoss:
             InputError: Naming the model and the way out.
         """
         if self._given is None and self._found is None:
-            raise InputError(
-                f"{why}: {self.model_name}.loss has no per-sample form (it takes no reduction='none'); "
-                'pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
-            )
+            raise InputError(f"{why}: {self.model_name}.loss has no per-sample form (it takes no reduction='none'); {self._way_out}")
 
     def per_sample(self, outputs: Any, batch: Any) -> Tensor:
         """The loss of each sample.
@@ -182,9 +183,7 @@ class WeightedLoss:
             got = f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else type(losses).__name__
             if self._given is not None:
                 raise InputError(f'per_sample_loss: must give a tensor [B, ...], got {got}')
-            raise InputError(
-                f'{self.model_name}.loss: the per-sample loss must be a tensor [B, ...], got {got}; pass InfoBatch(per_sample_loss=...)'
-            )
+            raise InputError(f'{self.model_name}.loss: the per-sample loss must be a tensor [B, ...], got {got}; {self._way_out}')
         return per_sample_mean(losses), counts
 
     def start_epoch(self, weights: Tensor | None) -> None:
@@ -265,7 +264,7 @@ class WeightedLoss:
         reference = self.original(outputs, batch)
         if not isinstance(reference, Tensor) or reference.numel() != 1:
             got = f'shape {tuple(reference.shape)}' if isinstance(reference, Tensor) else type(reference).__name__
-            raise InputError(f'{self.model_name}.loss: must return one number, got {got}; pass InfoBatch(per_sample_loss=...)')
+            raise InputError(f'{self.model_name}.loss: must return one number, got {got}; {self._way_out}')
         value = reference.float().reshape(())
         mean = losses.mean() if counts is None else (losses * counts).sum() / counts.sum().clamp(min=1)
         if not torch.isfinite(value) or not torch.isfinite(mean):
@@ -279,7 +278,7 @@ class WeightedLoss:
         if not agree:
             raise InputError(
                 f'{self.model_name}.loss: its per-sample form averages to {mean.item():.6g}, but it returns {value.item():.6g} with '
-                'another gradient; pass InfoBatch(per_sample_loss=callable(outputs, batch) -> [B])'
+                f'another gradient; {self._way_out}'
             )
 
 

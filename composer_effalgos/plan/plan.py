@@ -91,7 +91,7 @@ class Plan(Callback):
             # a model that is trained again by another Trainer still carries the last run's wrapper
             if isinstance(found, WeightedLoss):
                 model.loss = found.original  # type: ignore[method-assign,assignment]
-            self.loss = WeightedLoss(model)  # type: ignore[arg-type]
+            self.loss = WeightedLoss(model, user=who.partition('(')[0])  # type: ignore[arg-type]
             model.loss = self.loss  # type: ignore[method-assign,assignment]
         if per_sample_loss is not None:
             self.loss.use(per_sample_loss)

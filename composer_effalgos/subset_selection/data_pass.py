@@ -72,16 +72,17 @@ class DataPass:
     def __init__(self, state: State, loader: PlannedDataLoader, loss: WeightedLoss, spec: DataSpec | None, seed: int) -> None:
         self._state, self._loader, self._loss, self._spec, self._seed = state, loader, loss, spec, seed
 
-    def gradients(self, *, linear_layer: bool, softmax: bool) -> Rows:
+    def gradients(self, *, linear_layer: bool, softmax: bool, errors: bool = True) -> Rows:
         """Last-layer gradients and labels of this rank's training samples: every ``world_size``-th, from the ``rank``-th.
 
         Args:
             linear_layer: Whether the embeddings are kept.
             softmax: Takes the gradients of a plain cross-entropy, whatever loss the model trains with.
+            errors: Whether the loss is looked at; otherwise the errors are zero, and the embeddings alone say something.
         """
-        return self._complete(self._gradients_of(self._batches(), linear_layer, softmax))
+        return self._complete(self._gradients_of(self._batches(), linear_layer, softmax, errors))
 
-    def validation(self, dataloader: DataLoader | DataSpec, like: Rows, *, linear_layer: bool, softmax: bool) -> Rows:
+    def validation(self, dataloader: DataLoader | DataSpec, like: Rows, *, linear_layer: bool, softmax: bool, errors: bool = True) -> Rows:
         """The same of this rank's share of a validation set.
 
         Args:
@@ -89,6 +90,7 @@ class DataPass:
             like: Training rows; a rank without a batch of its own has none of the same kind.
             linear_layer: As for the training rows.
             softmax: As for the training rows.
+            errors: As for the training rows.
         """
         spec = ensure_data_spec(dataloader)
         batches: Iterable[Any] = spec.dataloader
@@ -98,7 +100,7 @@ class DataPass:
         first = next(transformed, None)
         if first is None:
             return like.take(slice(0, 0))
-        return self._gradients_of(itertools.chain([first], transformed), linear_layer, softmax)
+        return self._gradients_of(itertools.chain([first], transformed), linear_layer, softmax, errors)
 
     def labels(self) -> Rows:
         """Labels of this rank's training samples: those that the data set carries, or read sample by sample where it carries none."""
@@ -133,9 +135,9 @@ class DataPass:
             batch = self._state.device.batch_to_device(batch)
             yield batch if spec is None else spec.microbatch_transforms(spec.batch_transforms(batch))
 
-    def _gradients_of(self, batches: Iterable[Any], linear_layer: bool, softmax: bool) -> Rows:
-        per_sample: Callable[[Any, Any], Tensor] = _cross_entropy
-        if not softmax:
+    def _gradients_of(self, batches: Iterable[Any], linear_layer: bool, softmax: bool, errors: bool) -> Rows:
+        per_sample: Callable[[Any, Any], Tensor] | None = _cross_entropy if errors else None
+        if errors and not softmax:
             self._loss.require_per_sample('SubsetSelection')
             per_sample = self._loss.per_sample
         gradients, labels = last_layer_gradients(

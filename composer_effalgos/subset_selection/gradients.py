@@ -150,7 +150,7 @@ def find_final_linear(module: nn.Module) -> nn.Linear:
 def last_layer_gradients(
     model: nn.Module,
     batches: Iterable[Any],
-    per_sample_loss: Callable[[Any, Any], Tensor],
+    per_sample_loss: Callable[[Any, Any], Tensor] | None,
     *,
     linear_layer: bool = True,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -168,7 +168,8 @@ def last_layer_gradients(
     Args:
         model (nn.Module): called as ``model(batch)``, as a ``ComposerModel`` is.
         batches (Iterable): batches on the model's device: ``(inputs, labels)``, or a mapping with a key ``labels``.
-        per_sample_loss (Callable): ``per_sample_loss(outputs, batch)`` gives the losses, float ``[B]``.
+        per_sample_loss (Callable | None): ``per_sample_loss(outputs, batch)`` gives the losses, float ``[B]``; ``None`` for errors of
+            zero, where the embeddings alone are wanted.
         linear_layer (bool): ``False`` leaves the embedding out: the model's output is taken for the logits, and no linear layer is needed.
         context (Callable): makes the context of each forward pass, such as the run's autocast.
         device (torch.device | str | None): where the result is kept; ``None`` for where it was computed.
@@ -264,7 +265,7 @@ def _batch_gradients(
     model: nn.Module,
     linear: nn.Linear | None,
     batch: Any,
-    per_sample_loss: Callable[[Any, Any], Tensor],
+    per_sample_loss: Callable[[Any, Any], Tensor] | None,
     context: Callable[[], contextlib.AbstractContextManager[Any]],
     batch_size: int,
 ) -> tuple[Tensor, Tensor | None]:
@@ -287,8 +288,10 @@ def _batch_gradients(
                 if not isinstance(outputs, Tensor):
                     raise InputError(f'model: its output is {type(outputs).__name__}; with linear_layer=False a tensor of logits is right')
                 outputs = captured['logits'] = outputs.detach().float().requires_grad_()
-            with torch.enable_grad():
-                losses = per_sample_loss(outputs, batch)
+            losses = None
+            if per_sample_loss is not None:
+                with torch.enable_grad():
+                    losses = per_sample_loss(outputs, batch)
     finally:
         if handle is not None:
             handle.remove()
@@ -296,6 +299,8 @@ def _batch_gradients(
     for name, tensor, ndim in (('the loss', losses, 1), ('the logits', logits, 2), ('the input of the last linear layer', embedding, 2)):
         if tensor is not None and (tensor.ndim != ndim or len(tensor) != batch_size):
             raise InputError(f'model: {name} has shape {list(tensor.shape)} for {batch_size} samples; one row a sample is right')
+    if losses is None:
+        return torch.zeros_like(logits, requires_grad=False), embedding
     if not losses.requires_grad:
         raise InputError('per_sample_loss: its value does not depend on the output of the last linear layer, so there is no gradient')
     (error,) = torch.autograd.grad(losses.sum(), logits)

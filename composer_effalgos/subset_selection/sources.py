@@ -13,6 +13,7 @@ from composer.core import DataSpec, State
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import EpochRecord, Plan, WeightedLoss
 from composer_effalgos.subset_selection.data_pass import DataPass, Found, Rows, logits_and_classes
@@ -126,7 +127,8 @@ class _Gradients(Source):
         super().__init__(strategy, backend, options)
         self.spec = STRATEGIES[strategy]
         self.weighted = self.spec.weighted
-        self.looks: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax}
+        by_embedding = linear_layer and (self.settings.get('features') == 'embedding' or self.settings.get('if_convex', False))
+        self.looks: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax, 'errors': not by_embedding}
         self.uses_validation = self.spec.validation and self.settings.get('valid', True)
         self.val_dataloader = val_dataloader
 
@@ -176,6 +178,10 @@ class _Forgetting(Source):
     by_position = True
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
+        if 'scores' in options:
+            raise InputError(
+                'scores: SubsetSelection counts the forgetting events itself, while kappa lasts; leave it out (select_subset takes it)'
+            )
         super().__init__(strategy, backend, options)
         self.by_class = self.settings['selection_type'] != 'Supervised'
         self.events = torch.zeros(0, dtype=torch.int32)
@@ -233,9 +239,7 @@ class _Milo(Source):
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool) -> None:
         options, self.linear_layer = dict(options), linear_layer
         self.exploration = options.pop('exploration', 1 / 6)
-        number = isinstance(self.exploration, int | float) and not isinstance(self.exploration, bool)
-        if not number or not 0 <= self.exploration <= 1:
-            raise InputError(f'exploration: the share of the selections by stochastic greedy, a number in [0, 1], got {self.exploration!r}')
+        check_number('exploration', self.exploration, least=0, most=1)
         for name in ('phase', 'scores'):
             if name in options:
                 raise InputError(f'{name}: SubsetSelection goes through both phases by itself; exploration is the share of the first')
@@ -247,7 +251,8 @@ class _Milo(Source):
         self.ready = self.ready and known
 
     def read(self, data: DataPass) -> Found | None:
-        return None if self.ready else Found(data.gradients(linear_layer=self.linear_layer, softmax=False))
+        by_embedding = self.linear_layer and self.settings['features'] == 'embedding'
+        return None if self.ready else Found(data.gradients(linear_layer=self.linear_layer, softmax=False, errors=not by_embedding))
 
     def pick(self, found: Found | None, occasion: Occasion) -> Selection:
         if found is not None:

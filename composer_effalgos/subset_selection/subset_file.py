@@ -83,7 +83,7 @@ def read_subset(path: Path) -> SubsetFile:
 
     Raises:
         InputError: No such file, another kind of file, a column missing or of another type, an index twice or below zero, a weight that is
-            not a number from 0 on, or weights that are all zero.
+            not a number from 0 on, weights that are all zero, or damaged metadata.
     """
     try:
         table = pq.read_table(path)
@@ -91,7 +91,7 @@ def read_subset(path: Path) -> SubsetFile:
         raise InputError(f'path: {path}: no such file; effalgos select writes one') from None
     except (OSError, pa.ArrowException) as error:
         raise InputError(f'path: {path}: not a readable Parquet file ({" ".join(str(error).split())})') from error
-    index = _column(path, table, 'index', np.integer).astype(np.int64)
+    index = _column(path, table, 'index', 'whole numbers').astype(np.int64)
     if len(index) == 0:
         raise InputError(f'path: {path}: has no rows; at least one sample is right')
     if index.min() < 0:
@@ -101,14 +101,21 @@ def read_subset(path: Path) -> SubsetFile:
         raise InputError(f'path: {path}: index {values[counts.argmax()]} is there {counts.max()} times; every sample once is right')
     weight = np.ones(len(index), np.float32)
     if 'weight' in table.column_names:
-        weight = _column(path, table, 'weight', np.number).astype(np.float32)
+        weight = _column(path, table, 'weight', 'numbers').astype(np.float32)
     wrong = ~(np.isfinite(weight) & (weight >= 0))
     if wrong.any():
         raise InputError(f'path: {path}: row {int(wrong.argmax())}: weight {weight[wrong][0]}; a number from 0 is right')
     if not weight.any():
         raise InputError(f'path: {path}: all weights are 0; at least one above 0 is right')
     order = index.argsort()
-    facts = json.loads((table.schema.metadata or {}).get(_KEY, b'{}'))
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(_KEY, b'{}'))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise InputError(
+            f'path: {path}: {_KEY.decode()} in its metadata is damaged; a file as effalgos select writes it, or one without, is right'
+        )
     return SubsetFile(torch.from_numpy(index[order]), torch.from_numpy(weight[order]), facts)
 
 
@@ -134,12 +141,11 @@ def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
         raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
 
 
-def _column(path: Path, table: pa.Table, name: str, kind: type) -> np.ndarray:
+def _column(path: Path, table: pa.Table, name: str, right: str) -> np.ndarray:
     if name not in table.column_names:
         raise InputError(f'path: {path}: no column {name!r} (found {", ".join(table.column_names)}); index and weight are right')
     column = table.column(name)
-    values = column.to_numpy()
-    if column.null_count or not np.issubdtype(values.dtype, kind):
-        right = 'whole numbers' if kind is np.integer else 'numbers'
+    allowed = pa.types.is_integer(column.type) or (right == 'numbers' and pa.types.is_floating(column.type))
+    if column.null_count or not allowed:
         raise InputError(f'path: {path}: column {name!r} is {column.type} with {column.null_count} empty; {right}, none empty, are right')
-    return values
+    return column.to_numpy()

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_effalgos.adabatch.policies import parse_time
+from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import Plan, WeightedLoss, check_seed, stream_seed
+from composer_effalgos.plan import PerSampleLoss, Plan, WeightedLoss, check_seed, stream_seed
 from composer_effalgos.subset_selection.data_pass import DataPass, Found, training_data_spec
 from composer_effalgos.subset_selection.sources import Occasion, make_source
 
@@ -54,6 +55,8 @@ class SubsetSelection(Algorithm):
             brings transforms of its own.
         val_share: In the place of ``val_dataloader``: the share of the training data to hold out for that, in [0, 1). It is drawn once
             and never trained on, whatever the strategy.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample. Gradients are those of
+            it, and where samples are weighted it replaces ``model.loss`` during training steps.
         seed: Seeds the selections; ``None`` for the trainer's seed.
         **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
             ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the
@@ -85,20 +88,20 @@ class SubsetSelection(Algorithm):
         linear_layer: bool = True,
         val_dataloader: DataLoader | DataSpec | None = None,
         val_share: float = 0.0,
+        per_sample_loss: PerSampleLoss | None = None,
         seed: int | None = None,
         **strategy_options: Any,
     ) -> None:
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f'fraction: must be a number in (0, 1], got {fraction!r}')
-        if isinstance(kappa, bool) or not isinstance(kappa, int | float) or not 0 <= kappa < 1:
-            raise InputError(f'kappa: must be a number in [0, 1), got {kappa!r}')
+        check_number('fraction', fraction, above=0, most=1)
+        check_number('kappa', kappa, least=0, below=1)
         check_seed(seed)
         if not isinstance(linear_layer, bool):
             raise InputError(f'linear_layer: must be true or false, got {linear_layer!r}')
+        if per_sample_loss is not None and not callable(per_sample_loss):
+            raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
         if val_dataloader is not None and not isinstance(val_dataloader, DataLoader | DataSpec):
             raise InputError(f'val_dataloader: must be a torch.utils.data.DataLoader, got {type(val_dataloader).__name__}')
-        if isinstance(val_share, bool) or not isinstance(val_share, int | float) or not 0 <= val_share < 1:
-            raise InputError(f'val_share: must be a number in [0, 1), got {val_share!r}')
+        check_number('val_share', val_share, least=0, below=1)
         if val_share > 0 and (val_dataloader is not None or strategy == 'file'):
             other = 'strategy=file, whose samples are chosen already' if strategy == 'file' else 'val_dataloader, which does the same'
             raise InputError(f'val_share: cannot be combined with {other}; leave it 0')
@@ -115,6 +118,7 @@ class SubsetSelection(Algorithm):
         self.linear_layer = linear_layer
         self.val_dataloader = val_dataloader
         self.val_share = val_share
+        self.per_sample_loss = per_sample_loss
         self.seed = seed
         self.strategy_options = strategy_options
         self._state: State | None = None  # from INIT on
@@ -222,7 +226,9 @@ class SubsetSelection(Algorithm):
         self._indices = self._weights = self._held_out = self._rest = None
         self._data_changes, self._failure_warned = 0, False
         by_position = self._source.weighted or self._source.by_position
-        self._loss = self._plan.request_loss(state, f'{type(self).__name__}({self.strategy!r})', by_position=by_position)
+        self._loss = self._plan.request_loss(
+            state, f'{type(self).__name__}({self.strategy!r})', self.per_sample_loss, by_position=by_position
+        )
         self._source.start(self._plan, self._loss)
 
     def _warm_up(self, state: State) -> int:
@@ -341,7 +347,8 @@ class SubsetSelection(Algorithm):
         weights = weights.cpu()[order].float()
         if bool((weights == weights[0]).all()):
             return indices, None
-        return indices, weights * (len(weights) / weights.sum())
+        weights = weights.double()  # in a file they may be near the end of float32
+        return indices, (weights * (len(weights) / weights.sum())).float()
 
     @staticmethod
     def _any_rank(state: State, failed: bool) -> bool:

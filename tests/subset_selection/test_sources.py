@@ -2,10 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from composer.core import Callback, DataSpec
+from composer.models import ComposerModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -376,6 +380,8 @@ def test_regression_selects_without_classes(fit, problem):
             '^val_share: cannot be combined with val_dataloader',
         ),
         ({'strategy': 'forgetting'}, '^kappa: strategy forgetting counts'),
+        ({'strategy': 'forgetting', 'kappa': 0.2, 'scores': [1, 2]}, '^scores: SubsetSelection counts the forgetting events itself'),
+        ({'per_sample_loss': 3}, '^per_sample_loss: must be callable'),
         ({'strategy': 'milo', 'exploration': 2}, '^exploration: '),
         ({'strategy': 'milo', 'phase': 'weighted-random'}, '^phase: SubsetSelection goes through both'),
         ({'class_balance': 'equal', 'selection_type': 'Supervised'}, '^class_balance: equal shares need'),
@@ -389,3 +395,69 @@ def test_refuses_arguments(arguments, message):
 def test_milo_needs_epochs(make_trainer):
     with pytest.raises(InputError, match='milo needs max_duration in epochs'):
         make_trainer([SubsetSelection('milo', 0.3)], max_duration='20ba').fit()
+
+
+class NoPerSample(ComposerModel):
+    """A classifier whose loss is the batch's alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 3)
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def same_loss(outputs, batch):
+    return nn.functional.cross_entropy(outputs, batch[1], reduction='none')
+
+
+@pytest.mark.parametrize(('strategy', 'options'), [('herding', {}), ('k-center', {}), ('milo', {}), ('el2n', {})])
+def test_what_looks_at_embeddings_or_logits_needs_no_loss(fit, strategy, options):
+    """The same subsets as with one."""
+    kept = []
+    for model_options in ({'model': NoPerSample()}, {'model': NoPerSample(), 'per_sample_loss': same_loss}):
+        model = model_options.pop('model')
+        model.load_state_dict({'net.weight': torch.arange(24.0).sin().view(3, 8), 'net.bias': torch.zeros(3)})
+        algorithm = SubsetSelection(strategy, 0.3, '1ep', **options, **model_options)
+        fit(algorithm, model=model, max_duration='2ep')
+        kept.append(algorithm.indices)
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize('strategy', ['grand', 'gradmatch', 'herding'])
+def test_a_missing_per_sample_loss_names_this_algorithms_argument(fit, strategy):
+    options = {'features': 'gradient'} if strategy == 'herding' else {}
+    with pytest.raises(InputError, match=r'SubsetSelection: NoPerSample.loss has no .*; pass SubsetSelection\(per_sample_loss=callable'):
+        fit(SubsetSelection(strategy, 0.3, **options), model=NoPerSample(), max_duration='1ep')
+    algorithm = SubsetSelection(strategy, 0.3, per_sample_loss=same_loss, **options)
+    fit(algorithm, model=NoPerSample(), max_duration='1ep')
+    assert len(algorithm.indices) == 61
+
+
+def test_weights_near_the_end_of_float32(fit, tmp_path):
+    path = tmp_path / 'subset.parquet'
+    pd.DataFrame({'index': range(40), 'weight': np.array([3e38] * 20 + [1e38] * 20, np.float32)}).to_parquet(path)
+    algorithm = SubsetSelection('file', path=str(path))
+    fit(algorithm, max_duration='1ep')
+    assert algorithm.weights.tolist() == pytest.approx([1.5] * 20 + [0.5] * 20)
+
+
+@pytest.mark.parametrize('metadata', [b'{"num_samples": 20', b'[1]', b'\xff', b'[' * 100_000])
+def test_a_file_with_damaged_metadata(tmp_path, metadata):
+    path = tmp_path / 'subset.parquet'
+    pq.write_table(pa.table({'index': [1, 2]}).replace_schema_metadata({b'composer_effalgos.subset': metadata}), path)
+    with pytest.raises(InputError, match=r'^path: .*subset\.parquet: composer_effalgos\.subset in its metadata is damaged; '):
+        SubsetSelection('file', path=str(path))
+
+
+@pytest.mark.parametrize('column', ['index', 'weight'])
+def test_a_file_with_a_column_of_durations(tmp_path, column):
+    path = tmp_path / 'subset.parquet'
+    columns = {'index': pa.array([1, 2]), 'weight': pa.array([1.0, 2.0])} | {column: pa.array([1, 2], pa.duration('s'))}
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(InputError, match=rf"^path: .*: column '{column}' is duration\[s\] with 0 empty; .*numbers, none empty, are right"):
+        SubsetSelection('file', path=str(path))
