@@ -71,7 +71,7 @@ def test_refuses_to_read_probabilities_from_another_loss(make_gradients, strateg
         select_subset(strategy, LastLayerGradients(3 * gradients.error), 4, labels=labels)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 12),
     dim=st.integers(1, 4),
@@ -103,7 +103,7 @@ def radius(rows, chosen):
     return torch.cdist(rows, rows[list(chosen)]).min(dim=1).values.max().item()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 9),
     dim=st.integers(1, 3),
