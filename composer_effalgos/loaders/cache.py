@@ -57,6 +57,11 @@ def _parts(dataset: Any) -> Iterator[str | bytes]:
     elif isinstance(dataset, Subset):
         yield np.asarray(dataset.indices).tobytes()
         yield from _parts(dataset.dataset)
+    elif getattr(dataset, 'target_transform', None) is not None:
+        raise InputError(
+            f'cache: what the target_transform of {type(dataset).__name__} makes of the labels cannot be told from what another makes; '
+            'give the data set a method fingerprint() -> str, or leave cache out'
+        )
     elif isinstance(dataset, ParquetImages):
         yield from (_file(dataset.file), dataset.rows.numpy().tobytes())
     elif isinstance(getattr(dataset, 'samples', None), list):
