@@ -1,6 +1,9 @@
 """ffcv's path, with the real library."""
 
 import io
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -134,6 +137,25 @@ def test_torch_keeps_its_threads(digits_beton):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='the system cannot keep a process to one CPU')
+def test_python_ends_on_a_single_cpu(digits_beton):
+    """There numba's TBB, which ffcv starts in a thread, would be waited for when Python ends, for ever."""
+    code = f"""
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import threading
+from composer_effalgos.datasets import build_dataset
+from composer_effalgos.loaders import FfcvDataLoader
+def read():
+    print(sum(len(labels) for _, labels in FfcvDataLoader(build_dataset('beton', 'train', path={str(digits_beton)!r}), batch_size=8)))
+reader = threading.Thread(target=read)
+reader.start()
+reader.join()
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout) == (0, f'{LIMIT}\n'), done.stderr
 
 
 def test_trains_as_on_the_device_path(digits, make_trainer, weights_of):
