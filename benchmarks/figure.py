@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's, told apart by colour-blind eyes, in an order of falling contrast; the baseline is grey
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933', '#882255')
+MARKERS = 'os^vDP*X<>'
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -34,7 +35,7 @@ def draw(results: dict[str, Any]) -> Figure:
     others = [method for method in by_method if method != baseline]
     colors = {baseline: '#777777', **dict(zip(others, COLORS * 3, strict=False))}
 
-    figure = Figure(figsize=(9.6, 3.9), layout='constrained')
+    figure = Figure(figsize=(10.5, 3.6), layout='constrained', facecolor='white')
     curves, ends = figure.subplots(1, 2, width_ratios=(1, 1))
     for method, runs in by_method.items():
         epochs = min(len(run['epochs']) for run in runs)
@@ -50,15 +51,15 @@ def draw(results: dict[str, Any]) -> Figure:
         accuracy = [100 * run['eval_accuracy'] for run in runs]
         share = 100 * statistics.mean(run['train_seconds'] for run in runs) / full
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0
-        ends.errorbar(share, statistics.mean(accuracy), yerr=spread, fmt='o', color=colors[method], capsize=3, markersize=6)
-        ends.annotate(
-            method, (share, statistics.mean(accuracy)), xytext=(7, 3), textcoords='offset points', fontsize=8, color=colors[method]
+        marker = MARKERS[list(by_method).index(method) % len(MARKERS)]
+        ends.errorbar(
+            share, statistics.mean(accuracy), yerr=spread, fmt=marker, color=colors[method], capsize=3, markersize=6, label=method
         )
 
     curves.set(xlabel='samples trained on, thousands', ylabel='test error, %', yscale='log')
-    curves.legend(frameon=False, fontsize=7)
+    curves.yaxis.set_major_formatter('{x:g}')
     ends.set(xlabel=f'training time, % of {baseline}', ylabel='test accuracy, %')
-    ends.margins(x=0.25)
+    figure.legend(*ends.get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8)
     for axes in (curves, ends):
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(color='0.9', linewidth=0.6)
