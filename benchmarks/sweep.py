@@ -29,7 +29,7 @@ from composer_effalgos.bench import load_sweep, markdown_table, read_runs, run_s
 from composer_effalgos.bench.charts import published_for
 from composer_effalgos.bench.results import JSON
 from composer_effalgos.bench.runner import FINISHED
-from composer_effalgos.bench.table import NOTE, PARITY, Row
+from composer_effalgos.bench.table import PARITY, Row, note
 from composer_effalgos.errors import InputError
 
 
@@ -118,7 +118,7 @@ def report(
     runs = [run for run in read_runs(runs_dir)[0] if (runs_dir / run.folder / FINISHED).exists()]
     rows = table_rows(runs, targets)
     saved = efficiency(rows)
-    text = f'{markdown_table(rows)}\n{NOTE}\n'
+    text = f'{markdown_table(rows)}\n{note(rows)}\n'
     if saved:
         header = ['', 'samples saved', 'time saved', 'time over samples']
         cells = [

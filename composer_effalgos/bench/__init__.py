@@ -5,7 +5,7 @@ from composer_effalgos.bench.report import write_report
 from composer_effalgos.bench.runner import Outcome, run_jobs
 from composer_effalgos.bench.search import run_search
 from composer_effalgos.bench.sweep import Job, Sweep, load_sweep
-from composer_effalgos.bench.table import Row, Run, markdown_table, read_runs, rich_table, table_rows
+from composer_effalgos.bench.table import Row, Run, markdown_table, note, read_runs, rich_table, table_rows
 
 __all__ = [
     'Job',
@@ -15,6 +15,7 @@ __all__ = [
     'Sweep',
     'load_sweep',
     'markdown_table',
+    'note',
     'read_runs',
     'rich_table',
     'run_jobs',

@@ -11,7 +11,7 @@ from composer_effalgos.bench.report import write_report
 from composer_effalgos.bench.results import write_results
 from composer_effalgos.bench.runner import Outcome, finished, run_jobs
 from composer_effalgos.bench.sweep import load_sweep
-from composer_effalgos.bench.table import NOTE, read_runs, rich_table, table_rows
+from composer_effalgos.bench.table import note, read_runs, rich_table, table_rows
 
 
 def run_sweep(
@@ -62,7 +62,7 @@ def run_sweep(
         console.print()
         console.print(rich_table(rows))  # in the order of the report
         console.print()
-        console.print(NOTE, style='dim')
+        console.print(note(rows, brief=True), style='dim')
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)
     if outcome.pending:
         console.print(f'{len(outcome.pending)} runs are left; the same command goes on', highlight=False)

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from composer_effalgos.bench.charts import charts, published_for
 from composer_effalgos.bench.results import read_targets
-from composer_effalgos.bench.table import NOTE, Row, columns, markdown_table, read_runs, table_rows
+from composer_effalgos.bench.table import Row, columns, markdown_table, note, read_runs, table_rows
 from composer_effalgos.errors import InputError
 from composer_effalgos.files import whole_file
 
@@ -77,7 +77,7 @@ def _html(rows: Sequence[Row], problems: Sequence[str]) -> str:
     )
     return environment.get_template('report.html.j2').render(
         columns=[column.title for column in shown],
-        note=NOTE,
+        note=note(rows),
         rows=[[(column.text(row), column.value(row)) for column in shown] for row in rows],
         charts=charts(rows),
         published=published_for(rows),
@@ -92,4 +92,4 @@ def _html(rows: Sequence[Row], problems: Sequence[str]) -> str:
 def _markdown(rows: Sequence[Row], problems: Sequence[str]) -> str:
     stacks = ''.join(f'- {words}: {len(methods)} method(s)\n' for words, methods in _stacks(rows))
     left_out = ''.join(f'- {problem}\n' for problem in problems)
-    return f'{markdown_table(rows)}\n{NOTE}\n\n{stacks}' + (f'\nLeft out:\n\n{left_out}' if problems else '')
+    return f'{markdown_table(rows)}\n{note(rows)}\n\n{stacks}' + (f'\nLeft out:\n\n{left_out}' if problems else '')

@@ -20,14 +20,6 @@ from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
 
 PARITY = 0.002  # how far below the baseline's mean an accuracy counts as the same
-NOTE = (
-    'accuracy: mean ± sample standard deviation over the seeds, at the end of the run; Δ: its mean less the baseline’s; samples: mean '
-    'number trained on; train s: mean, selection included and evaluation left out; time %: of the baseline’s train s; × faster: the '
-    'baseline’s seconds to the same accuracy (its mean less 0.2 points) over the method’s, where all the method’s runs get there; '
-    's/epoch: train s over the epochs; selection s: mean; epoch > x %: first epoch with an accuracy above x, s to x %: seconds of '
-    'training to its end, both means of the runs that get there (in brackets how many, where not all do). A baseline is for runs of '
-    'the same data set, limit, model and max_duration.'
-)
 _NONE = '–'
 _NUMBERS = {
     'epochs': ('epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'selection_seconds'),
@@ -146,12 +138,14 @@ class Column:
         text: A row's cell.
         value: What the cell sorts by; None where it has no value.
         brief: Whether it is worth its place in a terminal.
+        meaning: What is in it, where the title does not say.
     """
 
     title: str
     text: Callable[[Row], str]
     value: Callable[[Row], str | float | None]
     brief: bool = True
+    meaning: str = ''
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -166,32 +160,65 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     found = [
         Column('run', lambda row: row.method, lambda row: row.method),
         Column('seeds', lambda row: str(len(row.runs)), lambda row: len(row.runs)),
-        Column('accuracy %', _accuracy_text, lambda row: row.accuracy),
-        _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100),
-        _number('samples', lambda row: row.samples_seen, ',.0f', brief=False),
-        _number('saved %', lambda row: row.saved_fraction, '.1f', 100),
-        _number('train s', lambda row: row.train_seconds, '.1f'),
-        _number('time %', lambda row: row.time_ratio, '.0f', 100),
+        Column(
+            'accuracy %',
+            _accuracy_text,
+            lambda row: row.accuracy,
+            True,
+            'mean ± sample standard deviation over the seeds, at the end of the run',
+        ),
+        _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100, meaning='its mean less the baseline’s'),
+        _number('samples', lambda row: row.samples_seen, ',.0f', brief=False, meaning='mean number trained on'),
+        _number('saved %', lambda row: row.saved_fraction, '.1f', 100, meaning='of the samples of the full epochs'),
+        _number('train s', lambda row: row.train_seconds, '.1f', meaning='mean, selection included and evaluation left out'),
+        _number('time %', lambda row: row.time_ratio, '.0f', 100, meaning='of the baseline’s train s'),
     ]
     speeds = any(row.speed_up is not None for row in rows)
     if speeds:
-        found.append(_number('× faster', lambda row: row.speed_up, '.2f'))
-    found.append(_number('s/epoch', lambda row: row.epoch_seconds, '.2f', brief=False))
+        same = 'the baseline’s seconds to the same accuracy (its mean less 0.2 points) over the method’s, where all runs get there'
+        found.append(_number('× faster', lambda row: row.speed_up, '.2f', meaning=same))
+    found.append(_number('s/epoch', lambda row: row.epoch_seconds, '.2f', brief=False, meaning='train s over the epochs'))
     if any(row.selection_seconds for row in rows):
-        found.append(_number('selection s', lambda row: row.selection_seconds, '.1f', brief=False))
+        found.append(_number('selection s', lambda row: row.selection_seconds, '.1f', brief=False, meaning='mean'))
     for number, reached in enumerate(rows[0].reached if rows else ()):
         found += _reached(f'{100 * reached.target:g} %', lambda row, number=number: row.reached[number])  # type: ignore[misc]
     if speeds:
-        found += _reached('same %', lambda row: row.parity)[1:]
+        found.append(_reached('same %', lambda row: row.parity)[1])
     return found
 
 
-def _number(title: str, value: Callable[[Row], float | None], form: str, factor: float = 1, *, brief: bool = True) -> Column:
+def note(rows: Sequence[Row], *, brief: bool = False) -> str:
+    """What the columns of a table mean.
+
+    Args:
+        rows: Rows as :func:`table_rows` gives them.
+        brief: Those of the terminal's table alone.
+
+    Returns:
+        One paragraph.
+    """
+    shown = [column for column in columns(rows) if column.brief or not brief]
+    parts = [f'{column.title}: {column.meaning}' for column in shown if column.meaning]
+    if not brief:
+        if rows and rows[0].reached:
+            parts.append(
+                'epoch > x %: first epoch with an accuracy above x; s to x %: seconds of training to its end; means of the runs that do'
+            )
+        if any(column.title == 's to same %' for column in shown):
+            parts.append('s to same %: the same for the baseline’s mean accuracy less 0.2 points')
+        if any(column.title.startswith('s to ') for column in shown):
+            parts.append('in brackets how many get there, where not all do')
+    return '; '.join(parts) + '. A baseline is for runs of the same data set, limit, model and max_duration.'
+
+
+def _number(
+    title: str, value: Callable[[Row], float | None], form: str, factor: float = 1, *, brief: bool = True, meaning: str = ''
+) -> Column:
     def text(row: Row) -> str:
         number = value(row)
         return _NONE if number is None else f'{factor * number:{form}}'
 
-    return Column(title, text, value, brief)
+    return Column(title, text, value, brief, meaning)
 
 
 def _reached(accuracy: str, of: Callable[[Row], Reached | None]) -> list[Column]:

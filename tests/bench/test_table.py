@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from composer_effalgos.bench.table import Row, columns, first_above, markdown_table, read_runs, rich_table, table_rows
+from composer_effalgos.bench.table import Row, columns, first_above, markdown_table, note, read_runs, rich_table, table_rows
 from composer_effalgos.errors import InputError
 
 
@@ -196,3 +196,18 @@ def test_runs_in_nested_folders_are_of_another_report(tmp_path, write_run):
     assert [run.summary['run_name'] for run in read_runs(tmp_path / 'runs')[0]] == ['ours']
     with pytest.raises(InputError, match=r'no summary\.json'):
         read_runs(tmp_path)
+
+
+def test_the_note_explains_the_columns_that_are_there(tmp_path, write_run):
+    write_run('digits_baseline', accuracies=(0.5, 0.9))
+    rows = table_rows(read_runs(tmp_path / 'runs')[0])
+    assert 'faster' not in note(rows)
+    assert 'epoch >' not in note(rows)
+    assert 's/epoch: ' in note(rows)
+    assert 's/epoch' not in note(rows, brief=True)
+    write_run('digits_method', accuracies=(0.5, 0.95), seconds=0.5)
+    rows = table_rows(read_runs(tmp_path / 'runs')[0], [0.8])
+    text = note(rows)
+    for column in columns(rows)[2:]:
+        assert f'{column.title}: ' in text or ' 80 %' in column.title, column.title
+    assert 'epoch > x %: ' in text
