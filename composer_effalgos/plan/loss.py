@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ class WeightedLoss:
         self._window: slice | None = None  # the batch's place in the rank's epoch, while it is trained on
         self._position = self._next_position = 0
         self._first_call = True
-        self._verified = per_sample_loss is not None
+        self._verified = False
 
     @property
     def model_name(self) -> str:
@@ -144,7 +145,7 @@ class WeightedLoss:
         Args:
             per_sample_loss: ``(outputs, batch) -> [B, ...]``.
         """
-        self._given, self._verified = per_sample_loss, True
+        self._given = per_sample_loss
 
     def require_per_sample(self, why: str) -> None:
         """Refuses a model whose loss has no per-sample form.
@@ -233,7 +234,10 @@ class WeightedLoss:
             return self.original(outputs, batch, *args, **kwargs)
         losses, counts = self._evaluate(outputs, batch)
         if not self._verified:
-            self._verify(losses, counts, outputs, batch)
+            if self._given is None:
+                self._verify(losses, counts, outputs, batch)
+            else:
+                self._compare(losses, outputs, batch)
         start = self._window.start + self._position
         where = slice(start, start + len(losses))
         if where.stop > self._window.stop:
@@ -258,6 +262,22 @@ class WeightedLoss:
         """``1 / M``: what the model's own loss divides the sum of this batch's losses by."""
         total = losses.detach().sum()
         return torch.where(total != 0, reference.detach().float().reshape(()) / total, torch.full_like(total, 1 / len(losses)))
+
+    def _compare(self, losses: Tensor, outputs: Any, batch: Any) -> None:
+        """On the first batch: says so where the caller's per-sample loss is not the model's own, which it replaces."""
+        self._verified = True
+        try:
+            with torch.no_grad():
+                reference = self.original(outputs, batch)
+        except Exception:  # it is not called otherwise, and may be the reason why the caller brought another
+            return
+        mean = losses.detach().mean()
+        if isinstance(reference, Tensor) and reference.numel() == 1 and not _close(mean, reference.reshape(()).to(mean)):
+            warnings.warn(
+                f'per_sample_loss: averages to {mean.item():.6g} over the first batch, where {self.model_name}.loss gives '
+                f'{reference.item():.6g}; the run trains on per_sample_loss',
+                stacklevel=2,
+            )
 
     def _verify(self, losses: Tensor, counts: Tensor | None, outputs: Any, batch: Any) -> None:
         """On the first finite batch: without weights the per-sample losses must give the gradient that the model trains with."""

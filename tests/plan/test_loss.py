@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -320,3 +321,23 @@ def test_models_are_saved_with_their_plain_loss(make_trainer, tmp_path):
     loaded = torch.load(tmp_path / 'model.pt', weights_only=False)
     outputs = loaded((torch.zeros(2, 8), None))
     assert torch.isfinite(loaded.loss(outputs, (None, torch.tensor([0, 1]))))
+
+
+def test_a_per_sample_loss_that_is_not_the_models_own_is_said_once(make_trainer):
+    class Plain(ComposerClassifier):
+        def loss(self, outputs, batch):
+            return nn.functional.cross_entropy(outputs, batch[1])
+
+    def plain() -> Plain:
+        torch.manual_seed(0)
+        return Plain(nn.Linear(8, 3), num_classes=3)
+
+    own = InfoBatch(per_sample_loss=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction='none'))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        make_trainer([own], model=plain()).fit()
+    assert not [one for one in caught if 'per_sample_loss' in str(one.message)]
+    other = InfoBatch(per_sample_loss=lambda outputs, batch: nn.functional.cross_entropy(2 * outputs, batch[1], reduction='none'))
+    with pytest.warns(UserWarning, match=r'^per_sample_loss: averages to .* where Plain.loss gives .* trains on per_sample_loss') as caught:
+        make_trainer([other], model=plain()).fit()
+    assert sum('per_sample_loss' in str(one.message) for one in caught) == 1
