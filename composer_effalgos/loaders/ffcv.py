@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -248,6 +247,7 @@ def random_resized_boxes(
 def _compile(dataset: Beton, size: tuple[int, int], num_threads: int, batches_ahead: int) -> Any:
     """ffcv's Loader of the images alone; it is never iterated itself, see :func:`_epoch`."""
     import_ffcv('loader: ffcv')
+    import numba
     from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode, memcpy, resize_crop
     from ffcv.loader import Loader
@@ -302,7 +302,7 @@ def _compile(dataset: Beton, size: tuple[int, int], num_threads: int, batches_ah
     return Loader(
         str(dataset.file),
         batch_size=1,
-        num_workers=max(1, min(num_threads, os.cpu_count() or 1)),
+        num_workers=max(1, min(num_threads, numba.config.NUMBA_NUM_THREADS)),  # fewer than os.cpu_count() where CPUs are restricted
         pipelines=pipelines,
         drop_last=False,
         batches_ahead=batches_ahead,

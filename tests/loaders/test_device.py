@@ -368,7 +368,8 @@ def test_parquet_images_are_told_apart(tmp_path):
 
 
 def test_a_cache_is_refused_beside_a_transform_of_the_labels(tmp_path):
-    data = torchvision.datasets.FakeData(4, (3, 8, 8), transform=torchvision.transforms.ToTensor(), target_transform=lambda label: 1)
+    transform = torchvision.transforms.ToTensor()
+    data = torchvision.datasets.FakeData(4, (3, 8, 8), transform=transform, target_transform=lambda label: 0 * label)
     with pytest.raises(InputError, match=r'^cache: what the target_transform of FakeData makes of the labels cannot be told'):
         DeviceDataLoader(data, batch_size=2, cache=tmp_path).load()
     DeviceDataLoader(data, batch_size=2).load()
