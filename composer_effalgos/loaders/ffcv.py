@@ -299,10 +299,11 @@ def _compile(dataset: Beton, size: tuple[int, int], num_threads: int, batches_ah
 
     reader = check_beton(dataset.file)
     pipelines = {name: [BoxDecoder()] if name == 'image' else None for name in reader.field_names}
+    usable = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # fewer than os.cpu_count() where CPUs are restricted
     return Loader(
         str(dataset.file),
         batch_size=1,
-        num_workers=max(1, min(num_threads, numba.config.NUMBA_NUM_THREADS)),  # fewer than os.cpu_count() where CPUs are restricted
+        num_workers=max(1, min(num_threads, usable)),
         pipelines=pipelines,
         drop_last=False,
         batches_ahead=batches_ahead,
