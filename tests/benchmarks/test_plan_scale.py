@@ -13,7 +13,7 @@ def test_two_sizes_end_to_end(script, tmp_path):
     assert [row['samples'] for row in results['rows']] == sizes
     for row in results['rows']:
         scores = torch.rand(row['samples'], generator=torch.Generator().manual_seed(0))
-        below = int((scores < scores.double().mean()).sum())
+        below = int((scores.double() < scores.double().mean()).sum())
         assert row['kept'] == row['samples'] - below + math.floor(below / 2)
         assert len(row['plan_seconds']) == len(row['randperm_seconds']) == 2
         assert row['ratio'] == pytest.approx(row['plan_seconds'][1] / row['randperm_seconds'][1])

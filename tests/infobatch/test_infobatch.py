@@ -49,7 +49,7 @@ def test_prunes_what_the_rule_says_and_everything_after_delta(trained):
             assert (ends.weights[epoch] == 1).all()
             continue
         before = ends.scores[epoch - 1]
-        below = before < before.double().mean()
+        below = before.double() < before.double().mean()
         kept = ends.samples[epoch]
         assert len(kept) == 203 - int(below.sum()) + int(below.sum()) // 2
         assert set((~below).nonzero().flatten().tolist()) <= set(kept.tolist())

@@ -165,7 +165,7 @@ def test_classes_come_from_the_data_set(make_trainer, problem, kind):
     kept = trainer.state.train_dataloader.plan.order
     for label in range(3):
         scores = note.scores[0][classes == label]
-        below = int((scores < scores.double().mean()).sum())
+        below = int((scores.double() < scores.double().mean()).sum())
         assert int((classes[kept] == label).sum()) == len(scores) - below + below // 2
     if kind == 'given':
         with pytest.raises(InputError, match=r'labels: class_balanced needs .* Plain has no targets; pass InfoBatch\(labels'):
