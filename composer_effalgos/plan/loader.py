@@ -257,6 +257,7 @@ class PlannedDataLoader(DataLoader):
         full_batches: Its number of batches.
         shard_starts: The data set's attribute of this name, where it has one: first sample of every shard, int64 ``[S]``. A new order
             then goes shard by shard.
+        given: The user's loader.
         facts: What the algorithms know of the epoch and a checkpoint within it has to keep: ``selection_seconds``, ``pruned_fraction``.
 
     Raises:
@@ -282,6 +283,7 @@ class PlannedDataLoader(DataLoader):
         self.facts: dict[str, float] = {}
         self.plan: EpochPlan | None = None
         self._epoch = 0
+        self.given = loader
         self._path = loader if isinstance(loader, DataPath) else _WorkerPath(loader, stream_seed(seed, 1, rank))
 
     @property  # DataLoader forbids setting batch_size; ours follows the plan

@@ -204,6 +204,11 @@ class Plan(Callback):
         self.clock.epoch_end(state)
         self._in_epoch = False
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Gives the user's loader back: whoever takes it from the state finds all samples, not those of the last plan."""
+        if not self._in_epoch:
+            state.train_dataloader = self.loader.given
+
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,6 +258,7 @@ class Plan(Callback):
                 raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")
             if state.dataloader_len is not None and int(state.dataloader_len) < len(self.loader):
                 self.loader.limit(int(state.dataloader_len))
+            state.train_dataloader = self.loader
             return
         given, before = state.dataloader, self._loader
         same_data = self._loader is not None and getattr(given, 'dataset', None) is self._loader.dataset

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 from composer_effalgos import AdaBatch, InputError
+from composer_effalgos.plan import Plan
 
 
 def epoch_sizes(trainer) -> list[int]:
@@ -22,7 +23,7 @@ def test_doubles_at_intervals_and_loses_no_sample(make_trainer):
     assert epoch_sizes(trainer) == [16, 16, 32, 32, 64, 64]
     assert [sum(sizes) for sizes in trainer.recorder.sizes] == [203] * 6
     assert trainer.recorder.sizes[4] == [64, 64, 64, 11]
-    assert trainer.state.train_dataloader.batch_size == 64
+    assert Plan.of(trainer.state).loader.batch_size == 64
 
 
 def test_milestones_replace_the_interval(make_trainer):

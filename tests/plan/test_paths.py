@@ -101,7 +101,7 @@ def test_training_cannot_tell_the_paths_apart(make_trainer, problem, weights_of,
         trainer = make_trainer(algorithms(), train_loader=path, callbacks=[Plan()])
         trainer.fit()
         runs.append((trainer.recorder.sizes, trainer.recorder.lrs, weights_of(trainer).tolist()))
-        assert isinstance(trainer.state.train_dataloader, PlannedDataLoader)
+        assert isinstance(trainer.state.dataloader, PlannedDataLoader)
     assert runs[0] == runs[1]
 
 

@@ -128,9 +128,9 @@ def test_another_loader_within_an_epoch(make_trainer, problem):
 def test_the_same_data_in_another_loader_within_an_epoch_goes_on(make_trainer, problem):
     trainer = make_trainer([InfoBatch()], max_duration='5ba')
     trainer.fit()
-    before = trainer.state.train_dataloader.plan.order
+    before = Plan.of(trainer.state).loader.plan.order
     trainer.fit(train_dataloader=DataLoader(problem, batch_size=16, shuffle=True), duration='8ba')
-    assert torch.equal(trainer.state.train_dataloader.plan.order, before)
+    assert torch.equal(Plan.of(trainer.state).loader.plan.order, before)
     assert sum(trainer.recorder.sizes[0]) == 203
     assert not trainer.state.algorithms[0].scores.isnan().any()
 
@@ -194,14 +194,29 @@ def test_data_specs_keep_their_transforms(make_trainer, problem):
 def test_one_plan_a_run_found_again_in_later_fits(make_trainer, problem):
     trainer = make_trainer(all_three(), max_duration='2ep')
     trainer.fit()
-    plan, loader = Plan.of(trainer.state), trainer.state.train_dataloader
-    assert isinstance(loader, PlannedDataLoader)
+    plan = Plan.of(trainer.state)
+    loader = plan.loader
     assert loader.dataset is problem
     trainer.fit(duration='1ep')
-    assert trainer.state.train_dataloader is loader
+    assert plan.loader is loader
     trainer.fit(duration='1ep', train_dataloader=DataLoader(problem, batch_size=10, shuffle=True))
-    assert trainer.state.train_dataloader is not loader
+    assert plan.loader is not loader
     assert [c for c in trainer.state.callbacks if isinstance(c, Plan)] == [plan]
+
+
+def test_after_the_run_the_state_has_the_loader_that_was_given(make_trainer, problem):
+    given = DataLoader(problem, batch_size=16, shuffle=True)
+    trainer = make_trainer([InfoBatch(prune_ratio=0.9, delta=1.0)], train_loader=given, max_duration='5ba')
+    trainer.fit()
+    assert isinstance(trainer.state.train_dataloader, PlannedDataLoader)  # within an epoch
+    trainer.fit(duration='3ep')
+    assert min(sum(sizes) for sizes in trainer.recorder.sizes) < 150
+    assert trainer.state.train_dataloader is given
+    another = make_trainer([], train_loader=trainer.state.train_dataloader, max_duration='1ep')
+    another.fit()
+    assert [sum(sizes) for sizes in another.recorder.sizes] == [203]
+    trainer.fit(duration='1ep')
+    assert trainer.state.train_dataloader is given
 
 
 def test_refusals_at_the_start(make_trainer, problem):
@@ -218,4 +233,4 @@ def test_refusals_at_the_start(make_trainer, problem):
     other = make_trainer([InfoBatch()])
     other.fit()
     with pytest.raises(InputError, match="another run's planned loader"):
-        make_trainer([InfoBatch()]).fit(train_dataloader=other.state.train_dataloader)
+        make_trainer([InfoBatch()]).fit(train_dataloader=other.state.dataloader)
