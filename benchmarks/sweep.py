@@ -112,9 +112,19 @@ def equal_accuracy_table(found: Sequence[dict[str, Any]], reference: str) -> str
 
 
 def report(
-    runs_dir: Path, targets: Sequence[float], out: Path, name: str, title: str, left: Sequence[str], reference: str | None = None
+    runs_dir: Path,
+    targets: Sequence[float],
+    out: Path,
+    name: str,
+    title: str,
+    left: Sequence[str],
+    reference: str | None = None,
+    search: Path | None = None,
 ) -> Path:
-    """Writes ``name.json`` and ``name.md`` from the runs that are done; ``reference`` is what :func:`equal_accuracy` compares with."""
+    """Writes ``name.json`` and ``name.md`` from the runs that are done.
+
+    ``reference`` is what :func:`equal_accuracy` compares with; ``search`` the folder of the search that chose the methods.
+    """
     runs = [run for run in read_runs(runs_dir)[0] if (runs_dir / run.folder / FINISHED).exists()]
     rows = table_rows(runs, targets)
     saved = efficiency(rows)
@@ -129,6 +139,10 @@ def report(
     equal = [] if reference is None else equal_accuracy(rows, reference)
     if reference is not None:
         text += equal_accuracy_table(equal, reference)
+    trials = []
+    if search is not None:
+        trials = json.loads((search / 'search.json').read_text(encoding='utf-8'))['trials']
+        text += f'\nThe search that chose them, {len(trials)} runs with one seed:\n\n{(search / "search.md").read_text(encoding="utf-8")}'
     theirs = [item for item in published_for(rows) if item['epochs'] in {len(run.summary['epochs']) for run in runs}]
     if theirs:
         header = ['published', 's/epoch', 'epoch > 70 %', 'source']
@@ -138,7 +152,7 @@ def report(
     if left:
         text += f'\nNot done yet: {", ".join(left)}.\n'
     methods = json.loads((runs_dir / JSON).read_text(encoding='utf-8'))['methods']
-    results = {'methods': methods, 'efficiency': saved, 'equal_accuracy': equal, 'left': list(left)}
+    results = {'methods': methods, 'efficiency': saved, 'equal_accuracy': equal, 'search': trials, 'left': list(left)}
     return record.write(out, name, results, text, title=title)
 
 
@@ -170,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = args.sweep.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
         left = [*outcome.failures, *outcome.pending]
         if any(runs.glob(f'*/{FINISHED}')):
-            print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left, args.equal_to))
+            search = args.sweep.parent if (args.sweep.parent / 'search.json').exists() else None  # best.yaml, written by a search
+            print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left, args.equal_to, search))
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -40,6 +40,10 @@ def test_a_sweep_is_trained_and_recorded(script, tmp_path, arguments, capsys):
     assert found['efficiency'] == pytest.approx((1 - infobatch['train_seconds'] / baseline['train_seconds']) / saved)
     assert content['versions']['torch']
     assert '| infobatch | 1 |' in (tmp_path / 'out' / 'small.md').read_text()
+    (tmp_path / 'search.json').write_text('{"trials": [{"name": "baseline"}]}')
+    (tmp_path / 'search.md').write_text('| combination |')
+    searched = sweep.report(tmp_path / 'runs', [], tmp_path / 'out', 'best', 'Best', [], search=tmp_path)
+    assert searched.read_text().rstrip().endswith('1 runs with one seed:\n\n| combination |')
 
 
 def test_bad_input_costs_no_minute(script, tmp_path, arguments, capsys):
