@@ -142,7 +142,8 @@ def report(
     trials = []
     if search is not None:
         trials = json.loads((search / 'search.json').read_text(encoding='utf-8'))['trials']
-        text += f'\nThe search that chose them, {len(trials)} runs with one seed:\n\n{(search / "search.md").read_text(encoding="utf-8")}'
+        table = (search / 'search.md').read_text(encoding='utf-8')
+        text += f'\nThe search that chose them, {len(trials)} runs with one seed:\n\n{table}'
     theirs = [item for item in published_for(rows) if item['epochs'] in {len(run.summary['epochs']) for run in runs}]
     if theirs:
         header = ['published', 's/epoch', 'epoch > 70 %', 'source']

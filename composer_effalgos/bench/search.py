@@ -233,10 +233,11 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
         methods[name] = {'recipe': str(method.recipe.resolve()), **OmegaConf.to_container(merged)}  # type: ignore[dict-item]
     best = {'seeds': [17, 18, 19], 'targets': [target], 'methods': methods}
     content = {'sweep': str(sweep.path), 'target': target, 'overrides': list(overrides), 'trials': [asdict(trial) for trial in order]}
+    title = f'# The combinations that a search found soonest at {100 * target:g} %, with three seeds'
     texts = {
         'search.json': json.dumps(content, indent=2) + '\n',
         'search.md': _table(trials, target),
-        'best.yaml': f'# The combinations that a search found soonest at {100 * target:g} %, with three seeds\n{yaml.safe_dump(best, sort_keys=False)}',
+        'best.yaml': f'{title}\n{yaml.safe_dump(best, sort_keys=False)}',
     }
     for name, text in texts.items():
         with whole_file(out / name) as unfinished:
