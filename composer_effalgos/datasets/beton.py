@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import VisionDataset
 
 from composer_effalgos.components import one_line
-from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, limited
+from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, decode_image, limited
 from composer_effalgos.datasets.packed import Description, class_names, pipeline
 from composer_effalgos.errors import InputError
 
@@ -112,7 +111,7 @@ def check_beton(file: Path) -> Any:
     return reader
 
 
-class Beton(VisionDataset):
+class Beton(StoredImages):
     """Images in a ``.beton`` file, decoded when they are read.
 
     Args:
@@ -130,12 +129,7 @@ class Beton(VisionDataset):
     def __init__(
         self, file: Path, rows: Tensor, reader: Any, targets: Tensor, classes: list[str], transform: Callable[[Image.Image], Tensor]
     ) -> None:
-        super().__init__(transform=transform)
-        self.file = file
-        self.rows = rows
-        self.targets = targets
-        self.classes = classes
-        self.num_classes = len(classes)
+        super().__init__(file, rows, targets, classes, transform)
         everything = reader.metadata[_column(reader, file, 'image')]
         images = everything[rows.numpy()]
         self.sizes = torch.from_numpy(np.stack([images['height'], images['width']], axis=1).astype(np.int64))
@@ -143,15 +137,6 @@ class Beton(VisionDataset):
         table = np.sort(reader.alloc_table, order='ptr')
         self._places = everything['data_ptr']
         self._lengths = table['size'][np.searchsorted(table['ptr'], self._places)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.stored(index)
-        source = f'{self.file}: sample {int(self.rows[index])}'
-        opened = decode_image(image, source) if isinstance(image, bytes) else Image.fromarray(image)
-        return self.transform(opened), int(self.targets[index])
 
     def stored(self, index: int) -> bytes | np.ndarray:
         """An image as it is held: a JPEG file's bytes, or uint8 ``[H, W, 3]``."""

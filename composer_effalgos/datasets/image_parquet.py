@@ -9,14 +9,13 @@ from typing import Literal
 import pyarrow as pa
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import VisionDataset
 
-from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, large_image_transform, limited
+from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, large_image_transform, limited
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
 from composer_effalgos.errors import InputError
 
 
-class ParquetImages(VisionDataset):
+class ParquetImages(StoredImages):
     """Encoded images in memory, decoded when they are read.
 
     Args:
@@ -28,6 +27,8 @@ class ParquetImages(VisionDataset):
         transform: PIL image to float32 ``[3, H, W]``.
     """
 
+    unit = 'row'
+
     def __init__(
         self,
         file: Path,
@@ -37,20 +38,8 @@ class ParquetImages(VisionDataset):
         classes: Sequence[str],
         transform: Callable[[Image.Image], Tensor],
     ) -> None:
-        super().__init__(transform=transform)
-        self.file = file
+        super().__init__(file, rows, targets, classes, transform)
         self.images = images
-        self.rows = rows
-        self.targets = targets
-        self.classes = list(classes)
-        self.num_classes = len(self.classes)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = decode_image(self.stored(index), f'{self.file}: row {int(self.rows[index])}')
-        return self.transform(image), int(self.targets[index])
 
     def stored(self, index: int) -> bytes:
         """An image as it is held: an encoded file's bytes."""

@@ -57,6 +57,43 @@ class ImageArray(VisionDataset):
         return self.images[index]
 
 
+class StoredImages(VisionDataset):
+    """Images that lie together in a file or a folder, decoded when they are read; subclasses define :meth:`stored`.
+
+    Args:
+        file: Where they lie.
+        rows: int64 ``[N]``: the samples in it that belong to the data set.
+        targets: int64 ``[N]``, their labels.
+        classes: Class names.
+        transform: PIL image to float32 ``[3, H, W]``.
+    """
+
+    unit = 'sample'  # what messages call an entry of the file
+
+    def __init__(
+        self, file: Path, rows: Tensor, targets: Tensor, classes: Sequence[str], transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        super().__init__(transform=transform)
+        self.file = file
+        self.rows = rows
+        self.targets = targets
+        self.classes = list(classes)
+        self.num_classes = len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.stored(index)
+        if isinstance(image, np.ndarray):
+            return self.transform(Image.fromarray(image)), int(self.targets[index])
+        return self.transform(decode_image(image, f'{self.file}: {self.unit} {int(self.rows[index])}')), int(self.targets[index])
+
+    def stored(self, index: int) -> bytes | np.ndarray:
+        """An image as it is held: an encoded file's bytes, or uint8 ``[H, W, 3]``."""
+        raise NotImplementedError
+
+
 def decode_image(data: bytes | None, source: str) -> Image.Image:
     """Decode one image.
 

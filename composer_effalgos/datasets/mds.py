@@ -14,10 +14,9 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import VisionDataset
 
 from composer_effalgos.components import one_line
-from composer_effalgos.datasets.images import check_at_least, data_folder, decode_image, limited
+from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, limited
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
 from composer_effalgos.errors import InputError
 
@@ -163,7 +162,7 @@ def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = Non
         came.replace(target)
 
 
-class MdsImages(VisionDataset):
+class MdsImages(StoredImages):
     """Images in MDS shards, decoded when they are read.
 
     Args:
@@ -190,23 +189,10 @@ class MdsImages(VisionDataset):
         image_column: str = 'image',
         by_shard: bool = False,
     ) -> None:
-        super().__init__(transform=transform)
+        super().__init__(shards.folder, rows, targets, classes, transform)
         self.shards = shards
-        self.rows = rows
-        self.targets = targets
-        self.classes = classes
-        self.num_classes = len(classes)
         self.image_column = image_column
         self.shard_starts = torch.searchsorted(rows, shards.starts) if by_shard else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.stored(index)
-        source = f'{self.shards.folder}: sample {int(self.rows[index])}'
-        opened = decode_image(image, source) if isinstance(image, bytes) else Image.fromarray(image)
-        return self.transform(opened), int(self.targets[index])
 
     def stored(self, index: int) -> bytes | np.ndarray:
         """An image as it is held: an encoded file's bytes, or uint8 ``[H, W, 3]`` where the shards hold decoded images."""

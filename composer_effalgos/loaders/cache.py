@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import warnings
@@ -21,6 +20,7 @@ from torch.utils.data import Subset
 from composer_effalgos.components import one_line
 from composer_effalgos.datasets.image_parquet import ParquetImages
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import whole_file
 
 _FORMAT = 'decoded images 1'
 
@@ -122,19 +122,14 @@ def save(folder: Path, identity: str, images: Tensor, labels: Tensor) -> None:
         labels: int64 ``[N]``.
     """
     path = _path(folder, identity)
-    part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with part.open('wb') as file:
+        with whole_file(path) as unfinished, unfinished.open('wb') as file:
             np.savez(file, identity=np.array(identity), images=images.numpy(), labels=labels.numpy())  # a zip archive, with checksums
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
         warnings.warn(f'{path}: not written ({error.strerror}); the images will be decoded again next time', stacklevel=2)
-    finally:
-        with contextlib.suppress(OSError):  # where the folder is a file, say
-            part.unlink()
 
 
 def _path(folder: Path, identity: str) -> Path:

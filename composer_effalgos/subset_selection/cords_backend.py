@@ -233,12 +233,11 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     return indices, [1.0] * len(indices)  # RGreedy overshoots, and gives a weight to the budget alone
 
 
-def _gradmatch(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
+def _matching(problem: Problem) -> tuple[Any, ...]:
+    """What the three strategies that match gradients take first."""
     candidates, reference = problem.gradients, problem.reference
-    if not (reference if problem.options['valid'] else candidates).sum().any():
-        return [], []  # nothing to match; CORDS would divide by zero
     batch_size = problem.batch_size or 1024
-    strategy = module.GradMatchStrategy(
+    return (
         _loader(0, _one_class(candidates), batch_size),
         _loader(len(candidates), _one_class(reference), batch_size),
         _Rows(_joined(candidates, reference), written_out=True),
@@ -247,6 +246,15 @@ def _gradmatch(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         candidates.device,  # not the string 'cpu', for which CORDS takes a solver that ignores lam, eps and v1
         1,
         False,
+    )
+
+
+def _gradmatch(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
+    candidates, reference = problem.gradients, problem.reference
+    if not (reference if problem.options['valid'] else candidates).sum().any():
+        return [], []  # nothing to match; CORDS would divide by zero
+    strategy = module.GradMatchStrategy(
+        *_matching(problem),
         'PerClass' if problem.batch_size is None else 'PerBatch',
         log,
         valid=problem.options['valid'],
@@ -308,16 +316,8 @@ def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     candidates, reference = problem.gradients, problem.reference
     if not (reference if problem.options['valid'] else candidates).sum().any():
         return [], []  # nothing to match; CORDS would divide by zero
-    batch_size = problem.batch_size or 1024
     strategy = module.FixedWeightStrategy(
-        _loader(0, _one_class(candidates), batch_size),
-        _loader(len(candidates), _one_class(reference), batch_size),
-        _Rows(_joined(candidates, reference), written_out=True),
-        _half_square,
-        problem.options['eta'],
-        candidates.device,
-        1,
-        False,
+        *_matching(problem),
         'PerClass' if problem.batch_size is None else 'PerBatch',
         valid=problem.options['valid'],
     )
@@ -327,7 +327,7 @@ def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
 
 def _adapweights(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     """Non-negative least-squares weights for a subset that is given."""
-    candidates, reference = problem.gradients, problem.reference
+    candidates = problem.gradients
     subset = problem.options['ss_indices']
     if subset is None:
         subset = torch.randperm(len(candidates), generator=problem.generator)[: problem.budget]
@@ -337,14 +337,7 @@ def _adapweights(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     if not 0 <= int(subset.min()) <= int(subset.max()) < len(candidates):
         raise InputError(f'ss_indices: got {int(subset.min())} to {int(subset.max())}; 0 to {len(candidates) - 1} is right')
     strategy = module.AdapWeightsStrategy(
-        _loader(0, _one_class(candidates), 1024),
-        _loader(len(candidates), _one_class(reference), 1024),
-        _Rows(_joined(candidates, reference), written_out=True),
-        _half_square,
-        problem.options['eta'],
-        candidates.device,
-        1,
-        False,
+        *_matching(problem),
         'Supervised',
         log,
         subset.tolist(),
