@@ -208,7 +208,8 @@ def note(rows: Sequence[Row], *, brief: bool = False) -> str:
             parts.append('s to same %: the same for the baseline’s mean accuracy less 0.2 points')
         if any(column.title.startswith('s to ') for column in shown):
             parts.append('in brackets how many get there, where not all do')
-    return '; '.join(parts) + '. A baseline is a run with “baseline” in its name, for those of the same data set, limit, model and max_duration.'
+    rule = 'A baseline is a run with “baseline” in its name, for those of the same data set, limit, model and max_duration.'
+    return f'{"; ".join(parts)}. {rule}'
 
 
 def _number(

@@ -45,9 +45,11 @@ def check_seed(seed: Any) -> None:
 def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, drop_last: bool = False) -> list[int]:
     """Splits an epoch into global batches.
 
-    Every batch but the last holds ``world_size * batch_size`` samples. Each batch can be dealt out over the ranks with at least one
-    sample for each of them; a remainder too small to give every rank two samples (BatchNorm needs more than one) is put together with
-    the batch before it, and the two are split evenly.
+    Every batch but the last two holds ``world_size * batch_size`` samples. A remainder of less than half a batch, or too small to give
+    every rank two samples (BatchNorm needs more than one), is put together with the batch before it, and the two are split about evenly. A
+    ``DataLoader`` would make it a batch of its own; but where an epoch's length changes with every plan it may be any number of samples,
+    and a step at full learning rate on a handful of them, each with many times its weight, can undo a short epoch's work. The number of
+    batches is that of a ``DataLoader``.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
@@ -74,11 +76,16 @@ def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, 
         return sizes
     if not sizes:
         return [remainder] if remainder >= world_size else []
-    together = sizes[-1] + remainder
-    if remainder >= 2 * world_size or (remainder >= world_size and together < 4 * world_size):  # enough, or folding cannot give enough
+    full = sizes[-1]
+    together = full + remainder
+    enough = 2 * remainder >= max(4 * world_size, full)
+    if enough or (remainder >= world_size and together < 4 * world_size):  # or the two together cannot give enough
         return [*sizes, remainder]
     sizes.pop()
-    first = world_size * (together // (2 * world_size))
+    unit = world_size
+    while 16 * unit <= full:  # so that 1, 2, 4 and 8 ranks with the same global batch train on the same batches
+        unit *= 2
+    first = unit * (together // (2 * unit))
     return [*sizes, first, together - first] if together >= 2 * world_size else [*sizes, together]
 
 
@@ -172,6 +179,7 @@ def plan_epoch(
     shuffle: bool = True,
     shard_starts: Tensor | None = None,
     drop_last: bool = False,
+    even: bool = False,
     max_batches: int | None = None,
 ) -> EpochPlan:
     """Plans one epoch: a pure function of its arguments, the same on every rank.
@@ -189,6 +197,7 @@ def plan_epoch(
         shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0: the new order then goes shard by shard, as
             :func:`by_shard` has it. ``None`` shuffles all samples together.
         drop_last: Drops a last batch that is not full, unless it is the only one.
+        even: Gives every rank as many samples as the others; fewer samples than there are ranks are left out for it.
         max_batches: Keeps only the first batches.
 
     Returns:
@@ -197,7 +206,8 @@ def plan_epoch(
     Raises:
         ValueError: Where there are fewer samples than ranks.
     """
-    sizes = split_batches(len(kept), batch_size, world_size, drop_last) or split_batches(len(kept), batch_size, world_size)
+    num_samples = len(kept) - (len(kept) % world_size if even else 0)
+    sizes = split_batches(num_samples, batch_size, world_size, drop_last) or split_batches(num_samples, batch_size, world_size)
     if not sizes:
         raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
     permutation = None
@@ -211,7 +221,14 @@ def plan_epoch(
 
 
 def resume_epoch(
-    plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_size: int, same_world_size: bool = True, drop_last: bool = False
+    plan: EpochPlan,
+    *,
+    batches: int,
+    batch_size: BatchSize,
+    world_size: int,
+    same_world_size: bool = True,
+    drop_last: bool = False,
+    even: bool = False,
 ) -> EpochPlan:
     """The rest of an epoch of which ``batches`` batches were trained before.
 
@@ -222,6 +239,7 @@ def resume_epoch(
         world_size: Number of ranks now.
         same_world_size: Whether the batches of ``plan`` can be kept; otherwise the rest is split anew for the new number of ranks.
         drop_last: Drops a last batch that is not full.
+        even: As for :func:`plan_epoch`.
 
     Returns:
         The same order with ``start`` and ``first_batch`` set; nothing is trained twice.
@@ -230,7 +248,8 @@ def resume_epoch(
     start = plan.start + sum(done)
     if not same_world_size and rest:
         # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
-        rest = tuple(split_batches(sum(rest), _later(batch_size, batches, start), world_size, drop_last))
+        num_samples = sum(rest) - (sum(rest) % world_size if even else 0)
+        rest = tuple(split_batches(num_samples, _later(batch_size, batches, start), world_size, drop_last))
     return replace(plan, sizes=rest, start=start, first_batch=batches)
 
 

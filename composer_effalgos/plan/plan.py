@@ -146,10 +146,10 @@ class Plan(Callback):
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Plans the epoch from what the algorithms contributed."""
-        self._take(self._plan_epoch(int(state.timestamp.epoch)), state)
+        self._take(self._plan_epoch(state), state)
 
-    def _plan_epoch(self, epoch: int) -> EpochPlan:
-        loader = self.loader
+    def _plan_epoch(self, state: State) -> EpochPlan:
+        loader, epoch = self.loader, int(state.timestamp.epoch)
         kept, weights = self._decide(epoch)
         return plan_epoch(
             kept,
@@ -161,6 +161,7 @@ class Plan(Callback):
             shuffle=loader.shuffle,
             shard_starts=loader.shard_starts,
             drop_last=loader.drop_last,
+            even=_in_step(state),
             max_batches=loader.max_batches,
         )
 
@@ -332,7 +333,7 @@ class Plan(Callback):
         elif loader.plan is not None:
             plan, world_size = loader.plan, loader.world_size
         elif self._started:  # fit() was given another loader within an epoch
-            plan, world_size = self._plan_epoch(int(state.timestamp.epoch)), loader.world_size
+            plan, world_size = self._plan_epoch(state), loader.world_size
         else:
             raise InputError(
                 'load_path: the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '
@@ -345,5 +346,14 @@ class Plan(Callback):
             world_size=loader.world_size,
             same_world_size=world_size == loader.world_size,
             drop_last=loader.drop_last,
+            even=_in_step(state),
         )
         self._take(rest, state)
+
+
+def _in_step(state: State) -> bool:
+    """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
+
+    FSDP does, and DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters.
+    """
+    return dist.get_world_size() > 1 and (state.fsdp_enabled or getattr(state.model, 'find_unused_parameters', False))

@@ -55,12 +55,12 @@ def measure(make_trainer, distance, dataset, start, policy=None, algorithms=(), 
 
 @pytest.mark.parametrize('microbatch', [None, 16, 5, 8, 1], ids=lambda m: f'microbatch {m}')
 def test_measures_what_the_samples_gradients_say(make_trainer, distance, points, microbatch):
-    dataset, start = points(103, 6), torch.linspace(-1, 1, 6)
+    dataset, start = points(105, 6), torch.linspace(-1, 1, 6)
     watch = measure(make_trainer, distance, dataset, start, device_train_microbatch_size=microbatch)
-    assert len(watch.found) == 7  # 6 batches of 16 and one of 7
+    assert len(watch.found) == 7  # 6 batches of 16 and one of 9
     for found, expected in zip(watch.found, watch.expected, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
-    assert watch.part == {None: 4, 16: 4, 5: 5, 8: 4, 1: 1}[microbatch]  # one part is halved: 7 into 4 and 3
+    assert watch.part == {None: 5, 16: 5, 5: 5, 8: 8, 1: 1}[microbatch]  # one part is halved: 9 into 5 and 4
 
 
 def test_the_estimate_is_right_where_it_is_known_in_closed_form(make_trainer, distance, points):
@@ -185,7 +185,11 @@ def test_refuses_what_it_cannot_see():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize('options', [[], ['--microbatch', '3', '--sync', 'multi_auto_sync']], ids=['a part a rank', 'microbatches'])
+@pytest.mark.parametrize(
+    'options',
+    [[], ['--microbatch', '3'], ['--microbatch', '3', '--sync', 'multi_auto_sync', '--points', '102']],
+    ids=['a part a rank', 'microbatches', 'summed at every microbatch'],
+)
 def test_measures_over_ranks(options):
     script = Path(__file__).parents[1] / 'scripts' / 'noise_over_ranks.py'
     command = [sys.executable, '-m', 'composer.cli', '-n', '2', str(script), *options]

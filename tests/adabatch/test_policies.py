@@ -52,7 +52,7 @@ def test_a_function_of_the_progress(make_trainer):
     sizes = flat(trainer.recorder.sizes)
     assert sizes[:26].count(16) == 24  # two epochs of 203 samples: 12 batches and a last one of 11
     assert [trainer.recorder.sizes[epoch][0] for epoch in range(4)] == [16, 16, 32, 32]
-    assert sizes[44:] == [64, 128, 11]
+    assert sizes[44:] == [64, 64, 75]  # 128 and 11
     assert [sum(epoch) for epoch in trainer.recorder.sizes] == [203] * 6
 
 
@@ -105,7 +105,7 @@ def test_workers_survive_a_growth_within_an_epoch(make_trainer):
     pids = {float(pid) for epoch in seen.epochs for rows in epoch for pid in rows.unique()}
     assert len(pids) == 2
     assert os.getpid() not in pids
-    assert flat(trainer.recorder.sizes)[:11] == [16] * 4 + [32] * 2 + [64, 11] + [64, 128, 11]
+    assert flat(trainer.recorder.sizes)[:11] == [16] * 4 + [32] * 2 + [32, 43] + [64, 64, 75]
 
 
 def test_grows_by_tokens(make_trainer, problem):
@@ -121,8 +121,8 @@ def test_grows_by_tokens(make_trainer, problem):
         left = 203
         for rows in epoch:
             size = 16 * 2 ** min(tokens // 120, 3)  # 128 is the last that fits into 203
-            # an epoch's remainder: as it comes, and not a single sample
-            assert len(rows) == min(size, left) or left == size + 1
+            # an epoch's remainder: as it comes, or with the batch before it where it is less than half a batch
+            assert len(rows) == min(size, left) or size < left < 1.5 * size
             tokens += sum(labels[tuple(row.tolist())] + 1 for row in rows)
             left -= len(rows)
             sizes.append(size)

@@ -55,7 +55,7 @@ def unforeseen(times):
 
 
 # Sizes and rates by hand: 240 points, first batch 8; growths within the second epoch (after 45 batches: 15 of its own) and at the fourth
-GROWN = [[8] * 30, [8] * 15 + [24] * 5, [24] * 10, [72] * 3 + [24]]
+GROWN = [[8] * 30, [8] * 15 + [24] * 5, [24] * 10, [72] * 2 + [48] * 2]
 SCALES = [[1.0] * 30, [1.0] * 15 + [0.5] * 5, [0.5] * 10, [0.25] * 4]
 RUNS = {
     'fixed': (lambda: AdaBatch(2, '99ep'), [[8] * 30] * 4, [[1.0] * 30] * 4),

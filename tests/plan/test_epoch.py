@@ -26,6 +26,9 @@ def test_split_by_hand():
     assert split_batches(10, 4) == [4, 4, 2]
     assert split_batches(10, 4, drop_last=True) == [4, 4]
     assert split_batches(9, 4) == [4, 2, 3]  # one sample left: BatchNorm could not train on it
+    assert split_batches(203, 64) == [64, 64, 32, 43]  # 11 left: less than half a batch
+    assert split_batches(160, 64) == [64, 64, 32]
+    assert split_batches(40, lambda batch, samples: 32 if batch else 16) == [16, 24]
     assert split_batches(8, 4) == [4, 4]
     assert split_batches(3, 4) == [3]
     assert split_batches(17, 4, world_size=2) == [8, 4, 5]
@@ -45,8 +48,14 @@ def test_split_loses_nothing_and_serves_every_rank(n, batch, world, drop_last):
         assert all(size >= world for size in split)
         assert max(split) <= full or (batch == 1 and max(split) < 2 * world)
         assert len(split) == -(-n // full) or batch == 1
+        assert 2 * min(split) >= full - max(2 * world, full // 4) or len(split) == 1
     else:
         assert split == []
+
+
+@given(st.integers(128, 2000))
+def test_one_to_eight_ranks_with_the_same_global_batch_have_the_same_batches(n):
+    assert split_batches(n, 128) == split_batches(n, 64, 2) == split_batches(n, 32, 4) == split_batches(n, 16, 8)
 
 
 @given(sizes, batch_sizes, worlds, st.booleans())
@@ -68,6 +77,20 @@ def test_ranks_share_out_the_kept_samples(n, batch, world, epoch, shuffle):
         assert sum(len(batches[number]) for batches in dealt) == size
     if not shuffle:
         assert plan.order.tolist() == kept.tolist()
+
+
+@given(sizes, batch_sizes, worlds, st.integers(0, 5), worlds)
+def test_even_ranks_have_as_many_samples_of_each_batch(n, batch, world, epoch, later):
+    kept = torch.arange(n)
+    if n < world:
+        return
+    plan = plan_epoch(kept, None, batch, seed=7, epoch=epoch, world_size=world, even=True)
+    assert all(size % world == 0 for size in plan.sizes)
+    assert plan.num_samples == n - n % world
+    if len(plan.sizes) > 1:
+        rest = resume_epoch(plan, batches=1, batch_size=batch, world_size=later, same_world_size=False, even=True)
+        assert all(size % later == 0 for size in rest.sizes)
+        assert n - n % world - later < rest.num_samples <= n
 
 
 @given(sizes.filter(lambda n: n >= 5), batch_sizes, worlds, st.integers(0, 5))

@@ -53,9 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--microbatch', type=int)
     parser.add_argument('--sync')
+    parser.add_argument('--points', type=int, default=101)
     options = parser.parse_args()
     dist.initialize_dist('cpu')
-    points = TensorDataset(torch.randn(101, 6, generator=torch.Generator().manual_seed(3)), torch.zeros(101))
+    points = TensorDataset(torch.randn(options.points, 6, generator=torch.Generator().manual_seed(3)), torch.zeros(options.points))
     policy = NoiseScale(ratio=1e-6, window='6ba', measure_every=1, decay=0.0)
     check = Check(policy)
     model = Distance()
@@ -76,7 +77,7 @@ def main() -> None:
     world_size = dist.get_world_size()
     assert check.checked == int(trainer.state.timestamp.batch)
     assert check.sizes[:7] == [4 * world_size] * 6 + [8 * world_size]
-    assert sum(check.sizes) == 202
+    assert sum(check.sizes) == 2 * options.points
     trainer.close()
 
 
