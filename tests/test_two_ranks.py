@@ -40,6 +40,17 @@ def test_scores_are_exactly_those_of_one_rank_where_the_arithmetic_is_the_same(t
 
 
 @pytest.mark.distributed
+def test_ranks_that_talk_at_every_microbatch_take_as_many(train_small):
+    # in microbatches of one, a rank with a sample more would wait for the others for ever
+    run = train_small('unused', '--unused', '--subset', 'none', '--microbatch', '1', '--batch-size', '5', '--duration', '5ep', ranks=2)
+    kept = [epoch['kept'] for epoch in run['epochs'][0].values()]
+    assert any(number % 2 for number in kept), kept
+    for first, second, number in zip(*(rank.values() for rank in run['epochs']), kept, strict=True):
+        assert len(first['order']) == len(second['order']) == number // 2
+        assert not set(first['order']) & set(second['order'])
+
+
+@pytest.mark.distributed
 def test_two_nodes_train_as_two_ranks_of_one(train_small):
     """Two launchers, as on two machines; the network between them is the loopback."""
     arguments = ['--batch-size', '4', '--subset', 'glister', '--duration', '5ep']

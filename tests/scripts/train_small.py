@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from composer import Trainer
-from composer.algorithms import EMA, BlurPool, SqueezeExcite
+from composer.algorithms import EMA, BlurPool, LayerFreezing, SqueezeExcite
 from composer.core import Callback
 from composer.models import ComposerClassifier
 from composer.optim import CosineAnnealingWithWarmupScheduler
@@ -77,6 +77,7 @@ class Watch(Callback):
             'weights': [1.0] * len(loader.rank_order) if weights is None else weights.tolist(),
             'batches': len(loader),
             'start': loader.plan.start,
+            'kept': len(loader.plan.kept),
         }
 
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument('--images', action='store_true', help='images and augmentation that either loader can read')
     parser.add_argument('--subset', default='gradmatch')
     parser.add_argument('--backend', default='torch')
+    parser.add_argument('--unused', action='store_true', help='with an algorithm that makes DDP look for unused parameters')
     parser.add_argument('--kappa', type=float, default=0.0)
     parser.add_argument('--val-share', type=float, default=0.0)
     parser.add_argument('--duration', default='6ep')
@@ -124,6 +126,8 @@ def main() -> None:
         algorithms.append(SubsetSelection(options.subset, 0.8, '2ep', **subset))
     if not options.simple:
         algorithms += [BlurPool(min_channels=1), SqueezeExcite(latent_channels=2, min_channels=4), EMA(half_life='10ba')]
+    if options.unused:
+        algorithms.append(LayerFreezing(freeze_start=1.0, freeze_level=0.0))
     watch = Watch(options.kill_at)
     drop_last = options.simple  # a last batch that is not full is shared out differently over different ranks
     if options.loader in ('device', 'ffcv'):
