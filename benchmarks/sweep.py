@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = args.sweep.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
         left = [*outcome.failures, *outcome.pending]
         if any(runs.glob(f'*/{FINISHED}')):
-            search = args.sweep.parent if (args.sweep.parent / 'search.json').exists() else None  # best.yaml, written by a search
+            searched = args.sweep.name == 'best.yaml' and (args.sweep.parent / 'search.json').exists()  # written by a search
+            search = args.sweep.parent if searched else None
             print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left, args.equal_to, search))
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)

@@ -143,7 +143,7 @@ class EfficiencyMonitor(Callback):
             running.loss_sum += state.total_loss_dict['loss/train/total'] * samples
             running.loss_samples += samples
         running.batch_size = max(running.batch_size, samples)
-        running.facts.update(getattr(state.train_dataloader, 'facts', {}))
+        running.facts.update(getattr(state.dataloader, 'facts', {}))
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
@@ -154,7 +154,7 @@ class EfficiencyMonitor(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         batches = int(state.timestamp.batch_in_epoch)
         if batches > 0:  # max_duration cut the epoch short
-            plan = getattr(state.train_dataloader, 'plan', None)
+            plan = getattr(state.dataloader, 'plan', None)
             share = 1.0 if plan is None else int(state.timestamp.sample_in_epoch) / plan.num_samples
             self._record(state, logger, state.timestamp, share)
 
@@ -207,7 +207,7 @@ class EfficiencyMonitor(Callback):
         running = self._running
         samples = int(timestamp.sample_in_epoch)
         # Without a plan nothing is pruned: what ran is the full cost, drop_last and padding over the ranks as they are.
-        full = getattr(state.train_dataloader, 'full_samples', None)
+        full = getattr(state.dataloader, 'full_samples', None)
         entry = _Epoch(
             epoch=int(timestamp.epoch),
             seconds=timestamp.epoch_wct.total_seconds(),

@@ -269,7 +269,7 @@ class AdaBatch(Algorithm):
         if found >= tried:
             trained = self._plan.loader.batch_slice(int(state.previous_timestamp.batch_in_epoch))
             self._fitted = max(self._fitted, min(found, trained.stop - trained.start))
-            # an epoch's last batch says nothing, nor does one that is split to measure it
+            # an epoch's last two batches may say nothing, nor does one that is split to measure it
             self._probing -= self._fitted == self._microbatch
             if not self._probing:
                 self._stop_probing(state)

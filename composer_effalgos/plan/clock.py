@@ -17,21 +17,24 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from composer_effalgos.plan.loader import PlannedDataLoader
 
 
-def virtual_batch(samples: int, samples_before_last: int, full_batches: int) -> int:
+def virtual_batch(samples: int, samples_before_last: int, full_batches: int, batches_left: int = 1) -> int:
     """Maps a batch of the planned epoch to a batch of the full one, by the samples before it.
 
     Schedules are stepped *after* a batch's update and *before* the timestamp moves on, so the last batch must map to the last batch:
-    ``s -> s (L - 1) / S``, rounded.
+    ``s -> s (L - 1) / S``, rounded. Every batch that is still to come takes a step of its own, so a small one before the last must not map
+    to where the last does.
 
     Args:
         samples: Samples of the planned epoch before the batch, ``s``.
         samples_before_last: Samples before the planned epoch's last batch, ``S``.
         full_batches: Batches of the full epoch, ``L``.
+        batches_left: Batches of the planned epoch from this one on.
 
     Returns:
         Batch in the full epoch, 0 to ``L - 1``.
     """
-    return round(samples * (full_batches - 1) / samples_before_last) if samples_before_last else full_batches - 1
+    batch = round(samples * (full_batches - 1) / samples_before_last) if samples_before_last else full_batches - 1
+    return max(0, min(batch, full_batches - batches_left))
 
 
 def _is_composer_schedule(scheduler: LRScheduler) -> bool:
@@ -162,7 +165,8 @@ class EpochClock:
             return loader.full_batches
         if loader.plan is None:  # before an epoch
             return batch
-        return virtual_batch(loader.samples_before(batch), loader.samples_before(len(loader) - 1), loader.full_batches)
+        before, before_last = loader.samples_before(batch), loader.samples_before(len(loader) - 1)
+        return virtual_batch(before, before_last, loader.full_batches, len(loader) - batch)
 
     def _note_steps(self, state: State) -> None:
         self._steps_seen = {id(s): _steps(s) for s in state.schedulers}

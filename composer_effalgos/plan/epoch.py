@@ -42,20 +42,23 @@ def check_seed(seed: Any) -> None:
         raise InputError(f'seed: must be a whole number of at least 0, got {seed!r}')
 
 
-def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, drop_last: bool = False) -> list[int]:
+def split_batches(
+    num_samples: int, batch_size: BatchSize, world_size: int = 1, drop_last: bool = False, max_batches: int | None = None
+) -> list[int]:
     """Splits an epoch into global batches.
 
-    Every batch but the last two holds ``world_size * batch_size`` samples. A remainder of less than half a batch, or too small to give
-    every rank two samples (BatchNorm needs more than one), is put together with the batch before it, and the two are split about evenly. A
+    Every batch but the last two holds ``world_size * batch_size`` samples. A remainder of less than half the batch before it, or too small
+    to give every rank two samples (BatchNorm needs more than one), is put together with that batch, and the two are split about evenly. A
     ``DataLoader`` would make it a batch of its own; but where an epoch's length changes with every plan it may be any number of samples,
-    and a step at full learning rate on a handful of them, each with many times its weight, can undo a short epoch's work. The number of
-    batches is that of a ``DataLoader``.
+    and a step at full learning rate on a handful of them, each with many times its weight, can undo a short epoch's work. There are as
+    many batches as a ``DataLoader`` has, unless it would leave a rank without a sample.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
         batch_size: Samples per rank and batch.
         world_size: Number of ranks.
         drop_last: Drops the remainder instead.
+        max_batches: Only so many batches, full ones where there are enough samples for them.
 
     Returns:
         Global batch sizes. All but the last are multiples of ``world_size``. Empty where no batch can be made.
@@ -72,21 +75,28 @@ def split_batches(num_samples: int, batch_size: BatchSize, world_size: int = 1, 
         full = world_size * batch_size
         sizes = [full] * (num_samples // full)
         remainder = num_samples % full
+    if max_batches is not None and len(sizes) >= max_batches:
+        return sizes[:max_batches]
     if not remainder or drop_last:
         return sizes
     if not sizes:
         return [remainder] if remainder >= world_size else []
-    full = sizes[-1]
-    together = full + remainder
-    enough = 2 * remainder >= max(4 * world_size, full)
-    if enough or (remainder >= world_size and together < 4 * world_size):  # or the two together cannot give enough
-        return [*sizes, remainder]
-    sizes.pop()
+    return [*sizes[:-1], *_last_batches(sizes[-1], remainder, world_size)]
+
+
+def _last_batches(before: int, remainder: int, world_size: int) -> list[int]:
+    """The batch before an epoch's remainder and the remainder, as they are or put together and split about evenly."""
+    together = before + remainder
+    enough = 2 * remainder >= max(4 * world_size, before)
+    if enough or (world_size <= remainder and together < 4 * world_size):  # the two together have not enough either
+        return [before, remainder]
+    if together < 2 * world_size:
+        return [together]
     unit = world_size
-    while 16 * unit <= full:  # so that 1, 2, 4 and 8 ranks with the same global batch train on the same batches
+    while 16 * unit <= before:  # so that 1, 2, 4 and 8 ranks with the same global batch, a power of two, train on the same batches
         unit *= 2
     first = unit * (together // (2 * unit))
-    return [*sizes, first, together - first] if together >= 2 * world_size else [*sizes, together]
+    return [first, together - first]
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,8 @@ def plan_epoch(
         ValueError: Where there are fewer samples than ranks.
     """
     num_samples = len(kept) - (len(kept) % world_size if even else 0)
-    sizes = split_batches(num_samples, batch_size, world_size, drop_last) or split_batches(num_samples, batch_size, world_size)
+    sizes = split_batches(num_samples, batch_size, world_size, drop_last, max_batches)
+    sizes = sizes or split_batches(num_samples, batch_size, world_size, max_batches=max_batches)
     if not sizes:
         raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
     permutation = None
@@ -217,7 +228,7 @@ def plan_epoch(
         permutation = torch.randperm(len(kept), generator=generator, dtype=torch.int32 if len(kept) < 2**31 else torch.int64)
         if shard_starts is not None:
             permutation = permutation.index_select(0, by_shard(kept.index_select(0, permutation), shard_starts, generator))
-    return EpochPlan(kept, weights, tuple(sizes[:max_batches]), permutation)
+    return EpochPlan(kept, weights, tuple(sizes), permutation)
 
 
 def resume_epoch(
@@ -250,6 +261,9 @@ def resume_epoch(
         # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
         num_samples = sum(rest) - (sum(rest) % world_size if even else 0)
         rest = tuple(split_batches(num_samples, _later(batch_size, batches, start), world_size, drop_last))
+    elif even and rest:
+        last = rest[-1] - rest[-1] % world_size
+        rest = (*rest[:-1], last) if last else rest[:-1]
     return replace(plan, sizes=rest, start=start, first_batch=batches)
 
 

@@ -317,7 +317,7 @@ class PlannedDataLoader(DataLoader):
             max_batches: Batches an epoch at most (``train_subset_num_batches``); ``None`` for no limit.
         """
         self.max_batches = max_batches
-        full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last)[:max_batches]
+        full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last, max_batches)
         self.full_samples, self.full_batches = sum(full), len(full)
 
     def samples_before(self, batch: int) -> int:

@@ -207,8 +207,7 @@ class Plan(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Gives the user's loader back: whoever takes it from the state finds all samples, not those of the last plan."""
-        if not self._in_epoch:
-            state.train_dataloader = self.loader.given
+        state.train_dataloader = self.loader.given
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -354,6 +353,8 @@ class Plan(Callback):
 def _in_step(state: State) -> bool:
     """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
 
-    FSDP does, and DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters.
+    FSDP does, DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters, and Composer itself where
+    it looks for the microbatch that fits.
     """
-    return dist.get_world_size() > 1 and (state.fsdp_enabled or getattr(state.model, 'find_unused_parameters', False))
+    talks = state.fsdp_enabled or state.auto_microbatching or getattr(state.model, 'find_unused_parameters', False)
+    return dist.get_world_size() > 1 and talks

@@ -22,9 +22,10 @@ from composer.optim import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
+from torch.utils.data import TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import Plan, split_batches
 from composer_effalgos.plan.clock import virtual_batch
 
 COMPOSER_SCHEDULES = [
@@ -115,6 +116,37 @@ def test_virtual_batches(planned, full):
     assert times[0] == 0 or planned == 1
     if planned == full:
         assert times == list(range(full))
+
+
+@given(st.integers(40, 3000), st.integers(2, 130), st.integers(1, 4), st.floats(0.3, 1), st.integers(1, 4))
+def test_an_epoch_takes_the_steps_of_the_full_one(n, batch_size, world, kept, growth):
+    full = split_batches(n, batch_size, world)
+    sizes = split_batches(int(kept * n), lambda b, s: batch_size * (growth if s > n // 3 else 1), world)
+    if not full or not sizes:
+        return
+    before, steps, where = 0, 0, []
+    for number, size in enumerate(sizes):
+        where.append(virtual_batch(before, sum(sizes[:-1]), len(full), len(sizes) - number))
+        steps += 1 + max(0, where[-1] - steps)  # the trainer's own and what the clock adds
+        before += size
+    assert steps == len(full)
+    assert where == sorted(where)
+    assert where[-1] == len(full) - 1
+
+
+@pytest.mark.parametrize('algorithm', [lambda: InfoBatch(prune_ratio=0), InfoBatch, lambda: AdaBatch(interval='99ep')])
+def test_one_cycle_is_not_stepped_past_its_end(make_trainer, algorithm):
+    # 361 samples in batches of 18: one is left over, and the last two batches have 8 and 11
+    data = TensorDataset(torch.randn(361, 8, generator=torch.Generator().manual_seed(0)), torch.arange(361) % 3)
+    trainer = make_trainer(
+        [algorithm()],
+        dataset=data,
+        batch_size=18,
+        max_duration='3ep',
+        scheduler_of=lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=63),
+    )
+    trainer.fit()
+    assert trainer.state.schedulers[0].last_epoch == 63
 
 
 def test_a_second_fit_goes_on_where_the_full_run_would(make_trainer):

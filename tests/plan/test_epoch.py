@@ -53,6 +53,12 @@ def test_split_loses_nothing_and_serves_every_rank(n, batch, world, drop_last):
         assert split == []
 
 
+def test_a_limit_of_batches_gives_full_ones():
+    assert split_batches(195, 16, max_batches=12) == [16] * 12
+    assert split_batches(195, 16, max_batches=13) == [16] * 11 + [8, 11]
+    assert plan_epoch(torch.arange(195), None, 16, seed=0, epoch=0, max_batches=12).sizes == (16,) * 12
+
+
 @given(st.integers(128, 2000))
 def test_one_to_eight_ranks_with_the_same_global_batch_have_the_same_batches(n):
     assert split_batches(n, 128) == split_batches(n, 64, 2) == split_batches(n, 32, 4) == split_batches(n, 16, 8)
@@ -91,6 +97,10 @@ def test_even_ranks_have_as_many_samples_of_each_batch(n, batch, world, epoch, l
         rest = resume_epoch(plan, batches=1, batch_size=batch, world_size=later, same_world_size=False, even=True)
         assert all(size % later == 0 for size in rest.sizes)
         assert n - n % world - later < rest.num_samples <= n
+        uneven = plan_epoch(kept, None, batch, seed=7, epoch=epoch, world_size=world)
+        rest = resume_epoch(uneven, batches=1, batch_size=batch, world_size=world, even=True)
+        assert all(size % world == 0 for size in rest.sizes)
+        assert n - world < rest.num_samples <= n
 
 
 @given(sizes.filter(lambda n: n >= 5), batch_sizes, worlds, st.integers(0, 5))
