@@ -255,7 +255,7 @@ class AdaBatch(Algorithm):
         self._microbatch = size if users_auto or self._fits is None else min(size, self._fits)
         state.device_train_microbatch_size = self._microbatch
         if not users_auto and self._fits is None and size > self._plan.loader.initial_batch_size and not state.fsdp_enabled:
-            state.auto_microbatching, self._probing = True, _PROBED
+            state.auto_microbatching, self._plan.probing, self._probing = True, True, _PROBED
 
     def _check_memory(self, state: State) -> None:
         """After a batch: did it fit on the device?"""
@@ -283,7 +283,7 @@ class AdaBatch(Algorithm):
         self._stop_probing(state)
 
     def _stop_probing(self, state: State) -> None:
-        self._probing, state.auto_microbatching = 0, False
+        self._probing, self._plan.probing, state.auto_microbatching = 0, False, False
 
 
 def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:

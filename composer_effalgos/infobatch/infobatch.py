@@ -303,8 +303,9 @@ class InfoBatch(Algorithm):
             self._labels = self._class_labels(loader) if self.class_balanced else None
         scores = self._scores if candidates is None else self._scores[candidates]
         loader.facts['pruned_fraction'] = 0.0
-        # fewer than there are ranks may have been left out, so that all ranks get as many; prune keeps what has no score
-        if not self._pruning() or int(torch.isnan(scores).sum()) >= loader.world_size:
+        # where all ranks have to get as many samples, fewer than there are ranks were left out; prune keeps what has no score
+        left_out = loader.world_size - 1 if self._plan.in_step(self._state) else 0
+        if not self._pruning() or int(torch.isnan(scores).sum()) > left_out:
             return None
         labels = self._labels if self._labels is None or candidates is None else self._labels[candidates]
         seed = self._state.rank_zero_seed if self.seed is None else self.seed

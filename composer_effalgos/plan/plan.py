@@ -38,6 +38,7 @@ class Plan(Callback):
         prune: Chooses among the candidates; ``None`` to keep them all.
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
         loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
+        probing: Whether AdaBatch has Composer catch a grown batch that does not fit.
         data_changes: Counts the data sets that ``fit`` was given; what is known about samples holds while it stays the same.
     """
 
@@ -48,6 +49,7 @@ class Plan(Callback):
         self.batch_size: Callable[[], BatchSize] | None = None
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
+        self.probing = False
         self.data_changes = 0
         self.clock = EpochClock()
         self._by_position: list[str] = []  # who names samples by their position in the batch
@@ -161,7 +163,7 @@ class Plan(Callback):
             shuffle=loader.shuffle,
             shard_starts=loader.shard_starts,
             drop_last=loader.drop_last,
-            even=_in_step(state),
+            even=self.in_step(state),
             max_batches=loader.max_batches,
         )
 
@@ -286,6 +288,18 @@ class Plan(Callback):
         state.set_dataloader(self.loader, state.dataloader_label)
         state.train_dataloader = self.loader
 
+    def in_step(self, state: State) -> bool:
+        """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
+
+        FSDP does, DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters, and Composer itself
+        where it looks for the microbatch that fits, on the user's behalf (AdaBatch has whole batches tried).
+
+        Args:
+            state: The trainer's state.
+        """
+        searches = state.auto_microbatching and not self.probing
+        return dist.get_world_size() > 1 and (state.fsdp_enabled or searches or getattr(state.model, 'find_unused_parameters', False))
+
     def _current_batch_size(self) -> BatchSize:
         return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
 
@@ -345,16 +359,6 @@ class Plan(Callback):
             world_size=loader.world_size,
             same_world_size=world_size == loader.world_size,
             drop_last=loader.drop_last,
-            even=_in_step(state),
+            even=self.in_step(state),
         )
         self._take(rest, state)
-
-
-def _in_step(state: State) -> bool:
-    """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
-
-    FSDP does, DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters, and Composer itself where
-    it looks for the microbatch that fits.
-    """
-    talks = state.fsdp_enabled or state.auto_microbatching or getattr(state.model, 'find_unused_parameters', False)
-    return dist.get_world_size() > 1 and talks

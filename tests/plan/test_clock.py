@@ -144,6 +144,7 @@ def test_one_cycle_is_not_stepped_past_its_end(make_trainer, algorithm):
         batch_size=18,
         max_duration='3ep',
         scheduler_of=lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=63),
+        step_schedulers_every_batch=True,
     )
     trainer.fit()
     assert trainer.state.schedulers[0].last_epoch == 63
