@@ -249,10 +249,14 @@ def _matching(problem: Problem) -> tuple[Any, ...]:
     )
 
 
+def _nothing_to_match(problem: Problem) -> bool:
+    """Whether the gradients to be matched add up to zero, by which CORDS would divide."""
+    return not (problem.reference if problem.options['valid'] else problem.gradients).sum().any()
+
+
 def _gradmatch(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
-    candidates, reference = problem.gradients, problem.reference
-    if not (reference if problem.options['valid'] else candidates).sum().any():
-        return [], []  # nothing to match; CORDS would divide by zero
+    if _nothing_to_match(problem):
+        return [], []
     strategy = module.GradMatchStrategy(
         *_matching(problem),
         'PerClass' if problem.batch_size is None else 'PerBatch',
@@ -313,9 +317,8 @@ def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     As published it cannot run: it calls ``ompwrapper``, which it does not define, in place of its own ``optimalWeightsWrapper``, and hands
     the gradients to its solver as columns where that takes them as rows. Both are mended here.
     """
-    candidates, reference = problem.gradients, problem.reference
-    if not (reference if problem.options['valid'] else candidates).sum().any():
-        return [], []  # nothing to match; CORDS would divide by zero
+    if _nothing_to_match(problem):
+        return [], []
     strategy = module.FixedWeightStrategy(
         *_matching(problem),
         'PerClass' if problem.batch_size is None else 'PerBatch',
