@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.loggers import TensorboardLogger
-from composer.models import ComposerClassifier
+from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import dist, get_device, reproducibility
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +21,7 @@ from composer_effalgos.components import Component, one_line
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
+from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.pretrained import differences
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import Plan
@@ -69,7 +70,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     model = build_network(recipe, train_set.num_classes)
     optimizer = recipe.optimizer.build(model.parameters())
 
-    precision = _precision(recipe, on_gpu=on_gpu)
+    precision = _precision(recipe, model, on_gpu=on_gpu)
     try:
         trainer = Trainer(
             model=model,
@@ -225,10 +226,16 @@ def build_network(recipe: Recipe, num_classes: int) -> ComposerClassifier:
     return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes, train_metrics=train_metrics)
 
 
-def _precision(recipe: Recipe, *, on_gpu: bool) -> str | None:
+def _precision(recipe: Recipe, model: ComposerModel, *, on_gpu: bool) -> str | None:
+    """Composer's precision; on a CPU fp32, with bfloat16 autocast around the model's forward pass where the recipe asks for it."""
     if recipe.precision is None or on_gpu or recipe.precision == 'fp32':
         return recipe.precision
-    log.warning('note: precision %s needs a GPU; running in fp32', recipe.precision)
+    if recipe.precision == 'amp_bf16' and has_bf16():
+        autocast_forward(model)
+    elif recipe.precision == 'amp_bf16':
+        log.warning('note: precision amp_bf16 needs a GPU or a CPU with AVX-512 BF16 or AMX; running in fp32')
+    else:
+        log.warning('note: precision %s needs a GPU; running in fp32', recipe.precision)
     return 'fp32'
 
 

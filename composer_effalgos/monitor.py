@@ -1,10 +1,12 @@
 """What a run cost and what it reached: ``efficiency/*`` metrics and ``summary.json``."""
 
+import contextlib
 import json
 import os
 import platform
 import resource
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
@@ -38,6 +41,7 @@ class _Epoch:
     eval_accuracy: float | None
     selection_seconds: float
     samples_full: int
+    cpu_seconds: float = 0.0
 
 
 @dataclass
@@ -49,6 +53,7 @@ class _Running:
     batch_size: int = 0
     eval_accuracy: float | None = None
     facts: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
 
 
 @dataclass
@@ -69,6 +74,9 @@ class EfficiencyMonitor(Callback):
     ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
     ``efficiency/peak_memory_bytes``. What the algorithms decided they log themselves (``infobatch/*``, ``adabatch/*``,
     ``subset_selection/*``).
+
+    Each epoch in the summary also has ``cpu_seconds``: CPU time of rank 0 and its child processes (data workers, compilers), without
+    evaluation. On a machine that runs other work too, it is a steadier measure than ``seconds``.
 
     The summary is replaced as a whole after every epoch, after every evaluation and at the end of ``fit``, by global rank 0; an epoch
     that ``max_duration`` cut short is in it too. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Time
@@ -101,8 +109,10 @@ class EfficiencyMonitor(Callback):
         self._accuracy_warned = False
         self._peak_memory = 0
         self._scores: dict[int, _Scores] = {}
+        self._cpu_mark: float | None = None  # CPU time up to which `running` counts; None outside training
 
     def state_dict(self) -> dict[str, Any]:
+        self._count_cpu()
         return {
             'epochs': [asdict(entry) for entry in self._epochs.values()],
             'running': asdict(self._running),
@@ -133,6 +143,17 @@ class EfficiencyMonitor(Callback):
         self._scores = {epoch: entry for epoch, entry in self._scores.items() if epoch in self._epochs}
         if not within:
             self._running = _Running()
+        self._cpu_mark = _cpu_seconds()
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        self._count_cpu()
+        self._cpu_mark = None
+
+    def _count_cpu(self) -> None:
+        if self._cpu_mark is not None:
+            now = _cpu_seconds()
+            self._running.cpu_seconds += now - self._cpu_mark
+            self._cpu_mark = now
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
@@ -157,6 +178,7 @@ class EfficiencyMonitor(Callback):
             plan = getattr(state.dataloader, 'plan', None)
             share = 1.0 if plan is None else int(state.timestamp.sample_in_epoch) / plan.num_samples
             self._record(state, logger, state.timestamp, share)
+        self._cpu_mark = None
 
     def eval_end(self, state: State, logger: Logger) -> None:
         label = str(state.dataloader_label)
@@ -166,6 +188,7 @@ class EfficiencyMonitor(Callback):
             self._evaluated[label] = float(state.eval_metric_values[name])
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
+        self._cpu_mark = _cpu_seconds()
         evaluated, self._evaluated = self._evaluated, {}
         if not evaluated:
             self._warn_of_no_accuracy(state)
@@ -204,6 +227,7 @@ class EfficiencyMonitor(Callback):
 
     def _record(self, state: State, logger: Logger, timestamp: Timestamp, share: float = 1.0) -> None:
         """Put the epoch that ends at ``timestamp``, of which ``share`` has run, into the list, the log and the summary."""
+        self._count_cpu()
         running = self._running
         samples = int(timestamp.sample_in_epoch)
         # Without a plan nothing is pruned: what ran is the full cost, drop_last and padding over the ranks as they are.
@@ -219,6 +243,7 @@ class EfficiencyMonitor(Callback):
             eval_accuracy=running.eval_accuracy,
             selection_seconds=float(running.facts.get('selection_seconds', 0.0)),
             samples_full=samples if full is None else round(full * share),
+            cpu_seconds=running.cpu_seconds,
         )
         self._epochs[entry.epoch] = entry
         self._peak_memory = max(self._peak_memory, _peak_memory_bytes(state))
@@ -242,6 +267,7 @@ class EfficiencyMonitor(Callback):
         accuracies = [entry.eval_accuracy for entry in epochs if entry.eval_accuracy is not None]
         return {
             'train_seconds': sum(entry.seconds for entry in epochs),
+            'train_cpu_seconds': sum(entry.cpu_seconds for entry in epochs),
             'samples_seen': seen,
             'samples_full': full,
             'samples_saved': full - seen,
@@ -293,6 +319,17 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not float('-inf') < value < float('inf'):
         return None
     return value
+
+
+def _cpu_seconds() -> float:
+    """CPU time so far of this process and its children, those that have ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def _peak_memory_bytes(state: State) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +26,21 @@ from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import EfficiencyMonitor
 
-EPOCH_KEYS = ['epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'train_loss', 'eval_accuracy', 'selection_seconds']
+EPOCH_KEYS = [
+    'epoch',
+    'seconds',
+    'samples',
+    'batches',
+    'batch_size',
+    'lr',
+    'train_loss',
+    'eval_accuracy',
+    'selection_seconds',
+    'cpu_seconds',
+]
 TOTAL_KEYS = [
     'train_seconds',
+    'train_cpu_seconds',
     'samples_seen',
     'samples_full',
     'samples_saved',
@@ -110,6 +123,24 @@ def test_summary_and_metrics_of_a_plain_run(tmp_path):
     assert logged['efficiency/batch_size'] == [8, 8, 8]
     assert logged['efficiency/epoch_seconds'] == [entry['seconds'] for entry in found['epochs']]
     assert list((tmp_path / 'run').iterdir()) == [tmp_path / 'run' / 'summary.json']
+
+
+def test_cpu_seconds_count_training_and_its_children_but_not_evaluation(tmp_path):
+    class Burn(Callback):
+        def after_forward(self, state, logger):
+            if int(state.timestamp.batch) == 1:
+                subprocess.run([sys.executable, '-c', 'import time\nwhile time.process_time() < 0.3: pass'], check=True)
+
+        def eval_start(self, state, logger):
+            stop = time.process_time() + 0.5
+            while time.process_time() < stop:
+                pass
+
+    trainer(tmp_path, callbacks=[Burn()]).fit()
+    first, *others = (entry['cpu_seconds'] for entry in summary(tmp_path)['epochs'])
+    assert first > 0.3
+    assert max(others) < 0.5
+    assert summary(tmp_path)['totals']['train_cpu_seconds'] == first + sum(others)
 
 
 def test_drop_last_counts_what_ran(tmp_path):
@@ -286,8 +317,8 @@ def test_resume_neither_doubles_nor_loses_an_epoch(tmp_path, checkpoint):
     resumed = run('resumed', load_path=str(tmp_path / 'checkpoints' / f'{checkpoint}.pt'))
     for found in (whole, resumed):
         for entry in found['epochs']:
-            del entry['seconds']
-        del found['totals']['train_seconds'], found['totals']['peak_memory_bytes']
+            del entry['seconds'], entry['cpu_seconds']
+        del found['totals']['train_seconds'], found['totals']['train_cpu_seconds'], found['totals']['peak_memory_bytes']
     assert resumed == whole
     assert [entry['epoch'] for entry in resumed['epochs']] == [0, 1, 2]
 
