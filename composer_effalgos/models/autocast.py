@@ -35,7 +35,7 @@ class _AutocastForward:
 def autocast_forward(model: ComposerModel) -> None:
     """Runs a model's forward pass on the CPU in bfloat16 where that is safe, as ``amp_bf16`` does on a GPU.
 
-    Weights, gradients and the optimizer stay in fp32. The forward pass is replaced on the instance, before the Trainer wraps or compiles it.
+    Weights, gradients and the optimizer stay in fp32. Call it before the Trainer wraps or compiles the model.
 
     Args:
         model: The model, changed in place.
