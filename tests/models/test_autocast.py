@@ -1,0 +1,111 @@
+import copy
+
+import pytest
+import torch
+from composer.models import ComposerClassifier
+
+from composer_effalgos import InfoBatch
+from composer_effalgos.models import autocast
+from composer_effalgos.models.autocast import autocast_forward
+
+
+def classifier() -> ComposerClassifier:
+    torch.manual_seed(0)
+    return ComposerClassifier(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)), num_classes=3)
+
+
+def test_forward_is_that_of_torch_autocast_and_the_loss_is_in_fp32(problem):
+    batch = [problem.tensors[0][:32], problem.tensors[1][:32]]
+    plain, ours = classifier(), classifier()
+    autocast_forward(ours)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        expected = plain(batch)
+    assert expected.dtype == torch.bfloat16
+    outputs = ours(batch)
+    assert outputs.dtype == torch.float32
+    assert torch.equal(outputs, expected.float())
+    assert not torch.equal(outputs, plain(batch))
+    assert torch.equal(ours.eval_forward(batch), outputs)
+    ours.loss(outputs, batch).backward()
+    assert {parameter.grad.dtype for parameter in ours.parameters()} == {torch.float32}
+
+
+def test_a_copy_runs_on_its_own_weights(problem):
+    batch = [problem.tensors[0][:4], problem.tensors[1][:4]]
+    model = classifier()
+    autocast_forward(model)
+    other = copy.deepcopy(model)
+    before = model(batch)
+    with torch.no_grad():
+        other.module[2].bias += 1
+    assert torch.equal(model(batch), before)
+    assert not torch.equal(other(batch), before)
+
+
+def test_scores_are_within_bf16_rounding_and_a_resumed_run_keeps_the_same_samples(make_trainer, weights_of, tmp_path):
+    def trained(bf16: bool, **arguments):
+        algorithm, model = InfoBatch(), classifier()
+        if bf16:
+            autocast_forward(model)
+        trainer = make_trainer([algorithm], model=model, max_duration='4ep', **arguments)
+        trainer.fit()
+        return trainer, algorithm
+
+    trainer, algorithm = trained(True, save_folder=str(tmp_path), save_interval='1ba', save_num_checkpoints_to_keep=-1)
+    assert algorithm.samples_saved > 0
+    resumed, other = trained(True, load_path=str(tmp_path / 'ep2-ba31-rank0.pt'))
+    assert torch.equal(weights_of(trainer), weights_of(resumed))
+    assert torch.equal(algorithm.scores, other.scores)
+
+    def first_scores(bf16: bool) -> torch.Tensor:
+        algorithm, model = InfoBatch(), classifier()
+        if bf16:
+            autocast_forward(model)
+        make_trainer([algorithm], model=model, max_duration='1ep', lr=0.0).fit()
+        return algorithm.scores
+
+    assert (first_scores(True) - first_scores(False)).abs().max() < 2**-7  # bfloat16 has 8 bits of precision; losses are about 1
+
+
+@pytest.mark.parametrize('supported', [True, False])
+def test_recipes_use_it_where_the_cpu_has_bf16(supported, monkeypatch, caplog, tmp_path):
+    from composer_effalgos import build
+    from composer_effalgos.recipe import parse_recipe
+
+    monkeypatch.setattr(build, 'has_bf16', lambda: supported)
+    recipe = parse_recipe(
+        {
+            'dataset': {'name': 'synthetic', 'batch_size': 8, 'num_samples': 16},
+            'model': {'name': 'resnet20_cifar'},
+            'optimizer': {'name': 'sgd', 'lr': 0.1},
+            'max_duration': '1ep',
+            'precision': 'amp_bf16',
+            'save_folder': str(tmp_path),
+            'progress_bar': False,
+        }
+    )
+    trainer = build.build_trainer(recipe)
+    assert isinstance(trainer.state.model.forward, autocast._AutocastForward) == supported
+    assert ('AVX-512 BF16' in caplog.text) != supported
+    trainer.close()
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_epochs_and_last_batches(make_trainer):
+    """Epochs of many lengths, and a growing batch, reuse two compiled graphs: one for the first size, one for any size."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    from composer_effalgos import AdaBatch
+
+    model = classifier()
+    autocast_forward(model)
+    graphs = []
+    trainer = make_trainer([InfoBatch(), AdaBatch(2.0, '3ep')], model=model, max_duration='10ep', compile_config={'backend': 'aot_eager'})
+    trainer.fit(duration='2ep')
+    graphs.append(counters['stats']['unique_graphs'])
+    trainer.fit(duration='8ep')
+    graphs.append(counters['stats']['unique_graphs'])
+    sizes = {size for epoch in trainer.recorder.sizes for size in epoch}
+    assert len(sizes) > 5
+    assert graphs == [2, 2]
