@@ -3,9 +3,10 @@
 from composer_effalgos.bench.bench import run_sweep
 from composer_effalgos.bench.report import write_report
 from composer_effalgos.bench.runner import Outcome, run_jobs
+from composer_effalgos.bench.runs import Run, read_runs, read_summary
 from composer_effalgos.bench.search import run_search
 from composer_effalgos.bench.sweep import Job, Sweep, load_sweep
-from composer_effalgos.bench.table import Row, Run, markdown_table, note, read_runs, rich_table, table_rows
+from composer_effalgos.bench.table import Row, markdown_table, note, rich_table, table_rows
 
 __all__ = [
     'Job',
@@ -17,6 +18,7 @@ __all__ = [
     'markdown_table',
     'note',
     'read_runs',
+    'read_summary',
     'rich_table',
     'run_jobs',
     'run_search',

@@ -10,8 +10,9 @@ from rich.console import Console
 from composer_effalgos.bench.report import write_report
 from composer_effalgos.bench.results import write_results
 from composer_effalgos.bench.runner import Outcome, finished, run_jobs
+from composer_effalgos.bench.runs import read_runs
 from composer_effalgos.bench.sweep import load_sweep
-from composer_effalgos.bench.table import note, read_runs, rich_table, table_rows
+from composer_effalgos.bench.table import note, rich_table, table_rows
 
 
 def run_sweep(
@@ -21,6 +22,7 @@ def run_sweep(
     *,
     seeds: Sequence[int] = (),
     only: Sequence[str] = (),
+    at_once: int = 1,
     minutes: float | None = None,
     ranks: int = 1,
     fresh: bool = False,
@@ -35,6 +37,7 @@ def run_sweep(
         overrides: ``key=value`` settings on top of every recipe.
         seeds: In place of the sweep's seeds, where there are any.
         only: The methods to train; all where empty.
+        at_once: Runs side by side.
         minutes: Stop after so many; the same call goes on. None for no limit.
         ranks: Processes a run.
         fresh: Train everything anew.
@@ -51,7 +54,9 @@ def run_sweep(
     sweep = load_sweep(path)
     out = Path('runs') / sweep.name if out is None else Path(out)
     jobs = sweep.jobs(out, overrides, seeds=seeds, only=only)  # every recipe is checked before the first run
-    outcome = run_jobs(jobs, out, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console)
+    outcome = run_jobs(
+        jobs, out, at_once=at_once, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
+    )
     names = {job.recipe.run_name for job in jobs if finished(job)}
     if names:
         ours = [run for run in read_runs(out)[0] if run.summary['run_name'] in names]

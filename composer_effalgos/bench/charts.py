@@ -11,7 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from composer_effalgos.bench.table import Row, Run
+from composer_effalgos.bench.runs import Run
+from composer_effalgos.bench.table import Row
 
 # Okabe and Ito's colours, told apart by most colour-blind readers, in tones that stand out on white and on near-black alike.
 COLORS = ('#7f7f7f', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#b8860b', '#56b4e9', '#8a5cd1')

@@ -12,7 +12,8 @@ from plotly.offline import get_plotlyjs
 
 from composer_effalgos.bench.charts import charts, published_for
 from composer_effalgos.bench.results import read_targets
-from composer_effalgos.bench.table import Row, columns, markdown_table, note, read_runs, table_rows
+from composer_effalgos.bench.runs import read_runs
+from composer_effalgos.bench.table import Row, columns, markdown_table, note, table_rows
 from composer_effalgos.errors import InputError
 from composer_effalgos.files import whole_file
 

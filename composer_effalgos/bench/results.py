@@ -11,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from composer_effalgos.bench.table import Row, Run, first_above
+from composer_effalgos.bench.runs import Run, first_above
+from composer_effalgos.bench.table import Row
 from composer_effalgos.errors import InputError
-from composer_effalgos.files import whole_file
+from composer_effalgos.files import read_text, whole_file
 
 CSV, JSON = 'results.csv', 'results.json'
 _TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
@@ -81,7 +82,7 @@ def read_targets(folder: Path) -> list[float]:
         Accuracies in [0, 1].
     """
     try:
-        targets = json.loads((folder / JSON).read_text(encoding='utf-8'))['targets']
+        targets = json.loads(read_text(folder / JSON))['targets']
         return [float(target) for target in targets]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from composer_effalgos.bench.runner import TARGET, Outcome, check_settings, finished, locked, train_job
+from composer_effalgos.bench.runner import TARGET, Outcome, deadline_in, finished, locked, prepare, train_jobs
+from composer_effalgos.bench.runs import Run, first_above, read_summary
 from composer_effalgos.bench.sweep import Job, Sweep, combine, load_sweep
-from composer_effalgos.bench.table import Run, first_above
 from composer_effalgos.errors import InputError
 from composer_effalgos.files import whole_file
 from composer_effalgos.monitor import SUMMARY
@@ -98,7 +96,7 @@ def run_search(
         import optuna
     except ImportError as error:
         raise InputError("effalgos search needs Optuna; pip install 'composer-effalgos[search]'") from error
-    console, deadline = console or Console(), None if minutes is None else time.monotonic() + 60 * minutes
+    console, deadline = console or Console(), deadline_in(minutes)
     sweep = load_sweep(path)
     out = Path('runs') / sweep.name if out is None else Path(out)
     target = _target(sweep, target)
@@ -183,19 +181,17 @@ def _combination(sweep: Sweep, choices: Mapping[str, str]) -> tuple[str, list[An
 
 
 def _train(job: Job, target: float, best: float, deadline: float | None, lock: int, *, fresh: bool) -> str | None:
-    if fresh and job.recipe.run_folder.exists():
-        shutil.rmtree(job.recipe.run_folder)
-    check_settings(job)
+    prepare(job, fresh=fresh)
 
-    def enough(epochs: list[dict[str, Any]]) -> bool:
+    def enough(_: Job, epochs: list[dict[str, Any]]) -> bool:
         reached = any(entry['eval_accuracy'] is not None and entry['eval_accuracy'] > target for entry in epochs)
         return reached or sum(entry['seconds'] for entry in epochs) >= best
 
-    return train_job(job, lock, deadline=deadline, enough=enough)
+    return next((failure for _, failure in train_jobs([job], lock, deadline=deadline, enough=enough)), None)
 
 
 def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
-    summary = json.loads((job.recipe.run_folder / SUMMARY).read_text(encoding='utf-8'))
+    summary = read_summary(job.recipe.run_folder / SUMMARY)
     epoch, seconds = first_above(Run(job.recipe.run_folder, summary), target) or (None, None)
     accuracies = [entry['eval_accuracy'] for entry in summary['epochs'] if entry['eval_accuracy'] is not None]
     epochs = len(summary['epochs'])

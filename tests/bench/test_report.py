@@ -10,7 +10,8 @@ import pytest
 from composer_effalgos.bench.charts import charts, published
 from composer_effalgos.bench.report import write_report
 from composer_effalgos.bench.results import write_results
-from composer_effalgos.bench.table import columns, markdown_table, read_runs, table_rows
+from composer_effalgos.bench.runs import read_runs
+from composer_effalgos.bench.table import columns, markdown_table, table_rows
 from composer_effalgos.errors import InputError
 
 NASTY = '<script>alert(1)</script>"\'&|`%{x}'
@@ -184,9 +185,9 @@ def test_a_broken_summary_is_named_in_the_report_and_in_a_warning(runs, write_ru
     write_run('broken').joinpath('summary.json').write_text('{')
     out = write_report(runs)
     (record,) = caplog.records
-    assert '04/summary.json: left out' in record.getMessage()
-    assert '04/summary.json: left out' in out.read_text()
-    assert '04/summary.json: left out' in out.with_suffix('.md').read_text()
+    assert '04/summary.json: not the summary of a run' in record.getMessage()
+    assert '04/summary.json: not the summary of a run' in out.read_text()
+    assert '04/summary.json: not the summary of a run' in out.with_suffix('.md').read_text()
 
 
 def test_mixed_machines_are_pointed_out(tmp_path, write_run):

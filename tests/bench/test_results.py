@@ -4,7 +4,8 @@ import json
 import pytest
 
 from composer_effalgos.bench.results import read_targets, write_results
-from composer_effalgos.bench.table import read_runs, table_rows
+from composer_effalgos.bench.runs import read_runs
+from composer_effalgos.bench.table import table_rows
 from composer_effalgos.errors import InputError
 
 

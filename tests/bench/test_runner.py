@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,65 @@ def test_a_limit_of_time_leaves_the_rest_for_the_next_call(sweep, tmp_path, fake
     monkeypatch.delenv('FAKE_SECONDS')
     assert run_sweep(sweep, tmp_path / 'out', only=['baseline'], console=quiet()).status == 0
     assert fake()[-2:] == ['baseline_seed1', 'baseline_seed2']
+
+
+def test_runs_side_by_side_overlap_and_one_that_fails_stops_no_other(sweep, tmp_path, fake, monkeypatch):
+    sweep.write_text(SWEEP.replace('load_path: no_such_checkpoint.pt', 'optimizer: {momentum: 0.9}'))
+    monkeypatch.setenv('FAKE_SECONDS', '1')
+    outcome = run_sweep(sweep, tmp_path / 'out', at_once=3, console=quiet())
+    assert outcome.failures == [f'broken_seed1: momentum (see {tmp_path}/out/broken_seed1/train.log)']
+    assert sorted(fake()) == ['baseline_seed1', 'baseline_seed2', 'broken_seed1']
+    starts, ends = (
+        [(tmp_path / 'out' / name / file).stat().st_mtime for name in ('baseline_seed1', 'baseline_seed2')]
+        for file in ('recipe.yaml', 'summary.json')
+    )
+    assert max(starts) < min(ends)
+
+
+def test_at_the_deadline_all_that_run_are_stopped(sweep, tmp_path, fake, monkeypatch):
+    monkeypatch.setenv('FAKE_SECONDS', '60')
+    outcome = run_sweep(sweep, tmp_path / 'out', only=['baseline'], at_once=2, minutes=1 / 30, console=quiet())
+    assert (outcome.status, outcome.pending) == (3, ['baseline_seed1', 'baseline_seed2'])
+    with runner.locked(tmp_path / 'out'):  # no run holds it any more
+        assert sorted(fake()) == ['baseline_seed1', 'baseline_seed2']
+
+
+@pytest.mark.parametrize('minutes', [float('nan'), float('inf'), -1.0])
+def test_a_limit_of_time_that_never_comes_is_refused(sweep, tmp_path, fake, minutes):
+    with pytest.raises(InputError, match='--minutes: must be a number at least 0'):
+        run_sweep(sweep, tmp_path / 'out', minutes=minutes, console=quiet())
+    assert fake() == []
+
+
+@pytest.mark.parametrize('kind', ['folder', 'binary', 'text', 'deep', 'fifo', 'dangling', 'device'])
+@pytest.mark.parametrize('place', ['recipe.yaml', 'summary.json', '.'])
+def test_what_is_no_run_in_a_runs_place(sweep, tmp_path, fake, kind, place):
+    """A line that names it, or a run: never a traceback and never a wait."""
+    path = tmp_path / 'out' / 'baseline_seed1'
+    if place != '.':
+        path.mkdir(parents=True)
+        path = path / place
+    path.parent.mkdir(exist_ok=True)
+    make = {
+        'folder': path.mkdir,
+        'binary': lambda: path.write_bytes(b'\xff\x00\x81'),
+        'text': lambda: path.write_text('- a'),
+        'deep': lambda: path.write_text('[' * 100_000),
+        'fifo': lambda: os.mkfifo(path),
+        'dangling': lambda: path.symlink_to('nowhere'),
+        'device': lambda: path.symlink_to('/dev/zero'),
+    }
+    make[kind]()
+    harmless = place == 'summary.json' or (place, kind) == ('.', 'folder')
+    if harmless:
+        assert run_sweep(sweep, tmp_path / 'out', seeds=[1], only=['baseline'], console=quiet()).status == 0
+        return
+    with pytest.raises(InputError, match=re.escape(str(path))) as error:
+        run_sweep(sweep, tmp_path / 'out', seeds=[1], only=['baseline'], console=quiet())
+    assert '\n' not in str(error.value)
+    assert path.exists() or path.is_symlink()
+    if place == 'recipe.yaml':  # what it says helps
+        assert run_sweep(sweep, tmp_path / 'out', seeds=[1], only=['baseline'], fresh=True, console=quiet()).status == 0
 
 
 def test_every_recipe_is_checked_before_the_first_run(sweep, tmp_path):

@@ -37,9 +37,12 @@ with (folder.parent / 'ran.txt').open('a') as file:
 batch, lr = recipe['dataset']['batch_size'], recipe['optimizer']['lr']
 if recipe['optimizer'].get('momentum'):
     sys.exit('error: momentum')
-summary = dict(run_name=recipe['run_name'], epochs=[])
+keys = ('train_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+summary = dict(run_name=recipe['run_name'], recipe=recipe, seed=recipe['seed'], world_size=1, device='cpu', versions={},
+               epochs=[], totals=dict.fromkeys(keys, 0) | {'eval_accuracy': 0.5})
+rest = dict.fromkeys(('samples', 'batches', 'batch_size', 'lr', 'selection_seconds'), 0)
 for epoch in range(int(recipe['max_duration'].removesuffix('ep'))):
-    summary['epochs'].append(dict(epoch=epoch, seconds=batch, eval_accuracy=min(1, 0.05 + lr * (epoch + 1))))
+    summary['epochs'].append(rest | dict(epoch=epoch, seconds=batch, eval_accuracy=min(1, 0.05 + lr * (epoch + 1))))
     (folder / 'part').write_text(json.dumps(summary))
     (folder / 'part').rename(folder / 'summary.json')
     time.sleep(recipe.get('dist_timeout', 0))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from composer_effalgos.bench.table import Row, columns, first_above, markdown_table, note, read_runs, rich_table, table_rows
+from composer_effalgos.bench.runs import first_above, read_runs
+from composer_effalgos.bench.table import Row, columns, markdown_table, note, rich_table, table_rows
 from composer_effalgos.errors import InputError
 
 
@@ -143,7 +144,7 @@ def test_broken_summaries_are_named_and_left_out(tmp_path, write_run):
     assert problems[10].endswith("'recipe': model.name must be a string")
     assert problems[15].endswith("'totals': 'eval_accuracy' must be a number or null")
     for number, problem in enumerate(problems, start=1):
-        assert problem.startswith(f'{tmp_path}/runs/{number:02d}/summary.json: left out, ')
+        assert problem.startswith(f'{tmp_path}/runs/{number:02d}/summary.json: not the summary of a run: ')
         assert '\n' not in problem
 
 
@@ -185,7 +186,7 @@ def test_a_folder_without_runs_is_refused(tmp_path, write_run):
     with pytest.raises(InputError, match=r'no summary\.json'):
         read_runs(tmp_path)
     write_run('bad').joinpath('summary.json').write_text('{')
-    with pytest.raises(InputError, match=r'00/summary\.json: left out, is not valid JSON'):
+    with pytest.raises(InputError, match=r'00/summary\.json: not the summary of a run: Expecting property name'):
         read_runs(tmp_path / 'runs')
 
 
