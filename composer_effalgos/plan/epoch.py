@@ -162,20 +162,26 @@ class EpochPlan:
         return values[part] if self.permutation is None else values.index_select(0, self.permutation[part])
 
 
-def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator) -> Tensor:
+def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator, block: int = 1) -> Tensor:
     """Brings the samples of each shard together, the shards in a random order, so that one pass reads every shard once.
 
     Args:
         order: Sample indices in a random order, int64 ``[n]``.
         shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0.
         generator: Draws the order of the shards.
+        block: Samples of ``order`` that are mixed with each other: shards that follow each other are put together until they hold more.
 
     Returns:
-        Positions in ``order``, int64 ``[n]``: within a shard they ascend, so a random order stays one.
+        Positions in ``order``, int64 ``[n]``: within a block of shards they ascend, so a random order stays one.
     """
     place = torch.randperm(len(shard_starts), generator=generator)
     shards = torch.bucketize(order, shard_starts, right=True) - 1
-    return place.index_select(0, shards).argsort(stable=True)
+    places = place.index_select(0, shards)
+    if block > 1:
+        before = torch.bincount(places, minlength=len(place)).cumsum(0).roll(1)
+        before[0] = 0
+        places = (before // block).index_select(0, places)
+    return places.argsort(stable=True)
 
 
 def plan_epoch(
@@ -188,6 +194,7 @@ def plan_epoch(
     world_size: int = 1,
     shuffle: bool = True,
     shard_starts: Tensor | None = None,
+    shuffle_block: int = 1,
     drop_last: bool = False,
     even: bool = False,
     max_batches: int | None = None,
@@ -206,6 +213,7 @@ def plan_epoch(
         shuffle: Draws a new order each epoch; otherwise the order is that of ``kept``.
         shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0: the new order then goes shard by shard, as
             :func:`by_shard` has it. ``None`` shuffles all samples together.
+        shuffle_block: Samples that it mixes with each other.
         drop_last: Drops a last batch that is not full, unless it is the only one.
         even: Gives every rank as many samples as the others; fewer samples than there are ranks are left out for it.
         max_batches: Keeps only the first batches.
@@ -227,7 +235,8 @@ def plan_epoch(
         # half as wide where that is enough: half the memory, and faster to draw
         permutation = torch.randperm(len(kept), generator=generator, dtype=torch.int32 if len(kept) < 2**31 else torch.int64)
         if shard_starts is not None:
-            permutation = permutation.index_select(0, by_shard(kept.index_select(0, permutation), shard_starts, generator))
+            order = by_shard(kept.index_select(0, permutation), shard_starts, generator, shuffle_block)
+            permutation = permutation.index_select(0, order)
     return EpochPlan(kept, weights, tuple(sizes), permutation)
 
 

@@ -25,20 +25,11 @@ import numpy as np
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.epoch import EpochPlan, split_batches, stream_seed
+from composer_effalgos.plan.samples import samples_of
 
 
 def class_labels(dataset: Any) -> Any:
@@ -178,36 +169,6 @@ class _BatchList:
         return iter(self.batches)
 
 
-def _check(loader: Any) -> DataLoader:
-    """Refuses loaders whose samples a plan cannot name, with the reason and the way out."""
-    if not isinstance(loader, DataLoader):
-        raise InputError(f'train_dataloader: must be a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
-    if type(loader).__iter__ is not DataLoader.__iter__ and not isinstance(loader, DataPath):
-        raise InputError(
-            f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '
-            'torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
-        )
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, '__len__') or not hasattr(loader.dataset, '__getitem__'):
-        raise InputError(
-            f'train_dataloader: {type(loader.dataset).__name__} has no indices; pruning and selection need a map-style data set '
-            'with __getitem__ and __len__, not an IterableDataset'
-        )
-    if loader.batch_size is None or not isinstance(loader.batch_sampler, BatchSampler):
-        raise InputError('train_dataloader: give batch_size instead of a batch_sampler of your own; the plan decides the batches')
-    if not isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler):
-        raise InputError(
-            f'train_dataloader: sampler {type(loader.sampler).__name__} would be replaced by the plan; use shuffle=True or '
-            'composer.utils.dist.get_sampler, and torch.utils.data.Subset to train on some samples only'
-        )
-    if isinstance(loader.sampler, RandomSampler) and (
-        loader.sampler.replacement or loader.sampler.num_samples != len(loader.sampler.data_source)
-    ):
-        raise InputError(
-            'train_dataloader: a RandomSampler with replacement or num_samples would be replaced by the plan; use shuffle=True'
-        )
-    return loader
-
-
 class _WorkerPath:
     """Reads with the user's data set, collate function, workers and memory settings.
 
@@ -216,9 +177,11 @@ class _WorkerPath:
     Args:
         loader: The user's loader.
         seed: Of the generator from which PyTorch draws the workers' base seed: starting workers leaves the training generator alone.
+        indices: What the dataset calls the samples, int64 ``[N]``; ``None`` for the same numbers.
     """
 
-    def __init__(self, loader: DataLoader, seed: int) -> None:
+    def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:
+        self._indices = indices
         self._batch_list = _BatchList()
         self._inner = DataLoader(
             _SeededDataset(loader.dataset),
@@ -236,7 +199,7 @@ class _WorkerPath:
         )
 
     def read_batches(self, reading: Reading) -> Iterator[Any]:
-        batches = (batch.tolist() for batch in reading.batches)
+        batches = ((batch if self._indices is None else self._indices[batch]).tolist() for batch in reading.batches)
         self._batch_list.batches = zip(reading.batch_seeds, batches, strict=True)
         yield from self._inner
 
@@ -245,46 +208,49 @@ class PlannedDataLoader(DataLoader):
     """Yields the batches of an :class:`EpochPlan`, in place of the user's loader and on its data path.
 
     Args:
-        loader: The user's loader over a map-style data set: a ``DataLoader`` or a :class:`DataPath`. Its sampler only decides whether the
-            order is shuffled.
+        loader: The user's loader over a map-style dataset or a ``StreamingDataset``: a ``DataLoader`` or a :class:`DataPath`. Its sampler
+            says which samples there are and whether their order is shuffled.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
 
     Attributes:
-        num_samples: Samples of the data set.
+        dataset: The samples that the user's loader reads, by number; the user's dataset where it reads all of it.
+        indices: What the user's dataset calls these samples, int64 ``[N]``, ascending; ``None`` for the same numbers.
+        num_samples: Number of these samples.
         full_samples: Samples, over all ranks, of an epoch that trains on everything at the initial batch size.
         full_batches: Its number of batches.
-        shard_starts: The data set's attribute of this name, where it has one: first sample of every shard, int64 ``[S]``. A new order
-            then goes shard by shard.
+        shard_starts: First sample of every shard, int64 ``[S]``, where the dataset has an attribute of this name or is a
+            ``StreamingDataset``. A new order then goes shard by shard.
+        shuffle_block: Samples that such an order mixes with each other, at least a shard.
         given: The user's loader.
         facts: What the algorithms know of the epoch and a checkpoint within it has to keep: ``selection_seconds``, ``pruned_fraction``.
 
     Raises:
-        InputError: For a loader that cannot be planned, or whose batch is larger than its data set.
+        InputError: For a loader that cannot be planned, or that reads fewer samples than there are ranks.
     """
 
     def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        _check(loader)
-        super().__init__(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, collate_fn=loader.collate_fn)
-        self.num_samples = len(loader.dataset)  # type: ignore[arg-type]
-        assert loader.batch_size is not None
-        self.initial_batch_size: int = loader.batch_size
-        if world_size * self.initial_batch_size > self.num_samples:
+        samples = samples_of(loader, rank=rank, world_size=world_size)
+        super().__init__(samples.dataset, batch_size=samples.batch_size, drop_last=samples.drop_last, collate_fn=loader.collate_fn)
+        self.num_samples = len(samples)
+        self.initial_batch_size = samples.batch_size
+        if self.num_samples < world_size:
+            raise InputError(f'train_dataloader: expected at least one sample for each of {world_size} ranks, got {self.num_samples}')
+        if self.drop_last and world_size * self.initial_batch_size > self.num_samples:
             raise InputError(
-                f'train_dataloader: batch_size {self.initial_batch_size} on {world_size} rank(s) is larger than the data set of '
-                f'{self.num_samples} samples; at most {self.num_samples // world_size} would do'
+                f'train_dataloader: drop_last drops the only batch: batch_size {self.initial_batch_size} on {world_size} rank(s) is more '
+                f'than the {self.num_samples} samples; leave it out, or use a batch_size of at most {self.num_samples // world_size}'
             )
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        sampler = loader.sampler
-        self.shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
-        self.shard_starts: Tensor | None = getattr(loader.dataset, 'shard_starts', None)
+        self.shuffle, self.shard_starts, self.shuffle_block = samples.shuffle, samples.shard_starts, samples.shuffle_block
+        self.indices = samples.indices
         self.limit(None)
         self.facts: dict[str, float] = {}
         self.plan: EpochPlan | None = None
         self._epoch = 0
         self.given = loader
-        self._path = loader if isinstance(loader, DataPath) else _WorkerPath(loader, stream_seed(seed, 1, rank))
+        self._path = loader if isinstance(loader, DataPath) else _WorkerPath(loader, stream_seed(seed, 1, rank), samples.indices)
 
     @property  # DataLoader forbids setting batch_size; ours follows the plan
     def batch_size(self) -> int:  # type: ignore[override]
@@ -319,6 +285,16 @@ class PlannedDataLoader(DataLoader):
         self.max_batches = max_batches
         full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last, max_batches)
         self.full_samples, self.full_batches = sum(full), len(full)
+
+    def reads_as(self, other: PlannedDataLoader) -> bool:
+        """Whether the samples are those of another planned loader.
+
+        Args:
+            other: The other loader.
+        """
+        if self.given.dataset is not other.given.dataset or self.num_samples != other.num_samples:
+            return False
+        return self.indices is None or other.indices is None or torch.equal(self.indices, other.indices)
 
     def samples_before(self, batch: int) -> int:
         """Samples over all ranks that the epoch trains on before batch number ``batch``, which must not be one trained before a resume."""

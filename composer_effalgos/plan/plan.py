@@ -162,6 +162,7 @@ class Plan(Callback):
             world_size=loader.world_size,
             shuffle=loader.shuffle,
             shard_starts=loader.shard_starts,
+            shuffle_block=loader.shuffle_block,
             drop_last=loader.drop_last,
             even=self.in_step(state),
             max_batches=loader.max_batches,
@@ -263,7 +264,6 @@ class Plan(Callback):
             state.train_dataloader = self.loader
             return
         given, before = state.dataloader, self._loader
-        same_data = self._loader is not None and getattr(given, 'dataset', None) is self._loader.dataset
         length = state.dataloader_len
         max_batches = None if length is None or not hasattr(given, '__len__') or int(length) >= len(given) else int(length)  # type: ignore[arg-type]
         seed = state.rank_zero_seed
@@ -274,6 +274,9 @@ class Plan(Callback):
             world_size=dist.get_world_size(),
         )
         self.loader.limit(max_batches)
+        same_data = before is not None and self.loader.reads_as(before)
+        # the plan resumes within an epoch; a StreamingDataset that did so too would leave samples out
+        state.dataset_resumption.pop('train', None)
         if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
             raise InputError(
                 f'load_path: the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '

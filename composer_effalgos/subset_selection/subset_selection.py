@@ -271,6 +271,8 @@ class SubsetSelection(Algorithm):
         loader = self._plan.loader
         budget = self._source.budget(loader.num_samples, self.fraction)
         batch = loader.initial_batch_size * loader.world_size
+        if batch > loader.num_samples:  # no epoch has a full one
+            batch = loader.world_size
         if budget < batch and self.strategy == 'file':
             raise InputError(f'path: the file has {budget} samples, less than one batch of {batch}; use a larger subset or a smaller batch')
         if budget < batch:

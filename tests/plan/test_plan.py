@@ -219,6 +219,23 @@ def test_after_the_run_the_state_has_the_loader_that_was_given(make_trainer, pro
     assert trainer.state.train_dataloader is given
 
 
+@pytest.mark.parametrize(
+    'algorithm', [InfoBatch(delta=1.0), AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], ids=lambda a: type(a).__name__
+)
+def test_a_dataset_smaller_than_a_batch(make_trainer, algorithm):
+    trainer = make_trainer([algorithm], batch_size=300, max_duration='3ep', schedulers=LinearScheduler())
+    trainer.fit()
+    plain = make_trainer(batch_size=300, max_duration='3ep', schedulers=LinearScheduler())
+    plain.fit()
+    sizes = [sum(epoch) for epoch in trainer.recorder.sizes]
+    assert sizes[0] == (102 if isinstance(algorithm, SubsetSelection) else 203)
+    assert [len(epoch) for epoch in trainer.recorder.sizes] == [1, 1, 1]
+    if not isinstance(algorithm, AdaBatch):
+        assert trainer.recorder.lrs == plain.recorder.lrs
+    else:
+        assert sizes == [203, 203, 203]
+
+
 def test_refusals_at_the_start(make_trainer, problem):
     class Stream(IterableDataset):
         def __iter__(self):
@@ -228,8 +245,8 @@ def test_refusals_at_the_start(make_trainer, problem):
     with pytest.raises(InputError, match='IterableDataset'):
         trainer.fit(train_dataloader=DataLoader(Stream(), batch_size=8), duration='10ba')
     for algorithm in (InfoBatch(), AdaBatch(), SubsetSelection('random', 0.5)):
-        with pytest.raises(InputError, match=r'batch_size 300 on 1 rank.* is larger than the data set of 203'):
-            make_trainer([algorithm], batch_size=300).fit()
+        with pytest.raises(InputError, match=r'drop_last drops the only batch: batch_size 300 on 1 rank'):
+            make_trainer([algorithm], batch_size=300, drop_last=True).fit()
     other = make_trainer([InfoBatch()])
     other.fit()
     with pytest.raises(InputError, match="another run's planned loader"):

@@ -1,0 +1,197 @@
+"""Which samples a loader reads in an epoch, by number: what a plan needs to know of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+from composer_effalgos.errors import InputError
+
+_WAY_OUT = 'use shuffle=True or composer.utils.dist.get_sampler, and torch.utils.data.Subset to train on some samples only'
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a loader reads in an epoch, each of them once.
+
+    Attributes:
+        dataset: Holds them: sample ``i`` is ``dataset[i]``, and its length is their number.
+        indices: What the loader's own dataset calls them, int64, ascending; ``None`` for the same numbers.
+        shuffle: Whether each epoch has a new order.
+        batch_size: Samples per rank and batch.
+        drop_last: Whether a last batch that is not full is dropped.
+        shard_starts: First sample of each shard, int64 ``[S]``, where a new order should go shard by shard.
+        shuffle_block: Samples that such an order mixes with each other, at least a shard.
+    """
+
+    dataset: Dataset
+    indices: Tensor | None
+    shuffle: bool
+    batch_size: int
+    drop_last: bool
+    shard_starts: Tensor | None
+    shuffle_block: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+class StreamedSamples(Dataset):
+    """A ``StreamingDataset`` by sample number: its own length is that of one rank's share, and it is read by iteration.
+
+    Args:
+        dataset: The ``StreamingDataset``. Its attributes are found here too.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return self.dataset.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'dataset':  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
+    """The samples that a loader reads in an epoch.
+
+    Args:
+        loader: The user's loader.
+        rank: This process's global rank.
+        world_size: Number of ranks.
+
+    Returns:
+        The samples, the same on every rank.
+
+    Raises:
+        InputError: Where they have no numbers, or where it is not known which of them the loader reads, with the reason and the way out.
+    """
+    if not isinstance(loader, DataLoader):
+        raise InputError(f'train_dataloader: must be a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
+    if not _iterates_as_usual(loader):
+        raise InputError(
+            f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '
+            'torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
+        )
+    if is_streaming(loader.dataset):
+        return _streamed(loader)
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, '__len__') or not hasattr(loader.dataset, '__getitem__'):
+        raise InputError(
+            f'train_dataloader: {type(loader.dataset).__name__} has no sample numbers; pruning and selection need a map-style dataset '
+            'with __getitem__ and __len__ or a StreamingDataset, not another IterableDataset'
+        )
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        raise InputError(
+            f'train_dataloader: batch_sampler {type(batches).__name__} would be replaced by the plan; give batch_size instead of it'
+        )
+    indices, shuffle = _sampled(batches.sampler, len(loader.dataset), rank, world_size)  # type: ignore[arg-type]
+    dataset, starts = loader.dataset, getattr(loader.dataset, 'shard_starts', None)
+    if indices is not None:
+        dataset = Subset(dataset, indices.tolist())
+        starts = None if starts is None else torch.searchsorted(indices, starts)
+    return Samples(dataset, indices, shuffle, batches.batch_size, batches.drop_last, starts, 1)
+
+
+def is_streaming(dataset: Any) -> bool:
+    """Whether a dataset is mosaicml-streaming's, which nobody has who has not imported it.
+
+    Args:
+        dataset: Any dataset.
+    """
+    streaming = sys.modules.get('streaming.base.dataset')
+    return streaming is not None and isinstance(dataset, streaming.StreamingDataset)
+
+
+def _iterates_as_usual(loader: DataLoader) -> bool:
+    """Whether a loader's batches are those that its dataset, samplers and collate function make."""
+    if hasattr(loader, 'read_batches'):  # a DataPath
+        return True
+    streaming = sys.modules.get('streaming.base.dataloader')
+    known = (DataLoader,) if streaming is None else (DataLoader, streaming.StreamingDataLoader)
+    return type(loader).__iter__ in [kind.__iter__ for kind in known] and type(loader)._get_iterator is DataLoader._get_iterator
+
+
+def _sampled(sampler: Any, size: int, rank: int, world_size: int) -> tuple[Tensor | None, bool]:
+    """The indices that a sampler yields over all ranks, ascending, ``None`` for all of them; and whether it shuffles them."""
+    name = type(sampler).__name__
+    if type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler, SubsetRandomSampler):
+        raise InputError(f'train_dataloader: sampler {name} would be replaced by the plan; {_WAY_OUT}')
+    if isinstance(sampler, SubsetRandomSampler):
+        return _checked(sampler.indices, size), True
+    source = len(sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source)  # type: ignore[arg-type]
+    if source > size:
+        raise InputError(f'train_dataloader: sampler {name} is over {source} samples, the dataset has {size}; {_WAY_OUT}')
+    if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != source):
+        raise InputError(f'train_dataloader: a RandomSampler with replacement or num_samples would be replaced by the plan; {_WAY_OUT}')
+    shuffle = isinstance(sampler, RandomSampler)
+    if isinstance(sampler, DistributedSampler):
+        if (sampler.num_replicas, sampler.rank) != (world_size, rank):
+            raise InputError(
+                f'train_dataloader: the DistributedSampler is that of rank {sampler.rank} of {sampler.num_replicas}, this is rank {rank} '
+                f'of {world_size}; {_WAY_OUT}'
+            )
+        shuffle = sampler.shuffle
+        if sampler.drop_last and not shuffle:
+            source -= source % world_size  # it never reads the others
+    return None if source == size else torch.arange(source), shuffle
+
+
+def _checked(indices: Sequence[int], size: int) -> Tensor | None:
+    """The indices of a ``SubsetRandomSampler``, ascending."""
+    ascending = torch.as_tensor(indices, dtype=torch.int64).flatten().sort().values
+    if not len(ascending) or ascending[0] < 0 or ascending[-1] >= size or bool((ascending.diff() == 0).any()):
+        raise InputError(
+            f'train_dataloader: a SubsetRandomSampler to be planned must have different numbers from 0 to {size - 1}; {_WAY_OUT}'
+        )
+    return None if len(ascending) == size else ascending
+
+
+def _streamed(loader: DataLoader) -> Samples:
+    """The samples of a ``StreamingDataset`` that reads each of them once an epoch."""
+    dataset: Any = loader.dataset
+    name = type(dataset).__name__
+    streaming = sys.modules['streaming.base.dataset']
+    if type(dataset).__iter__ is not streaming.StreamingDataset.__iter__:
+        raise InputError(
+            f'train_dataloader: {name} iterates in a way of its own, which the plan would replace; define __getitem__ in its place'
+        )
+    if loader.batch_size is None:
+        raise InputError(f'train_dataloader: {name} needs the batch_size of a DataLoader to be planned')
+    if [stream.choose for stream in dataset.streams] != dataset.samples_per_stream.tolist():
+        raise InputError(
+            f'train_dataloader: {name} reads some samples more or less than once an epoch (proportion, repeat, choose or epoch_size), '
+            'which the plan would replace; leave these out'
+        )
+    for option, usual in (('replication', (None, 1)), ('batching_method', ('random',))):
+        if getattr(dataset, option) not in usual:
+            raise InputError(
+                f'train_dataloader: {name}({option}={getattr(dataset, option)!r}) would be replaced by the plan; leave {option} out'
+            )
+    starts = torch.from_numpy(np.asarray(dataset.sample_offset_per_shard, dtype=np.int64))
+    nodes = dataset.num_canonical_nodes
+    block = dataset.shuffle_block_size or max(4_000_000 // nodes if nodes else 0, 1 << 18)  # StreamingDataset's own default
+    return Samples(StreamedSamples(dataset), None, dataset.shuffle, loader.batch_size, loader.drop_last, starts, block)
