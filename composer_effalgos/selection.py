@@ -52,7 +52,7 @@ def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path
         (algorithm,) = (item for item in trainer.state.algorithms if isinstance(item, SubsetSelection))
         if algorithm.strategy == 'file':
             raise InputError(f'{recipe_path}: algorithms.subset_selection.strategy: file is a subset already; name a strategy that selects')
-        indices, weights = algorithm.select(trainer.state, trainer._train_data_spec)
+        indices, weights = algorithm.select(trainer.state)
         dataset = trainer.state.dataloader.dataset  # type: ignore[union-attr]
         if dist.get_global_rank() == 0:
             facts = {

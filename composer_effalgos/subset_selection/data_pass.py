@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,16 +61,17 @@ class Found:
 class DataPass:
     """One pass over a rank's share of the data, in evaluation mode and in the run's precision; no collective calls.
 
+    Batches go through the transforms of the training ``DataSpec``, as in training.
+
     Args:
         state: The trainer's state.
         loader: The planned loader.
         loss: The weighted loss, whose per-sample form is differentiated.
-        spec: The training data's ``DataSpec``, whose transforms batches go through as in training; ``None`` for none.
         seed: Seeds what random augmentation the data set does.
     """
 
-    def __init__(self, state: State, loader: PlannedDataLoader, loss: WeightedLoss, spec: DataSpec | None, seed: int) -> None:
-        self._state, self._loader, self._loss, self._spec, self._seed = state, loader, loss, spec, seed
+    def __init__(self, state: State, loader: PlannedDataLoader, loss: WeightedLoss, seed: int) -> None:
+        self._state, self._loader, self._loss, self._seed = state, loader, loss, seed
 
     def gradients(self, *, linear_layer: bool, softmax: bool, errors: bool = True) -> Rows:
         """Last-layer gradients and labels of this rank's training samples: every ``world_size``-th, from the ``rank``-th.
@@ -128,7 +129,7 @@ class DataPass:
         fits, microbatch = loader.initial_batch_size, self._state.device_train_microbatch_size
         fits = min(fits, microbatch) if isinstance(microbatch, int) else fits
         # what fits with all that a backward pass needs fits several times over without
-        return self._on_device(loader.read(self._share, 4 * fits, seed=self._seed), self._spec)
+        return self._on_device(loader.read(self._share, 4 * fits, seed=self._seed), training_data_spec(self._state))
 
     def _on_device(self, batches: Iterable[Any], spec: DataSpec | None) -> Iterator[Any]:
         for batch in batches:
@@ -150,19 +151,21 @@ class DataPass:
         return Rows(labels, gradients)
 
 
-def training_data_spec() -> DataSpec | None:
-    """The ``DataSpec`` of the trainer that is calling, or ``None`` where there is no trainer.
+def training_data_spec(state: State) -> DataSpec | None:
+    """The ``DataSpec`` whose transforms the Trainer applies to training batches.
 
-    Composer gives algorithms the loader alone and keeps the ``DataSpec``, with the transforms it applies to every training batch, in the
-    trainer, which nothing in the state leads to; but every event is run by a method of the trainer.
+    Composer shows algorithms the loader alone, and nothing in the state leads to the ``DataSpec`` or to the Trainer, which holds it. The
+    Trainer is the live object that has this state.
+
+    Args:
+        state: The Trainer's state.
+
+    Returns:
+        The ``DataSpec``; ``None`` where no Trainer has this state.
     """
-    frame = sys._getframe()
-    while frame is not None:
-        caller = frame.f_locals.get('self')
-        if isinstance(caller, Trainer):
-            return caller._train_data_spec
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    # by their type: some objects import a library where isinstance() asks them
+    trainers = [item for item in gc.get_objects() if issubclass(type(item), Trainer) and getattr(item, 'state', None) is state]
+    return next((value for trainer in trainers for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
 
 
 def _cross_entropy(outputs: Any, batch: Any) -> Tensor:

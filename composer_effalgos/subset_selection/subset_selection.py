@@ -19,7 +19,7 @@ from composer_effalgos.adabatch.policies import parse_time
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import PerSampleLoss, Plan, WeightedLoss, check_seed, stream_seed
-from composer_effalgos.subset_selection.data_pass import DataPass, Found, training_data_spec
+from composer_effalgos.subset_selection.data_pass import DataPass, Found
 from composer_effalgos.subset_selection.sources import Occasion, make_source
 
 _STREAM = 11  # of random numbers, see stream_seed
@@ -180,19 +180,18 @@ class SubsetSelection(Algorithm):
             redraw = not self._source.once and (epoch - warm_up) % self.select_every.value == 0
             if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
                 start = time.perf_counter()
-                self._select(state, budget, training_data_spec())
+                self._select(state, budget)
                 facts['selection_seconds'] = time.perf_counter() - start
                 logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
         in_use = epoch >= warm_up
         self._plan.candidates = self._indices if in_use else self._rest
         self._plan.candidate_weights = self._weights if in_use else None
 
-    def select(self, state: State, spec: DataSpec | None = None) -> tuple[Tensor, Tensor]:
+    def select(self, state: State) -> tuple[Tensor, Tensor]:
         """Selects once, outside training; for a trainer that was built with this algorithm and is not fitted.
 
         Args:
             state: The trainer's state.
-            spec: The training data's ``DataSpec``; ``None`` for no transforms.
 
         Returns:
             The samples, int64 ``[k]`` ascending, and their weights, float32 ``[k]`` with mean 1.
@@ -203,7 +202,7 @@ class SubsetSelection(Algorithm):
         self._plan.install(state)
         self._take_data(state)
         self._indices = self._weights = None
-        self._select(state, self._budget(), spec)
+        self._select(state, self._budget())
         assert self._indices is not None
         assert self.weights is not None
         return self._indices, self.weights
@@ -287,7 +286,7 @@ class SubsetSelection(Algorithm):
             )
         return budget
 
-    def _select(self, state: State, budget: int, spec: DataSpec | None) -> None:
+    def _select(self, state: State, budget: int) -> None:
         """Selects on rank 0; every rank gets the same subset, or the same error."""
         epoch, num_samples = int(state.timestamp.epoch), self._plan.loader.num_samples
         outcome: list[Any] = [None]
@@ -295,7 +294,7 @@ class SubsetSelection(Algorithm):
         found: Found | None = None
         try:
             _put_training_weights_back(state)
-            found = self._source.read(DataPass(state, self._plan.loader, self._loss, spec, epoch))
+            found = self._source.read(DataPass(state, self._plan.loader, self._loss, epoch))
         except Exception as caught:  # whatever the model raises must not leave the other ranks waiting
             error = caught
         if self._any_rank(state, error is not None):

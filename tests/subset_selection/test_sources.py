@@ -143,6 +143,32 @@ def test_batches_go_through_the_transforms_of_their_data_spec(make_trainer, prob
     assert len(set(plain.tolist()) & set(transformed.tolist())) >= 0.9 * len(plain)  # (x - 1) / 2 * 2 + 1 is x but for the last bits
 
 
+def test_the_data_spec_is_the_trainers(make_trainer, problem):
+    """Neither that of the evaluation data nor that of another Trainer with the same loader."""
+    loader = DataLoader(problem, batch_size=16, shuffle=True)
+    calls = []
+
+    def batch_transforms(batch):
+        calls.append(len(batch[1]))
+        return batch
+
+    def fit(train, **arguments):
+        calls.clear()
+        trainer = make_trainer([SubsetSelection('glister', 0.3, '1ep')], train_loader=train, max_duration='1ep', **arguments)
+        trainer.fit()
+        return trainer
+
+    transformed = fit(DataSpec(loader, batch_transforms=batch_transforms), eval_dataloader=loader, eval_interval=0)
+    assert sum(calls) == 203 + 61  # one selection and one epoch
+    fit(loader)
+    assert not calls
+    transformed.fit(duration='1ep')
+    assert sum(calls) == 203 + 61
+    calls.clear()
+    transformed.fit(train_dataloader=DataLoader(problem, batch_size=16), duration='1ep')
+    assert not calls
+
+
 # ---------------------------------------------------------------- forgetting
 
 
