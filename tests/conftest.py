@@ -1,5 +1,7 @@
 """Fixtures shared by the whole test suite."""
 
+import os
+import resource
 import socket
 import subprocess
 import sys
@@ -29,6 +31,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if 'gpu' in item.keywords:
             item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+_CPU = pytest.StashKey[float]()
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])  # user and system, of this process and of the children that have ended
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the clock of the processor's time that a test takes, whatever else the machine does."""
+    item.stash[_CPU] = _cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+    """Put processor time since the last phase, and the process's largest memory so far, on the report, which xdist carries over."""
+    report = yield
+    now = _cpu_seconds()
+    report.cpu_seconds, item.stash[_CPU] = now - item.stash.get(_CPU, now), now
+    report.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what the tests cost; with ``--durations N`` (0 for all) which N cost most."""
+    seconds: dict[str, float] = {}
+    peak = 0
+    for report in (report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, 'cpu_seconds')):
+        seconds[report.nodeid] = seconds.get(report.nodeid, 0) + report.cpu_seconds
+        peak = max(peak, report.peak_mib)
+    terminalreporter.write_line(f'{sum(seconds.values()):.0f} s of CPU time in tests; the largest process had {peak} MiB')
+    count = terminalreporter.config.getoption('durations')
+    if count is not None:
+        for nodeid, spent in sorted(seconds.items(), key=lambda entry: -entry[1])[: count or None]:
+            terminalreporter.write_line(f'{spent:8.2f} s CPU  {nodeid}')
 
 
 @pytest.fixture(autouse=True)

@@ -32,21 +32,29 @@ from composer_effalgos.plan.epoch import EpochPlan, split_batches, stream_seed
 from composer_effalgos.plan.samples import samples_of
 
 
-def class_labels(dataset: Any) -> Any:
+def class_labels(dataset: Any) -> Tensor | None:
     """The class indices that a data set carries beside its samples.
 
     Args:
         dataset: A map-style data set.
 
     Returns:
-        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``; ``None`` where there are none.
+        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` where that is not one whole
+        number a sample: class names, several labels a sample, numbers to predict, a method.
     """
     if isinstance(dataset, Subset):
         labels = class_labels(dataset.dataset)
-        return None if labels is None else torch.as_tensor(labels)[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        return dataset.tensors[1]
-    return getattr(dataset, 'targets', getattr(dataset, 'labels', None))
+        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, TensorDataset):
+        found = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    else:
+        found = getattr(dataset, 'targets', getattr(dataset, 'labels', None))
+    try:
+        labels = torch.as_tensor(found)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    whole = labels.shape == (len(dataset),) and not labels.is_floating_point() and not labels.is_complex()
+    return labels.long().cpu() if whole else None
 
 
 @dataclass(frozen=True)

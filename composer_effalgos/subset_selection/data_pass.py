@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import PlannedDataLoader, WeightedLoss, class_labels
-from composer_effalgos.subset_selection.gradients import LastLayerGradients, labels_of, last_layer_gradients
+from composer_effalgos.subset_selection.gradients import NO_CLASS, WITHOUT_GRADIENTS, LastLayerGradients, labels_of, last_layer_gradients
 
 __all__ = ['DataPass', 'Found', 'Rows', 'training_data_spec']
+
+ONE_CLASS = 'expected one class a sample (class indices [B], or rows of [B, C] that are not negative and sum to 1), got several labels'
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Rows:
 
     @property
     def classes(self) -> Tensor | None:
-        """The labels where they are class indices; ``None`` where they are the numbers of a regression."""
-        return None if self.labels.is_floating_point() else self.labels
+        """The labels where every sample has one class; ``None`` for a regression, or samples with several labels."""
+        return None if self.labels.is_floating_point() or bool((self.labels == NO_CLASS).any()) else self.labels
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,7 @@ class DataPass:
         """Labels of this rank's training samples: those that the data set carries, or read sample by sample where it carries none."""
         known = class_labels(self._loader.dataset)
         if known is not None:
-            labels = torch.as_tensor(known)
-            if labels.shape == (self._loader.num_samples,) and not labels.is_floating_point():
-                return Rows(self._state.device.tensor_to_device(labels[self._loader.rank :: self._loader.world_size].long()))
+            return Rows(self._state.device.tensor_to_device(known[self._loader.rank :: self._loader.world_size]))
         return self._complete(Rows(torch.cat([labels_of(batch) for batch in self._batches()])))
 
     @property
@@ -169,12 +169,14 @@ def training_data_spec(state: State) -> DataSpec | None:
 
 
 def _cross_entropy(outputs: Any, batch: Any) -> Tensor:
-    logits, labels = logits_and_classes(outputs, batch)
-    return cross_entropy(logits, labels, reduction='none')
+    logits, classes = logits_and_classes(outputs, batch)
+    if (classes == NO_CLASS).any():
+        raise InputError(f'labels: {ONE_CLASS}; strategies gradmatch, craig, glister, grand and random do without')
+    return cross_entropy(logits, classes, reduction='none')
 
 
 def logits_and_classes(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """A classifier's logits, float ``[B, C]``, and class indices, int64 ``[B]``.
+    """A classifier's logits, float ``[B, C]``, and class indices, int64 ``[B]``, which may be ``NO_CLASS``.
 
     Args:
         outputs: What the model gave: logits, or a mapping with a key ``logits``.
@@ -186,7 +188,10 @@ def logits_and_classes(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
     logits = outputs.get('logits') if isinstance(outputs, Mapping) else outputs
     labels = labels_of(batch)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels) or labels.is_floating_point():
-        raise InputError('strategy: this one is for classifiers, whose outputs are logits [B, C] and whose labels are class indices [B]')
+        raise InputError(
+            'strategy: expected a classifier for this one, whose outputs are logits [B, C] and whose labels are class indices [B]; '
+            f'{WITHOUT_GRADIENTS}'
+        )
     return logits, labels
 
 

@@ -17,6 +17,10 @@ from composer_effalgos.errors import InputError
 __all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_gradients', 'preserve_rng']
 
 LABEL_KEYS = ('labels', 'label', 'targets', 'target', 'y')
+NO_CLASS = torch.iinfo(torch.int64).min  # stands for the class of a sample that has several labels, or several numbers to predict
+WITHOUT_GRADIENTS = (
+    'for models that predict sequences or maps use strategy random, adaptive-random or file, or InfoBatch, which needs losses alone'
+)
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,8 @@ def last_layer_gradients(
         device (torch.device | str | None): where the result is kept; ``None`` for where it was computed.
 
     Returns:
-        tuple[LastLayerGradients, Tensor]: float32 gradients of N samples, in the order of ``batches``, and their labels, int64 ``[N]``, or
-            the numbers that a regression predicts, float32 ``[N]``.
+        tuple[LastLayerGradients, Tensor]: float32 gradients of N samples, in the order of ``batches``, and their labels as ``labels_of``
+            gives them, int64 or float32 ``[N]``.
 
     Raises:
         InputError: if there is no final linear layer, no batch, or a batch, a loss or a layer without one row a sample.
@@ -288,17 +292,16 @@ def _batch_gradients(
                 if not isinstance(outputs, Tensor):
                     raise InputError(f'model: its output is {type(outputs).__name__}; with linear_layer=False a tensor of logits is right')
                 outputs = captured['logits'] = outputs.detach().float().requires_grad_()
-            losses = None
+            logits, embedding, losses = captured['logits'], captured.get('embedding'), None
+            _check_rows('the logits', logits, 2, batch_size)
+            _check_rows('the input of the last linear layer', embedding, 2, batch_size)
             if per_sample_loss is not None:
                 with torch.enable_grad():
                     losses = per_sample_loss(outputs, batch)
+                _check_rows('the loss', losses, 1, batch_size)
     finally:
         if handle is not None:
             handle.remove()
-    logits, embedding = captured['logits'], captured.get('embedding')
-    for name, tensor, ndim in (('the loss', losses, 1), ('the logits', logits, 2), ('the input of the last linear layer', embedding, 2)):
-        if tensor is not None and (tensor.ndim != ndim or len(tensor) != batch_size):
-            raise InputError(f'model: {name} has shape {list(tensor.shape)} for {batch_size} samples; one row a sample is right')
     if losses is None:
         return torch.zeros_like(logits, requires_grad=False), embedding
     if not losses.requires_grad:
@@ -307,14 +310,23 @@ def _batch_gradients(
     return error, embedding
 
 
+def _check_rows(name: str, rows: Tensor | None, ndim: int, batch_size: int) -> None:
+    if rows is not None and (rows.ndim != ndim or len(rows) != batch_size):
+        raise InputError(
+            f'model: expected one row a sample in {name}, got shape {list(rows.shape)} for {batch_size} samples; {WITHOUT_GRADIENTS}'
+        )
+
+
 def labels_of(batch: Any) -> Tensor:
-    """Class index of every sample of a batch, int64 ``[B]``; soft targets give their largest class.
+    """The label of every sample of a batch, one number each.
 
     Args:
         batch (Any): ``(inputs, labels)``, or a mapping with a key ``labels``.
 
     Returns:
-        Tensor: int64 ``[B]``; float32 ``[B]`` where the labels are one number each, as in a regression.
+        Tensor: class indices, int64 ``[B]``: the labels themselves, or the largest class of soft labels, which are rows of ``[B, C]`` that
+            are not negative and sum to 1; ``NO_CLASS`` for other rows, such as several positives or several numbers to predict. Where the
+            labels are one number each that is not whole, as in a regression, float32 ``[B]``.
 
     Raises:
         InputError: if there are no labels, or labels of another shape.
@@ -325,8 +337,18 @@ def labels_of(batch: Any) -> Tensor:
         labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
     if not isinstance(labels, Tensor):
         raise InputError("batch: found no labels; (inputs, labels) or a mapping with a key 'labels' is right")
+    labels = labels.detach()
+    labels = labels.int() if labels.dtype == torch.bool else labels
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim == 2:
-        labels = labels.argmax(dim=1) if labels.shape[1] > 1 else labels[:, 0]
+        return torch.where(_are_distributions(labels), labels.argmax(dim=1), NO_CLASS)
     if labels.ndim != 1:
-        raise InputError(f'batch: labels are {labels.dtype} {list(labels.shape)}; class indices [B] or soft targets [B, C] are right')
-    return labels.detach().float() if labels.is_floating_point() else labels.detach().long()
+        raise InputError(f'batch: labels are {labels.dtype} {list(labels.shape)}; class indices [B] or soft labels [B, C] are right')
+    return labels.float() if labels.is_floating_point() else labels.long()
+
+
+def _are_distributions(rows: Tensor) -> Tensor:
+    """Which rows are not negative and sum to 1, within what their precision allows."""
+    tolerance = max(1e-3, torch.finfo(rows.dtype).eps) if rows.is_floating_point() else 0
+    return (rows >= 0).all(dim=1) & ((rows.float().sum(dim=1) - 1).abs() <= tolerance)

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import EpochRecord, Plan, WeightedLoss
-from composer_effalgos.subset_selection.data_pass import DataPass, Found, Rows, logits_and_classes
-from composer_effalgos.subset_selection.gradients import LastLayerGradients
+from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Found, Rows, logits_and_classes
+from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
 from composer_effalgos.subset_selection.problem import Selection
 from composer_effalgos.subset_selection.strategies import STRATEGIES, check_options, select_subset
 from composer_effalgos.subset_selection.strategies.milo import importance
@@ -100,6 +100,16 @@ class Source:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave."""
 
+    def _classes(self, rows: Rows) -> Tensor | None:
+        """The classes of some samples; ``None`` where they have none and the strategy does without."""
+        by_class = (self.settings['selection_type'] or '').startswith('PerClass') or self.settings['class_balance'] == 'equal'
+        if by_class and rows.classes is None:
+            raise InputError(
+                'selection_type: expected one class a sample for PerClass and class_balance=equal, got several labels or numbers; '
+                'use selection_type=Supervised'
+            )
+        return rows.classes
+
     def _select(self, gradients: LastLayerGradients, occasion: Occasion, classes: Tensor | None, **options: Any) -> Selection:
         return select_subset(
             self.strategy,
@@ -114,6 +124,7 @@ class Source:
     def _select_without_gradients(self, occasion: Occasion, classes: Tensor | None, **options: Any) -> Selection:
         """For strategies that look at no gradient: by chance, or by scores."""
         if classes is not None:
+            classes = classes.cpu()
             options['num_classes'] = int(classes.max()) + 1
         return self._select(LastLayerGradients(torch.zeros(occasion.num_candidates, 1)), occasion, classes, **options)
 
@@ -151,7 +162,7 @@ class _Gradients(Source):
         return self._select(found.train.gradients, occasion, self._labels(found.train), **options)
 
     def _labels(self, rows: Rows) -> Tensor | None:
-        return rows.labels if self.spec.targets else rows.classes
+        return rows.labels if self.spec.targets else self._classes(rows)
 
 
 class _Random(Source):
@@ -169,7 +180,7 @@ class _Random(Source):
         if found is None:
             chosen = torch.randperm(occasion.num_candidates, generator=occasion.generator)[: occasion.budget]
             return chosen, torch.ones(occasion.budget)
-        return self._select_without_gradients(occasion, found.train.labels.cpu())
+        return self._select_without_gradients(occasion, self._classes(found.train))
 
 
 class _Forgetting(Source):
@@ -211,7 +222,7 @@ class _Forgetting(Source):
         scores = torch.where(learnt, self.events.float(), math.inf)
         scores[self.last == -1] = -1.0  # never trained on: nothing is known
         scores = scores if occasion.candidates is None else scores[occasion.candidates]
-        return self._select_without_gradients(occasion, None if found is None else found.train.labels.cpu(), scores=scores)
+        return self._select_without_gradients(occasion, None if found is None else self._classes(found.train), scores=scores)
 
     def state_dict(self, state: State | None) -> dict[str, Any]:
         events, last = (self.events, self.last) if state is None else self._merged(self.record.of_all_ranks(state))
@@ -222,11 +233,16 @@ class _Forgetting(Source):
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
         logits, classes = logits_and_classes(outputs, batch)
-        self.record.note((logits.detach().argmax(dim=1) == classes).float(), where)
+        right = (logits.detach().argmax(dim=1) == classes).float()
+        self.record.note(torch.where(classes == NO_CLASS, -1.0, right), where)
 
     def _merged(self, noted: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         events, last = self.events.clone(), self.last.clone()
         for samples, right in noted:
+            if (right < 0).any():
+                raise InputError(
+                    f'labels: {ONE_CLASS}, and strategy forgetting counts right answers; gradmatch, glister and random do without'
+                )
             fresh = right.to(torch.int8)
             events[samples] += ((last[samples] == 1) & (fresh == 0)).int()
             last[samples] = fresh
@@ -270,7 +286,7 @@ class _Milo(Source):
         if occasion.total is None:
             raise InputError('strategy: milo needs max_duration in epochs, to share out its two phases')
         assert train.gradients is not None
-        classes = None if self.settings['selection_type'] == 'Supervised' else train.classes
+        classes = None if self.settings['selection_type'] == 'Supervised' else self._classes(train)
         subsets = [
             self._select(train.gradients, occasion, classes, phase='stochastic-greedy')[0].int().cpu()
             for _ in range(math.ceil(self.exploration * occasion.total - 1e-9))

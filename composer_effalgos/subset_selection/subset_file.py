@@ -43,10 +43,7 @@ class SubsetFile:
 def labels_digest(dataset: Dataset[Any]) -> str | None:
     """A fingerprint of a data set's labels, in their order; ``None`` where it carries none."""
     labels = class_labels(dataset)
-    if labels is None:
-        return None
-    values = torch.as_tensor(labels)
-    return hashlib.sha256(values.numpy().astype(np.int64).tobytes()).hexdigest()[:16] if not values.is_floating_point() else None
+    return None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Dataset[Any], facts: Mapping[str, Any]) -> None:

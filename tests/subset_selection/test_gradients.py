@@ -1,3 +1,4 @@
+import math
 import random
 
 import numpy as np
@@ -9,12 +10,19 @@ from composer.models import ComposerClassifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import cross_entropy, log_softmax, mse_loss, nll_loss, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, log_softmax, mse_loss, nll_loss, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, squeezenet1_1
 
 from composer_effalgos.errors import InputError
-from composer_effalgos.subset_selection.gradients import LastLayerGradients, find_final_linear, last_layer_gradients, preserve_rng
+from composer_effalgos.subset_selection.gradients import (
+    NO_CLASS,
+    LastLayerGradients,
+    find_final_linear,
+    labels_of,
+    last_layer_gradients,
+    preserve_rng,
+)
 
 
 class Net(nn.Module):
@@ -125,7 +133,41 @@ def test_modes_come_back_after_an_error():
     assert all(m.training for m in model.modules())
 
 
-def test_soft_targets_and_mappings():
+@pytest.mark.parametrize('kind', ['several labels', 'several numbers'])
+def test_labels_that_are_no_classes_give_the_gradients_of_their_own_loss(kind):
+    torch.manual_seed(1)
+    module = Net()
+    labels = (torch.rand(23, 4) < 0.4).float() if kind == 'several labels' else torch.randn(23, 4)
+    data = [(x, y) for (x, _), y in zip(batches(), labels.split(8), strict=True)]
+
+    def loss(outputs, batch):
+        function = binary_cross_entropy_with_logits if kind == 'several labels' else mse_loss
+        return function(outputs, batch[1], reduction='none').mean(dim=1)
+
+    gradients, found = last_layer_gradients(ComposerClassifier(module, num_classes=4), data, loss)
+    torch.testing.assert_close(gradients.dense(), autograd_rows(module, data, loss))
+    one_positive = (labels.sum(dim=1) == 1) & (kind == 'several labels')
+    assert torch.equal(found, torch.where(one_positive, labels.argmax(dim=1), NO_CLASS))
+
+
+@pytest.mark.parametrize(
+    ('rows', 'expected'),
+    [
+        (torch.tensor([[0.0, 1.0, 0.0], [0.1, 0.2, 0.7]]), [1, 2]),
+        (torch.tensor([[0, 1, 0], [0, 0, 1]]), [1, 2]),
+        (torch.tensor([[True, False], [True, True]]), [0, NO_CLASS]),
+        (torch.tensor([[0.0, 0.0], [1.0, 1.0]]), [NO_CLASS, NO_CLASS]),
+        (torch.tensor([[1.5, -0.5], [math.nan, 1.0]]), [NO_CLASS, NO_CLASS]),
+        (torch.softmax(torch.arange(200.0).view(2, 100), dim=1).bfloat16(), [99, 99]),
+        (torch.tensor([[5], [7]]), [5, 7]),
+        (torch.tensor([[0.5], [0.25]]), [0.5, 0.25]),
+    ],
+)
+def test_only_rows_that_are_distributions_are_soft_labels(rows, expected):
+    assert labels_of((None, rows)).tolist() == expected
+
+
+def test_soft_labels_and_mappings():
     model = ComposerClassifier(Net(), num_classes=4)
     x, y = batches()[0]
     soft = 0.9 * one_hot(y, 4) + 0.025

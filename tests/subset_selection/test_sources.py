@@ -370,16 +370,29 @@ class NoTargets(torch.utils.data.Dataset):
         return self.problem[index]
 
 
-def test_labels_are_read_where_the_data_set_carries_none(fit, problem):
+class Named(NoTargets):
+    """Its targets are the names of the classes."""
+
+    @property
+    def targets(self):
+        return [f'class {label}' for label in self.problem.tensors[1].tolist()]
+
+
+class Asked(NoTargets):
+    def labels(self):
+        return self.problem.tensors[1].tolist()
+
+
+def test_labels_are_read_where_the_data_set_carries_no_class_indices(fit, problem):
     chosen = []
-    for dataset in (problem, NoTargets(problem)):
+    for dataset in (problem, NoTargets(problem), Named(problem), Asked(problem)):
         algorithm = SubsetSelection('random', 0.3, selection_type='PerClass')
         fit(algorithm, max_duration='1ep', dataset=dataset)
         chosen.append(algorithm.indices)
-    assert torch.equal(*chosen)
+    assert all(torch.equal(indices, chosen[0]) for indices in chosen)
 
 
-# ---------------------------------------------------------------- regression
+# ---------------------------------------------------------------- regression, several labels, sequences
 
 
 def test_regression_selects_without_classes(fit, problem):
@@ -393,8 +406,74 @@ def test_regression_selects_without_classes(fit, problem):
         algorithm = SubsetSelection(strategy, 0.3)
         fit(algorithm, max_duration='1ep', dataset=TensorDataset(problem.tensors[0], targets), module=module, loss_fn=loss)
         assert len(algorithm.indices) == 61
-    with pytest.raises(InputError, match='strategy: this one is for classifiers'):
+    with pytest.raises(InputError, match='strategy: expected a classifier'):
         fit(SubsetSelection('el2n', 0.3), dataset=TensorDataset(problem.tensors[0], targets), module=module, loss_fn=loss)
+
+
+def several(problem, kind):
+    """The same inputs with several labels or several numbers to predict, and the loss for them."""
+    inputs = problem.tensors[0]
+    targets = (inputs[:, :3] > 0).float() if kind == 'labels' else inputs[:, :3] * 2
+    function = nn.functional.binary_cross_entropy_with_logits if kind == 'labels' else nn.functional.mse_loss
+    return {
+        'dataset': TensorDataset(inputs, targets),
+        'loss_fn': lambda outputs, y, reduction='mean': function(outputs, y, reduction=reduction),
+    }
+
+
+@pytest.mark.parametrize('kind', ['labels', 'numbers'])
+def test_several_labels_or_numbers_are_no_classes(fit, make_trainer, problem, kind):
+    arguments = several(problem, kind)
+    for strategy in ('gradmatch', 'craig', 'glister', 'grand', 'random'):
+        algorithm = SubsetSelection(strategy, 0.3)
+        fit(algorithm, max_duration='1ep', **arguments)
+        assert len(algorithm.indices) == 61
+        if strategy != 'gradmatch':
+            continue
+        module = make_trainer(**arguments).state.model  # as it was when the run selected
+        x, y = arguments['dataset'].tensors
+        per_sample = lambda outputs, batch: arguments['loss_fn'](outputs, batch[1], reduction='none').mean(dim=1)  # noqa: E731
+        expected, _ = ef.select_subset(strategy, last_layer_gradients(module, [(x, y)], per_sample)[0], 61)
+        assert torch.equal(algorithm.indices, expected.sort().values)
+
+
+@pytest.mark.parametrize(
+    ('strategy', 'options', 'message'),
+    [
+        ('el2n', {}, '^labels: expected one class a sample .* got several labels; strategies gradmatch'),
+        ('forgetting', {'kappa': 0.5}, '^labels: expected one class a sample .* got several labels, and strategy forgetting counts'),
+        ('gradmatch', {'selection_type': 'PerClass'}, '^selection_type: expected one class a sample .* use selection_type=Supervised'),
+        ('random', {'selection_type': 'PerClass'}, '^selection_type: expected one class a sample .* use selection_type=Supervised'),
+        ('craig', {'class_balance': 'equal'}, '^selection_type: expected one class a sample .* use selection_type=Supervised'),
+    ],
+)
+def test_what_needs_classes_refuses_several_labels(fit, problem, strategy, options, message):
+    with pytest.raises(InputError, match=message):
+        fit(SubsetSelection(strategy, 0.3, **options), max_duration='2ep', **several(problem, 'labels'))
+
+
+class Language(ComposerModel):
+    """Predicts the next of 11 tokens from each."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 11))
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch, reduction='mean'):
+        return nn.functional.cross_entropy(outputs.mT, batch[1], reduction=reduction)
+
+
+@pytest.mark.parametrize('strategy', ['gradmatch', 'el2n', 'forgetting'])
+def test_a_language_model_is_told_what_works(fit, strategy):
+    tokens = torch.randint(11, (40, 6))
+    dataset = TensorDataset(tokens, tokens.roll(-1, dims=1))
+    with pytest.raises(InputError, match=r'random, adaptive-random or file, or InfoBatch') as refusal:
+        fit(SubsetSelection(strategy, 0.5, '1ep', kappa=0.4), max_duration='3ep', dataset=dataset, model=Language())
+    assert '\n' not in str(refusal.value)
+    fit(SubsetSelection('adaptive-random', 0.5), max_duration='1ep', dataset=dataset, model=Language())
 
 
 @pytest.mark.parametrize(
