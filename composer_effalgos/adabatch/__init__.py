@@ -1,6 +1,21 @@
-"""AdaBatch: batch sizes that grow during training."""
+"""AdaBatch: batch sizes that change during training."""
 
 from composer_effalgos.adabatch.adabatch import AdaBatch
-from composer_effalgos.adabatch.policies import Every, LossPlateau, Milestones, NoiseScale, Policy, Progress, noise_and_signal
+from composer_effalgos.adabatch.gradient_noise import NoiseScale, noise_and_signal
+from composer_effalgos.adabatch.policies import Every, LossPlateau, Milestones, Policy
+from composer_effalgos.adabatch.progress import Progress
+from composer_effalgos.adabatch.schedules import SizePolicy, parse_steps, ramp
 
-__all__ = ['AdaBatch', 'Every', 'LossPlateau', 'Milestones', 'NoiseScale', 'Policy', 'Progress', 'noise_and_signal']
+__all__ = [
+    'AdaBatch',
+    'Every',
+    'LossPlateau',
+    'Milestones',
+    'NoiseScale',
+    'Policy',
+    'Progress',
+    'SizePolicy',
+    'noise_and_signal',
+    'parse_steps',
+    'ramp',
+]

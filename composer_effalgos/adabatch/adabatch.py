@@ -1,4 +1,4 @@
-"""AdaBatch: batch sizes that grow during training (Devarakonda et al., arXiv 1712.02029; Smith et al., arXiv 1711.00489)."""
+"""AdaBatch: batch sizes that change during training (Devarakonda et al., arXiv 1712.02029; Smith et al., arXiv 1711.00489)."""
 
 from __future__ import annotations
 
@@ -9,53 +9,64 @@ from typing import Any
 
 from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
-from torch.optim.lr_scheduler import LRScheduler
 
-from composer_effalgos.adabatch.policies import Every, Milestones, Policy, Progress, find_policy, progress_of
+from composer_effalgos.adabatch.learning_rate import LR_RULES, lr_exponent, rescale_beta2, rescale_schedules, scale_learning_rate
+from composer_effalgos.adabatch.memory import MemorySearch
+from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_policy
+from composer_effalgos.adabatch.progress import Progress, progress_of
+from composer_effalgos.adabatch.schedules import ScheduleLike, SizePolicy, find_schedule
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import BatchSize, Plan
 
-_PROBED = 8  # batches after a growth in which an out-of-memory error is taken for its consequence
 _LARGEST_FACTOR = 1e6  # no batch or learning rate is multiplied by more at once
 _SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by in all: float32 bears no more
 
 
 class AdaBatch(Algorithm):
-    """Grows the batch size during training, with the learning rate coupled to it.
+    """Changes the batch size during training, with the learning rate coupled to it.
 
-    At each growth the batch size per rank is multiplied by ``growth_factor`` and the learning rate, on top of whatever schedule runs, by
-    ``lr_factor``. The batch grows at the very batch that the policy says, whatever was prefetched; no sample is lost or repeated, workers
-    live on, and schedules keep the time of the run without growth.
+    Either the batch size per rank is multiplied by ``growth_factor`` at each growth, at times that ``interval``, ``milestones`` or
+    ``policy`` say, or ``schedule`` gives the batch size itself. The size changes at the very batch that was asked for, whatever was
+    prefetched; no sample is lost or repeated, workers live on, and learning-rate schedules keep the time of the run with a fixed batch.
 
-    Without ``device_train_microbatch_size`` the device batch grows with the batch. Where it does not fit on the device any more, the batch
-    is trained on again in portions of the last size that did, and gradients are accumulated from then on.
+    Without ``device_train_microbatch_size`` the microbatch grows with the batch. Where it does not fit on the device, the batch is trained
+    again in microbatches of the last size that did, and gradients are accumulated from then on.
 
     Runs on ``INIT``, ``FIT_START``, ``BEFORE_DATALOADER``, ``BATCH_START``, ``BEFORE_TRAIN_BATCH``, ``BATCH_END`` and ``FIT_END``.
     Source: Devarakonda et al., "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks", arXiv 1712.02029; Smith et al., "Don't
     Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
 
     Args:
-        growth_factor: What the batch size is multiplied by, greater than 1, at most 1e6. Sizes are rounded to whole samples.
-        interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1000000sp'``), tokens (``'50000000tok'``)
-            or a share of the run (``'0.2dur'``).
+        growth_factor: What the batch size is multiplied by at a growth, greater than 1, at most 1e6. Sizes are rounded to whole samples.
+        interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1Msp'``), tokens (``'50Mtok'``) or a share
+            of the run (``'0.2dur'``).
         milestones: Times of the growths, in place of ``interval``.
+        schedule: The batch sizes themselves, in place of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp
+            (``{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see
+            :func:`~composer_effalgos.adabatch.schedules.ramp`), or a function of the
+            :class:`~composer_effalgos.adabatch.progress.Progress` that gives a size. Sizes may shrink.
         max_batch_size: Largest batch size per rank; a growth past it, or past the samples there are, does not happen.
         lr_factor: What the learning rate is multiplied by at each growth: 0.75 with factor 2 is the paper's, in place of a step decay of
             0.375; 1 grows instead of decaying; ``growth_factor`` is linear scaling.
-        policy: When the batch grows, in place of ``interval`` and ``milestones``: a function of the
-            :class:`~composer_effalgos.adabatch.policies.Progress` that gives how often the batch should have grown by now,
-            :class:`~composer_effalgos.adabatch.policies.LossPlateau`, :class:`~composer_effalgos.adabatch.policies.NoiseScale`, or one
-            of these two by name (``'loss_plateau'``, ``{'name': 'noise_scale', 'ratio': 1.0}``).
+        lr: How the learning rate follows the batch size, in place of ``lr_factor``: ``'linear'``, ``'sqrt'``, ``'none'``, or ``'auto'``
+            (square root for Adam and other adaptive optimizers, linear for SGD). The optimizer's rate is meant for the loader's batch size.
+        policy: When the batch grows, in place of ``interval`` and ``milestones``: a function of the progress that gives how often the
+            batch should have grown by now, :class:`~composer_effalgos.adabatch.policies.LossPlateau`,
+            :class:`~composer_effalgos.adabatch.gradient_noise.NoiseScale`, or one of these two by name (``'loss_plateau'``,
+            ``{'name': 'noise_scale', 'ratio': 1.0}``).
+        beta2: ``'rescale'`` keeps the half-life of Adam's second moment in samples as the batch size changes; ``'keep'`` leaves it.
+        global_sizes: Whether ``schedule`` gives sizes over all ranks. By default every batch size here is per rank.
 
     Raises:
-        InputError: For an argument outside its range; in ``fit``, for a policy that gives something else than a number of growths, or that
-            counts tokens where the batches have none.
+        InputError: For an argument outside its range or a schedule with a mistake; in ``fit``, for a schedule with sizes larger than the
+            data set, a policy that gives something else than a number of growths, or times in tokens where the batches have none.
 
     Example:
         >>> from composer import Trainer
         >>> from composer_effalgos import AdaBatch
         >>> trainer = Trainer(model=model, train_dataloader=loader, max_duration='100ep', algorithms=[AdaBatch()])  # doctest: +SKIP
+        >>> AdaBatch(schedule='0:32 1ep:64 2Mtok:256', lr='sqrt')  # doctest: +SKIP
         >>> AdaBatch(policy=lambda progress: progress.epoch // 20 + progress.epoch // 50)  # doctest: +SKIP
     """
 
@@ -68,9 +79,13 @@ class AdaBatch(Algorithm):
         interval: str | int | Time = '20ep',
         *,
         milestones: Sequence[str | int | Time] | None = None,
+        schedule: ScheduleLike | None = None,
         max_batch_size: int | None = None,
         lr_factor: float = 1.0,
+        lr: str | None = None,
         policy: Policy | str | Mapping[str, Any] | None = None,
+        beta2: str = 'keep',
+        global_sizes: bool = False,
     ) -> None:
         check_number('growth_factor', growth_factor, above=1, most=_LARGEST_FACTOR)
         check_number('lr_factor', lr_factor, least=1 / _LARGEST_FACTOR, most=_LARGEST_FACTOR)
@@ -78,37 +93,48 @@ class AdaBatch(Algorithm):
             raise InputError(f'max_batch_size: must be a whole number of samples per rank, at least 1, got {max_batch_size!r}')
         if policy is not None and milestones is not None:
             raise InputError('policy: stands in place of milestones; give one of the two')
+        _check_lr(lr, lr_factor, beta2)
+        if schedule is not None:
+            others = {'interval': interval != '20ep', 'growth_factor': growth_factor != 2, 'lr_factor': lr_factor != 1}
+            others |= {'milestones': milestones is not None, 'policy': policy is not None}
+            for name in (name for name, given in others.items() if given):
+                hint = "give lr, such as lr='sqrt'" if name == 'lr_factor' else 'give one of the two'
+                raise InputError(f'{name}: expected none beside schedule, which says the batch sizes itself; {hint}')
+        elif global_sizes:
+            raise InputError('global_sizes: expected a schedule beside it, whose sizes are then over all ranks; other sizes are per rank')
         self.growth_factor = growth_factor
         self.max_batch_size = max_batch_size
-        self.lr_factor = lr_factor
-        if policy is None:
-            policy = Every(interval) if milestones is None else Milestones(milestones)
-        self.policy = find_policy(policy)
+        self.lr_factor, self.lr, self.beta2 = lr_factor, lr, beta2
+        self.global_sizes = global_sizes
+        if schedule is not None:
+            self.policy: Policy = find_schedule(schedule)
+        elif policy is not None:
+            self.policy = find_policy(policy)
+        else:
+            self.policy = Every(interval) if milestones is None else Milestones(milestones)
+        if isinstance(self.policy, SizePolicy) and max_batch_size is not None and max(self.policy.known_sizes, default=0) > max_batch_size:
+            raise InputError(f'max_batch_size: expected at least the {max(self.policy.known_sizes)} of the schedule, got {max_batch_size}')
         self._reset()
 
     def _reset(self) -> None:
         self._growths = 0  # that the policy has asked for
         self._lr_scale = 1.0  # what the learning rate has been multiplied by
-        self._capped = False
-        self._batch_size = 0  # that was last in use
-        self._microbatch: int | None = None  # that was last set
-        self._explicit_microbatch = False
-        self._fits: int | None = None  # the microbatch that fitted when a larger one did not
-        self._tried: int | float | None = None  # the microbatch that this batch was begun with
-        self._fitted = 0  # the largest microbatch that was trained on
-        self._probing = 0  # batches left in which an out-of-memory error is caught
+        self._capped = False  # whether the last batch was smaller than asked for
+        self._memory = MemorySearch()
 
     def __repr__(self) -> str:
-        return (
-            f'{type(self).__name__}(growth_factor={self.growth_factor}, {self._when()}, max_batch_size={self.max_batch_size}, '
-            f'lr_factor={self.lr_factor})'
-        )
+        if isinstance(self.policy, SizePolicy):
+            return f'{type(self).__name__}({self._when()}, lr={self.lr!r}, global_sizes={self.global_sizes})'
+        lr = f'lr_factor={self.lr_factor}' if self.lr is None else f'lr={self.lr!r}'
+        return f'{type(self).__name__}(growth_factor={self.growth_factor}, {self._when()}, max_batch_size={self.max_batch_size}, {lr})'
 
     def _when(self) -> str:
         if isinstance(self.policy, Every):
             return f'interval={self.policy.times[0].to_timestring()!r}'
         if isinstance(self.policy, Milestones):
             return f'milestones={[m.to_timestring() for m in self.policy.times]}'
+        if isinstance(self.policy, SizePolicy) and not isinstance(self.policy, Callback):
+            return f'schedule={self.policy!r}'
         return f'policy={getattr(self.policy, "__name__", type(self.policy).__name__)}'
 
     def match(self, event: Event, state: State) -> bool:
@@ -130,19 +156,19 @@ class AdaBatch(Algorithm):
         elif event == Event.BEFORE_DATALOADER:
             self._ask(state)
         elif event == Event.BATCH_START:
-            self._grow(state, logger)
+            self._resize(state, logger)
         elif event == Event.BEFORE_TRAIN_BATCH:
-            self._tried = self._tried or state.device_train_microbatch_size  # of a batch that is replayed, the first
+            self._memory.before_batch(state)
         elif event == Event.BATCH_END:
-            self._check_memory(state)
-        elif self._probing:
-            self._stop_probing(state)
+            self._memory.after_batch(state, self._plan, self._smallest)
+        else:
+            self._memory.stop(state, self._plan)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), 'growths': self._growths, 'lr_scale': self._lr_scale, 'fits': self._fits}
+        return {**super().state_dict(), 'growths': self._growths, 'lr_scale': self._lr_scale, 'fits': self._memory.fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._growths, self._lr_scale, self._fits = state['growths'], state['lr_scale'], state['fits']
+        self._growths, self._lr_scale, self._memory.fits = state['growths'], state['lr_scale'], state['fits']
 
     # ------------------------------------------------------------------ when
 
@@ -152,7 +178,7 @@ class AdaBatch(Algorithm):
         self._plan, self._state = Plan.of(state), state
         self._plan.batch_size = self._batch_sizes
         self._reset()
-        self._explicit_microbatch = state.device_train_microbatch_size is not None and not state.auto_microbatching
+        self._memory.init(state)
         if isinstance(self.policy, Callback) and self.policy not in state.callbacks:
             state.callbacks.append(self.policy)
             self.policy.run_event(Event.INIT, state, logger)
@@ -160,26 +186,29 @@ class AdaBatch(Algorithm):
     def _start(self, state: State) -> None:
         if int(state.timestamp.batch) == 0:
             self._growths = 0
-        microbatch = state.device_train_microbatch_size
-        if self._microbatch is not None and microbatch != self._microbatch and not state.auto_microbatching:
-            self._explicit_microbatch = True  # given to this fit()
+        self._memory.fit_start(state)
+        if self.lr is not None:
+            lr_exponent(self.lr, state)  # refuses an unknown optimizer now
         rescale_schedules(state, self._lr_scale)
 
     def _wanted(self, progress: Progress) -> int:
-        """How often the batch should have grown: what the policy says, but never less than before."""
-        growths = self.policy(progress)
-        if isinstance(growths, bool) or not isinstance(growths, int) or growths < 0:
+        """What the policy asks for: samples per rank from a schedule; else growths, never fewer than before."""
+        wanted = self.policy(progress)
+        if isinstance(self.policy, SizePolicy):
+            return self._per_rank(wanted)
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
             raise InputError(
-                f'policy: must give how often the batch should have grown by now, a whole number of at least 0, got {growths!r}'
+                f'policy: must give how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}'
             )
-        return max(self._growths, growths)
+        return max(self._growths, wanted)
 
     def _batch_sizes(self) -> BatchSize:
         """The plan asks for this epoch's batch sizes, as far as the policy knows them beforehand."""
+        self._check_known_sizes()
         state = self._state
         batch = int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
         sample = int(state.timestamp.sample) - int(state.timestamp.sample_in_epoch)
-        return lambda b, s: self._size(self._wanted(progress_of(state, batch + b, sample + s)))[0]
+        return lambda b, s: self._fitting(self._wanted(progress_of(state, batch + b, sample + s)))[0]
 
     def _ask(self, state: State) -> None:
         """Before a batch is fetched: is what was planned what the policy wants now?"""
@@ -188,57 +217,98 @@ class AdaBatch(Algorithm):
         if plan is None or batch >= plan.num_batches:  # the epoch is over
             return
         progress = progress_of(state)
-        self._growths = self._wanted(progress)
         if progress.batch > 0 and progress.token == 0 and any(time.unit == TimeUnit.TOKEN for time in getattr(self.policy, 'times', ())):
             raise InputError(
                 f'{self._when()}: counts tokens, but the batches have none; give samples, or get_num_tokens_in_batch in a DataSpec'
             )
-        if plan.sizes[batch - plan.first_batch] != self._size(self._growths)[0] * self._plan.loader.world_size:
+        wanted = self._wanted(progress)
+        if not isinstance(self.policy, SizePolicy):
+            self._growths = wanted
+        size, fitting = self._fitting(wanted)
+        if fitting < wanted and not self._capped:
+            self._warn(wanted, size, fitting)
+        self._capped = fitting < wanted
+        if plan.sizes[batch - plan.first_batch] != size * self._plan.loader.world_size:
             self._plan.resize(state)
 
     # ------------------------------------------------------------------ how far
 
-    def _size(self, growths: int) -> tuple[int, int]:
-        """The batch size per rank after so many growths, and how many of them fit."""
-        loader = self._plan.loader
-        initial = loader.initial_batch_size
-        available = loader.num_samples if self._plan.candidates is None else len(self._plan.candidates)
-        limit, why = max(initial, available // loader.world_size), f'the {available} samples there are'
+    def _per_rank(self, size: int) -> int:
+        world_size = self._plan.loader.world_size
+        if self.global_sizes and size % world_size:
+            raise InputError(
+                f'schedule: expected global sizes that {world_size} ranks can share, got {size}; give multiples of {world_size}'
+            )
+        return size // world_size if self.global_sizes else size
+
+    def _check_known_sizes(self) -> None:
+        """Refuses a schedule with sizes that the data set or the ranks do not allow."""
+        num_samples = self._plan.loader.num_samples
+        for place, size in enumerate(self.policy.known_sizes if isinstance(self.policy, SizePolicy) else (), 1):
+            world_size = self._plan.loader.world_size
+            if num_samples is not None and self._per_rank(size) * world_size > num_samples:
+                most = num_samples if self.global_sizes else num_samples // world_size
+                raise InputError(f'schedule: size {place}: expected at most {most}, with {num_samples} samples in the data set, got {size}')
+
+    def _limit(self) -> tuple[float, str]:
+        """The largest batch size per rank, and what sets it."""
+        loader, available = self._plan.loader, self._plan.num_candidates
+        limit, why = math.inf, ''
+        if available is not None:
+            limit, why = max(loader.initial_batch_size, available // loader.world_size), f'the {available} samples there are'
         if self.max_batch_size is not None and self.max_batch_size < limit:
-            limit, why = max(initial, self.max_batch_size), f'max_batch_size {self.max_batch_size}'
-        fitting = min(growths, math.ceil(math.log((limit + 1) / initial, self.growth_factor)))
+            limit, why = max(loader.initial_batch_size, self.max_batch_size), f'max_batch_size {self.max_batch_size}'
+        return limit, why
+
+    def _fitting(self, wanted: int) -> tuple[int, int]:
+        """The batch size per rank for what the policy asks, and how much of that the limits allow."""
+        limit, _ = self._limit()
+        if isinstance(self.policy, SizePolicy):
+            size = min(wanted, int(limit)) if limit < wanted else wanted
+            return size, size
+        if limit == math.inf:
+            return self._grown(wanted), wanted
+        fitting = min(wanted, math.ceil(math.log((limit + 1) / self._plan.loader.initial_batch_size, self.growth_factor)))
         while self._grown(fitting) > limit:
             fitting -= 1
-        if fitting < growths and not self._capped:
-            self._capped = True
-            warnings.warn(
-                f'AdaBatch: growing to {self._grown(fitting + 1)} samples per rank would pass {why}; '
-                f'the batch stays at {self._grown(fitting)}',
-                stacklevel=2,
-            )
         return self._grown(fitting), fitting
 
     def _grown(self, growths: int) -> int:
         return round(self._plan.loader.initial_batch_size * self.growth_factor**growths)
 
-    def _grow(self, state: State, logger: Logger) -> None:
-        size, growths = self._size(self._growths)
-        loader, scale = self._plan.loader, self._scale(growths)
+    def _warn(self, wanted: int, size: int, fitting: int) -> None:
+        larger = wanted if isinstance(self.policy, SizePolicy) else self._grown(fitting + 1)
+        warnings.warn(
+            f'AdaBatch: growing to {larger} samples per rank would pass {self._limit()[1]}; the batch stays at {size}', stacklevel=2
+        )
+
+    @property
+    def _smallest(self) -> int:
+        """The smallest batch size per rank of the run."""
+        known = self.policy.known_sizes if isinstance(self.policy, SizePolicy) else ()
+        return min([self._plan.loader.initial_batch_size, *map(self._per_rank, known)])
+
+    def _resize(self, state: State, logger: Logger) -> None:
+        """Before a batch: the learning rate, microbatch and loader follow the batch size."""
+        loader = self._plan.loader
+        size, fitting = self._fitting(self._wanted(progress_of(state)))
+        ratio = size / loader.initial_batch_size
+        scale = self._scale(fitting) if self.lr is None else ratio ** lr_exponent(self.lr, state)
         if scale != self._lr_scale:
-            for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
-                group['lr'] = group['lr'] * (scale / self._lr_scale)
+            scale_learning_rate(state, scale / self._lr_scale)
             rescale_schedules(state, scale, now=False)
             self._lr_scale = scale
         if size != loader.batch_size:
             loader.set_batch_size(size)
-        if size != self._batch_size:
-            self._batch_size = size
-            if not self._explicit_microbatch:
-                self._set_microbatch(state, size)
+        if self._memory.resize(state, self._plan, size, self._smallest):
+            if self.beta2 == 'rescale':
+                rescale_beta2(state, ratio)
             logger.log_metrics({'adabatch/batch_size': size * loader.world_size, 'adabatch/lr_scale': scale})
 
     def _scale(self, growths: int) -> float:
         """What so many growths multiply the learning rate by."""
+        if isinstance(self.policy, SizePolicy):
+            return 1.0
         logarithm = growths * math.log10(self.lr_factor)
         if not _SCALES[0] <= logarithm <= _SCALES[1]:
             raise InputError(
@@ -247,75 +317,11 @@ class AdaBatch(Algorithm):
             )
         return self.lr_factor**growths
 
-    # ------------------------------------------------------------------ memory
 
-    def _set_microbatch(self, state: State, size: int) -> None:
-        """Lets the device batch grow with the batch, and has Composer catch it where it does not fit."""
-        users_auto = state.auto_microbatching and not self._probing
-        self._microbatch = size if users_auto or self._fits is None else min(size, self._fits)
-        state.device_train_microbatch_size = self._microbatch
-        if not users_auto and self._fits is None and size > self._plan.loader.initial_batch_size and not state.fsdp_enabled:
-            state.auto_microbatching, self._plan.probing, self._probing = True, True, _PROBED
-
-    def _check_memory(self, state: State) -> None:
-        """After a batch: did it fit on the device?"""
-        if not self._probing:
-            self._tried = None
-            return
-        found, self._tried, tried = state.device_train_microbatch_size, None, self._tried
-        assert isinstance(found, int)
-        assert isinstance(tried, int)
-        assert state.previous_timestamp is not None
-        if found >= tried:
-            trained = self._plan.loader.batch_slice(int(state.previous_timestamp.batch_in_epoch))
-            self._fitted = max(self._fitted, min(found, trained.stop - trained.start))
-            # an epoch's last two batches may say nothing, nor does one that is split to measure it
-            self._probing -= self._fitted == self._microbatch
-            if not self._probing:
-                self._stop_probing(state)
-            return
-        self._fits = max(found, self._fitted, self._plan.loader.initial_batch_size)
-        warnings.warn(
-            f'AdaBatch: {tried} samples do not fit on the device; larger batches are put together from {self._fits} at a time',
-            stacklevel=2,
-        )
-        self._microbatch = state.device_train_microbatch_size = self._fits
-        self._stop_probing(state)
-
-    def _stop_probing(self, state: State) -> None:
-        self._probing, self._plan.probing, state.auto_microbatching = 0, False, False
-
-
-def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
-    """Makes every schedule set ``scale`` times the learning rates that it was made for.
-
-    What a schedule is scaled by is noted on it and travels in its checkpoint, so a schedule that was restored is found as it is and one
-    that was given to a later ``fit`` is scaled too.
-
-    Args:
-        state: The trainer's state.
-        scale: The factor.
-        now: Whether learning rates that the schedule has already set are scaled as well.
-    """
-    for scheduler in state.schedulers:
-        factor = scale / getattr(scheduler, 'adabatch_lr_scale', 1.0)
-        if factor == 1:
-            continue
-        _scale_base(scheduler, factor)
-        scheduler.adabatch_lr_scale = scale  # type: ignore[attr-defined]
-        for group in scheduler.optimizer.param_groups:
-            if now:
-                group['lr'] = group['lr'] * factor
-            if 'max_lr' in group and 'min_lr' in group:  # OneCycleLR keeps its base here
-                for key in ('initial_lr', 'max_lr', 'min_lr'):
-                    group[key] = group[key] * factor
-
-
-def _scale_base(scheduler: LRScheduler, factor: float) -> None:
-    for name in ('base_lrs', 'max_lrs'):  # the latter of CyclicLR
-        if hasattr(scheduler, name):
-            setattr(scheduler, name, [lr * factor for lr in getattr(scheduler, name)])
-    if hasattr(scheduler, 'eta_min'):  # of the cosines
-        scheduler.eta_min = scheduler.eta_min * factor
-    for part in getattr(scheduler, '_schedulers', []):  # SequentialLR, ChainedScheduler
-        _scale_base(part, factor)
+def _check_lr(lr: str | None, lr_factor: float, beta2: str) -> None:
+    if lr is not None and lr not in LR_RULES:
+        raise InputError(f'lr: expected one of {", ".join(map(repr, LR_RULES))}, got {lr!r}')
+    if lr is not None and lr_factor != 1:
+        raise InputError(f'lr_factor: expected none beside lr={lr!r}, which stands in its place; give one of the two')
+    if beta2 not in ('keep', 'rescale'):
+        raise InputError(f"beta2: expected 'keep' or 'rescale', got {beta2!r}")

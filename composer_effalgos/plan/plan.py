@@ -38,7 +38,7 @@ class Plan(Callback):
         prune: Chooses among the candidates; ``None`` to keep them all.
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
         loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
-        probing: Whether AdaBatch has Composer catch a grown batch that does not fit.
+        whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
         data_changes: Counts the data sets that ``fit`` was given; what is known about samples holds while it stays the same.
     """
 
@@ -49,7 +49,7 @@ class Plan(Callback):
         self.batch_size: Callable[[], BatchSize] | None = None
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
-        self.probing = False
+        self.whole_batches = False
         self.data_changes = 0
         self.clock = EpochClock()
         self._by_position: list[str] = []  # who names samples by their position in the batch
@@ -106,6 +106,11 @@ class Plan(Callback):
         """The planned loader, from ``FIT_START`` on."""
         assert self._loader is not None, 'installed at FIT_START'
         return self._loader
+
+    @property
+    def num_candidates(self) -> int | None:
+        """Samples that may be trained on now, over all ranks; ``None`` where the length of the data set is unknown."""
+        return self.loader.num_samples if self.candidates is None else len(self.candidates)
 
     # ------------------------------------------------------------------ events
 
@@ -295,12 +300,12 @@ class Plan(Callback):
         """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
 
         FSDP does, DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters, and Composer itself
-        where it looks for the microbatch that fits, on the user's behalf (AdaBatch has whole batches tried).
+        where it looks for the microbatch that fits, unless whole batches are tried.
 
         Args:
             state: The trainer's state.
         """
-        searches = state.auto_microbatching and not self.probing
+        searches = state.auto_microbatching and not self.whole_batches
         return dist.get_world_size() > 1 and (state.fsdp_enabled or searches or getattr(state.model, 'find_unused_parameters', False))
 
     def _current_batch_size(self) -> BatchSize:

@@ -150,12 +150,10 @@ def test_sizes_never_shrink_nor_pass_a_limit(factor, interval, limit):
         initial_batch_size, num_samples, world_size = 16, 203, 1
 
     class PlanLike:
-        loader, candidates = Loader, None
+        loader, num_candidates = Loader, 203
 
     algorithm._plan = PlanLike
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        grown = [algorithm._size(g) for g in range(8)]
+    grown = [algorithm._fitting(g) for g in range(8)]
     assert grown[0] == (16, 0)
     assert [size for size, _ in grown] == sorted(size for size, _ in grown)
     assert all(size <= max(16, min(203, limit or 203)) for size, _ in grown)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError
-from composer_effalgos.adabatch import NoiseScale, noise_and_signal, policies
+from composer_effalgos.adabatch import NoiseScale, gradient_noise, noise_and_signal
 
 
 class Measurements(Callback):
@@ -109,7 +109,7 @@ def test_is_measured_before_clipping_and_without_the_loss_scale(make_trainer, di
     plain = measure(make_trainer, distance, dataset, start).found
     clipped = measure(make_trainer, distance, dataset, start, algorithms=[GradientClipping('norm', 0.01)]).found
     assert clipped == plain
-    monkeypatch.setattr(policies, '_loss_scale', lambda state: torch.tensor(1024.0))
+    monkeypatch.setattr(gradient_noise, '_loss_scale', lambda state: torch.tensor(1024.0))
     scaled = measure(make_trainer, distance, dataset, start, loss_scale=1024.0).found
     assert torch.tensor(scaled) == pytest.approx(torch.tensor(plain), rel=1e-5)
 
@@ -117,8 +117,8 @@ def test_is_measured_before_clipping_and_without_the_loss_scale(make_trainer, di
 def test_the_loss_scale_is_the_scalers():
     scaler = torch.amp.GradScaler('cpu', init_scale=512.0)
     model = torch.nn.Linear(1, 1)
-    assert policies._loss_scale(SimpleNamespace(precision=Precision.AMP_FP16, scaler=scaler, model=model)) == 512
-    assert policies._loss_scale(SimpleNamespace(precision=Precision.AMP_BF16, scaler=scaler, model=model)) == 1
+    assert gradient_noise._loss_scale(SimpleNamespace(precision=Precision.AMP_FP16, scaler=scaler, model=model)) == 512
+    assert gradient_noise._loss_scale(SimpleNamespace(precision=Precision.AMP_BF16, scaler=scaler, model=model)) == 1
 
 
 def test_what_overflows_does_not_count(make_trainer, distance, points):

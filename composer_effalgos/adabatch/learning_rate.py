@@ -1,0 +1,104 @@
+"""The learning rate that goes with a batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from composer.core import State
+from torch.optim.lr_scheduler import LRScheduler
+
+from composer_effalgos.errors import InputError
+
+LR_RULES = ('none', 'sqrt', 'linear', 'auto')
+_ADAPTIVE = ('rmsprop', 'adagrad', 'adadelta', 'adafactor')  # no betas, but normalised by the gradient's size as Adam is
+
+
+def lr_exponent(rule: str, state: State) -> float:
+    """The power of the batch size that the learning rate follows.
+
+    Args:
+        rule: One of :data:`LR_RULES`.
+        state: The trainer's state, for ``'auto'``.
+
+    Returns:
+        0, 0.5 or 1. Source: linear for SGD, Goyal et al., arXiv 1706.02677; square root for adaptive optimizers, Malladi et al., arXiv
+        2205.10287.
+
+    Raises:
+        InputError: For ``'auto'`` with an optimizer of another kind.
+    """
+    if rule != 'auto':
+        return {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[rule]
+    optimizer = state.optimizers[0]
+    name = type(optimizer).__name__
+    if 'betas' in optimizer.param_groups[0] or any(part in name.lower() for part in _ADAPTIVE):
+        return 0.5
+    if isinstance(optimizer, torch.optim.SGD):
+        return 1.0
+    raise InputError(f"lr: expected 'sqrt', 'linear' or 'none' with the optimizer {name}, which 'auto' does not know, got 'auto'")
+
+
+def scale_learning_rate(state: State, factor: float) -> None:
+    """Multiplies the learning rates in use, not those that schedules start from."""
+    for group in _groups(state):
+        group['lr'] = group['lr'] * factor
+
+
+def rescale_beta2(state: State, ratio: float) -> None:
+    """Keeps the half-life of Adam's second moment in samples: ``beta2 ** ratio`` (Marek et al., arXiv 2507.07101).
+
+    The ``beta2`` that the optimizer was made with is noted in its parameter groups, and travels with them in checkpoints.
+
+    Args:
+        state: The trainer's state.
+        ratio: Batch size over the one that the optimizer's ``beta2`` is meant for.
+
+    Raises:
+        InputError: For an optimizer without a second moment of Adam's kind.
+    """
+    for group in _groups(state):
+        if len(group.get('betas', ())) != 2:
+            raise InputError(f"beta2: expected 'keep' with {type(state.optimizers[0]).__name__}, which has no beta2, got 'rescale'")
+        beta1, beta2 = group['betas']
+        group['betas'] = (beta1, group.setdefault('initial_beta2', beta2) ** ratio)
+
+
+def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
+    """Makes every schedule set ``scale`` times the learning rates that it was made for.
+
+    What a schedule is scaled by is noted on it and travels in its checkpoint, so a schedule that was restored is found as it is and one
+    that was given to a later ``fit`` is scaled too.
+
+    Args:
+        state: The trainer's state.
+        scale: The factor.
+        now: Whether learning rates that the schedule has already set are scaled as well.
+    """
+    for scheduler in state.schedulers:
+        factor = scale / getattr(scheduler, 'adabatch_lr_scale', 1.0)
+        if factor == 1:
+            continue
+        _scale_base(scheduler, factor)
+        scheduler.adabatch_lr_scale = scale  # type: ignore[attr-defined]
+        for group in scheduler.optimizer.param_groups:
+            if now:
+                group['lr'] = group['lr'] * factor
+            if 'max_lr' in group and 'min_lr' in group:  # OneCycleLR keeps its base here
+                for key in ('initial_lr', 'max_lr', 'min_lr'):
+                    group[key] = group[key] * factor
+
+
+def _scale_base(scheduler: LRScheduler, factor: float) -> None:
+    for name in ('base_lrs', 'max_lrs'):  # the latter of CyclicLR
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [lr * factor for lr in getattr(scheduler, name)])
+    if hasattr(scheduler, 'eta_min'):  # of the cosines
+        scheduler.eta_min = scheduler.eta_min * factor
+    for part in getattr(scheduler, '_schedulers', []):  # SequentialLR, ChainedScheduler
+        _scale_base(part, factor)
+
+
+def _groups(state: State) -> Iterator[dict[str, Any]]:
+    return (group for optimizer in state.optimizers for group in optimizer.param_groups)

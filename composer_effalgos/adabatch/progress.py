@@ -1,0 +1,105 @@
+"""How far a run is, and times in Composer's units."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from composer.core import State, Time, TimeUnit
+
+from composer_effalgos.errors import InputError
+
+UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
+_SUFFIXES = {'K': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}
+_WITH_SUFFIX = re.compile(r'(\d+|\d*\.\d+)([KMBT])(ep|ba|sp|tok)', re.IGNORECASE)
+
+
+class Progress(NamedTuple):
+    """How far a run is before a batch.
+
+    Attributes:
+        epoch: Epochs that are over.
+        batch: Batches trained.
+        sample: Samples trained, over all ranks.
+        token: Tokens trained, over all ranks; 0 where the batches have none. For later batches: an estimate from the tokens per sample so
+            far.
+        share: Share of the run that is over, in [0, 1]; in whole epochs where the run's length is in epochs.
+    """
+
+    epoch: int
+    batch: int
+    sample: int
+    token: int = 0
+    share: float = 0.0
+
+    def of(self, unit: TimeUnit) -> float:
+        """The progress in a unit of :data:`UNITS`."""
+        return self[UNITS.index(unit)]
+
+
+def progress_of(state: State, batch: int | None = None, sample: int | None = None) -> Progress:
+    """How far a run is.
+
+    Args:
+        state: The trainer's state.
+        batch: Batches trained; ``None`` for now.
+        sample: Samples trained, over all ranks; ``None`` for now.
+
+    Returns:
+        The progress in this epoch.
+    """
+    now = state.timestamp
+    token = int(now.token)
+    if sample is not None and token:
+        token += round((sample - int(now.sample)) * token / int(now.sample))
+    progress = Progress(int(now.epoch), int(now.batch) if batch is None else batch, int(now.sample) if sample is None else sample, token)
+    length = state.max_duration
+    assert length is not None
+    done = progress.of(length.unit) if length.unit in UNITS else now.get(length.unit).value
+    return progress._replace(share=done / length.value)
+
+
+def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = UNITS) -> Time:
+    """Reads a time string.
+
+    Args:
+        name: The argument's name, for messages.
+        value: A Composer time string (``'20ep'``), also with a suffix K, M, B or T (``'1.5Mtok'``), a :class:`composer.core.Time`, or a
+            number of epochs.
+        units: The units that are allowed.
+
+    Returns:
+        The time, greater than 0.
+
+    Raises:
+        InputError: Where it is not a time, not positive, or in another unit.
+    """
+    allowed = ', '.join(f"'{unit.value}'" for unit in units)
+    found = _WITH_SUFFIX.fullmatch(value) if isinstance(value, str) else None
+    try:
+        if found:
+            number, suffix, unit = found.groups()
+            time = Time(round(float(number) * _SUFFIXES[suffix.upper()]), unit.lower())
+        elif isinstance(value, int) and not isinstance(value, bool):
+            time = Time(value, TimeUnit.EPOCH)
+        else:
+            time = Time.from_input(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: must be a time such as '20ep' (units {allowed}), got {value!r}") from error
+    if time.unit not in units or time.value <= 0:
+        raise InputError(f'{name}: must be a positive time in one of the units {allowed}, got {value!r}')
+    return time
+
+
+def reached(progress: Progress, unit: TimeUnit) -> float:
+    """The progress in a unit, for comparisons: 0.6 of a run has reached 3 * 0.2, whatever floats say."""
+    return progress.of(unit) + (1e-9 if unit == TimeUnit.DURATION else 0)
+
+
+def times_passed(progress: Progress, time: Time) -> int:
+    """How often ``time`` has passed."""
+    if time.unit == TimeUnit.DURATION:
+        return math.floor(progress.share / time.value + 1e-9)
+    return int(progress.of(time.unit) // time.value)
