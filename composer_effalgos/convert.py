@@ -22,7 +22,8 @@ from rich.progress import track
 
 from composer_effalgos.components import did_you_mean, one_line
 from composer_effalgos.datasets import DATASETS, build_dataset
-from composer_effalgos.datasets.mds import INDEX, LABELS
+from composer_effalgos.datasets.mds import LABELS
+from composer_effalgos.datasets.mds_index import INDEX
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
 from composer_effalgos.errors import InputError
 from composer_effalgos.recipe import load_recipe, merge_settings

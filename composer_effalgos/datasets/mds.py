@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from composer_effalgos.components import one_line
 from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, limited
+from composer_effalgos.datasets.mds_index import INDEX, check_index
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
 from composer_effalgos.errors import InputError
 
-INDEX = 'index.json'
 LABELS = 'labels.npy'
 
 
@@ -47,10 +47,12 @@ class Shards:
         self.folder, self.remote = folder, remote
         file = folder / INDEX
         fetch(remote, folder, INDEX)
+        entries = check_index(folder)
         try:
-            index = json.loads(file.read_text(encoding='utf-8'))
-            self.shards: list[Any] = [reader_from_json(str(folder), '', entry) for entry in index['shards']]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.shards: list[Any] = [reader_from_json(str(folder), '', entry) for entry in entries]
+            for shard in self.shards:
+                shard.validate(allow_unsafe_types=False)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise InputError(f'{file}: not an index of MDS shards ({error}); write them with effalgos convert or MDSWriter') from error
         sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         if not sizes.sum():
@@ -87,7 +89,7 @@ class Shards:
             return
         source = file if packed is None else self.folder / packed.basename
         if self.remote is not None:
-            fetch(self.remote, self.folder, source.name, size=wanted if packed is None else packed.bytes)
+            fetch(self.remote, self.folder, str(source.relative_to(self.folder)), size=wanted if packed is None else packed.bytes)
         elif packed is None or not source.exists():
             have = _size(file)
             raise InputError(
@@ -102,7 +104,7 @@ class Shards:
                 data = decompress(reader.compression, source.read_bytes())
             except Exception as error:  # of the compression's own kind
                 raise InputError(f'{source}: cannot be decompressed ({error}); the shard is damaged') from error
-            with _room(self.folder, file.name) as came:
+            with _room(self.folder, str(file.relative_to(self.folder))) as came:
                 came.write_bytes(data)
                 came.replace(file)
 
@@ -116,9 +118,13 @@ def _size(file: Path) -> int | None:
 def _room(folder: Path, name: str) -> Iterator[Path]:
     """A place for a file that is on its way into ``folder``, for one process at a time; what a killed process left there is removed."""
     place = folder / '.fetching'
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / f'{name}.lock'):
-        came = place / name
+    came, lock = place / name, place / f'{name}.lock'
+    for path in (came, lock):
+        if os.path.realpath(path) != str(Path(os.path.realpath(folder)) / path.relative_to(folder)):
+            raise InputError(f'{path}: expected a file of its own, got a symbolic link or a path through one; remove it')
+    came.parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
         came.unlink(missing_ok=True)
         try:
             yield came

@@ -1,0 +1,111 @@
+"""Checks of the ``index.json`` beside MDS shards, which mosaicml-streaming trusts: it reads, writes and removes the files named there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from composer_effalgos.components import one_line
+from composer_effalgos.errors import InputError
+from composer_effalgos.files import read_text
+
+__all__ = ['COMPRESSIONS', 'INDEX', 'check_index']
+
+INDEX = 'index.json'
+COMPRESSIONS = {'br': 'brotli', 'bz2': 'bz2', 'gz': 'gzip', 'snappy': 'snappy', 'zstd': 'zstd'}
+"""Streaming's names of compressions and Arrow's."""
+
+_FILES = ('raw_data', 'raw_meta', 'zip_data', 'zip_meta')
+_MOST_BYTES = 2**32  # offsets within a shard are 32-bit
+_MOST_SAMPLES = 2**40
+_LONGEST_NAME = 240  # bytes
+
+
+def check_index(folder: Path) -> list[dict[str, Any]]:
+    """Reads the index of a folder of shards, and refuses what could write outside the folder or run code.
+
+    It works for any folder that a ``StreamingDataset`` reads (its ``local``, with the ``split``); call it before the data set is built.
+
+    Args:
+        folder: Holds ``index.json``. Where the data are remote, fetch that file first.
+
+    Returns:
+        The entries of the shards.
+
+    Raises:
+        InputError: No readable index; a file name that is not a plain relative path, that leads out of the folder through a symbolic link
+            or stands there twice; a column that is unpickled when read; counts out of range.
+    """
+    file = folder / INDEX
+    try:
+        index = json.loads(read_text(file, most=2**28))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f'{file}: not an index of MDS shards ({one_line(error)}); write them with effalgos convert or MDSWriter'
+        ) from error
+    shards = index.get('shards') if isinstance(index, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        raise InputError(f'{file}: not an index of MDS shards: expected a list `shards` of objects; write them again')
+    root = os.path.realpath(folder)
+    seen = {INDEX}
+    for number, shard in enumerate(shards):
+        key = f'{file}: shards[{number}]'
+        _check_whole_number(f'{key}.samples', shard.get('samples'), _MOST_SAMPLES)
+        for kind in _FILES:
+            if shard.get(kind) is not None:
+                _check_file(f'{key}.{kind}', shard[kind], root, seen)
+        _check_columns(key, shard)
+        compression = shard.get('compression')
+        if compression is not None and (not isinstance(compression, str) or compression.partition(':')[0] not in COMPRESSIONS):
+            raise InputError(f'{key}.compression: expected one of {", ".join(COMPRESSIONS)}, got {_short(compression)}')
+    return shards
+
+
+def _check_file(key: str, info: Any, root: str, seen: set[str]) -> None:
+    """Checks the description of one file: ``basename`` and ``bytes``."""
+    name = info.get('basename') if isinstance(info, dict) else None
+    if not isinstance(name, str) or not _is_plain(name):
+        raise InputError(f'{key}.basename: expected a plain relative path inside the folder, got {_short(name)}; do not use this data')
+    # streaming decompresses into the second name first
+    if not all(os.path.realpath(Path(root, path)).startswith(f'{root.rstrip("/")}/') for path in (name, f'{name}.tmp')):
+        raise InputError(f'{key}.basename: expected a file inside the folder, got {name!r}, a symbolic link out of it; copy the file here')
+    if name in seen:
+        raise InputError(f'{key}.basename: expected a name of its own, got {name!r} a second time; write the shards again')
+    seen.add(name)
+    _check_whole_number(f'{key}.bytes', info.get('bytes'), _MOST_BYTES)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is a relative path of plain parts, with ``/`` between them."""
+    parts = PurePosixPath(name).parts
+    return (
+        '/'.join(parts) == name
+        and not name.startswith('/')
+        and name.isprintable()
+        and not set(name) & {'\\', ':'}
+        and not any(part.startswith('.') for part in parts)  # `..`, and our own temporary folder
+        and 0 < len(name.encode()) <= _LONGEST_NAME
+    )
+
+
+def _check_columns(key: str, shard: dict[str, Any]) -> None:
+    """Refuses columns that are unpickled when they are read."""
+    encodings = shard.get('column_encodings') or []
+    if not isinstance(encodings, list) or not all(isinstance(encoding, str) for encoding in encodings):
+        raise InputError(f'{key}.column_encodings: expected a list of names, got {_short(encodings)}; write the shards again')
+    for encoding in encodings:
+        if encoding.partition(':')[0] == 'pkl':
+            raise InputError(f'{key}.column_encodings: expected types that run no code when read, got {encoding!r}; write other types')
+
+
+def _check_whole_number(key: str, value: Any, below: int) -> None:
+    if type(value) is not int or not 0 <= value < below:
+        raise InputError(f'{key}: expected a whole number from 0 to {below - 1}, got {_short(value)}; write the shards again')
+
+
+def _short(value: Any) -> str:
+    """A value from a file as it stands in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
