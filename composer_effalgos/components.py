@@ -136,9 +136,10 @@ def _members(module: types.ModuleType, base: type, suffix: str = '') -> dict[str
 @functools.cache
 def algorithms() -> dict[str, type]:
     """Our algorithms and Composer's, by snake_case name."""
-    from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+    from composer_effalgos import AdaBatch, InfoBatch, Pruning, SubsetSelection
 
-    return _members(composer.algorithms, Algorithm) | {'infobatch': InfoBatch, 'adabatch': AdaBatch, 'subset_selection': SubsetSelection}
+    ours = {'infobatch': InfoBatch, 'pruning': Pruning, 'adabatch': AdaBatch, 'subset_selection': SubsetSelection}
+    return _members(composer.algorithms, Algorithm) | ours
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from composer.utils import dist
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.files import whole_file
-from composer_effalgos.infobatch import InfoBatch
+from composer_effalgos.plan import EpochMetrics, Plan
 
 SUMMARY = 'summary.json'
 SCORE_EDGES = np.logspace(-6, 2, 65)  # of the histogram's bins: eight a factor of ten; the first and the last take what lies beyond
@@ -52,13 +52,13 @@ class _Running:
     loss_samples: int = 0
     batch_size: int = 0
     eval_accuracy: float | None = None
-    facts: dict[str, float] = field(default_factory=dict)
+    metrics: EpochMetrics = field(default_factory=EpochMetrics)
     cpu_seconds: float = 0.0
 
 
 @dataclass
 class _Scores:
-    """How InfoBatch's scores were spread at the end of an epoch."""
+    """How the samples' scores were spread at the end of an epoch."""
 
     epoch: int
     mean: float
@@ -72,8 +72,8 @@ class EfficiencyMonitor(Callback):
     ``efficiency/samples_full`` (what the same epochs cost without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
     samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the epoch's end),
     ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
-    ``efficiency/peak_memory_bytes``. What the algorithms decided they log themselves (``infobatch/*``, ``adabatch/*``,
-    ``subset_selection/*``).
+    ``efficiency/peak_memory_bytes``. What the algorithms decided they log themselves (``infobatch/*``, ``pruning/*``,
+    ``adabatch/*``, ``subset_selection/*``).
 
     Each epoch in the summary also has ``cpu_seconds``: CPU time of rank 0 and its child processes (data workers, compilers), without
     evaluation. On a machine that runs other work too, it is a steadier measure than ``seconds``.
@@ -86,7 +86,7 @@ class EfficiencyMonitor(Callback):
     name ends in ``Accuracy``; where there is none, it is null and one warning says so. With several evaluators the one labelled ``eval``
     counts, else the first that has an accuracy.
 
-    With :class:`InfoBatch` the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
+    Where samples are scored, the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
     and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
 
     Args:
@@ -122,7 +122,9 @@ class EfficiencyMonitor(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epochs = {entry['epoch']: _Epoch(**entry) for entry in state['epochs']}
-        self._running = _Running(**state['running'])
+        running = dict(state['running'])
+        metrics = EpochMetrics(**running.pop('metrics', None) or running.pop('facts', {}))  # 'facts' in older checkpoints
+        self._running = _Running(**running, metrics=metrics)
         self._peak_memory = state['peak_memory']
         self._scores = {entry['epoch']: _Scores(**entry) for entry in state['scores']}
 
@@ -164,7 +166,7 @@ class EfficiencyMonitor(Callback):
             running.loss_sum += state.total_loss_dict['loss/train/total'] * samples
             running.loss_samples += samples
         running.batch_size = max(running.batch_size, samples)
-        running.facts.update(getattr(state.dataloader, 'facts', {}))
+        running.metrics = getattr(state.dataloader, 'metrics', running.metrics)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
@@ -219,11 +221,12 @@ class EfficiencyMonitor(Callback):
 
     def _observe_scores(self, state: State, epoch: int) -> None:
         """Composer runs callbacks after algorithms: the epoch's scores are in already."""
-        for algorithm in state.algorithms:
-            if isinstance(algorithm, InfoBatch) and dist.get_global_rank() == 0:
-                # of the entries, the last is replaced unless its number is a power of two
-                self._scores = {number: entry for number, entry in self._scores.items() if (number + 1) & number == 0}
-                self._scores[epoch] = _histogram(epoch, algorithm.scores.numpy())
+        plan = Plan.find(state)
+        scores = None if plan is None or dist.get_global_rank() > 0 else plan.sample_scores
+        if scores is not None:
+            # the last entry is replaced unless its number is a power of two
+            self._scores = {number: entry for number, entry in self._scores.items() if (number + 1) & number == 0}
+            self._scores[epoch] = _histogram(epoch, scores.numpy())
 
     def _record(self, state: State, logger: Logger, timestamp: Timestamp, share: float = 1.0) -> None:
         """Put the epoch that ends at ``timestamp``, of which ``share`` has run, into the list, the log and the summary."""
@@ -241,7 +244,7 @@ class EfficiencyMonitor(Callback):
             lr=float(state.optimizers[0].param_groups[0]['lr']),
             train_loss=running.loss_sum / running.loss_samples if running.loss_samples else float('nan'),
             eval_accuracy=running.eval_accuracy,
-            selection_seconds=float(running.facts.get('selection_seconds', 0.0)),
+            selection_seconds=running.metrics.selection_seconds,
             samples_full=samples if full is None else round(full * share),
             cpu_seconds=running.cpu_seconds,
         )

@@ -25,6 +25,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
 from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import EfficiencyMonitor
+from composer_effalgos.plan import EpochMetrics
 
 EPOCH_KEYS = [
     'epoch',
@@ -56,7 +57,6 @@ class PrunedLoader(DataLoader):
 
     full_samples = 40
     plan = SimpleNamespace(num_samples=30)
-    facts: dict[str, float] = {}  # noqa: RUF012
 
 
 def dataset(samples: int = 20) -> TensorDataset:
@@ -155,16 +155,16 @@ def test_the_learning_rate_is_that_of_the_epochs_end(tmp_path):
     assert [entry['lr'] for entry in summary(tmp_path)['epochs']] == pytest.approx([0.25 * (1 - batch / 9) for batch in (2, 5, 8)])
 
 
-def test_savings_and_facts_of_a_planned_loader(tmp_path):
+def test_savings_and_metrics_of_a_planned_loader(tmp_path):
     log = InMemoryLogger()
     loader = PrunedLoader(dataset(30), batch_size=8)
 
     class Select(Callback):
         def epoch_start(self, state, logger):
-            loader.facts = {'selection_seconds': 1.5 + int(state.timestamp.epoch), 'pruned_fraction': 0.25}
+            loader.metrics = EpochMetrics(selection_seconds=1.5 + int(state.timestamp.epoch), pruned_fraction=0.25)
 
         def epoch_end(self, state, logger):
-            loader.facts = {}
+            loader.metrics = EpochMetrics()
 
     trainer(tmp_path, loader=loader, loggers=log, max_duration='2ep', callbacks=[Select()]).fit()
     found = summary(tmp_path)
@@ -300,7 +300,7 @@ def test_resume_neither_doubles_nor_loses_an_epoch(tmp_path, checkpoint):
 
     class Select(Callback):
         def epoch_start(self, state, logger):
-            loader.facts = {'selection_seconds': 1.0 + int(state.timestamp.epoch)}
+            loader.metrics = EpochMetrics(selection_seconds=1.0 + int(state.timestamp.epoch))
 
     def run(folder, **options):
         trainer(tmp_path, EfficiencyMonitor(save_folder=tmp_path / folder), loader=loader, callbacks=[Select()], **options).fit()
@@ -313,7 +313,7 @@ def test_resume_neither_doubles_nor_loses_an_epoch(tmp_path, checkpoint):
         save_filename='ba{batch}.pt' if 'ba' in checkpoint else 'ep{epoch}.pt',
         save_latest_filename=None,
     )
-    loader.facts = {}  # a new process knows nothing of the selection before the checkpoint
+    del loader.metrics  # a new process knows nothing of the selection before the checkpoint
     resumed = run('resumed', load_path=str(tmp_path / 'checkpoints' / f'{checkpoint}.pt'))
     for found in (whole, resumed):
         for entry in found['epochs']:
@@ -431,6 +431,7 @@ from composer.models import ComposerClassifier
 from composer.utils import dist
 from torch.utils.data import DataLoader, TensorDataset
 from composer_effalgos.monitor import EfficiencyMonitor
+from composer_effalgos.plan import EpochMetrics
 
 torch.manual_seed(0)
 data = TensorDataset(torch.randn(22, 6), torch.randint(0, 3, (22,)))

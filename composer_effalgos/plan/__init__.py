@@ -2,21 +2,28 @@
 
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
+from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import DataPath, PlannedDataLoader, Reading, class_labels
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.plan import Plan
-from composer_effalgos.plan.record import EpochRecord
+from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector
+from composer_effalgos.plan.table import SampleRows, SampleTable
 
 __all__ = [
     'BatchSize',
+    'Choice',
     'DataPath',
     'EpochClock',
+    'EpochMetrics',
     'EpochPlan',
-    'EpochRecord',
+    'Horizon',
     'PerSampleLoss',
     'Plan',
     'PlannedDataLoader',
     'Reading',
+    'SampleRows',
+    'SampleTable',
+    'Selector',
     'WeightedLoss',
     'by_shard',
     'check_seed',

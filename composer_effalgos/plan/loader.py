@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, Te
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.epoch import EpochPlan, split_batches, stream_seed
 from composer_effalgos.plan.samples import samples_of
+from composer_effalgos.plan.selector import EpochMetrics
 
 
 def class_labels(dataset: Any) -> Tensor | None:
@@ -232,7 +233,7 @@ class PlannedDataLoader(DataLoader):
             ``StreamingDataset``. A new order then goes shard by shard.
         shuffle_block: Samples that such an order mixes with each other, at least a shard.
         given: The user's loader.
-        facts: What the algorithms know of the epoch and a checkpoint within it has to keep: ``selection_seconds``, ``pruned_fraction``.
+        metrics: What the selectors measured of the epoch.
 
     Raises:
         InputError: For a loader that cannot be planned, or that reads fewer samples than there are ranks.
@@ -254,7 +255,7 @@ class PlannedDataLoader(DataLoader):
         self.shuffle, self.shard_starts, self.shuffle_block = samples.shuffle, samples.shard_starts, samples.shuffle_block
         self.indices = samples.indices
         self.limit(None)
-        self.facts: dict[str, float] = {}
+        self.metrics = EpochMetrics()
         self.plan: EpochPlan | None = None
         self._epoch = 0
         self.given = loader

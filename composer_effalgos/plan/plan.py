@@ -1,9 +1,10 @@
-"""The plan of a run: one object that the three algorithms share."""
+"""The plan of a run: one object that all algorithms share."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,44 +17,44 @@ from torch import Tensor
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resize_rest, resume_epoch
+from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+from composer_effalgos.plan.selector import EpochMetrics, Selector
 
-Prune = Callable[[Tensor | None, int], tuple[Tensor, Tensor | None] | None]
-"""``(candidates int64 [n] or None for all, epoch) -> (positions of the kept ones int64 [k], their weights float32 [k] or None)``; ``None``
-to keep them all."""
+_TWICE = {
+    'coarse': 'both pick the subset that the run trains on',
+    'fine': 'both decide which samples an epoch leaves out, and the weights of one would be wrong for what the other keeps',
+}
 
 
 class Plan(Callback):
     """Says which samples, with which weight, in batches of which size, each epoch trains on.
 
-    Algorithms contribute and do nothing else to the trainer: ``candidates`` and ``candidate_weights`` (which samples may be trained on),
-    ``prune`` (which of them are), ``batch_size``. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all contributions are
-    there, whatever the order of ``algorithms=[...]``, and the plan puts them together, installs them in the loader, sets the clock and
-    hands the weights to the loss.
+    Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` or set ``batch_size``, and do nothing else to the trainer. Composer
+    runs callbacks after algorithms, so at ``EPOCH_START`` all of them are there, whatever the order of ``algorithms=[...]``. The plan then
+    asks the selectors, installs the epoch in the loader, sets the clock and hands the weights to the loss.
 
     Attributes:
-        candidates: int64 ``[n]``, ascending; ``None`` for all samples.
-        candidate_weights: float32 ``[n]``; ``None`` for ones.
-        prune: Chooses among the candidates; ``None`` to keep them all.
+        candidates: The samples that the coarse selector left in this epoch, int64 ``[n]``, ascending; ``None`` for all. Read only.
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
         loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
         whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
-        data_changes: Counts the data sets that ``fit`` was given; what is known about samples holds while it stays the same.
+        horizon: How long the run is planned to be.
     """
 
     def __init__(self) -> None:
         self.candidates: Tensor | None = None
-        self.candidate_weights: Tensor | None = None
-        self.prune: Prune | None = None
         self.batch_size: Callable[[], BatchSize] | None = None
+        self._selectors: list[Selector] = []  # coarse before fine
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
         self.whole_batches = False
-        self.data_changes = 0
         self.clock = EpochClock()
+        self.horizon = Horizon()
         self._by_position: list[str] = []  # who names samples by their position in the batch
         self._loaded: dict[str, Any] | None = None
+        self._done: tuple[int, ...] = ()  # sizes of the batches that a resumed epoch had trained, left out of the loader's plan
         self._started = self._in_epoch = self._duration_warned = False
 
     @classmethod
@@ -66,12 +67,42 @@ class Plan(Callback):
         Returns:
             The plan, which is one of the run's callbacks.
         """
-        for callback in state.callbacks:
-            if isinstance(callback, cls):
-                return callback
-        plan = cls()
-        state.callbacks.append(plan)
+        plan = cls.find(state)
+        if plan is None:
+            plan = cls()
+            state.callbacks.append(plan)
         return plan
+
+    @classmethod
+    def find(cls, state: State) -> Plan | None:
+        """The run's plan where there is one.
+
+        Args:
+            state: The trainer's state.
+        """
+        return next((callback for callback in state.callbacks if isinstance(callback, cls)), None)
+
+    def add(self, selector: Selector) -> None:
+        """Lets a selector choose in every epoch. To be called at ``INIT``.
+
+        Args:
+            selector: The selector.
+
+        Raises:
+            InputError: Where the run has one of its stage already.
+        """
+        name = type(selector).__name__
+        for other in self._selectors:
+            if other.stage == selector.stage:
+                twice = type(other) is type(selector)
+                what = f'{name} is given twice' if twice else f'{type(other).__name__} and {name} cannot be combined'
+                raise InputError(f'algorithms: {what}: {_TWICE[selector.stage]}; keep one')
+        self._selectors = sorted([*self._selectors, selector], key=lambda item: item.stage)  # 'coarse' < 'fine'
+
+    @property
+    def sample_scores(self) -> Tensor | None:
+        """The score of each sample, float32 ``[N]`` on the CPU, where a selector keeps any."""
+        return next((scores for selector in self._selectors if (scores := selector.sample_scores) is not None), None)
 
     def request_loss(
         self, state: State, who: str, per_sample_loss: PerSampleLoss | None = None, *, by_position: bool = True
@@ -114,9 +145,14 @@ class Plan(Callback):
 
     # ------------------------------------------------------------------ events
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Notes how long the Trainer is to train."""
+        self.horizon.after_load(state)
+
     def fit_start(self, state: State, logger: Logger) -> None:
         """Installs the planned loader over the user's, or finds it there, and puts the schedules on the clock."""
         self._refuse(state)
+        self.horizon.fit_start(state, None if self._loaded is None else self._loaded.get('planned_end'))
         self.install(state)
         # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
@@ -126,7 +162,7 @@ class Plan(Callback):
             self.loss.require_per_sample(self._by_position[0])
         if state.max_duration.unit != TimeUnit.EPOCH and not self._duration_warned:
             self._duration_warned = True
-            if self.prune is not None:
+            if any(selector.stage == 'fine' for selector in self._selectors):
                 warnings.warn(
                     f'max_duration is {state.max_duration.to_timestring()!r}: with a run of fixed length pruned samples are replaced by '
                     'further ones and save no time, and schedules run on real time; give max_duration in epochs to save any',
@@ -144,6 +180,8 @@ class Plan(Callback):
                     'sample_base': int(state.timestamp.sample - state.timestamp.sample_in_epoch),
                 }
             )
+        for selector in self._selectors:
+            selector.begin(state)
         if in_epoch > 0:
             self._resume(state)
         else:
@@ -152,7 +190,8 @@ class Plan(Callback):
         self.clock.start(state, loader)
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """Plans the epoch from what the algorithms contributed."""
+        """Plans the epoch from what the selectors choose."""
+        self._done = ()
         self._take(self._plan_epoch(state), state)
 
     def _plan_epoch(self, state: State) -> EpochPlan:
@@ -220,23 +259,28 @@ class Plan(Callback):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock and the current epoch's decision, so that a run resumed within the epoch goes on with it."""
+        """The clock and the current epoch's decision, so that a run resumed within the epoch goes on with it.
+
+        A resumed run saves what the run that was never stopped saves: the whole epoch, the batches trained before the resume included.
+        """
         if self._loader is None:
             return {}
+        assert self.horizon.end is not None
         plan = self.loader.plan if self._in_epoch else None
         saved: dict[str, Any] = {
             'clock': self.clock.state_dict(),
             'num_samples': self.loader.num_samples,
-            'facts': dict(self.loader.facts),
+            'planned_end': self.horizon.end.to_timestring(),
+            'metrics': asdict(self.loader.metrics),
             'plan': None,
         }
         if plan is not None:
             saved['plan'] = {
                 'order': plan.order,
                 'weights': plan.weights,
-                'sizes': torch.tensor(plan.sizes),
-                'start': plan.start,
-                'first_batch': plan.first_batch,
+                'sizes': torch.tensor((*self._done, *plan.sizes)),
+                'start': plan.start - sum(self._done),
+                'first_batch': plan.first_batch - len(self._done),
                 'world_size': self.loader.world_size,
             }
         return saved
@@ -288,19 +332,18 @@ class Plan(Callback):
                 f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
             )
         if same_data and before is not None:  # an epoch that is under way goes on with its plan
-            self._loader.plan, self._loader.facts = before.plan, before.facts
+            self._loader.plan, self._loader.metrics = before.plan, before.metrics
         if not same_data:
-            self.data_changes += 1
-            if self._loaded is None:
-                self.candidates = self.candidate_weights = None
+            for selector in self._selectors:
+                selector.new_data(first=before is None)
         state.set_dataloader(self.loader, state.dataloader_label)
         state.train_dataloader = self.loader
 
     def in_step(self, state: State) -> bool:
         """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
 
-        FSDP does, DDP where an algorithm (StochasticDepth, LayerFreezing) makes Composer look for unused parameters, and Composer itself
-        where it looks for the microbatch that fits, unless whole batches are tried.
+        FSDP does, DDP where an algorithm makes Composer look for unused parameters, and Composer itself where it looks for the microbatch
+        that fits, unless whole batches are tried.
 
         Args:
             state: The trainer's state.
@@ -312,17 +355,22 @@ class Plan(Callback):
         return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
 
     def _decide(self, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Puts the contributions together: candidates, then pruning among them; weights multiply."""
+        """Asks the selectors, coarse before fine, each among what the ones before left; weights multiply."""
         loader = self.loader
-        candidates, weights = self.candidates, self.candidate_weights
-        decision = None if self.prune is None else self.prune(candidates, epoch)
-        if decision is None or len(decision[0]) < loader.world_size:  # too few left to deal out
-            return torch.arange(loader.num_samples) if candidates is None else candidates, weights
-        positions, factors = decision
-        kept = positions if candidates is None else candidates[positions]
-        if weights is not None:
-            factors = weights[positions] if factors is None else weights[positions] * factors
-        return kept, factors
+        loader.metrics = EpochMetrics()
+        samples: Tensor | None = None
+        weights: Tensor | None = None
+        for selector in self._selectors:
+            choice = selector.choose(samples, epoch)
+            if selector.stage == 'coarse':
+                self.candidates = None if choice is None else choice.positions
+            if choice is None or len(choice.positions) < loader.world_size:  # too few left to deal out
+                continue
+            factors = choice.weights
+            if weights is not None:
+                factors = weights[choice.positions] if factors is None else weights[choice.positions] * factors
+            samples, weights = choice.positions if samples is None else samples[choice.positions], factors
+        return torch.arange(loader.num_samples) if samples is None else samples, weights
 
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
@@ -346,7 +394,7 @@ class Plan(Callback):
         saved = self._loaded['plan'] if self._loaded is not None else None
         if saved is not None:
             assert self._loaded is not None
-            loader.facts.update(self._loaded['facts'])
+            loader.metrics = EpochMetrics(**(self._loaded.get('metrics') or self._loaded['facts']))  # 'facts' in older checkpoints
             plan = EpochPlan(
                 saved['order'], saved['weights'], tuple(saved['sizes'].tolist()), start=saved['start'], first_batch=saved['first_batch']
             )
@@ -354,15 +402,21 @@ class Plan(Callback):
         elif loader.plan is not None:
             plan, world_size = loader.plan, loader.world_size
         elif self._started:  # fit() was given another loader within an epoch
-            plan, world_size = self._plan_epoch(state), loader.world_size
+            plan, world_size, self._done = self._plan_epoch(state), loader.world_size, ()
         else:
             raise InputError(
                 'load_path: the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '
                 'of an epoch, or load_weights_only=True'
             )
+        for selector in self._selectors:
+            if selector.stage == 'coarse':
+                self.candidates = selector.candidates(int(state.timestamp.epoch))
+        batches = int(state.timestamp.batch_in_epoch)
+        done = plan.sizes[: batches - plan.first_batch]
+        self._done = (*self._done, *done) if world_size == loader.world_size else ()
         rest = resume_epoch(
             plan,
-            batches=int(state.timestamp.batch_in_epoch),
+            batches=batches,
             batch_size=self._current_batch_size(),
             world_size=loader.world_size,
             same_world_size=world_size == loader.world_size,

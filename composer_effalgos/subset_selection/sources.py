@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import EpochRecord, Plan, WeightedLoss
+from composer_effalgos.plan import Plan, SampleRows, SampleTable, WeightedLoss
 from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Found, Rows, logits_and_classes
 from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
 from composer_effalgos.subset_selection.problem import Selection
@@ -196,57 +196,59 @@ class _Forgetting(Source):
         super().__init__(strategy, backend, options)
         self.by_class = self.settings['selection_type'] != 'Supervised'
         self.events = torch.zeros(0, dtype=torch.int32)
-        self.last = torch.zeros(0, dtype=torch.int8)  # whether it was right when last trained on; -1 before
 
     def start(self, plan: Plan, loss: WeightedLoss) -> None:
-        self.record = EpochRecord(plan)
+        self.table = SampleTable(plan)  # 1 where a sample was right when last trained on, else 0
         loss.subscribers.append(self._observe)
 
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
         size = len(dataset)  # type: ignore[arg-type]
         if not known or len(self.events) != size:
-            self.events, self.last = torch.zeros(size, dtype=torch.int32), torch.full((size,), -1, dtype=torch.int8)
+            self.events = torch.zeros(size, dtype=torch.int32)
+            self.table.reset(size)
 
     def epoch_end(self, state: State) -> None:
-        if self.record.begun:
-            self.events, self.last = self._merged(self.record.of_all_ranks(state))
-            self.record.clear()
+        if self.table.noted:
+            before = self.table.rows
+            self.table.exchange(state)
+            self.events = self._counted(before, self.table.rows)
 
     def read(self, data: DataPass) -> Found | None:
         return Found(data.labels()) if self.by_class else None
 
     def pick(self, found: Found | None, occasion: Occasion) -> Selection:
-        if bool((self.last == -1).all()):
+        rows = self.table.rows
+        if not bool(rows.scored.any()):
             raise InputError('strategy: forgetting has counted nothing yet; train with this strategy and kappa above 0 first')
-        learnt = (self.events > 0) | (self.last == 1)
+        learnt = (self.events > 0) | (rows.scores == 1)
         scores = torch.where(learnt, self.events.float(), math.inf)
-        scores[self.last == -1] = -1.0  # never trained on: nothing is known
+        scores[~rows.scored] = -1.0  # never trained on: nothing is known
         scores = scores if occasion.candidates is None else scores[occasion.candidates]
         return self._select_without_gradients(occasion, None if found is None else self._classes(found.train), scores=scores)
 
     def state_dict(self, state: State | None) -> dict[str, Any]:
-        events, last = (self.events, self.last) if state is None else self._merged(self.record.of_all_ranks(state))
-        return {'events': events, 'last': last}
+        if state is None:
+            return {}
+        table = self.table.state_dict(state)
+        return {'events': self._counted(self.table.rows, SampleRows(**table)), **table}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.events, self.last = saved['events'].cpu(), saved['last'].cpu()
+        self.events = saved['events'].cpu()
+        if 'last' in saved:  # of an older version: -1 for samples that were not trained on
+            scored = saved['last'] >= 0
+            saved = {'history': (saved['last'] == 1).float()[None], 'scored': scored, 'offered': scored, 'trained': scored.int()}
+        self.table.load_state_dict(saved)
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
         logits, classes = logits_and_classes(outputs, batch)
         right = (logits.detach().argmax(dim=1) == classes).float()
-        self.record.note(torch.where(classes == NO_CLASS, -1.0, right), where)
+        self.table.note(torch.where(classes == NO_CLASS, -1.0, right), where)
 
-    def _merged(self, noted: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        events, last = self.events.clone(), self.last.clone()
-        for samples, right in noted:
-            if (right < 0).any():
-                raise InputError(
-                    f'labels: {ONE_CLASS}, and strategy forgetting counts right answers; gradmatch, glister and random do without'
-                )
-            fresh = right.to(torch.int8)
-            events[samples] += ((last[samples] == 1) & (fresh == 0)).int()
-            last[samples] = fresh
-        return events, last
+    def _counted(self, before: SampleRows, after: SampleRows) -> Tensor:
+        """The forgetting events up to ``after``: samples that were right before and are wrong now."""
+        if bool((after.scores < 0).any()):
+            raise InputError(f'labels: {ONE_CLASS}, and strategy forgetting counts right answers; gradmatch, glister and random do without')
+        return self.events + ((before.scores == 1) & (after.scores == 0)).int()
 
 
 class _Milo(Source):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from composer.algorithms import EMA
-from composer.core import Algorithm, DataSpec, Event, State, TimeUnit
+from composer.core import Algorithm, DataSpec, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from composer_effalgos.adabatch.policies import parse_time
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan import PerSampleLoss, Plan, WeightedLoss, check_seed, stream_seed
+from composer_effalgos.plan import Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_seed, stream_seed
 from composer_effalgos.subset_selection.data_pass import DataPass, Found
 from composer_effalgos.subset_selection.sources import Occasion, make_source
 
@@ -26,7 +26,7 @@ _STREAM = 11  # of random numbers, see stream_seed
 _HOLD_OUT_STREAM = 12
 
 
-class SubsetSelection(Algorithm):
+class SubsetSelection(Selector, Algorithm):
     """Trains on a weighted subset of the data, selected again every few epochs.
 
     A selection makes one forward pass over the data in evaluation mode, shared out over the ranks, and hands the per-sample gradients of
@@ -34,9 +34,9 @@ class SubsetSelection(Algorithm):
     1. Schedules keep the time of the run on all data. A selection that fails leaves the last good subset in place, with one warning.
     Batches go through the training ``DataSpec``'s transforms as in training.
 
-    Runs on ``INIT``, ``FIT_START``, ``EPOCH_START``, ``EPOCH_END`` and ``FIT_END``. Sources: GLISTER, Killamsetty et al., arXiv 2012.10630;
-    GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al., arXiv 1906.01827; MILO, Killamsetty et al., arXiv
-    2301.13287; the CORDS package; those of the other strategies are in the method card.
+    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``; it selects at ``EPOCH_START``, when the plan asks. Sources: GLISTER,
+    Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al., arXiv 1906.01827;
+    MILO, Killamsetty et al., arXiv 2301.13287; the CORDS package; those of the other strategies are in the method card.
 
     Args:
         strategy: ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
@@ -73,8 +73,10 @@ class SubsetSelection(Algorithm):
         ... )  # doctest: +SKIP
     """
 
+    stage = 'coarse'
     _plan: Plan  # from INIT on
     _loss: WeightedLoss
+    _logger: Logger
 
     def __init__(
         self,
@@ -126,7 +128,6 @@ class SubsetSelection(Algorithm):
         self._rest: Tensor | None = None  # all others, ascending; None for all samples
         self._indices: Tensor | None = None  # the subset, ascending
         self._weights: Tensor | None = None  # None for ones
-        self._data_changes = 0
         self._failure_warned = False
 
     def __repr__(self) -> str:
@@ -161,31 +162,30 @@ class SubsetSelection(Algorithm):
         return self._held_out
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.INIT, Event.FIT_START, Event.EPOCH_START, Event.EPOCH_END, Event.FIT_END)
+        return event in (Event.INIT, Event.FIT_START, Event.EPOCH_END, Event.FIT_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
-            self._initialise(state)
-            return
-        if event != Event.EPOCH_START:
+            self._initialise(state, logger)
+        else:
             self._source.epoch_end(state)
-            if event != Event.FIT_START:
-                return
-        warm_up, epoch = self._warm_up(state), int(state.timestamp.epoch)
-        if event == Event.EPOCH_START:
-            self._take_data(state)
-            budget = self._budget()
-            facts = self._plan.loader.facts
-            facts['selection_seconds'] = 0.0
-            redraw = not self._source.once and (epoch - warm_up) % self.select_every.value == 0
-            if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
-                start = time.perf_counter()
-                self._select(state, budget)
-                facts['selection_seconds'] = time.perf_counter() - start
-                logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
-        in_use = epoch >= warm_up
-        self._plan.candidates = self._indices if in_use else self._rest
-        self._plan.candidate_weights = self._weights if in_use else None
+
+    def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
+        state = self._state
+        assert state is not None
+        warm_up, budget = self._warm_up(state), self._budget()
+        redraw = not self._source.once and (epoch - warm_up) % self.select_every.value == 0
+        if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
+            start = time.perf_counter()
+            self._select(state, budget)
+            self._plan.loader.metrics.selection_seconds = time.perf_counter() - start
+            self._logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
+        samples = self.candidates(epoch)
+        return None if samples is None else Choice(samples, self._weights if epoch >= warm_up else None)
+
+    def candidates(self, epoch: int) -> Tensor | None:
+        assert self._state is not None
+        return self._indices if epoch >= self._warm_up(self._state) else self._rest
 
     def select(self, state: State) -> tuple[Tensor, Tensor]:
         """Selects once, outside training; for a trainer that was built with this algorithm and is not fitted.
@@ -200,7 +200,6 @@ class SubsetSelection(Algorithm):
             InputError: Where the selection fails.
         """
         self._plan.install(state)
-        self._take_data(state)
         self._indices = self._weights = None
         self._select(state, self._budget())
         assert self._indices is not None
@@ -218,41 +217,42 @@ class SubsetSelection(Algorithm):
         if state.get('source'):
             self._source.load_state_dict(state['source'])
 
-    def _initialise(self, state: State) -> None:
-        if sum(isinstance(algorithm, SubsetSelection) for algorithm in state.algorithms) > 1:
-            raise InputError('algorithms: SubsetSelection is given twice; keep one')
-        self._plan, self._state = Plan.of(state), state
+    def _initialise(self, state: State, logger: Logger) -> None:
+        self._plan, self._state, self._logger = Plan.of(state), state, logger
+        self._plan.add(self)
         self._indices = self._weights = self._held_out = self._rest = None
-        self._data_changes, self._failure_warned = 0, False
+        self._failure_warned = False
         by_position = self._source.weighted or self._source.by_position
         self._loss = self._plan.request_loss(
             state, f'{type(self).__name__}({self.strategy!r})', self.per_sample_loss, by_position=by_position
         )
         self._source.start(self._plan, self._loss)
 
+    def _length(self, state: State) -> Time:
+        """How long the run is planned to be; outside ``fit`` as long as the Trainer was told."""
+        length = self._plan.horizon.end or state.max_duration
+        assert length is not None
+        return length
+
     def _warm_up(self, state: State) -> int:
         """Epochs trained on all data first."""
-        assert state.max_duration is not None
-        if state.max_duration.unit == TimeUnit.EPOCH:
-            return math.ceil(self.kappa * state.max_duration.value - 1e-9)
+        end = self._length(state)
+        if end.unit == TimeUnit.EPOCH:
+            return math.ceil(self.kappa * end.value - 1e-9)
         if self.kappa > 0:
-            raise InputError(f'kappa: needs max_duration in epochs, got {state.max_duration.to_timestring()!r}; leave it 0')
+            raise InputError(f'kappa: needs max_duration in epochs, got {end.to_timestring()!r}; leave it 0')
         return 0
 
-    def _take_data(self, state: State) -> None:
-        """Forgets what is known of another data set, and holds out what is to be held out of this one."""
-        if self._plan.data_changes == self._data_changes:
-            return
-        known = self._data_changes == 0  # what there is came from a checkpoint
-        self._data_changes = self._plan.data_changes
-        if not known:
+    def new_data(self, *, first: bool) -> None:
+        assert self._state is not None
+        if not first:
             self._indices = self._weights = self._held_out = None
         dataset, size = self._plan.loader.dataset, self._plan.loader.num_samples
-        self._source.new_data(dataset, known=known)
+        self._source.new_data(dataset, known=first)
         self._rest = None
         if self.val_share > 0:
             if self._held_out is None:
-                generator = torch.Generator().manual_seed(stream_seed(self._seed(state), _HOLD_OUT_STREAM))
+                generator = torch.Generator().manual_seed(stream_seed(self._seed(self._state), _HOLD_OUT_STREAM))
                 number = max(1, round(self.val_share * size))
                 self._held_out = torch.randperm(size, generator=generator)[:number].sort().values
             mask = torch.ones(size, dtype=torch.bool)
@@ -323,7 +323,7 @@ class SubsetSelection(Algorithm):
             )
 
     def _decide(self, found: Found | None, budget: int, state: State) -> tuple[Tensor, Tensor | None]:
-        assert state.max_duration is not None
+        end = self._length(state)
         epoch, warm_up = int(state.timestamp.epoch), self._warm_up(state)
         rest, every = self._rest, int(self.select_every.value)
         if found is not None and rest is not None:
@@ -338,7 +338,7 @@ class SubsetSelection(Algorithm):
                 candidates=rest,
                 generator=torch.Generator().manual_seed(stream_seed(self._seed(state), _STREAM, epoch)),
                 number=max(0, epoch - warm_up) // every,
-                total=-(-(int(state.max_duration.value) - warm_up) // every) if state.max_duration.unit == TimeUnit.EPOCH else None,
+                total=-(-(int(end.value) - warm_up) // every) if end.unit == TimeUnit.EPOCH else None,
                 batch_size=self._plan.loader.initial_batch_size,
                 current=self._indices if rest is None or self._indices is None else torch.searchsorted(rest, self._indices),
             ),

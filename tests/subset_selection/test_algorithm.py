@@ -16,14 +16,14 @@ class Subsets(Callback):
     """What each epoch could train on and did train on."""
 
     def __init__(self):
-        self.candidates, self.trained, self.weights, self.facts = [], [], [], []
+        self.candidates, self.trained, self.weights, self.metrics = [], [], [], []
 
     def epoch_end(self, state, logger):
         plan = Plan.of(state)
         self.candidates.append(plan.candidates)
         self.trained.append(plan.loader.plan.order.sort().values)
         self.weights.append(plan.loader.plan.weights)
-        self.facts.append(dict(plan.loader.facts))
+        self.metrics.append(plan.loader.metrics)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_every_strategy_trains_on_exactly_the_budget(fit, strategy, backend):
     assert torch.equal(subsets.trained[1], subsets.trained[2]) == (strategy == 'random')
     assert algorithm.weights.mean().item() == pytest.approx(1, rel=1e-5)
     assert (algorithm.weights >= 0).all()
-    assert [facts['selection_seconds'] > 0 for facts in subsets.facts] == [True, False, strategy != 'random']
+    assert [metrics.selection_seconds > 0 for metrics in subsets.metrics] == [True, False, strategy != 'random']
     if strategy in ('glister', 'random', 'adaptive-random'):
         assert subsets.weights[0] is None
     assert sum(sum(sizes) for sizes in subsets.trainer.recorder.sizes) == 3 * 61
@@ -94,7 +94,7 @@ def test_selects_by_the_gradients_of_the_model_as_it_is(make_trainer, problem):
 def test_warm_start_trains_on_everything_first(fit):
     subsets = fit(SubsetSelection('glister', 0.3, '2ep', kappa=0.4), max_duration='5ep')
     assert [len(t) for t in subsets.trained] == [203, 203, 61, 61, 61]
-    assert [facts['selection_seconds'] > 0 for facts in subsets.facts] == [False, False, True, False, True]
+    assert [metrics.selection_seconds > 0 for metrics in subsets.metrics] == [False, False, True, False, True]
 
 
 def test_weights_multiply_with_infobatch(fit):

@@ -33,7 +33,7 @@ class Subsets(Callback):
         loader = Plan.of(state).loader
         self.trained.append(loader.plan.order.sort().values)
         self.orders.append(loader.rank_order)
-        self.seconds.append(loader.facts['selection_seconds'])
+        self.seconds.append(loader.metrics.selection_seconds)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Scores other than the last loss, quantile bands and pruning by class."""
 
+import importlib
 import math
 from collections import Counter
 
@@ -14,8 +15,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError
 from composer_effalgos import functional as ef
-from composer_effalgos.infobatch import infobatch
 from composer_effalgos.plan import Plan
+
+drawing = importlib.import_module('composer_effalgos.pruning.prune')
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -62,11 +64,11 @@ def test_by_class_equals_class_after_class(n, classes, ratio, seed):
 def test_blocks_change_nothing(n, ratio, seed, block):
     scores = torch.tensor(np.random.default_rng(seed).random(n))
     whole = ef.prune(scores, ratio, generator(seed))
-    before, infobatch._BLOCK = infobatch._BLOCK, 8 * block
+    before, drawing._BLOCK = drawing._BLOCK, 8 * block
     try:
         blocked = ef.prune(scores, ratio, generator(seed))
     finally:
-        infobatch._BLOCK = before
+        drawing._BLOCK = before
     assert all(a.equal(b) for a, b in zip(whole, blocked, strict=True))
 
 
@@ -75,7 +77,7 @@ def test_few_of_many_are_chosen_uniformly():
     mask[5:70] = True  # 65 of which 2 are drawn: without looking at them all
     draws, trials, choices = np.random.default_rng(0), 40_000, Counter()
     for _ in range(trials):
-        choices[tuple(sorted(infobatch._choose(mask, 2, draws).tolist()))] += 1
+        choices[tuple(sorted(drawing._choose(mask, 2, draws).tolist()))] += 1
     assert all(mask[i] and mask[j] and i < j for i, j in choices)
     number = math.comb(65, 2)
     observed = np.array([*choices.values(), *[0] * (number - len(choices))])
@@ -88,7 +90,7 @@ def test_choosing_takes_as_many_as_asked_for_and_none_twice(n, density, share, s
     draws = np.random.default_rng(seed)
     mask = draws.random(n) < density
     count = int(share * mask.sum())
-    chosen = infobatch._choose(mask, count, draws)
+    chosen = drawing._choose(mask, count, draws)
     assert len(set(chosen.tolist())) == count
     assert mask[chosen].all()
 
@@ -169,7 +171,7 @@ def test_classes_come_from_the_data_set(make_trainer, problem, kind):
         below = int((scores.double() < scores.double().mean()).sum())
         assert int((classes[kept] == label).sum()) == len(scores) - below + below // 2
     if kind == 'given':
-        with pytest.raises(InputError, match=r'labels: class_balanced needs .* Plain has no targets; pass InfoBatch\(labels'):
+        with pytest.raises(InputError, match=r'labels: the rule needs .* Plain has no targets; pass InfoBatch\(labels'):
             make_trainer([InfoBatch(class_balanced=True)], dataset=dataset).fit()
         with pytest.raises(InputError, match='labels: must be 203 class indices'):
             make_trainer([InfoBatch(class_balanced=True, labels=[0, 1])], dataset=dataset).fit()

@@ -128,16 +128,6 @@ def test_not_finite_losses_are_kept_and_do_not_poison_the_mean(make_trainer):
         assert len(ends.samples[epoch]) < 203
 
 
-def test_drop_last_prunes_once_every_sample_has_a_score(trained):
-    ends = trained(InfoBatch(delta=1.0), batch_size=20, drop_last=True, max_duration='6ep')
-    sizes = [size for epoch in ends.trainer.recorder.sizes for size in epoch]
-    assert set(sizes) == {20}
-    for epoch in range(1, 6):
-        all_scored = not ends.scores[epoch - 1].isnan().any()
-        assert (len(ends.samples[epoch]) < 203) == all_scored
-    assert not ends.scores[-1].isnan().any()
-
-
 def test_another_data_set_starts_with_no_scores(make_trainer, problem):
     algorithm = InfoBatch(delta=1.0)
     ends = EpochEnds(algorithm)
@@ -162,7 +152,7 @@ def test_says_what_it_is_and_does():
 
 
 def test_given_twice(make_trainer):
-    with pytest.raises(InputError, match='twice'):
+    with pytest.raises(InputError, match='InfoBatch is given twice: both decide which samples an epoch leaves out'):
         make_trainer([InfoBatch(), InfoBatch()])
 
 

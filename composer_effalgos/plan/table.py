@@ -1,0 +1,169 @@
+"""What is known of each sample: its scores, and how often it was trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist
+from torch import Tensor
+
+from composer_effalgos.plan.plan import Plan
+
+_SAVED = ('history', 'scored', 'offered', 'trained')
+
+
+@dataclass
+class SampleRows:
+    """The table's rows, of all samples or of an epoch's candidates; on the CPU, without NaN.
+
+    Attributes:
+        history: The last ``H`` scores of each sample, float32 ``[H, n]``, the newest first; 0 where there is none, inf where one was not
+            finite.
+        scored: Whether a sample has a score, bool ``[n]``.
+        offered: Whether a sample was a candidate in an epoch before, bool ``[n]``.
+        trained: How many epochs trained on a sample, int32 ``[n]``.
+    """
+
+    history: Tensor
+    scored: Tensor
+    offered: Tensor
+    trained: Tensor
+
+    @classmethod
+    def empty(cls, history: int, num_samples: int) -> SampleRows:
+        """Rows of samples of which nothing is known."""
+        flags = torch.zeros(2, num_samples, dtype=torch.bool)
+        return cls(torch.zeros(history, num_samples), flags[0], flags[1], torch.zeros(num_samples, dtype=torch.int32))
+
+    @property
+    def scores(self) -> Tensor:
+        """The last score of each sample, float32 ``[n]``; 0 where it has none."""
+        return self.history[0]
+
+    def __len__(self) -> int:
+        return len(self.scored)
+
+    def take(self, samples: Tensor) -> SampleRows:
+        """The rows of some samples, int64 ``[n]``."""
+        return SampleRows(self.history[:, samples], *(getattr(self, name)[samples] for name in _SAVED[1:]))
+
+    def clone(self) -> SampleRows:
+        """A copy."""
+        return SampleRows(*(getattr(self, name).clone() for name in _SAVED))
+
+
+class SampleTable:
+    """Keeps one row a sample over the run.
+
+    The scores of the epoch under way stay on the training device, in the rank's order, so noting them moves nothing to the host. The ranks
+    exchange them once, at the epoch's end, and when a checkpoint is written within an epoch.
+
+    Args:
+        plan: The run's plan, which says which samples are trained on.
+        history: Scores kept of each sample; 0 where none are noted.
+        decay: Weight of the old score where the score is an exponential moving average; 0 for the last score.
+    """
+
+    def __init__(self, plan: Plan, history: int = 1, decay: float = 0.0) -> None:
+        self._plan, self._history, self._decay = plan, history, decay
+        self._rows = SampleRows.empty(history, 0)
+        self._noted: Tensor | None = None  # NaN where not trained yet
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> SampleRows:
+        """What is known of all samples, as of the last exchange."""
+        return self._rows
+
+    def reset(self, num_samples: int) -> None:
+        """Begins anew for another data set."""
+        self._rows, self._noted = SampleRows.empty(self._history, num_samples), None
+
+    def note(self, scores: Tensor, where: slice) -> None:
+        """Notes the scores of a microbatch.
+
+        Args:
+            scores: Float32 ``[B]``; what is not finite becomes inf.
+            where: Their place in the rank's epoch.
+        """
+        if self._noted is None:
+            self._noted = scores.new_full((len(self._plan.loader.rank_order),), math.nan)
+        self._noted[where] = torch.nan_to_num(scores, nan=math.inf, posinf=math.inf, neginf=math.inf)
+
+    @property
+    def noted(self) -> bool:
+        """Whether there are scores that the ranks have not exchanged yet."""
+        return self._noted is not None
+
+    def of_this_rank(self) -> SampleRows:
+        """The rows with what this rank noted since the last exchange."""
+        if self._noted is None:
+            return self._rows
+        return self._with([_scores_of(self._plan.loader.rank_order, self._noted)])
+
+    def of_all_ranks(self, state: State) -> SampleRows:
+        """The rows with what every rank noted since the last exchange; a collective call."""
+        if self._noted is None or dist.get_world_size() == 1:
+            return self.of_this_rank()
+        orders = self._plan.loader.rank_orders()
+        padded = state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
+        padded[: len(self._noted)] = self._noted
+        gathered = dist.all_gather(padded)
+        return self._with([_scores_of(order, values[: len(order)]) for order, values in zip(orders, gathered, strict=True)])
+
+    def exchange(self, state: State) -> None:
+        """Takes in what every rank noted; a collective call."""
+        self._rows, self._noted = self.of_all_ranks(state), None
+
+    def end_epoch(self, state: State) -> None:
+        """Takes in what every rank noted, and counts what the epoch trained on; a collective call."""
+        self.exchange(state)
+        plan = self._plan.loader.plan
+        assert plan is not None
+        self._rows.trained[plan.order[: plan.num_samples]] += 1
+
+    def offer(self, samples: Tensor | None) -> None:
+        """Notes that samples are candidates of an epoch.
+
+        Args:
+            samples: Sample indices, int64 ``[n]``; ``None`` for all.
+        """
+        self._rows.offered[slice(None) if samples is None else samples] = True
+
+    def state_dict(self, state: State | None) -> dict[str, Tensor]:
+        """The rows with what every rank noted; a collective call.
+
+        Args:
+            state: The trainer's state; ``None`` before ``INIT``.
+        """
+        rows = self._rows if state is None else self.of_all_ranks(state)
+        return {name: getattr(rows, name) for name in _SAVED}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self._rows, self._noted = SampleRows(*(saved[name].cpu() for name in _SAVED)), None
+
+    def _with(self, noted: list[tuple[Tensor, Tensor]]) -> SampleRows:
+        rows = self._rows.clone()
+        for samples, fresh in noted:
+            if self._decay:
+                old = rows.scores[samples]
+                blend = rows.scored[samples] & torch.isfinite(old) & torch.isfinite(fresh)
+                fresh = torch.where(blend, self._decay * old + (1 - self._decay) * fresh, fresh)
+            for age in range(self._history - 1, 0, -1):
+                rows.history[age, samples] = rows.history[age - 1, samples]
+            rows.history[0, samples] = fresh
+            rows.scored[samples] = True
+        return rows
+
+
+def _scores_of(order: Tensor, noted: Tensor) -> tuple[Tensor, Tensor]:
+    noted = noted.cpu()
+    trained = ~torch.isnan(noted)
+    return order[trained], noted[trained]

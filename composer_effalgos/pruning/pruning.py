@@ -1,0 +1,328 @@
+"""Pruning: each epoch trains on the samples that a rule keeps, by their scores so far."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State, TimeUnit
+from composer.loggers import Logger
+from torch import Tensor
+
+from composer_effalgos.checks import check_number
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan import Choice, PerSampleLoss, Plan, SampleRows, SampleTable, Selector, check_seed, class_labels, stream_seed
+from composer_effalgos.pruning.prune import finite_mean
+from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
+from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, find_rule
+
+_STREAM = 10  # of random numbers, see stream_seed
+
+
+class Pruning(Selector, Algorithm):
+    """Trains each epoch on the samples that a rule keeps.
+
+    Samples are scored while they are trained on, without a further pass. Each epoch the rule decides from the scores which samples to keep
+    and with which weight. Samples that have no score yet are kept. A rule that goes by scores begins once every sample has been through an
+    epoch and most have a score; the last ``1 - delta`` of the run trains on everything, unless the rule says otherwise. Schedules keep the
+    time of the unpruned run.
+
+    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``. The rules' sources are in the method card.
+
+    Args:
+        rule: ``infobatch``, ``random``, ``seta``, ``pdd``, ``ucb``, ``epsilon_greedy``, ``ies``, ``rho``; one of these with its options,
+            as in ``{'name': 'seta', 'groups': 5}``; or a :class:`PruningRule` of your own.
+        prune_ratio: The fraction to prune, in [0, 1); what of depends on the rule. A schedule is a function of the run's progress, or
+            points ``[(progress, ratio), ...]`` with straight lines between them.
+        delta: The share of the run in which samples are pruned, in [0, 1].
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample. It replaces
+            ``model.loss`` during training steps.
+        seed: Seeds the draws; ``None`` for the trainer's seed.
+        labels: Class indices of the training samples, ``[N]``; ``None`` to read the dataset's ``targets`` where the rule needs them.
+
+    Raises:
+        InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
+
+    Example:
+        >>> from composer import Trainer
+        >>> from composer_effalgos import Pruning
+        >>> algorithm = Pruning('random', prune_ratio=0.3)
+        >>> trainer = Trainer(model=model, train_dataloader=loader, max_duration='30ep', algorithms=[algorithm])  # doctest: +SKIP
+    """
+
+    stage = 'fine'
+    _plan: Plan  # from INIT on
+    _state: State
+
+    def __init__(
+        self,
+        rule: PruningRule | str | Mapping[str, Any],
+        *,
+        prune_ratio: Ratio = 0.5,
+        delta: float = 0.875,
+        per_sample_loss: PerSampleLoss | None = None,
+        seed: int | None = None,
+        labels: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        self.rule = find_rule(rule)
+        self._ratio: Callable[[float], float] = ratio_schedule(prune_ratio)
+        check_number('delta', delta, least=0, most=1)
+        check_seed(seed)
+        if per_sample_loss is not None and not callable(per_sample_loss):
+            raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        self.prune_ratio = prune_ratio
+        self.delta = delta
+        self.per_sample_loss = per_sample_loss
+        self.seed = seed
+        self.labels = labels
+        self.samples_saved = 0
+        self.epochs_pruned = 0
+        self._loaded: dict[str, Any] | None = None
+        self._table: SampleTable | None = None  # from INIT on
+        self._labels: Tensor | None = None
+        self._open_ended = False
+        self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.rule!r}, prune_ratio={self.prune_ratio!r}, delta={self.delta}, seed={self.seed})'
+
+    @property
+    def scores(self) -> Tensor:
+        """The score of each sample, float32 ``[N]`` on the CPU; NaN where a sample has none yet, inf where its loss was not finite.
+
+        Within an epoch, what other ranks trained on comes in at its end.
+        """
+        if self._table is None:
+            return torch.empty(0)
+        rows = self._table.of_this_rank()
+        return torch.where(rows.scored, rows.scores, math.nan) if self.rule.history else torch.full((len(rows),), math.nan)
+
+    @property
+    def sample_scores(self) -> Tensor | None:
+        return self.scores if self.rule.history else None
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.INIT, Event.FIT_START, Event.EPOCH_END, Event.FIT_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.INIT:
+            self._initialise(state)
+            return
+        table = self._known()
+        if event == Event.EPOCH_END:
+            table.end_epoch(state)
+        elif table.noted:  # at FIT_START after a fit that was interrupted
+            table.exchange(state)
+        else:
+            self._warn_at_end(event, state)
+            return
+        self._log(logger)
+        self._warn_at_end(event, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        # every rank saves together, so within an epoch the scores can be exchanged here
+        saved = {} if self._table is None else self._table.state_dict(self._state)
+        return {**super().state_dict(), **saved, 'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples_saved = state['samples_saved']
+        self.epochs_pruned = state.get('epochs_pruned', int(self.samples_saved > 0))
+        if 'scores' in state:  # of a version that saved NaN for samples without a score
+            scored = ~torch.isnan(state['scores'])
+            history = torch.where(scored, state['scores'], 0.0)[None]
+            state = {'history': history, 'scored': scored, 'offered': scored, 'trained': scored.int()}
+        if 'history' in state:
+            if len(state['history']) != self.rule.history:
+                raise InputError(
+                    f'load_path: the checkpoint keeps {len(state["history"])} scores of each sample, this rule needs {self.rule.history}; '
+                    'resume with the same rule, or load_weights_only=True'
+                )
+            self._known().load_state_dict(state)
+
+    # ------------------------------------------------------------------ the run
+
+    def _known(self) -> SampleTable:
+        assert self._table is not None, 'made at INIT'
+        return self._table
+
+    def _initialise(self, state: State) -> None:
+        self._plan, self._state = Plan.of(state), state
+        self._plan.add(self)
+        self._table = SampleTable(self._plan, self.rule.history, self.rule.decay)
+        self.samples_saved = self.epochs_pruned = 0
+        self._open_ended, self._said = False, set()
+        if self.rule.history:
+            loss = self._plan.request_loss(state, type(self).__name__, self.per_sample_loss)
+            loss.subscribers.append(self._observe)
+
+    def new_data(self, *, first: bool) -> None:
+        table, loader = self._known(), self._plan.loader
+        if not first or len(table) != loader.num_samples:  # else loaded from a checkpoint
+            table.reset(loader.num_samples)
+        self._labels = None
+        if self.rule.needs_labels or self.labels is not None:
+            found = class_labels(loader.dataset) if self.labels is None else self.labels
+            if found is None:
+                raise InputError(
+                    f'labels: the rule needs the class of every sample, and {type(loader.dataset).__name__} has no targets; '
+                    f'pass {type(self).__name__}(labels=[...])'
+                )
+            self._labels = torch.as_tensor(found)
+            if self._labels.shape != (loader.num_samples,) or self._labels.is_floating_point():
+                got = f'{self._labels.dtype} {tuple(self._labels.shape)}'
+                raise InputError(f'labels: must be {loader.num_samples} class indices, got {got}')
+
+    def begin(self, state: State) -> None:
+        horizon, end = self._plan.horizon, self._last_pruned()
+        self._open_ended = horizon.extended and end is not None and end <= int(state.timestamp.epoch)
+        first = self._first_prunable(state)
+        if not self._wanted():
+            return
+        if self._open_ended and self.delta < 1:
+            self._say_once(
+                'end unknown',
+                'fit(duration=...) goes on past the planned end of the run, and how far is unknown, so no epoch at the end is trained on '
+                'everything; give the length of the whole run as Trainer(max_duration=...)',
+            )
+        elif not self._open_ended and not self.epochs_pruned and first is not None and not self._within(*first):
+            assert horizon.end is not None
+            self._say_once(
+                'none',
+                f'no epoch of this run can be pruned: max_duration is {horizon.end.to_timestring()!r}, scores are there after the first '
+                f'epoch, and delta={self.delta} has the rest trained on everything; train for longer, or set delta=1.0',
+            )
+
+    def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
+        table, loader = self._known(), self._plan.loader
+        rows = table.rows if candidates is None else table.rows.take(candidates)
+        # an epoch that its samples have been through may have left some without a score: drop_last, a limit of batches
+        ready = not self.rule.history or (bool(rows.offered.all()) and 2 * int(rows.scored.sum()) > len(rows))
+        table.offer(candidates)
+        if not ready or not self._wanted():
+            return None
+        horizon, progress = self._plan.horizon, self._plan.horizon.progress(self._state)
+        assert horizon.end is not None
+        total = int(horizon.end.value) if horizon.end.unit == TimeUnit.EPOCH else None
+        labels = self._labels if self._labels is None or candidates is None else self._labels[candidates]
+        seed = self._state.rank_zero_seed if self.seed is None else self.seed
+        generator = torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch))
+        asked = Epoch(epoch, total, progress, self._ratio(progress), generator, labels)
+        choice = self._ask(rows, asked, self._open_ended or self._within(epoch, progress))
+        if choice is None:
+            return None
+        if len(choice.positions) < loader.world_size:
+            self._say_once(
+                'too few', f'the rule keeps {len(choice.positions)} of {len(rows)} samples in epoch {epoch}: it trains on everything'
+            )
+            return None
+        limit = len(rows) if loader.max_batches is None else loader.full_samples  # an epoch has no more samples than that
+        saved = min(len(rows), limit) - min(len(choice.positions), limit)
+        self.samples_saved += saved
+        self.epochs_pruned += saved > 0
+        loader.metrics.pruned_fraction = 1 - len(choice.positions) / len(rows)
+        return choice
+
+    def _ask(self, rows: SampleRows, epoch: Epoch, pruning: bool) -> Choice | None:
+        """The rule's decision. Rules that go by scores see samples that have one, and all others are kept."""
+        if pruning and self.rule.uses_ratio and epoch.prune_ratio == 0:
+            return None
+        decide = self.rule.keep if pruning else self.rule.keep_at_end
+        if not self.rule.history or self.rule.takes_unscored or bool(rows.scored.all()):
+            return _checked(decide(rows, epoch), len(rows), self.rule)
+        scored = rows.scored.nonzero()[:, 0]
+        labels = None if epoch.labels is None else epoch.labels[scored]
+        choice = _checked(decide(rows.take(scored), Epoch(**{**vars(epoch), 'labels': labels})), len(scored), self.rule)
+        if choice is None:
+            return None
+        keep, weights = ~rows.scored, torch.ones(len(rows))
+        keep[scored[choice.positions]] = True
+        if choice.weights is not None:
+            weights[scored[choice.positions]] = choice.weights
+        positions = keep.nonzero()[:, 0]
+        return Choice(positions, None if choice.weights is None else weights[positions])
+
+    def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
+        """The weighted loss shows a microbatch's losses; no number leaves the device here."""
+        with torch.no_grad():
+            scores = self.rule.score(Step(losses, outputs, batch, self._plan.loader.rank_order[where]))
+        if not isinstance(scores, Tensor) or scores.shape != losses.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(f'score: must give one number a sample, {tuple(losses.shape)}, got {got}')
+        self._known().note(scores.detach().float(), where)
+
+    # ------------------------------------------------------------------ when
+
+    def _wanted(self) -> bool:
+        """Whether the arguments ask for pruning at all."""
+        return self.delta > 0 and not (self.rule.uses_ratio and self.prune_ratio == 0)
+
+    def _last_pruned(self) -> int | None:
+        """The epoch at which pruning ends; ``None`` where the run's length is not in epochs."""
+        end = self._plan.horizon.end
+        assert end is not None
+        # an epoch that reaches into the last 1 - delta of the run is a full one (and 0.29 * 100 is less than 29)
+        return math.floor(self.delta * end.value + 1e-9) if end.unit == TimeUnit.EPOCH else None
+
+    def _within(self, epoch: int, progress: float) -> bool:
+        """Whether an epoch that begins at ``progress`` lies in the share of the run that is pruned."""
+        end = self._last_pruned()
+        return progress < self.delta if end is None else epoch < end
+
+    def _first_prunable(self, state: State) -> tuple[int, float] | None:
+        """Number and beginning of the first epoch that could be pruned; ``None`` where that cannot be foreseen."""
+        loader, end, now = self._plan.loader, self._plan.horizon.end, state.timestamp
+        assert end is not None
+        rows = self._known().rows
+        fresh = bool(self.rule.history) and not bool(rows.offered.all())
+        if not fresh and int(now.batch_in_epoch) == 0:
+            return int(now.epoch), self._plan.horizon.progress(state)
+        begins = {
+            TimeUnit.EPOCH: int(now.epoch) + 1,
+            TimeUnit.BATCH: int(now.batch - now.batch_in_epoch) + loader.full_batches,
+            TimeUnit.SAMPLE: int(now.sample - now.sample_in_epoch) + loader.full_samples,
+        }.get(end.unit)
+        return None if begins is None else (int(now.epoch) + 1, begins / int(end.value))
+
+    # ------------------------------------------------------------------ what is said
+
+    def _log(self, logger: Logger) -> None:
+        metrics = {'samples_saved': self.samples_saved, 'pruned_fraction': self._plan.loader.metrics.pruned_fraction}
+        if self.rule.history:
+            rows = self._known().rows
+            scores = rows.scores[rows.scored]
+            metrics |= {'mean_score': finite_mean(scores.numpy()), 'not_finite': int(torch.isinf(scores).sum())}
+        logger.log_metrics({f'{type(self).__name__.lower()}/{name}': value for name, value in metrics.items()})
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f'{type(self).__name__}: {message}', stacklevel=2)
+
+    def _warn_at_end(self, event: Event, state: State) -> None:
+        """Says so where a run that was to be pruned never was."""
+        end = self._plan.horizon.end
+        if event != Event.FIT_END or end is None or state.timestamp.get(end.unit) < end or self.epochs_pruned or not self._wanted():
+            return
+        rows, limit = self._known().rows, self._plan.loader.max_batches
+        why = f'{int(rows.scored.sum())} of {len(rows)} samples have a score' if self.rule.history else 'the rule kept everything'
+        if limit is not None:
+            why += f'; train_subset_num_batches={limit} ends every epoch before pruning would'
+        self._say_once('none', f'no epoch of this run was made shorter: {why}')
+
+
+def _checked(kept: Any, size: int, rule: PruningRule) -> Choice | None:
+    """Holds a rule's answer to its contract."""
+    if kept is None:
+        return None
+    name = type(rule).__name__
+    positions, weights = kept
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.ndim != 1:
+        raise InputError(f'{name}.keep: positions must be an int64 tensor [k], got {positions!r}')
+    if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= size or not bool((positions[1:] > positions[:-1]).all())):
+        raise InputError(f'{name}.keep: positions must ascend, each once, from 0 to {size - 1}')
+    if weights is not None and (weights.shape != positions.shape or not bool(torch.isfinite(weights).all())):
+        raise InputError(f'{name}.keep: weights must be {len(positions)} finite numbers, got shape {tuple(weights.shape)}')
+    return Choice(positions, None if weights is None else weights.float())

@@ -1,0 +1,41 @@
+"""Pruning rules, one file each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
+from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
+
+__all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'find_rule']
+
+RULES: dict[str, type[PruningRule]] = {
+    'infobatch': InfoBatchRule,
+}
+
+
+def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:
+    """A rule from what a recipe can say.
+
+    Args:
+        given: A rule, or one of :data:`RULES` by name: ``'seta'``, or ``{'name': 'seta', 'groups': 5}``.
+
+    Raises:
+        InputError: For an unknown name or option, or something else.
+    """
+    if isinstance(given, PruningRule):
+        return given
+    options = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = options.pop('name', None)
+    if not isinstance(name, str) or name not in RULES:
+        near = difflib.get_close_matches(str(name), RULES, n=1)
+        hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(RULES)}'
+        raise InputError(f'rule: expected a PruningRule, or the name of one, alone or with its options, got {given!r}; {hint}')
+    known = getattr(RULES[name], '__dataclass_fields__', {})
+    unknown = next((option for option in options if option not in known), None)
+    if unknown is not None:
+        raise InputError(f'rule.{unknown}: not an option of {name!r}; known: {", ".join(known) or "none"}')
+    return RULES[name](**options)

@@ -1,0 +1,54 @@
+"""InfoBatch's rule: below-mean samples are dropped at random, and the kept ones among them weigh more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from composer_effalgos.checks import check_number
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan import PerSampleLoss, SampleRows, per_sample_mean
+from composer_effalgos.pruning.prune import checked_bands, prune
+from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
+
+
+@dataclass
+class InfoBatchRule(PruningRule):
+    """Qin et al., ICLR 2024, arXiv 2303.04947, equations 3 and 5: see :func:`~composer_effalgos.pruning.prune.prune`.
+
+    Args:
+        score_by: ``'loss'``, the last loss; ``'ema'``, a moving average of the losses; or a function ``(outputs, batch) -> [B, ...]``.
+        score_decay: Weight of the old average under ``'ema'``, in [0, 1).
+        bands: Quantile thresholds in place of the mean, as for ``prune``.
+        class_balanced: Whether every class has its own mean (or quantiles).
+    """
+
+    score_by: Literal['loss', 'ema'] | PerSampleLoss = 'loss'
+    score_decay: float = 0.9
+    bands: Sequence[tuple[float, float]] | None = None
+    class_balanced: bool = False
+
+    takes_unscored = True  # prune() keeps them
+
+    def __post_init__(self) -> None:
+        check_number('score_decay', self.score_decay, least=0, below=1)
+        if self.score_by not in ('loss', 'ema') and not callable(self.score_by):
+            raise InputError(f"score: must be 'loss', 'ema' or callable(outputs, batch) -> [B], got {self.score_by!r}")
+        self.bands = None if self.bands is None else checked_bands(self.bands)
+        self.decay = self.score_decay if self.score_by == 'ema' else 0.0
+        self.uses_ratio, self.needs_labels = self.bands is None, self.class_balanced
+
+    def score(self, step: Step) -> Tensor:
+        if not callable(self.score_by):
+            return step.losses
+        return per_sample_mean(self.score_by(step.outputs, step.batch)).float()
+
+    def keep(self, table: SampleRows, epoch: Epoch) -> Kept:
+        scores = table.scores if bool(table.scored.all()) else torch.where(table.scored, table.scores, math.nan)
+        labels = epoch.labels if self.class_balanced else None
+        return prune(scores, epoch.prune_ratio, epoch.generator, bands=self.bands, labels=labels)
