@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
-from composer_effalgos.components import Component, one_line
+from composer_effalgos.components import Component
 from composer_effalgos.datasets import build_dataset
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.faults import blamed, explain, is_ours
 from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.pretrained import differences
@@ -95,13 +96,16 @@ def build_trainer(recipe: Recipe) -> Trainer:
         raise InputError(
             f'{recipe.scheduler.key}: one of its times ({times}) is less than a batch of this run; longer ones are right'
         ) from error
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f'{recipe.source}: {one_line(error)}') from error
-    except (KeyError, RuntimeError) as error:
-        # Composer finds out parameter by parameter, some of them only in the optimizer's state
-        if not loads or (isinstance(error, RuntimeError) and 'loading state_dict' not in str(error)):
+    except Exception as error:
+        component = blamed(error, recipe.components)
+        if component is not None:
+            raise component.refused(error) from error
+        if explain(error) is not None or is_ours(error):
             raise
-        raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
+        if loads and isinstance(error, (KeyError, RuntimeError)):
+            # Composer finds out parameter by parameter, some of them only in the optimizer's state
+            raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
+        raise Component(recipe.source, Trainer, {}).refused(error) from error
     if recipe.trainer.get('load_path') and not recipe.trainer.get('load_ignore_keys'):
         _check_weights(trainer, f'{recipe.source}: load_path', Path(recipe.trainer['load_path']))
     return trainer

@@ -17,10 +17,11 @@ from composer_effalgos.convert import convert as write_converted
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.check import PORTION, check_images
 from composer_effalgos.errors import InputError
+from composer_effalgos.faults import explain, print_any_text
 from composer_effalgos.recipe import SWEEPS, DatasetRecipe, list_recipes, load_recipe, recipe_folder
 from composer_effalgos.selection import select_to_file
 
-app = typer.Typer(name='effalgos', help='Data efficiency for MosaicML Composer.', no_args_is_help=True, add_completion=False)
+app = typer.Typer(name='effalgos', no_args_is_help=True, add_completion=False)
 
 
 @app.command()
@@ -188,13 +189,22 @@ def convert(
     typer.echo(write_converted(source, overrides or (), to, out, shard_bytes=int(shard_mb * 2**20), shuffle=shuffle))
 
 
+@app.callback()
+def options(traceback: Annotated[bool, typer.Option('--traceback', help='Show where in the program an error came from.')] = False) -> None:
+    """Data efficiency for MosaicML Composer."""  # main() sees the option itself, once there is an error
+
+
 def main() -> int:
     """Run the command line; bad input is one line on stderr and exit status 2."""
+    print_any_text()
     try:
         app()
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    except Exception as error:
+        explained = explain(error)
+        if explained is None or '--traceback' in sys.argv[1:2]:
+            raise
+        print(f'error: {explained[0]}', file=sys.stderr)
+        return explained[1]
     return 0
 
 

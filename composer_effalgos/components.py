@@ -27,7 +27,8 @@ import torch
 from composer.core import Algorithm, Callback, Time
 from composer.loggers import LoggerDestination
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.faults import explain, is_ours
 from composer_effalgos.schedulers import OneCycleScheduler
 
 __all__ = [
@@ -72,13 +73,18 @@ class Component:
         """
         try:
             return self.target(*args, **given, **self.kwargs)
-        except (ValueError, TypeError, ImportError) as error:
+        except (InputError, ImportError) as error:
             raise InputError(f'{self.key}: {one_line(error)}') from error
+        except Exception as error:
+            raised_here = error.__traceback__ is not None and error.__traceback__.tb_next is None  # the arguments fit no signature
+            if explain(error) is not None or (is_ours(error) and not raised_here):
+                raise
+            raise self.refused(error) from error
 
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception on one line."""
-    return ' '.join(str(error).split()) or type(error).__name__
+    def refused(self, error: Exception) -> InputError:
+        """What another package's code raised, as bad input that names the component."""
+        kind = '' if isinstance(error, (ValueError, TypeError, RuntimeError)) else f'{type(error).__name__}: '
+        return InputError(f'{self.key}: {kind}{one_line(error)[:300]}')
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from composer_effalgos.components import did_you_mean, one_line
+from composer_effalgos.components import did_you_mean
 from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.mds import LABELS
 from composer_effalgos.datasets.mds_index import INDEX
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 from composer_effalgos.recipe import load_recipe, merge_settings
 
 __all__ = ['FORMATS', 'convert']

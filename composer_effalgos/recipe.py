@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos import components
-from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, one_line, parameters
+from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, parameters
 from composer_effalgos.datasets import DATASETS
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 
@@ -133,6 +133,12 @@ class Recipe:
     def run_folder(self) -> Path:
         """Where this run's files go."""
         return Path(self.save_folder) / self.run_name
+
+    @property
+    def components(self) -> list[Component]:
+        """Everything that it names beside data and model."""
+        schedule = [] if self.scheduler is None else [self.scheduler]
+        return [self.optimizer, *schedule, *self.algorithms, *self.callbacks, *self.loggers]
 
 
 SWEEPS = 'sweeps'  # the folder of the sweeps, among those of the recipes

@@ -159,11 +159,19 @@ def test_what_a_constructor_refuses_is_bad_input_on_one_line(error):
 
 
 def test_a_fault_of_the_program_stays_one():
-    def target() -> None:
-        raise KeyError('x')
-
+    source = 'def target():\n    return {}["x"]\n\ndef calls():\n    return target(1)'
+    ours: dict[str, Any] = {'__name__': 'composer_effalgos.somewhere'}
+    exec(source, ours)
+    theirs: dict[str, Any] = {'__name__': 'composer.somewhere'}
+    exec(source, theirs)
     with pytest.raises(KeyError):
-        Component('thing', target, {}).build()
+        Component('thing', ours['target'], {}).build()
+    with pytest.raises(TypeError):
+        Component('thing', ours['calls'], {}).build()
+    with pytest.raises(InputError, match=r"^thing: KeyError: 'x'$"):
+        Component('thing', theirs['target'], {}).build()
+    with pytest.raises(InputError, match=r'^thing: .*unexpected keyword'):  # the call itself does not fit
+        Component('thing', ours['target'], {'x': 1}).build()
 
 
 def test_did_you_mean():

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,11 +110,12 @@ def test_every_run_has_one_monitor(recipe_file):
     assert sum(isinstance(callback, EfficiencyMonitor) for callback in trainer.state.callbacks) == 1
 
 
-def test_half_precision_runs_in_full_precision_on_the_cpu(recipe_file, caplog):
+def test_half_precision_runs_in_full_precision_on_a_cpu_without_it(recipe_file, caplog, monkeypatch):
+    monkeypatch.setattr('composer_effalgos.build.has_bf16', lambda: False)
     trainer = build_trainer(load_recipe(recipe_file, ['precision=amp_bf16', 'device=cpu']))
     assert trainer.state.precision == 'fp32'
     assert [record.getMessage() for record in caplog.records if 'amp_bf16' in record.getMessage()] == [
-        'note: precision amp_bf16 needs a GPU; running in fp32'
+        'note: precision amp_bf16 needs a GPU or a CPU with AVX-512 BF16 or AMX; running in fp32'
     ]
 
 
@@ -241,7 +243,8 @@ def test_a_missing_recipe_is_refused(tmp_path, capfd):
     assert 'no such recipe' in refused(capfd, tmp_path / 'none.yaml')
 
 
-def test_a_corrupt_image_in_a_worker_is_one_line(recipe_file, tmp_path, capfd):
+def broken_images(recipe_file: Path, tmp_path: Path, loading: str) -> Path:
+    """Makes the recipe's data a folder of images, one of which is cut off."""
     rng = np.random.default_rng(0)
     for split in ('train', 'val'):
         for name in ('cat', 'dog'):
@@ -251,8 +254,13 @@ def test_a_corrupt_image_in_a_worker_is_one_line(recipe_file, tmp_path, capfd):
                 Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f'{index}.png')
     broken = tmp_path / 'images' / 'train' / 'dog' / '2.png'
     broken.write_bytes(broken.read_bytes()[:60])
-    data = f'dataset: {{name: image_folder, path: {tmp_path / "images"}, batch_size: 4, num_workers: 1}}\n'
+    data = f'dataset: {{name: image_folder, path: {tmp_path / "images"}, {loading}}}\n'
     recipe_file.write_text(re.sub('dataset:.*\n', data, recipe_file.read_text()))
+    return broken
+
+
+def test_a_corrupt_image_in_a_worker_is_one_line(recipe_file, tmp_path, capfd):
+    broken = broken_images(recipe_file, tmp_path, 'batch_size: 4, num_workers: 1')
     line = refused(capfd, recipe_file)
     assert str(broken) in line
     assert 'corrupt image' in line
@@ -332,3 +340,23 @@ def test_two_ranks_refuse_once(recipe_file):
     assert run.returncode == 2
     assert (run.stdout + run.stderr).count('error: ') == 1
     assert 'dataset.batch_size: 15 is not divisible by the 2 ranks' in run.stderr
+
+
+@pytest.mark.distributed
+def test_a_rank_that_fails_alone_says_why_and_the_other_nothing(recipe_file, tmp_path):
+    broken = broken_images(recipe_file, tmp_path, 'batch_size: 2')
+    start = time.monotonic()
+    run = launch(2, recipe_file, 'max_duration=1ep')
+    said = run.stdout + run.stderr
+    assert run.returncode in (1, 2)
+    assert said.count('error: ') == said.count(str(broken)) == 1
+    assert 'Traceback' not in said
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.distributed
+def test_traceback_shows_all(recipe_file):
+    run = launch(1, recipe_file, 'dataset.batch_size=65', '--traceback')
+    assert run.returncode == 1
+    assert 'Traceback' in run.stderr
+    assert 'larger than the data set' in run.stderr

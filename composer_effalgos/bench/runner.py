@@ -25,8 +25,7 @@ from composer_effalgos.bench.runs import read_summary
 from composer_effalgos.bench.sweep import Job
 from composer_effalgos.build import checkpoint_folder
 from composer_effalgos.checks import check_number
-from composer_effalgos.components import one_line
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 from composer_effalgos.files import read_text
 from composer_effalgos.monitor import SUMMARY
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_effalgos.checks import Range
-from composer_effalgos.components import one_line
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 from composer_effalgos.files import read_text
 from composer_effalgos.monitor import SUMMARY
 

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.components import one_line
 from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, decode_image, limited
 from composer_effalgos.datasets.packed import Description, class_names, pipeline
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 
 RAW = 1  # ffcv's number for images that are stored as pixels
 

@@ -15,11 +15,10 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.components import one_line
 from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, limited
 from composer_effalgos.datasets.mds_index import INDEX, check_index
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 
 LABELS = 'labels.npy'
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from composer_effalgos.components import one_line
 from composer_effalgos.datasets.image_parquet import ParquetImages
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 from composer_effalgos.files import whole_file
 
 _FORMAT = 'decoded images 1'

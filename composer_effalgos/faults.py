@@ -1,0 +1,132 @@
+"""What went wrong, told from a fault of the program: one line for a user, said by one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed
+from composer.utils import dist
+
+from composer_effalgos.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from composer_effalgos.components import Component
+
+__all__ = ['blamed', 'explain', 'is_first_to_say', 'is_ours', 'print_any_text', 'said_by_another_rank']
+
+_LESS_MEMORY = 'too little memory; smaller sizes need less'
+# PyTorch raises these as plain RuntimeErrors
+_KNOWN = {
+    'DataLoader worker': 'a process that reads data died: too little memory or shared memory (fewer dataset.num_workers need less), '
+    'or a decoder that crashed (dataset.num_workers=0 shows where)',
+    "can't allocate memory": _LESS_MEMORY,
+    'by peer': 'another rank has stopped; the launcher shows its message',
+}
+_PATIENCE = timedelta(seconds=1)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What a user can do something about.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        One line and the exit status (2 for bad input, else 1); None for a fault of the program.
+    """
+    if isinstance(error, InputError):
+        return error.line, 2
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save wraps what the file system said
+    if isinstance(error, OSError) and error.errno is not None:
+        return f'{error.filename or "a file"}: {error.strerror}; what was saved before is whole', 2
+    if isinstance(error, MemoryError):
+        return f'{one_line(error)}; {_LESS_MEMORY}', 1
+    if isinstance(error, RuntimeError):
+        found = [advice for text, advice in _KNOWN.items() if text in str(error)]
+        return (f'{one_line(error)[:300]}; {found[0]}', 1) if found else None
+    return None
+
+
+def print_any_text() -> None:
+    """Lets the standard output show what is no valid Unicode, such as a file's name in another encoding."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the code that raised an error is this package's; what others raise is mostly about the arguments that they were given."""
+    modules = _modules(error)
+    return bool(modules) and modules[0].split('.')[0] == __name__.split('.')[0]
+
+
+def blamed(error: BaseException, components: Iterable[Component]) -> Component | None:
+    """The component of a recipe in whose code an error was raised.
+
+    Args:
+        error: What was raised.
+        components: What the recipe names.
+
+    Returns:
+        The one whose module is innermost in the traceback; None where it is none of them, or a fault of this package.
+    """
+    if is_ours(error) or explain(error) is not None:
+        return None
+    targets = {getattr(item.target, 'func', item.target).__module__: item for item in components}
+    return next((targets[module] for module in _modules(error) if module in targets), None)
+
+
+def _modules(error: BaseException) -> list[str]:
+    """The modules in a traceback, the innermost first."""
+    return [frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other rank has said the same; rank 0, which holds the store that they agree through, gives the others a moment.
+
+    Args:
+        line: What is to be said.
+
+    Returns:
+        True on one of the ranks that have this line. Before the ranks have met, on the first of each node: they read the same files.
+    """
+    if dist.get_world_size() == 1:
+        return True
+    if not torch.distributed.is_initialized():
+        return dist.get_local_rank() == 0
+    try:
+        store = _store()
+        first = store.add(f'fault: {line}', 1) == 1
+        store.set(f'fault of rank {dist.get_global_rank()}', line)
+    except RuntimeError:  # rank 0 has gone, and what it said may have been something else
+        return True
+    if dist.get_global_rank() == 0:
+        with contextlib.suppress(RuntimeError):  # the others train on until they miss this rank
+            store.wait([f'fault of rank {rank}' for rank in range(dist.get_world_size())], _PATIENCE)
+    return first
+
+
+def said_by_another_rank() -> bool:
+    """Whether another rank has said why it stops, so that an error of this one only follows from that."""
+    if dist.get_world_size() == 1 or not torch.distributed.is_initialized():
+        return False
+    try:
+        store = _store()
+        others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_global_rank()]
+        return any(store.check([f'fault of rank {rank}']) for rank in others)  # type: ignore[attr-defined]  # left out of the stubs
+    except RuntimeError:
+        return False
+
+
+def _store() -> torch.distributed.TCPStore:
+    """The store that the ranks met through, which is rank 0's."""
+    return torch.distributed.TCPStore(
+        os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=_PATIENCE, wait_for_workers=False
+    )
