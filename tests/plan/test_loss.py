@@ -5,10 +5,9 @@ import pytest
 import torch
 from composer.algorithms import CutMix, MixUp
 from composer.core import Callback
-from composer.loss import binary_cross_entropy_with_logits
 from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
 from composer_effalgos.plan import WeightedLoss
@@ -77,23 +76,15 @@ def test_another_number_of_samples_is_refused():
         loss.end_batch()
 
 
-@pytest.mark.parametrize(
-    'loss_fn',
-    [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), nn.functional.cross_entropy],
-    ids=['module', 'smooth', 'function'],
-)
-def test_finds_the_per_sample_form(make_trainer, loss_fn):
-    plain = make_trainer(loss_fn=loss_fn, max_duration='2ep')
-    algorithm = InfoBatch()
-    trainer = make_trainer([algorithm], loss_fn=loss_fn, max_duration='2ep')
-    trainer.fit()
-    plain.fit()
-    assert not algorithm.scores.isnan().any()
-    if isinstance(loss_fn, nn.Module):
-        assert loss_fn.reduction == 'mean'
+def test_a_loss_module_is_left_as_it_was(make_trainer):
+    loss_fn = nn.CrossEntropyLoss()
+    make_trainer([InfoBatch()], loss_fn=loss_fn, max_duration='2ep').fit()
+    assert loss_fn.reduction == 'mean'
 
 
-class NoReduction(ComposerModel):
+class Absolute(ComposerModel):
+    """Its loss takes no reduction, and its graph does not show the samples' losses."""
+
     def __init__(self):
         super().__init__()
         self.net = nn.Linear(8, 3)
@@ -102,38 +93,24 @@ class NoReduction(ComposerModel):
         return self.net(batch[0])
 
     def loss(self, outputs, batch):
-        return nn.functional.cross_entropy(outputs, batch[1])
+        return (outputs - nn.functional.one_hot(batch[1], 3)).abs().mean()
 
 
-def test_a_loss_without_per_sample_form_is_refused_at_start_unless_one_is_given(make_trainer):
-    with pytest.raises(InputError, match=r'InfoBatch: NoReduction.loss has no per-sample form.*per_sample_loss'):
-        make_trainer([InfoBatch()], model=NoReduction()).fit()
-    with pytest.raises(InputError, match='NoReduction'):
-        make_trainer([SubsetSelection('gradmatch', 0.5, backend='cords')], model=NoReduction()).fit()
-    algorithm = InfoBatch(per_sample_loss=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction='none'))
-    make_trainer([algorithm], model=NoReduction(), max_duration='2ep').fit()
+def absolute(outputs, batch):
+    return (outputs - nn.functional.one_hot(batch[1], 3)).abs()
+
+
+def test_a_loss_without_per_sample_form_is_refused_unless_one_is_given(make_trainer):
+    with pytest.raises(InputError, match=r"^Absolute.loss: it takes no reduction='none'.*; pass InfoBatch\(per_sample_loss"):
+        make_trainer([InfoBatch()], model=Absolute()).fit()
+    with pytest.raises(InputError, match=r'Absolute.*pass SubsetSelection\(per_sample_loss'):
+        make_trainer([SubsetSelection('gradmatch', 0.5)], model=Absolute()).fit()
+    algorithm = InfoBatch(per_sample_loss=absolute)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='per_sample_loss')
+        make_trainer([algorithm], model=Absolute(), max_duration='2ep').fit()
     assert not algorithm.scores.isnan().any()
-    make_trainer([AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], model=NoReduction(), max_duration='2ep').fit()
-
-
-@pytest.mark.parametrize(
-    'loss_fn',
-    [
-        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 10.0])),
-        nn.CrossEntropyLoss(reduction='sum'),
-        nn.CrossEntropyLoss(ignore_index=1),
-        binary_cross_entropy_with_logits,
-    ],
-    ids=['class weights', 'sum', 'ignored labels', 'binary'],
-)
-def test_losses_keep_their_own_mean(make_trainer, weights_of, loss_fn):
-    """Without pruning, a loss that is not the plain mean of its samples trains as it does without us."""
-    trainers = []
-    for algorithm in (InfoBatch(prune_ratio=0), AdaBatch(2, '9ep')):  # AdaBatch leaves the loss alone and gives the same order
-        trainers.append(make_trainer([algorithm], loss_fn=loss_fn, lr=0.01, max_duration='2ep'))
-        trainers[-1].fit()
-    assert torch.allclose(*map(weights_of, trainers), atol=1e-6)
-    make_trainer([InfoBatch(delta=1.0), SubsetSelection('gradmatch', 0.5)], loss_fn=loss_fn, lr=0.01, max_duration='3ep').fit()
+    make_trainer([AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], model=Absolute(), max_duration='2ep').fit()
 
 
 def test_weights_with_class_weights_by_hand():
@@ -157,7 +134,9 @@ class Regularised(ComposerClassifier):
 
 
 def test_a_loss_that_is_more_than_its_samples_is_refused(make_trainer):
-    with pytest.raises(InputError, match=r'Regularised.loss: its per-sample form averages to .* with another gradient; pass InfoBatch'):
+    with pytest.raises(
+        InputError, match=r'^Regularised.loss: its per-sample losses have another gradient at the outputs .*; pass InfoBatch'
+    ):
         make_trainer([InfoBatch()], model=Regularised(nn.Linear(8, 3), num_classes=3)).fit()
 
 
@@ -210,32 +189,18 @@ def test_interpolated_losses_take_scores_from_the_first_call(mix, make_trainer, 
     assert not algorithm.scores.isnan().any()
 
 
-class Several(ComposerModel):
-    """Returns three losses, as Composer allows."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(8, 3)
-
-    def forward(self, batch):
-        return self.layer(batch[0])
-
-    def loss(self, outputs, batch, reduction='mean'):
-        return (nn.functional.cross_entropy(outputs, batch[1], reduction=reduction),) * 3
-
-
 @pytest.mark.parametrize(
     ('given', 'message'),
     [
-        (None, r'Several.loss: the per-sample loss must be a tensor \[B, ...\], got tuple; pass InfoBatch\(per_sample_loss'),
         (lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]), r'^per_sample_loss: must give a tensor .* got shape \(\)$'),
+        (lambda outputs, batch: None, '^per_sample_loss: must give a tensor .* got NoneType$'),
         (lambda outputs, batch: outputs[:3], 'the loss saw 3; .*per_sample_loss adds or drops samples'),
     ],
-    ids=['three losses', 'one number', 'some samples'],
+    ids=['one number', 'nothing', 'some samples'],
 )
 def test_what_is_not_one_loss_a_sample_is_refused(make_trainer, given, message):
     with pytest.raises(InputError, match=message):
-        make_trainer([InfoBatch(per_sample_loss=given)], model=Several()).fit()
+        make_trainer([InfoBatch(per_sample_loss=given)], loss_fn=nn.functional.cross_entropy).fit()
 
 
 class BreaksOff(Callback):
@@ -302,18 +267,6 @@ def test_a_model_trained_twice_is_wrapped_once(make_trainer):
         assert not algorithm.scores.isnan().any()
 
 
-def test_a_first_batch_that_looks_plain_decides_nothing(make_trainer, problem, weights_of):
-    targets = problem.tensors[1].clone()
-    targets[16:][torch.arange(187) % 2 == 0] = -100  # none is ignored in the first batch
-    dataset = TensorDataset(problem.tensors[0], targets)
-    runs = []
-    for algorithm in (InfoBatch(prune_ratio=0), AdaBatch(2, '9ep')):
-        trainer = make_trainer([algorithm], loss_fn=nn.CrossEntropyLoss(), max_duration='1ep')
-        trainer.fit(train_dataloader=DataLoader(dataset, batch_size=16), duration='1ep')
-        runs.append(weights_of(trainer))
-    assert torch.allclose(*runs, atol=1e-6)
-
-
 def test_models_are_saved_with_their_plain_loss(make_trainer, tmp_path):
     trainer = make_trainer([InfoBatch()], max_duration='1ep')
     trainer.fit()
@@ -323,21 +276,165 @@ def test_models_are_saved_with_their_plain_loss(make_trainer, tmp_path):
     assert torch.isfinite(loaded.loss(outputs, (None, torch.tensor([0, 1]))))
 
 
-def test_a_per_sample_loss_that_is_not_the_models_own_is_said_once(make_trainer):
-    class Plain(ComposerClassifier):
-        def loss(self, outputs, batch):
-            return nn.functional.cross_entropy(outputs, batch[1])
+def twice_as_sharp(outputs, batch):
+    return nn.functional.cross_entropy(2 * outputs, batch[1], reduction='none')
 
-    def plain() -> Plain:
-        torch.manual_seed(0)
-        return Plain(nn.Linear(8, 3), num_classes=3)
 
-    own = InfoBatch(per_sample_loss=lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction='none'))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        make_trainer([own], model=plain()).fit()
-    assert not [one for one in caught if 'per_sample_loss' in str(one.message)]
-    other = InfoBatch(per_sample_loss=lambda outputs, batch: nn.functional.cross_entropy(2 * outputs, batch[1], reduction='none'))
-    with pytest.warns(UserWarning, match=r'^per_sample_loss: averages to .* where Plain.loss gives .* trains on per_sample_loss') as caught:
-        make_trainer([other], model=plain()).fit()
+def test_a_per_sample_loss_that_is_not_the_models_own_is_said_once_and_enters_as_a_correction(make_trainer):
+    with pytest.warns(UserWarning, match=r"^per_sample_loss: its losses have another gradient .* trains on the model's own") as caught:
+        make_trainer([InfoBatch(per_sample_loss=twice_as_sharp)]).fit()
     assert sum('per_sample_loss' in str(one.message) for one in caught) == 1
+    model = classifier()
+    loss = WeightedLoss(model, twice_as_sharp)
+    weights = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0])
+    loss.start_epoch(weights)
+    loss.start_batch(slice(0, 6))
+    with pytest.warns(UserWarning, match='per_sample_loss'):
+        loss(model(BATCH), BATCH).backward()
+    ours = model.module.weight.grad.clone()
+    model.zero_grad()
+    outputs = model(BATCH)
+    (nn.functional.cross_entropy(outputs, BATCH[1]) + ((weights - 1) * twice_as_sharp(outputs, BATCH)).mean()).backward()
+    assert torch.allclose(ours, model.module.weight.grad, atol=1e-6)
+
+
+def test_a_given_loss_that_does_not_read_the_outputs_is_refused(make_trainer):
+    with pytest.raises(InputError, match=r'^per_sample_loss: its losses do not depend on the outputs'):
+        make_trainer([InfoBatch(per_sample_loss=lambda outputs, batch: batch[1].float())]).fit()
+
+
+class Drifting(ComposerClassifier):
+    """Its loss becomes another after some batches."""
+
+    calls = 0
+
+    def loss(self, outputs, batch, reduction='mean'):
+        self.calls += reduction == 'mean'
+        return nn.functional.cross_entropy(
+            outputs, batch[1], reduction=reduction, label_smoothing=0.1 * (self.calls > 5 and reduction == 'mean')
+        )
+
+
+def test_checks_come_again_at_powers_of_two(make_trainer):
+    model = Drifting(nn.Linear(8, 3), num_classes=3)
+    with pytest.raises(InputError, match='another gradient'):
+        make_trainer([InfoBatch()], model=model).fit()
+    assert model.calls == 8
+
+
+def test_a_batch_without_a_finite_loss_postpones_the_check():
+    model = Regularised(nn.Linear(4, 3), num_classes=3)
+    loss = WeightedLoss(model)
+    loss.subscribers.append(lambda *shown: None)
+    nans = (BATCH[0] * torch.nan, BATCH[1])
+    loss.start_batch(slice(0, 6))
+    assert loss(model(nans), nans).isnan()
+    loss.start_batch(slice(6, 12))
+    loss.start_batch(slice(12, 18))
+    with pytest.raises(InputError, match='another gradient'):
+        loss(model(BATCH), BATCH)
+
+
+def test_half_precision_is_compared_as_it_rounds():
+    model = classifier()
+    for precision in (torch.bfloat16, torch.float16):
+        loss = WeightedLoss(model)
+        loss.start_epoch(torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]))
+        loss.start_batch(slice(0, 6))
+        with torch.autocast('cpu', precision):
+            outputs = model(BATCH)
+            assert outputs.dtype == precision
+            loss(outputs, BATCH).backward()
+        assert model.module.weight.grad.isfinite().all()
+
+
+class SeesThroughDDP(ComposerModel):
+    """Its loss comes out of its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, batch):
+        logits = self.used(batch[0])
+        return {'loss': nn.functional.cross_entropy(logits, batch[1]), 'logits': logits}
+
+    def loss(self, outputs, batch):
+        return outputs['loss']
+
+
+def test_outputs_that_ddp_passes_on(tmp_path):
+    weights, gradients = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]), []
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        for wrap in (lambda model: model, lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)):
+            torch.manual_seed(0)
+            model = SeesThroughDDP()
+            loss = WeightedLoss(model)
+            loss.start_epoch(weights)
+            loss.start_batch(slice(0, 6))
+            wrapped = wrap(model)
+            loss(wrapped(BATCH), BATCH).backward()
+            assert loss._read == [0]
+            gradients.append(model.used.weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(*gradients)
+
+
+class Opaque(torch.autograd.Function):
+    """A compiled model is such a function too: nobody may look inside, and its backward pass runs once."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            loss = nn.functional.cross_entropy(leaf[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+            ctx.gradient = torch.autograd.grad(loss, leaf)[0]
+        return logits.clone(), loss.detach()
+
+    @staticmethod
+    def backward(ctx, logits_gradient, loss_gradient):
+        gradient, ctx.gradient = ctx.gradient, None
+        return logits_gradient + loss_gradient * gradient, None
+
+
+class Closed(ComposerModel):
+    """A causal language model whose loss is computed where nobody can look."""
+
+    def __init__(self, smoothing=0.0):
+        super().__init__()
+        self.net = nn.Linear(4, 5)
+        self.smoothing = smoothing
+
+    def forward(self, batch):
+        logits, loss = Opaque.apply(self.net(batch['inputs']), batch['labels'])
+        return {'loss': loss * (1 - self.smoothing), 'logits': logits}
+
+    def loss(self, outputs, batch):
+        return outputs['loss']
+
+
+def test_a_loss_that_cannot_be_looked_into_gets_a_correction():
+    generator = torch.Generator().manual_seed(0)
+    batch = {'inputs': torch.randn(3, 6, 4, generator=generator), 'labels': torch.randint(5, (3, 6), generator=generator)}
+    batch['labels'][0, 3:] = -100
+    model, weights = Closed(), torch.tensor([2.0, 1.0, 3.0])
+    loss = WeightedLoss(model)
+    loss.start_epoch(weights)
+    loss.start_batch(slice(0, 3))
+    value = loss(model(batch), batch)
+    value.backward()
+    ours = model.net.weight.grad.clone()
+    model.zero_grad()
+    logits, labels = model.net(batch['inputs'])[:, :-1], batch['labels'][:, 1:]
+    each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none').view(3, 5).sum(dim=1)
+    expected = (weights * each).sum() / (labels != -100).sum()
+    expected.backward()
+    assert torch.isclose(value, expected)
+    assert torch.allclose(ours, model.net.weight.grad, atol=1e-6)
+    other = WeightedLoss(Closed(smoothing=0.01))
+    other.start_epoch(weights)
+    other.start_batch(slice(0, 3))
+    with pytest.raises(InputError, match=r"Closed.loss: it takes no reduction='none', and neither"):
+        other(other._model(batch), batch)

@@ -1,0 +1,135 @@
+"""The autograd graph between a model's outputs and its loss, walked by hand.
+
+``torch.autograd.grad`` runs the hooks that others put on outputs and losses (FSDP gathers its parameters there) and may free what the real
+backward pass needs. What is here calls single nodes of the graph, so that it runs no hook and frees nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+from composer_effalgos.errors import InputError
+
+Edge = tuple[Any, int]
+"""A node of the graph and which of its outputs: one tensor."""
+
+
+class OpaqueGraphError(InputError):
+    """A Python ``autograd.Function`` (a compiled model is one): its backward pass may run only once."""
+
+
+class Walk(NamedTuple):
+    """What :func:`walk` came by."""
+
+    nodes: list[Any]  # each before those that made its inputs
+    arrivals: list[tuple[Any, Edge]]  # stops, with the node that reads them, or None for a start
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where a tensor sits in the graph.
+
+    Args:
+        tensor: A tensor that requires a gradient.
+
+    Returns:
+        Its edge; the same one for all tensors that are the same result.
+    """
+    edge = get_gradient_edge(tensor)
+    return _through_ddp((edge.node, edge.output_nr))
+
+
+def inputs_of(node: Any) -> list[Edge]:
+    """The edges that a node read, without those that need no gradient."""
+    return [_through_ddp((source, number)) for source, number in node.next_functions if source is not None]
+
+
+def _through_ddp(edge: Edge) -> Edge:
+    """DDP hands outputs through a function of its own where it looks for unused parameters: what went in stands for what came out."""
+    node, number = edge
+    while type(node).__name__ == '_DDPSinkBackward':
+        node, number = node.next_functions[number]
+    return node, number
+
+
+def walk(starts: Iterable[Edge], stops: Collection[Edge], halt: Callable[[Any], bool] = lambda node: False) -> Walk:
+    """Goes through the graph, from a result towards what it was made of.
+
+    Args:
+        starts: Where to begin.
+        stops: Edges that are not passed.
+        halt: Nodes that are listed and not passed.
+
+    Returns:
+        Nodes and arrivals.
+    """
+    arrivals: list[tuple[Any, Edge]] = []
+    seen: set[Any] = set()
+    finished: list[Any] = []
+    stack: list[tuple[Any, bool]] = []
+
+    def visit(reader: Any, edges: Iterable[Edge]) -> None:
+        for edge in edges:
+            if edge in stops:
+                arrivals.append((reader, edge))
+            elif edge[0] not in seen:
+                stack.append((edge[0], False))
+
+    visit(None, starts)
+    while stack:
+        node, done = stack.pop()
+        if done:
+            finished.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            if not halt(node):
+                visit(node, inputs_of(node))
+    return Walk(finished[::-1], arrivals)
+
+
+def pull(result: Tensor, stops: Collection[Edge], scale: float = 1.0) -> dict[Edge, Tensor]:
+    """Gradients of a result's mean.
+
+    Args:
+        result: A tensor of any shape.
+        stops: The edges whose gradients are wanted; none is passed.
+        scale: Multiplies the gradients.
+
+    Returns:
+        The gradients of those that the result depends on.
+
+    Raises:
+        OpaqueGraphError: Where a Python ``autograd.Function`` lies between.
+    """
+    root = edge_of(result)
+    order = walk([root], stops).nodes
+    needed: set[Any] = set()
+    for node in reversed(order):
+        if any(edge in stops or edge[0] in needed for edge in inputs_of(node)):
+            needed.add(node)
+    found: dict[Edge, Tensor] = {}
+    pending: dict[Edge, Tensor] = {}
+    (found if root in stops else pending)[root] = torch.full_like(result, scale / result.numel(), requires_grad=False)
+    with torch.no_grad():
+        for node in order:
+            if node not in needed:
+                continue
+            if isinstance(node, BackwardCFunction):
+                raise OpaqueGraphError(f'{type(node).__name__} lies between the outputs and the loss')
+            gradients = node(*(pending.pop((node, number), None) for number in range(len(node._input_metadata))))
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            for (source, number), gradient in zip(node.next_functions, gradients, strict=True):
+                if source is None or gradient is None:
+                    continue
+                edge = _through_ddp((source, number))
+                into = found if edge in stops else pending
+                if edge in stops or source in needed:
+                    into[edge] = into[edge] + gradient if edge in into else gradient
+            del gradients, gradient
+    return found

@@ -1,0 +1,254 @@
+"""A model's loss sample by sample, read from the graph of the loss itself."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from composer_effalgos.plan.graph import Edge, edge_of, inputs_of, pull, walk
+from composer_effalgos.plan.outputs import NotReadableError, entries_of, in_full, is_near, tensors_of, total_of
+from composer_effalgos.plan.per_sample import Samples, per_sample_mean
+from composer_effalgos.plan.probe import Probe
+
+
+class _Elements(NamedTuple):
+    """What a node of the graph took the mean of."""
+
+    losses: Tensor  # of any shape, the samples' dimension first
+    counted: Tensor | None  # bool, the same shape; None for all
+    total: Tensor | float  # what their mean divides by
+
+
+def _nll(node: Any) -> _Elements:
+    log_probabilities, target, weight = node._saved_self, node._saved_target, node._saved_weight
+    ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch shows it without its sign
+    counted = target != ignored
+    target = target.masked_fill(~counted, 0)
+    losses = -in_full(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1)) * counted
+    return _Elements(losses if weight is None else losses * weight[target], counted, node._saved_total_weight)
+
+
+def _elementwise(function: Callable[..., Tensor], *options: str) -> Callable[[Any], _Elements]:
+    def read(node: Any) -> _Elements:
+        settings = {option: getattr(node, f'_saved_{option}') for option in options}
+        losses = in_full(function(node._saved_self, node._saved_target, reduction='none', **settings))
+        return _Elements(losses, None, losses.numel())
+
+    return read
+
+
+_READERS: dict[str, Callable[[Any], _Elements]] = {
+    'NllLossBackward0': _nll,
+    'NllLoss2DBackward0': _nll,
+    'MseLossBackward0': _elementwise(functional.mse_loss),
+    'SmoothL1LossBackward0': _elementwise(functional.smooth_l1_loss, 'beta'),
+    'HuberLossBackward0': _elementwise(functional.huber_loss, 'delta'),
+    'BinaryCrossEntropyBackward0': _elementwise(functional.binary_cross_entropy, 'weight'),
+    'BinaryCrossEntropyWithLogitsBackward0': _elementwise(functional.binary_cross_entropy_with_logits, 'weight', 'pos_weight'),
+}
+
+
+class _Term(NamedTuple):
+    """One mean of elements in a loss."""
+
+    elements: _Elements
+    coefficient: Tensor  # of the mean in the loss, one number; of each element where the node took no mean
+    reduction: str
+
+
+class _Reading(NamedTuple):
+    """What the graph of one loss shows."""
+
+    terms: list[_Term]
+    read: list[Edge]  # the outputs that the terms read
+    rows: Callable[[Tensor], Tensor]  # sums elements per sample, [B]
+    reads_parameters: bool
+
+
+class ReadFromGraph:
+    """Losses read from the nodes of the model's own loss: what its cross-entropy saved for the backward pass holds each token's loss.
+
+    Nothing is assumed about shifts, ignored labels, class weights or smoothing, since the nodes have them; no logits are copied, and no
+    softmax is taken again. Where there is no graph to read (a compiled model), the usual formulas are tried until one gives the same value.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+        self._formula: int | None = None
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        return self.samples(self.original(outputs, batch), outputs, batch).losses
+
+    def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+        each = []
+        for entry in entries_of(own):
+            reading = _read(entry, outputs)
+            if reading is None:
+                each = [self._by_formula(own, outputs, batch)]
+                break
+            each.append(_summed([_of_term(term, reading.rows) for term in reading.terms]))
+        return Samples(torch.stack([losses for losses, _ in each]).sum(dim=0), [shares for _, shares in each])
+
+    def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
+        readings = [_read(entry, outputs) for entry in entries_of(own)]
+        with torch.enable_grad():
+            shares = torch.stack(self.samples(own, outputs, batch).shares).sum(dim=0)
+        if not all(readings):
+            return Probe(shares, lambda result: {}, False)
+        positions = {edge: position for edge, position in _positions(outputs).items() if any(edge in r.read for r in readings if r)}
+        for edge in positions:
+            if any(other in positions for _, other in walk(inputs_of(edge[0]), positions).arrivals):
+                raise NotReadableError('it reads an output and what that output was computed from')
+        by_element = any(term.reduction == 'none' for reading in readings if reading for term in reading.terms)
+        if by_element and not is_near(shares.detach().sum(), total_of(own), tensors_of(outputs)[0]):
+            raise NotReadableError('its cross-entropy of each element goes through more than a weighted mean')
+
+        def slopes(result: Tensor) -> dict[int, Tensor]:
+            return {positions[edge]: gradient for edge, gradient in pull(result, positions).items()}
+
+        return Probe(shares, slopes, any(r.reads_parameters for r in readings if r))
+
+    def _by_formula(self, own: Any, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        candidates = _formulas(outputs, batch)
+        if self._formula is None:
+            target = total_of(own)
+            for number, candidate in enumerate(candidates):
+                with torch.no_grad():
+                    _, shares = candidate()
+                if is_near(shares.sum(), target, tensors_of(outputs)[0]):
+                    self._formula = number
+                    break
+            else:
+                raise NotReadableError(
+                    "it takes no reduction='none', and neither its graph nor the usual formulas show the samples' losses"
+                )
+        return candidates[self._formula]()
+
+
+def _positions(outputs: Any) -> dict[Edge, int]:
+    return {edge_of(tensor): position for position, tensor in enumerate(tensors_of(outputs)) if tensor.requires_grad}
+
+
+def _is_reader(node: Any) -> bool:
+    return node.name() in _READERS
+
+
+def _read(entry: Tensor, outputs: Any) -> _Reading | None:
+    """The terms of a loss; ``None`` where its graph shows none.
+
+    Raises:
+        NotReadableError: Where the outputs enter the loss by a way that is not understood.
+    """
+    if not entry.requires_grad:
+        return None
+    root, positions = edge_of(entry), _positions(outputs)
+    readers = [node for node in walk([root], positions, _is_reader).nodes if _is_reader(node)]
+    if not readers:
+        return None
+    inputs = {inputs_of(node)[0]: node for node in readers}
+    # a smoothed cross-entropy sums up the log-probabilities too
+    others = walk([root], {*positions, *inputs}, _is_reader).arrivals
+    sums = [(node, inputs[edge]) for node, edge in others if edge in inputs and _sums_classes(node)]
+    understood = {node for node, _ in sums}
+    behind = walk([edge for node in readers for edge in inputs_of(node)], positions)
+    read = list(dict.fromkeys(edge for _, edge in behind.arrivals))
+    if any(node not in understood and (edge in inputs or edge in read) for node, edge in others):
+        raise NotReadableError('a further term in it reads the outputs')
+    if not read:
+        raise NotReadableError('it does not come from the outputs that the model returns')
+    coefficients = pull(entry, {(node, 0) for node in (*readers, *understood)})
+    terms = [
+        _Term(_READERS[node.name()](node), coefficients[node, 0], ('none', 'mean', 'sum')[node._saved_reduction])
+        for node in readers
+        if (node, 0) in coefficients
+    ]
+    terms += [
+        _Term(_Elements(in_full(reader._saved_self).sum(dim=1), None, 1.0), coefficients[node, 0], 'none')
+        for node, reader in sums
+        if (node, 0) in coefficients
+    ]
+    return _Reading(terms, read, _rows_of(behind.nodes, read, outputs), any(hasattr(node, 'variable') for node in behind.nodes))
+
+
+def _sums_classes(node: Any) -> bool:
+    return node is not None and node.name() == 'SumBackward1' and tuple(node._saved_dim) == (1,) and not node._saved_keepdim
+
+
+def _rows_of(nodes: Collection[Any], read: Sequence[Edge], outputs: Any) -> Callable[[Tensor], Tensor]:
+    """How elements belong to samples: in their order, or as the model indexed its outputs."""
+    positions, tensors = _positions(outputs), tensors_of(outputs)
+    sizes = {len(tensors[positions[edge]]) for edge in read}
+    if len(sizes) != 1:
+        raise NotReadableError(f'the outputs that it reads have {sorted(sizes)} rows; one a sample is needed')
+    (size,) = sizes
+    indexed = [node for node in nodes if node.name() == 'IndexBackward0' and node._saved_indices[0] is not None]
+
+    def rows(elements: Tensor) -> Tensor:
+        for node in indexed:
+            index = node._saved_indices[0]
+            index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.flatten()
+            if len(index) == len(elements):
+                sample = index * size // node._saved_self_sym_sizes[0]
+                return elements.new_zeros(size).index_add(0, sample, elements.flatten(1).sum(dim=1) if elements.ndim > 1 else elements)
+        if len(elements) % size:
+            raise NotReadableError(f'it is a mean over {len(elements)} rows of {size} samples')
+        return elements.reshape(size, -1).sum(dim=1)
+
+    return rows
+
+
+def _of_term(term: _Term, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Losses and shares of the samples, ``[B]`` each."""
+    elements, coefficient = term.elements, term.coefficient
+    if term.reduction == 'none':
+        coefficient = coefficient.to(elements.losses.dtype)
+        shares, weight = rows(elements.losses * coefficient), rows(coefficient)
+        return shares * torch.where(weight == 0, 0, coefficient.sum() / weight), shares
+    sums = rows(elements.losses)
+    counts = rows(torch.ones_like(elements.losses) if elements.counted is None else elements.counted.to(sums.dtype))
+    if term.reduction == 'mean':
+        return sums * (coefficient / counts.clamp(min=1)), sums * (coefficient / elements.total)
+    return sums * (coefficient * counts.sum() / counts.clamp(min=1)), sums * coefficient
+
+
+def _summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    losses, shares = zip(*pairs, strict=True)
+    return torch.stack(losses).sum(dim=0), torch.stack(shares).sum(dim=0)
+
+
+# ---------------------------------------------------------------------- formulas, where there is no graph
+
+
+def _formulas(outputs: Any, batch: Any) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    """What the usual models' loss may be; each gives losses and shares of the samples, ``[B]``."""
+    labels = batch.get('labels') if isinstance(batch, Mapping | UserDict) else None
+    if not isinstance(labels, Tensor):
+        return []
+    fitting = [t for t in tensors_of(outputs) if t.shape[: labels.ndim] == labels.shape and t.ndim <= labels.ndim + 1]
+    if not fitting:
+        return []
+    logits = fitting[0]
+
+    def tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+        # sample by sample, so that no more than one sample's logits are copied
+        sums = torch.stack(
+            [functional.cross_entropy(row.float(), label, reduction='sum') for row, label in zip(logits, labels, strict=True)]
+        )
+        counts = (labels != -100).flatten(1).sum(dim=1) if labels.ndim > 1 else (labels != -100).long()
+        return sums / counts.clamp(min=1), sums / counts.sum().clamp(min=1)
+
+    def elements(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        losses = per_sample_mean(function(logits.float().reshape(labels.shape), labels.float(), reduction='none'))
+        return losses, losses / len(losses)
+
+    if labels.is_floating_point():
+        found = [functional.mse_loss, functional.binary_cross_entropy_with_logits]
+        return [lambda function=f: elements(function) for f in found] if logits.numel() == labels.numel() else []  # type: ignore[misc]
+    if labels.ndim == 1:
+        return [lambda: tokens(labels)] if logits.shape[-1] > 1 else [lambda: elements(functional.mse_loss)]
+    return [lambda: tokens(labels), lambda: tokens(functional.pad(labels[:, 1:], (0, 1), value=-100))]

@@ -1,0 +1,426 @@
+"""Kinds of model in one table: InfoBatch leaves each one's own loss as it is, and weighs its samples, or refuses in one line."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Callback
+from composer.loss import binary_cross_entropy_with_logits
+from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from composer_effalgos import InfoBatch, InputError
+from composer_effalgos.plan import Plan
+
+transformers = pytest.importorskip('transformers')
+F = nn.functional
+SAMPLES, BATCH, WORDS, LENGTH = 24, 8, 17, 6
+
+
+# ---------------------------------------------------------------------- data
+
+
+class Rows(Dataset):
+    """A dict of tensors, sample by sample."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+INPUTS = torch.randn(SAMPLES, 8, generator=generator())
+CLASSES = torch.arange(SAMPLES) % 3
+SOFT = torch.rand(SAMPLES, 3, generator=generator()).softmax(dim=1)
+HOT = (SOFT > 0.3).float()
+IMAGES = torch.randn(SAMPLES, 3, 8, 8, generator=generator())
+TOKENS = torch.randint(2, WORDS, (SAMPLES, LENGTH), generator=generator())
+REAL = torch.arange(LENGTH) < 3 + torch.arange(SAMPLES)[:, None] % 4  # sentences of 3 to 6 tokens
+MASK = REAL.long()
+LABELS = TOKENS.masked_fill(~REAL, -100)
+
+
+def pixels(ignored: int) -> Tensor:
+    labels = (IMAGES[:, 0] > 0).long() + (IMAGES[:, 1] > 0).long()
+    labels[::3, :2] = ignored
+    return labels
+
+
+def language(**columns: Tensor) -> Rows:
+    return Rows(input_ids=TOKENS, attention_mask=MASK, **columns)
+
+
+# ---------------------------------------------------------------------- models of one's own
+
+
+def net(outputs: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, outputs))
+
+
+def classifier(loss_fn: Any = None, module: nn.Module | None = None) -> ComposerClassifier:
+    return ComposerClassifier(module or net(), num_classes=3, **({} if loss_fn is None else {'loss_fn': loss_fn}))
+
+
+class Own(ComposerModel):
+    """A model of one's own; ``loss`` is a function of the logits and the targets."""
+
+    def __init__(self, function: Callable[..., Any], outputs: Callable[[Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.net, self.function, self.outputs = net(), function, outputs
+
+    def forward(self, batch: Any) -> Any:
+        return self.outputs(self.net(batch[0]))
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return self.function(outputs, batch[1])
+
+
+class OwnWithReduction(Own):
+    def loss(self, outputs: Any, batch: Any, reduction: str = 'mean') -> Any:
+        return self.function(outputs, batch[1], reduction=reduction)
+
+
+class Router(OwnWithReduction):
+    """Has a term for the whole batch beside the outputs."""
+
+    def loss(self, outputs: Any, batch: Any, reduction: str = 'mean') -> Any:
+        loss = super().loss(outputs, batch, reduction)
+        return loss if reduction == 'none' else loss + gate_loss(self, batch)
+
+
+def gate_loss(model: ComposerModel, batch: Any) -> Tensor:
+    return model.net[0](batch[0]).softmax(dim=1).mean(dim=0).square().sum()
+
+
+class LossInForward(ComposerModel):
+    """Returns its loss with its outputs, as Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        logits = self.net(batch[0])
+        return {'loss': F.cross_entropy(logits, batch[1]), 'logits': logits}
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return outputs['loss']
+
+
+class Temperature(Own):
+    """Has a parameter in its loss."""
+
+    def __init__(self) -> None:
+        super().__init__(F.cross_entropy)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs * self.scale, batch[1])
+
+
+class Contrastive(ComposerModel):
+    """Each sample's loss depends on all the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(batch[0])
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+
+def twice(logits: Tensor, targets: Tensor, reduction: str = 'mean') -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(logits, targets, reduction=reduction), F.cross_entropy(2 * logits, targets, reduction=reduction)
+
+
+def named(logits: Tensor, targets: Tensor, reduction: str = 'mean') -> dict[str, Tensor]:
+    return dict(zip('ab', twice(logits, targets, reduction), strict=True))
+
+
+def totalled(logits: Tensor, targets: Tensor, reduction: str = 'mean') -> dict[str, Tensor]:
+    losses = named(logits, targets, reduction)
+    return {**losses, 'total': losses['a'] + 0.5 * losses['b']}
+
+
+# ---------------------------------------------------------------------- Hugging Face
+
+
+BERT = {'vocab_size': WORDS, 'hidden_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 8,
+        'max_position_embeddings': LENGTH, 'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}  # fmt: skip
+
+
+def bert(head: str, **options: Any) -> HuggingFaceModel:
+    return HuggingFaceModel(getattr(transformers, head)(transformers.BertConfig(**BERT, **options)))
+
+
+def gpt2(wrapper: type = HuggingFaceModel, **options: Any) -> HuggingFaceModel:
+    config = transformers.GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0,
+                                     attn_pdrop=0, use_cache=False)  # fmt: skip
+    return wrapper(transformers.GPT2LMHeadModel(config), **options)
+
+
+def t5() -> HuggingFaceModel:
+    config = transformers.T5Config(vocab_size=WORDS, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dropout_rate=0.0,
+                                   decoder_start_token_id=0)  # fmt: skip
+    return HuggingFaceModel(transformers.T5ForConditionalGeneration(config))
+
+
+def mixtral(coefficient: float) -> HuggingFaceModel:
+    config = transformers.MixtralConfig(vocab_size=WORDS, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True,
+                                        router_aux_loss_coef=coefficient, max_position_embeddings=LENGTH, use_cache=False)  # fmt: skip
+    return HuggingFaceModel(transformers.MixtralForCausalLM(config))
+
+
+def electra() -> HuggingFaceModel:
+    return HuggingFaceModel(transformers.ElectraForPreTraining(transformers.ElectraConfig(**BERT, embedding_size=8)))
+
+
+def segformer() -> HuggingFaceModel:
+    config = transformers.SegformerConfig(num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[8], num_attention_heads=[1],
+                                          patch_sizes=[3], strides=[2], mlp_ratios=[1], decoder_hidden_size=8, num_labels=3,
+                                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.0,
+                                          drop_path_rate=0.0)  # fmt: skip
+    model = transformers.SegformerForSemanticSegmentation(config)
+    model.decode_head.batch_norm = nn.Identity()  # a sample alone has no batch to be normalised with
+    return HuggingFaceModel(model)
+
+
+class OwnLanguageModel(transformers.PreTrainedModel):
+    """Outside transformers' registry, so Composer does not know that its loss shifts the labels."""
+
+    config_class = transformers.GPT2Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embedding, self.head = nn.Embedding(WORDS, 8), nn.Linear(8, WORDS)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(self.embedding(input_ids).tanh())
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def own_language_model() -> HuggingFaceModel:
+    return HuggingFaceModel(OwnLanguageModel(transformers.GPT2Config()))
+
+
+class Smoothed(HuggingFaceModel):
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs['logits'][:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten(), label_smoothing=0.1)
+
+
+class ZLoss(HuggingFaceModel):
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return super().loss(outputs, batch) + 1e-4 * outputs['logits'].logsumexp(dim=-1).square().mean()
+
+
+class Focal(HuggingFaceModel):
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        losses = F.cross_entropy(outputs['logits'].flatten(0, 1), batch['labels'].flatten(), reduction='none')
+        return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+class Masked(HuggingFaceModel):
+    """Averages over the tokens by hand."""
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        losses = F.cross_entropy(outputs['logits'].flatten(0, 1), batch['input_ids'].flatten(), reduction='none')
+        mask = batch['attention_mask'].flatten()
+        return (losses * mask).sum() / mask.sum()
+
+
+def by_tokens(batch: Any) -> Tensor:
+    return (batch['labels'] != -100).flatten(1).sum(dim=1).float()
+
+
+def by_shifted_tokens(batch: Any) -> Tensor:
+    return (batch['labels'][:, 1:] != -100).sum(dim=1).float()
+
+
+def by_mask(batch: Any) -> Tensor:
+    return batch['attention_mask'].sum(dim=1).float()
+
+
+def evenly(batch: Any) -> Tensor:
+    return torch.ones(len(batch['labels'] if isinstance(batch, dict) else batch[1]))
+
+
+# ---------------------------------------------------------------------- the table
+
+
+@dataclass
+class Kind:
+    """A kind of model: how to make it, its data, and how much each sample counts in the mean over a batch."""
+
+    model: Callable[[], ComposerModel]
+    data: Dataset
+    counts: Callable[[Any], Tensor] = evenly
+    refused: str | None = None  # what is said
+    batch_term: Callable[[ComposerModel, Any], Tensor] | None = None  # what the loss has for the whole batch
+
+
+VECTORS, CLASS_WEIGHTS = TensorDataset(INPUTS, CLASSES), torch.tensor([0.5, 1.0, 3.0])
+SENTENCES, SOME_IGNORED = language(labels=LABELS), CLASSES.masked_fill(torch.arange(SAMPLES) % 5 == 0, -100)
+
+
+def router_loss(model: ComposerModel, batch: Any) -> Tensor:
+    return model.config.router_aux_loss_coef * model(batch)['aux_loss']
+
+
+KINDS = {
+    'classifier': Kind(classifier, VECTORS),
+    'class weights': Kind(lambda: classifier(nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)), VECTORS, lambda b: CLASS_WEIGHTS[b[1]]),
+    'ignored labels': Kind(lambda: classifier(nn.CrossEntropyLoss()), TensorDataset(INPUTS, SOME_IGNORED), lambda b: (b[1] >= 0).float()),
+    'label smoothing': Kind(lambda: classifier(nn.CrossEntropyLoss(label_smoothing=0.1)), VECTORS),
+    'function': Kind(lambda: classifier(lambda logits, targets: F.cross_entropy(logits, targets)), VECTORS),
+    'multi-label': Kind(lambda: classifier(binary_cross_entropy_with_logits), TensorDataset(INPUTS, HOT)),
+    'sum': Kind(lambda: classifier(nn.CrossEntropyLoss(reduction='sum')), VECTORS, lambda b: torch.full((len(b[1]),), 1.0)),
+    'regression': Kind(lambda: classifier(F.mse_loss), TensorDataset(INPUTS, SOFT)),
+    'Huber without reduction': Kind(lambda: Own(F.huber_loss), TensorDataset(INPUTS, SOFT)),
+    'segmentation': Kind(lambda: classifier(F.cross_entropy, nn.Conv2d(3, 3, 1)), TensorDataset(IMAGES, pixels(-100)),
+                         lambda b: (b[1] >= 0).flatten(1).sum(dim=1).float()),
+    'soft labels': Kind(classifier, TensorDataset(INPUTS, SOFT)),
+    'reduction': Kind(lambda: OwnWithReduction(F.cross_entropy), VECTORS),
+    'no reduction': Kind(lambda: Own(F.cross_entropy), VECTORS),
+    'nothing to read': Kind(lambda: Own(lambda o, t: (o - F.one_hot(t, 3)).abs().mean()), VECTORS, refused="takes no reduction='none'"),
+    'tuple of losses': Kind(lambda: OwnWithReduction(twice), VECTORS),
+    'tuple without reduction': Kind(lambda: Own(lambda o, t: twice(o, t)), VECTORS),
+    'dict of losses': Kind(lambda: OwnWithReduction(named), VECTORS),
+    'dict with total': Kind(lambda: OwnWithReduction(totalled), VECTORS),
+    'dict outputs': Kind(lambda: OwnWithReduction(lambda o, t, reduction='mean': F.cross_entropy(o['x'], t, reduction=reduction),
+                                                  lambda logits: {'x': logits}), VECTORS),
+    'dict outputs, another loss': Kind(
+        lambda: OwnWithReduction(lambda o, t, reduction='mean': F.cross_entropy(
+            o['x'], t, reduction=reduction, label_smoothing=0.1 * (reduction == 'mean')), lambda logits: {'x': logits}),
+        VECTORS, refused='another gradient at the outputs'),
+    'term beside the outputs': Kind(lambda: Router(F.cross_entropy), VECTORS, batch_term=gate_loss),
+    'term in the outputs': Kind(lambda: Own(lambda o, t: F.cross_entropy(o, t) + 0.01 * o.square().mean()), VECTORS,
+                                refused='a further term in it reads the outputs'),
+    'loss in forward': Kind(LossInForward, VECTORS),
+    'parameter in the loss': Kind(Temperature, VECTORS),
+    'contrastive': Kind(Contrastive, VECTORS, refused='outputs of other samples'),
+    'GPT-2': Kind(gpt2, SENTENCES, by_shifted_tokens),
+    'GPT-2, shift_labels': Kind(lambda: gpt2(shift_labels=True), SENTENCES, by_shifted_tokens),
+    'GPT-2 with tuples': Kind(lambda: tuples(gpt2()), SENTENCES, by_shifted_tokens),
+    'own language model': Kind(own_language_model, SENTENCES, by_shifted_tokens),
+    'smoothed': Kind(lambda: gpt2(Smoothed), SENTENCES, by_shifted_tokens),
+    'z-loss': Kind(lambda: gpt2(ZLoss), SENTENCES, refused='a further term in it reads the outputs'),
+    'focal': Kind(lambda: gpt2(Focal), SENTENCES, refused='more than a weighted mean'),
+    'masked by hand': Kind(lambda: gpt2(Masked), SENTENCES, by_mask),
+    'T5': Kind(t5, SENTENCES, by_tokens),
+    'Mixtral 0.001': Kind(lambda: mixtral(0.001), SENTENCES, by_shifted_tokens, batch_term=router_loss),
+    'Mixtral 0.02': Kind(lambda: mixtral(0.02), SENTENCES, by_shifted_tokens, batch_term=router_loss),
+    'BERT masked': Kind(lambda: bert('BertForMaskedLM'), SENTENCES, by_tokens),
+    'BERT pre-training': Kind(lambda: bert('BertForPreTraining'), language(labels=TOKENS, next_sentence_label=CLASSES % 2)),
+    'BERT tokens': Kind(lambda: bert('BertForTokenClassification', num_labels=WORDS), SENTENCES, by_tokens),
+    'BERT classes': Kind(lambda: bert('BertForSequenceClassification', num_labels=3), language(labels=CLASSES)),
+    'BERT several labels': Kind(lambda: bert('BertForSequenceClassification', num_labels=3), language(labels=HOT)),
+    'BERT regression': Kind(lambda: bert('BertForSequenceClassification', num_labels=1), language(labels=SOFT[:, 0].contiguous())),
+    'Electra': Kind(electra, language(labels=(TOKENS > 8).long()), by_mask),
+    'Segformer': Kind(segformer, Rows(pixel_values=IMAGES, labels=pixels(255)),
+                      lambda b: (b['labels'] != 255).flatten(1).sum(dim=1).float()),
+}  # fmt: skip
+
+
+def tuples(model: HuggingFaceModel) -> HuggingFaceModel:
+    model.config.return_dict = False
+    return model
+
+
+# ---------------------------------------------------------------------- the tests
+
+
+def fit(make_trainer, kind: Kind, algorithms: list, duration: str, callbacks: list = ()):
+    torch.manual_seed(0)
+    model = kind.model()
+    loader = DataLoader(kind.data, batch_size=BATCH)
+    trainer = make_trainer(algorithms, model=model, train_loader=loader, lr=0.05, max_duration=duration, callbacks=callbacks)
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_without_weights_it_is_plain_composer_bit_by_bit(name, make_trainer, weights_of):
+    kind = KINDS[name]
+    if kind.refused is not None:
+        message = rf'^{type(kind.model()).__name__}\.loss: .*{kind.refused}.*; pass InfoBatch\(per_sample_loss='
+        with pytest.raises(InputError, match=message) as said:
+            fit(make_trainer, kind, [InfoBatch(prune_ratio=0)], '2ep')
+        assert '\n' not in str(said.value)
+        return
+    plain, ours = (fit(make_trainer, kind, algorithms, '2ep') for algorithms in ([], [InfoBatch(prune_ratio=0)]))
+    assert torch.equal(weights_of(plain), weights_of(ours))
+    assert torch.isfinite(ours.state.algorithms[0].scores).all()
+
+
+def total(loss: Any) -> Tensor:
+    """As Composer's trainer has it."""
+    losses = [loss['total']] if isinstance(loss, dict) and 'total' in loss else loss.values() if isinstance(loss, dict) else loss
+    return loss.mean() if isinstance(loss, Tensor) else sum(each.mean() for each in losses)
+
+
+def sample_of(batch: Any, index: int) -> Any:
+    if isinstance(batch, dict):
+        return {name: value[index : index + 1] for name, value in batch.items()}
+    return [value[index : index + 1] for value in batch]
+
+
+def reference(kind: Kind, model: ComposerModel, batch: Any, weights: Tensor) -> Tensor:
+    """``sum(w_i c_i l_i) / M`` with each sample alone in the model, and what the loss has for the whole batch."""
+    counts = kind.counts(batch)
+    divisor = 1 if getattr(getattr(model, '_loss_fn', None), 'reduction', 'mean') == 'sum' else counts.sum()
+    loss = torch.zeros(())
+    for index, (weight, count) in enumerate(zip(weights, counts, strict=True)):
+        if count > 0:
+            alone = sample_of(batch, index)
+            term = 0 if kind.batch_term is None else kind.batch_term(model, alone)
+            loss = loss + weight * count * (total(model.loss(model(alone), alone)) - term) / divisor
+    return loss if kind.batch_term is None else loss + kind.batch_term(model, batch)
+
+
+class Compare(Callback):
+    """Holds the gradients and losses of weighted batches against the reference."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.compared = kind, 0
+
+    def before_forward(self, state, logger):
+        loss = Plan.of(state).loss
+        self.weights = None if loss._weights is None else loss._weights[loss._window]
+        self.twin = None if self.weights is None else copy.deepcopy(state.model)
+
+    def after_backward(self, state, logger):
+        if self.twin is None or self.compared == 2:
+            return
+        self.twin.zero_grad()
+        expected = reference(self.kind, self.twin, state.batch, self.weights)
+        expected.backward()
+        assert total(state.loss).item() == pytest.approx(expected.item(), rel=1e-5)
+        for ours, theirs in zip(state.model.parameters(), self.twin.parameters(), strict=True):
+            if theirs.grad is not None:
+                assert (ours.grad - theirs.grad).norm() <= 1e-5 * (1 + theirs.grad.norm())
+        self.compared += not torch.equal(self.weights, torch.ones_like(self.weights))
+
+
+@pytest.mark.parametrize('name', [name for name, kind in KINDS.items() if kind.refused is None])
+def test_weighted_gradients_are_those_of_a_straight_loop(name, make_trainer):
+    compare = Compare(KINDS[name])
+    trainer = fit(make_trainer, KINDS[name], [InfoBatch(delta=1.0)], '3ep', [compare])
+    assert trainer.state.algorithms[0].samples_saved > 0
+    assert compare.compared == 2
