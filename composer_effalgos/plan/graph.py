@@ -93,6 +93,24 @@ def walk(starts: Iterable[Edge], stops: Collection[Edge], halt: Callable[[Any], 
     return Walk(finished[::-1], arrivals)
 
 
+def between(start: Edge, stops: Collection[Edge]) -> list[Any]:
+    """The nodes on the ways from a result to some edges.
+
+    Args:
+        start: The result.
+        stops: The edges; none is passed.
+
+    Returns:
+        The nodes, each before those that made its inputs.
+    """
+    order = walk([start], stops).nodes
+    leading: set[Any] = set()
+    for node in reversed(order):
+        if any(edge in stops or edge[0] in leading for edge in inputs_of(node)):
+            leading.add(node)
+    return [node for node in order if node in leading]
+
+
 def pull(result: Tensor, stops: Collection[Edge], scale: float = 1.0) -> dict[Edge, Tensor]:
     """Gradients of a result's mean.
 
@@ -108,18 +126,13 @@ def pull(result: Tensor, stops: Collection[Edge], scale: float = 1.0) -> dict[Ed
         OpaqueGraphError: Where a Python ``autograd.Function`` lies between.
     """
     root = edge_of(result)
-    order = walk([root], stops).nodes
-    needed: set[Any] = set()
-    for node in reversed(order):
-        if any(edge in stops or edge[0] in needed for edge in inputs_of(node)):
-            needed.add(node)
+    order = between(root, stops)
+    needed = set(order)
     found: dict[Edge, Tensor] = {}
     pending: dict[Edge, Tensor] = {}
     (found if root in stops else pending)[root] = torch.full_like(result, scale / result.numel(), requires_grad=False)
     with torch.no_grad():
         for node in order:
-            if node not in needed:
-                continue
             if isinstance(node, BackwardCFunction):
                 raise OpaqueGraphError(f'{type(node).__name__} lies between the outputs and the loss')
             gradients = node(*(pending.pop((node, number), None) for number in range(len(node._input_metadata))))

@@ -232,7 +232,7 @@ class WeightedLoss:
         if not torch.isfinite(total) or not torch.isfinite(probe.shares.detach().sum()):
             return
         try:
-            compared = compare_gradients(probe, own, outputs)
+            compared = compare_gradients(probe, own, outputs, by_direction=self._given)
         except OpaqueGraphError:
             compared = Comparison([])
         if compared is None:
@@ -251,7 +251,7 @@ class WeightedLoss:
             )
         self._foreign = difference is not None
         if isinstance(self._form, Called):
-            self._form.plain_mean = compared.exact and not near
+            self._form.plain_mean = compared.plain and not near
         by_gradient = bool(compared.read) and not self._foreign and not probe.reads_parameters
         self._read, self._checked, self._check_due = (compared.read if by_gradient else None), True, False
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from composer_effalgos.plan.graph import edge_of, pull
-from composer_effalgos.plan.outputs import entries_of, is_rounded, tensors_of
+from composer_effalgos.plan.outputs import entries_of, is_rounded, tensors_of, total_of
 
 _COMPARED = 2**20  # numbers of a gradient that are looked at, beside at least two samples
 
@@ -31,11 +31,11 @@ class Comparison(NamedTuple):
 
     read: list[int]  # positions of the outputs that the per-sample losses read; empty where no gradient can be compared
     difference: str | None = None  # what is different from the model's own loss
-    exact: bool = False  # whether the gradients are equal, and not in direction alone
+    plain: bool = False  # whether the gradients are equal without a scale
 
 
-def compare_gradients(probe: Probe, own: Any, outputs: Any) -> Comparison | None:
-    """Whether each sample's loss depends on its own rows of the outputs alone, and has the direction of the own loss's gradient there.
+def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: bool) -> Comparison | None:
+    """Whether each sample's loss depends on its own rows of the outputs alone, and has the own loss's gradient there.
 
     Then the own loss's gradient with the rows of sample i multiplied by ``w_i`` is that of its samples' sum weighted with ``w``, whatever
     the mean is taken over. Terms of the loss that do not read these outputs are left out of the comparison.
@@ -44,6 +44,8 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any) -> Comparison | None
         probe: The per-sample losses.
         own: What ``model.loss`` returned.
         outputs: The model's outputs.
+        by_direction: Whether each sample's gradient may be any multiple of the own loss's. Otherwise they are equal, or all the multiple
+            that makes the shares sum up to the own loss.
 
     Returns:
         What was found; ``None`` where all gradients are zero, which shows nothing.
@@ -71,11 +73,15 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any) -> Comparison | None
     tolerance = 2e-2 if any(is_rounded(tensors[position]) for position in even) else 1e-4
     if not _alike(even_rows * factors[: len(even_rows), None].to(even_rows), uneven_rows, tolerance):
         return Comparison([], 'depend on the outputs of other samples too')
-    squares = even_rows.square().sum(dim=1).clamp(min=torch.finfo(even_rows.dtype).tiny)
-    slope = ((even_rows * their_rows).sum(dim=1) / squares).clamp(min=0)
-    if not _alike(even_rows * slope[:, None], their_rows, tolerance):
+    plain = _alike(even_rows, their_rows, tolerance)
+    if by_direction:
+        squares = even_rows.square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(even_rows.dtype).tiny)
+        multiple = ((even_rows * their_rows).sum(dim=1, keepdim=True) / squares).clamp(min=0)
+    else:
+        multiple = (total_of(own) / probe.shares.detach().sum()).to(even_rows)
+    if not plain and not _alike(even_rows * multiple, their_rows, tolerance):
         return Comparison([], 'have another gradient at the outputs than it has')
-    return Comparison(sorted(stops.values()), exact=_alike(even_rows, their_rows, tolerance))
+    return Comparison(sorted(stops.values()), plain=plain)
 
 
 def _uneven(shares: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import UserDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from composer_effalgos.plan.graph import Edge, edge_of, inputs_of, pull, walk
+from composer_effalgos.plan.graph import Edge, between, edge_of, inputs_of, pull, walk
 from composer_effalgos.plan.outputs import NotReadableError, entries_of, in_full, is_near, tensors_of, total_of
 from composer_effalgos.plan.per_sample import Samples, per_sample_mean
 from composer_effalgos.plan.probe import Probe
@@ -51,6 +52,11 @@ _READERS: dict[str, Callable[[Any], _Elements]] = {
     'BinaryCrossEntropyBackward0': _elementwise(functional.binary_cross_entropy, 'weight'),
     'BinaryCrossEntropyWithLogitsBackward0': _elementwise(functional.binary_cross_entropy_with_logits, 'weight', 'pos_weight'),
 }
+
+
+_LINEAR = {'Add', 'Alias', 'Cat', 'Clone', 'Expand', 'Index', 'IndexSelect', 'MaskedFill', 'MaskedSelect', 'Mean', 'Neg', 'Permute', 'Rsub'}
+_LINEAR |= {'ReshapeAlias', 'Select', 'Slice', 'Squeeze', 'Stack', 'Sub', 'Sum', 'T', 'ToCopy', 'Transpose', 'Unbind', 'UnsafeView'}
+_LINEAR |= {'Unsqueeze', 'View', 'Where'}
 
 
 class _Term(NamedTuple):
@@ -104,9 +110,6 @@ class ReadFromGraph:
         for edge in positions:
             if any(other in positions for _, other in walk(inputs_of(edge[0]), positions).arrivals):
                 raise NotReadableError('it reads an output and what that output was computed from')
-        by_element = any(term.reduction == 'none' for reading in readings if reading for term in reading.terms)
-        if by_element and not is_near(shares.detach().sum(), total_of(own), tensors_of(outputs)[0]):
-            raise NotReadableError('its cross-entropy of each element goes through more than a weighted mean')
 
         def slopes(result: Tensor) -> dict[int, Tensor]:
             return {positions[edge]: gradient for edge, gradient in pull(result, positions).items()}
@@ -161,7 +164,10 @@ def _read(entry: Tensor, outputs: Any) -> _Reading | None:
         raise NotReadableError('a further term in it reads the outputs')
     if not read:
         raise NotReadableError('it does not come from the outputs that the model returns')
-    coefficients = pull(entry, {(node, 0) for node in (*readers, *understood)})
+    ends = {(node, 0) for node in (*readers, *understood)}
+    if not all(_is_linear(node) for node in between(root, ends)):
+        raise NotReadableError('it goes from the samples to their loss by more than a weighted mean')
+    coefficients = pull(entry, ends)
     terms = [
         _Term(_READERS[node.name()](node), coefficients[node, 0], ('none', 'mean', 'sum')[node._saved_reduction])
         for node in readers
@@ -173,6 +179,12 @@ def _read(entry: Tensor, outputs: Any) -> _Reading | None:
         if (node, 0) in coefficients
     ]
     return _Reading(terms, read, _rows_of(behind.nodes, read, outputs), any(hasattr(node, 'variable') for node in behind.nodes))
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node adds up, or takes the mean or multiples of, what it is given, so that its gradient does not depend on it."""
+    name, given = re.sub(r'Backward\d*$', '', node.name()), [source is not None for source, _ in node.next_functions]
+    return name in _LINEAR or (name == 'Mul' and sum(given) == 1) or (name == 'Div' and not any(given[1:]))
 
 
 def _sums_classes(node: Any) -> bool:

@@ -27,8 +27,8 @@ class InfoBatch(Pruning):
     Args:
         prune_ratio: The share of below-mean samples that an epoch drops, in [0, 1).
         delta: The share of the run in which samples are pruned, in [0, 1]; the rest trains on everything.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample. It replaces
-            ``model.loss`` during training steps.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. The
+            model's loss stays what is trained on; see :class:`~composer_effalgos.plan.WeightedLoss`.
         seed: Seeds the draws; ``None`` for the trainer's seed.
         score: ``'loss'``, the last loss (the paper's); ``'ema'``, an exponential moving average of the losses; or a function
             ``(outputs, batch) -> [B, ...]`` of your own, low for samples that are well learned.

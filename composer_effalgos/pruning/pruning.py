@@ -38,8 +38,8 @@ class Pruning(Selector, Algorithm):
         prune_ratio: The fraction to prune, in [0, 1); what of depends on the rule. A schedule is a function of the run's progress, or
             points ``[(progress, ratio), ...]`` with straight lines between them.
         delta: The share of the run in which samples are pruned, in [0, 1].
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample. It replaces
-            ``model.loss`` during training steps.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. The
+            model's loss stays what is trained on; see :class:`~composer_effalgos.plan.WeightedLoss`.
         seed: Seeds the draws; ``None`` for the trainer's seed.
         labels: Class indices of the training samples, ``[N]``; ``None`` to read the dataset's ``targets`` where the rule needs them.
 

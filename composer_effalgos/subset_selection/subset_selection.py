@@ -55,8 +55,8 @@ class SubsetSelection(Selector, Algorithm):
             brings transforms of its own.
         val_share: In the place of ``val_dataloader``: the share of the training data to hold out for that, in [0, 1). It is drawn once
             and never trained on, whatever the strategy.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample. Gradients are those of
-            it, and where samples are weighted it replaces ``model.loss`` during training steps.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. Gradients are those of
+            it; the model's loss stays what is trained on.
         seed: Seeds the selections; ``None`` for the trainer's seed.
         **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
             ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the

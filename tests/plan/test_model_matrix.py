@@ -130,6 +130,13 @@ class Temperature(Own):
         return F.cross_entropy(outputs * self.scale, batch[1])
 
 
+class Uncertain(Temperature):
+    """Learns the factor of its loss."""
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1]) * (-self.scale).exp() + self.scale
+
+
 class Contrastive(ComposerModel):
     """Each sample's loss depends on all the others."""
 
@@ -299,6 +306,9 @@ KINDS = {
     'reduction': Kind(lambda: OwnWithReduction(F.cross_entropy), VECTORS),
     'no reduction': Kind(lambda: Own(F.cross_entropy), VECTORS),
     'nothing to read': Kind(lambda: Own(lambda o, t: (o - F.one_hot(t, 3)).abs().mean()), VECTORS, refused="takes no reduction='none'"),
+    'root of a mean': Kind(lambda: Own(lambda o, t: F.mse_loss(o, t).sqrt()), TensorDataset(INPUTS, SOFT),
+                           refused='more than a weighted mean'),
+    'learned factor': Kind(Uncertain, VECTORS, refused='more than a weighted mean'),
     'tuple of losses': Kind(lambda: OwnWithReduction(twice), VECTORS),
     'tuple without reduction': Kind(lambda: Own(lambda o, t: twice(o, t)), VECTORS),
     'dict of losses': Kind(lambda: OwnWithReduction(named), VECTORS),
