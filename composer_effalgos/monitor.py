@@ -222,7 +222,7 @@ class EfficiencyMonitor(Callback):
     def _observe_scores(self, state: State, epoch: int) -> None:
         """Composer runs callbacks after algorithms: the epoch's scores are in already."""
         plan = Plan.find(state)
-        scores = None if plan is None or dist.get_global_rank() > 0 else plan.sample_scores
+        scores = None if plan is None or dist.get_global_rank() > 0 else plan.selectors.sample_scores
         if scores is not None:
             # the last entry is replaced unless its number is a power of two
             self._scores = {number: entry for number, entry in self._scores.items() if (number + 1) & number == 0}

@@ -20,9 +20,7 @@ from composer_effalgos.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    path
-    for pattern in ('*.md', 'docs/*.md', 'composer_effalgos/*/README.md', 'yamls/*.md', 'benchmarks/*.md')
-    for path in ROOT.glob(pattern)
+    path for pattern in ('*.md', 'docs/*.md', 'composer_effalgos/*/*.md', 'yamls/*.md', 'benchmarks/*.md') for path in ROOT.glob(pattern)
 )
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 

@@ -6,7 +6,7 @@ from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import DataPath, PlannedDataLoader, Reading, class_labels
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.plan import Plan
-from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector
+from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
 from composer_effalgos.plan.table import SampleRows, SampleTable
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     'SampleRows',
     'SampleTable',
     'Selector',
+    'Selectors',
     'WeightedLoss',
     'by_shard',
     'check_seed',

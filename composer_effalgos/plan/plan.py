@@ -12,7 +12,6 @@ from composer.algorithms import SelectiveBackprop
 from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import EpochClock
@@ -20,23 +19,19 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resiz
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
-from composer_effalgos.plan.selector import EpochMetrics, Selector
-
-_TWICE = {
-    'coarse': 'both pick the subset that the run trains on',
-    'fine': 'both decide which samples an epoch leaves out, and the weights of one would be wrong for what the other keeps',
-}
+from composer_effalgos.plan.selector import EpochMetrics, Selectors
 
 
 class Plan(Callback):
     """Says which samples, with which weight, in batches of which size, each epoch trains on.
 
-    Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` or set ``batch_size``, and do nothing else to the trainer. Composer
-    runs callbacks after algorithms, so at ``EPOCH_START`` all of them are there, whatever the order of ``algorithms=[...]``. The plan then
-    asks the selectors, installs the epoch in the loader, sets the clock and hands the weights to the loss.
+    Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` to ``selectors`` or set ``batch_size``, and do nothing else to the
+    trainer. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all of them are there, whatever the order of
+    ``algorithms=[...]``. The plan then asks the selectors, installs the epoch in the loader, sets the clock and hands the weights to the
+    loss.
 
     Attributes:
-        candidates: The samples that the coarse selector left in this epoch, int64 ``[n]``, ascending; ``None`` for all. Read only.
+        selectors: Choose the samples of each epoch.
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
         loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
         whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
@@ -44,9 +39,8 @@ class Plan(Callback):
     """
 
     def __init__(self) -> None:
-        self.candidates: Tensor | None = None
         self.batch_size: Callable[[], BatchSize] | None = None
-        self._selectors: list[Selector] = []  # coarse before fine
+        self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
         self.whole_batches = False
@@ -81,28 +75,6 @@ class Plan(Callback):
             state: The trainer's state.
         """
         return next((callback for callback in state.callbacks if isinstance(callback, cls)), None)
-
-    def add(self, selector: Selector) -> None:
-        """Lets a selector choose in every epoch. To be called at ``INIT``.
-
-        Args:
-            selector: The selector.
-
-        Raises:
-            InputError: Where the run has one of its stage already.
-        """
-        name = type(selector).__name__
-        for other in self._selectors:
-            if other.stage == selector.stage:
-                twice = type(other) is type(selector)
-                what = f'{name} is given twice' if twice else f'{type(other).__name__} and {name} cannot be combined'
-                raise InputError(f'algorithms: {what}: {_TWICE[selector.stage]}; keep one')
-        self._selectors = sorted([*self._selectors, selector], key=lambda item: item.stage)  # 'coarse' < 'fine'
-
-    @property
-    def sample_scores(self) -> Tensor | None:
-        """The score of each sample, float32 ``[N]`` on the CPU, where a selector keeps any."""
-        return next((scores for selector in self._selectors if (scores := selector.sample_scores) is not None), None)
 
     def request_loss(
         self, state: State, who: str, per_sample_loss: PerSampleLoss | None = None, *, by_position: bool = True
@@ -141,7 +113,7 @@ class Plan(Callback):
     @property
     def num_candidates(self) -> int | None:
         """Samples that may be trained on now, over all ranks; ``None`` where the length of the data set is unknown."""
-        return self.loader.num_samples if self.candidates is None else len(self.candidates)
+        return self.loader.num_samples if self.selectors.candidates is None else len(self.selectors.candidates)
 
     # ------------------------------------------------------------------ events
 
@@ -162,7 +134,7 @@ class Plan(Callback):
             self.loss.require_per_sample(self._by_position[0])
         if state.max_duration.unit != TimeUnit.EPOCH and not self._duration_warned:
             self._duration_warned = True
-            if any(selector.stage == 'fine' for selector in self._selectors):
+            if self.selectors.prune:
                 warnings.warn(
                     f'max_duration is {state.max_duration.to_timestring()!r}: with a run of fixed length pruned samples are replaced by '
                     'further ones and save no time, and schedules run on real time; give max_duration in epochs to save any',
@@ -180,8 +152,7 @@ class Plan(Callback):
                     'sample_base': int(state.timestamp.sample - state.timestamp.sample_in_epoch),
                 }
             )
-        for selector in self._selectors:
-            selector.begin(state)
+        self.selectors.begin(state)
         if in_epoch > 0:
             self._resume(state)
         else:
@@ -196,7 +167,8 @@ class Plan(Callback):
 
     def _plan_epoch(self, state: State) -> EpochPlan:
         loader, epoch = self.loader, int(state.timestamp.epoch)
-        kept, weights = self._decide(epoch)
+        loader.metrics = EpochMetrics()
+        kept, weights = self.selectors.choose(epoch, loader.num_samples, loader.world_size)
         return plan_epoch(
             kept,
             weights,
@@ -334,8 +306,7 @@ class Plan(Callback):
         if same_data and before is not None:  # an epoch that is under way goes on with its plan
             self._loader.plan, self._loader.metrics = before.plan, before.metrics
         if not same_data:
-            for selector in self._selectors:
-                selector.new_data(first=before is None)
+            self.selectors.new_data(first=before is None)
         state.set_dataloader(self.loader, state.dataloader_label)
         state.train_dataloader = self.loader
 
@@ -353,24 +324,6 @@ class Plan(Callback):
 
     def _current_batch_size(self) -> BatchSize:
         return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
-
-    def _decide(self, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Asks the selectors, coarse before fine, each among what the ones before left; weights multiply."""
-        loader = self.loader
-        loader.metrics = EpochMetrics()
-        samples: Tensor | None = None
-        weights: Tensor | None = None
-        for selector in self._selectors:
-            choice = selector.choose(samples, epoch)
-            if selector.stage == 'coarse':
-                self.candidates = None if choice is None else choice.positions
-            if choice is None or len(choice.positions) < loader.world_size:  # too few left to deal out
-                continue
-            factors = choice.weights
-            if weights is not None:
-                factors = weights[choice.positions] if factors is None else weights[choice.positions] * factors
-            samples, weights = choice.positions if samples is None else samples[choice.positions], factors
-        return torch.arange(loader.num_samples) if samples is None else samples, weights
 
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
@@ -408,9 +361,7 @@ class Plan(Callback):
                 'load_path: the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '
                 'of an epoch, or load_weights_only=True'
             )
-        for selector in self._selectors:
-            if selector.stage == 'coarse':
-                self.candidates = selector.candidates(int(state.timestamp.epoch))
+        self.selectors.resume(int(state.timestamp.epoch))
         batches = int(state.timestamp.batch_in_epoch)
         done = plan.sizes[: batches - plan.first_batch]
         self._done = (*self._done, *done) if world_size == loader.world_size else ()

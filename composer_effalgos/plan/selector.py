@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from composer.core import State
 from torch import Tensor
+
+from composer_effalgos.errors import InputError
+
+_TWICE = {
+    'coarse': 'both pick the subset that the run trains on',
+    'fine': 'both decide which samples an epoch leaves out, and the weights of one would be wrong for what the other keeps',
+}
 
 
 class Choice(NamedTuple):
@@ -72,3 +80,81 @@ class Selector:
             What to keep; ``None`` to keep everything with weight 1.
         """
         raise NotImplementedError
+
+
+class Selectors:
+    """A run's selectors, coarse before fine.
+
+    Attributes:
+        candidates: The samples that the coarse selector left in this epoch, int64 ``[n]``, ascending; ``None`` for all.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[Selector] = []
+        self.candidates: Tensor | None = None
+
+    def add(self, selector: Selector) -> None:
+        """Takes in a selector.
+
+        Args:
+            selector: The selector.
+
+        Raises:
+            InputError: Where there is one of its stage already.
+        """
+        name = type(selector).__name__
+        for other in self._items:
+            if other.stage == selector.stage:
+                twice = type(other) is type(selector)
+                what = f'{name} is given twice' if twice else f'{type(other).__name__} and {name} cannot be combined'
+                raise InputError(f'algorithms: {what}: {_TWICE[selector.stage]}; keep one')
+        self._items = sorted([*self._items, selector], key=lambda item: item.stage)  # 'coarse' < 'fine'
+
+    @property
+    def prune(self) -> bool:
+        """Whether one of them is fine."""
+        return any(selector.stage == 'fine' for selector in self._items)
+
+    @property
+    def sample_scores(self) -> Tensor | None:
+        """The score of each sample, float32 ``[N]`` on the CPU, where a selector keeps any."""
+        return next((scores for selector in self._items if (scores := selector.sample_scores) is not None), None)
+
+    def new_data(self, *, first: bool) -> None:
+        """Tells all of them of another dataset, as :meth:`Selector.new_data` has it."""
+        for selector in self._items:
+            selector.new_data(first=first)
+
+    def begin(self, state: State) -> None:
+        """Tells all of them that a ``fit`` begins."""
+        for selector in self._items:
+            selector.begin(state)
+
+    def resume(self, epoch: int) -> None:
+        """Finds the candidates again in the middle of an epoch."""
+        coarse = next((selector for selector in self._items if selector.stage == 'coarse'), None)
+        self.candidates = None if coarse is None else coarse.candidates(epoch)
+
+    def choose(self, epoch: int, num_samples: int, world_size: int) -> tuple[Tensor, Tensor | None]:
+        """Asks each among what those before it left; weights multiply.
+
+        Args:
+            epoch: Number of the epoch.
+            num_samples: Samples of the dataset.
+            world_size: Ranks that each need a sample; a selector that leaves fewer is passed over.
+
+        Returns:
+            Sample indices, int64 ``[n]``, ascending, and their weights, float32 ``[n]`` or ``None`` for ones.
+        """
+        samples: Tensor | None = None
+        weights: Tensor | None = None
+        for selector in self._items:
+            choice = selector.choose(samples, epoch)
+            if choice is not None and len(choice.positions) >= world_size:
+                positions, factors = choice
+                if weights is not None:
+                    factors = weights[positions] if factors is None else weights[positions] * factors
+                samples, weights = positions if samples is None else samples[positions], factors
+            if selector.stage == 'coarse':
+                self.candidates = samples
+        return torch.arange(num_samples) if samples is None else samples, weights

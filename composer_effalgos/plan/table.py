@@ -126,7 +126,9 @@ class SampleTable:
         self.exchange(state)
         plan = self._plan.loader.plan
         assert plan is not None
-        self._rows.trained[plan.order[: plan.num_samples]] += 1
+        # all of them, as a rule: then their order does not matter, and an ascending one is faster
+        everything = plan.num_samples == len(plan.kept)
+        self._rows.trained[plan.kept if everything else plan.order[: plan.num_samples]] += 1
 
     def offer(self, samples: Tensor | None) -> None:
         """Notes that samples are candidates of an epoch.
@@ -143,6 +145,7 @@ class SampleTable:
             state: The trainer's state; ``None`` before ``INIT``.
         """
         rows = self._rows if state is None else self.of_all_ranks(state)
+        rows = rows.clone() if rows is self._rows else rows  # what is saved does not change with the run
         return {name: getattr(rows, name) for name in _SAVED}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ class Pruning(Selector, Algorithm):
 
     def _initialise(self, state: State) -> None:
         self._plan, self._state = Plan.of(state), state
-        self._plan.add(self)
+        self._plan.selectors.add(self)
         self._table = SampleTable(self._plan, self.rule.history, self.rule.decay)
         self.samples_saved = self.epochs_pruned = 0
         self._open_ended, self._said = False, set()
@@ -162,6 +163,7 @@ class Pruning(Selector, Algorithm):
         table, loader = self._known(), self._plan.loader
         if not first or len(table) != loader.num_samples:  # else loaded from a checkpoint
             table.reset(loader.num_samples)
+        self.rule.new_data(loader.num_samples)
         self._labels = None
         if self.rule.needs_labels or self.labels is not None:
             found = class_labels(loader.dataset) if self.labels is None else self.labels
@@ -234,7 +236,7 @@ class Pruning(Selector, Algorithm):
             return _checked(decide(rows, epoch), len(rows), self.rule)
         scored = rows.scored.nonzero()[:, 0]
         labels = None if epoch.labels is None else epoch.labels[scored]
-        choice = _checked(decide(rows.take(scored), Epoch(**{**vars(epoch), 'labels': labels})), len(scored), self.rule)
+        choice = _checked(decide(rows.take(scored), replace(epoch, labels=labels)), len(scored), self.rule)
         if choice is None:
             return None
         keep, weights = ~rows.scored, torch.ones(len(rows))

@@ -219,7 +219,7 @@ class SubsetSelection(Selector, Algorithm):
 
     def _initialise(self, state: State, logger: Logger) -> None:
         self._plan, self._state, self._logger = Plan.of(state), state, logger
-        self._plan.add(self)
+        self._plan.selectors.add(self)
         self._indices = self._weights = self._held_out = self._rest = None
         self._failure_warned = False
         by_position = self._source.weighted or self._source.by_position

@@ -14,10 +14,11 @@ from composer.core import Callback
 from composer.models import ComposerClassifier
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist
+from own_rule import HardOrRising  # beside this script
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos import AdaBatch, EfficiencyMonitor, InfoBatch, Pruning, SubsetSelection
 from composer_effalgos.datasets.beton import beton
 from composer_effalgos.datasets.images import ImageArray, small_image_transform
 from composer_effalgos.datasets.mds import mds
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument('--loader', choices=['workers', 'device', 'ffcv', 'mds'], default='workers')
     parser.add_argument('--packed', type=Path, help='what effalgos convert wrote of the digits, for ffcv and mds')
     parser.add_argument('--images', action='store_true', help='images and augmentation that either loader can read')
+    parser.add_argument('--rule', help="a pruning rule in InfoBatch's place; 'own' is that of own_rule.py")
     parser.add_argument('--subset', default='gradmatch')
     parser.add_argument('--backend', default='torch')
     parser.add_argument('--unused', action='store_true', help='with an algorithm that makes DDP look for unused parameters')
@@ -120,7 +122,11 @@ def main() -> None:
         dataset = {'ffcv': beton, 'mds': mds}[options.loader]('train', str(options.packed))
     else:
         dataset = small_images() if options.images else Augmented(augment=not options.simple)
-    algorithms = [InfoBatch(0.5, 0.9), AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
+    if options.rule is None:
+        pruning = InfoBatch(0.5, 0.9)
+    else:
+        pruning = Pruning(HardOrRising() if options.rule == 'own' else options.rule, prune_ratio=0.4, delta=0.9)
+    algorithms = [pruning, AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
     if options.subset != 'none':
         subset = {'backend': options.backend, 'kappa': options.kappa, 'val_share': options.val_share}
         algorithms.append(SubsetSelection(options.subset, 0.8, '2ep', **subset))
@@ -149,7 +155,7 @@ def main() -> None:
         schedulers=CosineAnnealingWithWarmupScheduler('1ep', '1dur'),
         max_duration=options.duration,
         algorithms=algorithms,
-        callbacks=[watch],
+        callbacks=[watch, EfficiencyMonitor(save_folder=options.folder / 'runs')],
         device='cpu',
         device_train_microbatch_size=options.microbatch,
         seed=1,

@@ -20,7 +20,7 @@ class Subsets(Callback):
 
     def epoch_end(self, state, logger):
         plan = Plan.of(state)
-        self.candidates.append(plan.candidates)
+        self.candidates.append(plan.selectors.candidates)
         self.trained.append(plan.loader.plan.order.sort().values)
         self.weights.append(plan.loader.plan.weights)
         self.metrics.append(plan.loader.metrics)

@@ -7,13 +7,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from composer_effalgos.errors import InputError
+from composer_effalgos.pruning.rules.epsilon_greedy import EpsilonGreedyRule
+from composer_effalgos.pruning.rules.ies import IesRule
 from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
+from composer_effalgos.pruning.rules.pdd import PddRule
+from composer_effalgos.pruning.rules.random import RandomRule
+from composer_effalgos.pruning.rules.rho import RhoRule
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
+from composer_effalgos.pruning.rules.seta import SetaRule
+from composer_effalgos.pruning.rules.ucb import UcbRule
 
 __all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'find_rule']
 
 RULES: dict[str, type[PruningRule]] = {
     'infobatch': InfoBatchRule,
+    'random': RandomRule,
+    'seta': SetaRule,
+    'pdd': PddRule,
+    'ucb': UcbRule,
+    'epsilon_greedy': EpsilonGreedyRule,
+    'ies': IesRule,
+    'rho': RhoRule,
 }
 
 

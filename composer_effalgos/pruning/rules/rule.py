@@ -78,6 +78,13 @@ class PruningRule:
     needs_labels: bool = False
     takes_unscored: bool = False
 
+    def new_data(self, num_samples: int) -> None:
+        """Called when the dataset is known, and when ``fit`` brings another.
+
+        Args:
+            num_samples: Its number of samples, ``N``.
+        """
+
     def score(self, step: Step) -> Tensor:
         """Scores a microbatch, without moving anything to the host.
 

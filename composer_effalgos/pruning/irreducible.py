@@ -1,0 +1,49 @@
+"""Irreducible losses for the rule ``rho``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from composer.utils import get_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan import PerSampleLoss, WeightedLoss, per_sample_mean
+
+
+def irreducible_losses(
+    model: ComposerModel, dataloader: DataLoader[Any], *, per_sample_loss: PerSampleLoss | None = None, device: str | None = None
+) -> Tensor:
+    """The loss of every training sample under a model that was trained on other data.
+
+    Train a small model on held-out data first, then give its losses to the rule: ``Pruning({'name': 'rho', 'irreducible': losses})``, or
+    ``numpy.save`` them for a recipe.
+
+    Args:
+        model: The small model, trained.
+        dataloader: The training dataset in its own order: ``shuffle=False``, without augmentation.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample.
+        device: ``'cpu'`` or ``'gpu'``; ``None`` for a GPU where there is one.
+
+    Returns:
+        Float32 ``[N]``, on the CPU.
+
+    Raises:
+        InputError: Where the loader leaves samples out, or the loss has no per-sample form.
+    """
+    loss = WeightedLoss(model, per_sample_loss, user='irreducible_losses')
+    loss.require_per_sample('irreducible_losses')
+    on = get_device(device)
+    model = on.module_to_device(model).eval()
+    losses = []
+    with torch.no_grad():
+        for batch in dataloader:
+            batch = on.batch_to_device(batch)
+            losses.append(per_sample_mean(loss.per_sample(model(batch), batch)).float().cpu())
+    found = torch.cat(losses)
+    if len(found) != len(dataloader.dataset):  # type: ignore[arg-type]
+        raise InputError(f'dataloader: expected all {len(dataloader.dataset)} samples, got {len(found)}; leave drop_last out')  # type: ignore[arg-type]
+    return found
