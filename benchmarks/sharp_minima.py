@@ -22,7 +22,8 @@ from composer_effalgos.build import checkpoint_folder
 from composer_effalgos.errors import InputError
 from composer_effalgos.landscape import Settings, Study, interpolate
 from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.recipe import Recipe, recipe_folder
+from composer_effalgos.recipe import Recipe
+from composer_effalgos.settings import recipe_folder
 
 NETWORKS = ('c1', 'c2', 'vgg11_bn')
 

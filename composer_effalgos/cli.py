@@ -18,8 +18,9 @@ from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.check import PORTION, check_images
 from composer_effalgos.errors import InputError
 from composer_effalgos.faults import explain, print_any_text
-from composer_effalgos.recipe import SWEEPS, DatasetRecipe, list_recipes, load_recipe, recipe_folder
+from composer_effalgos.recipe import DatasetRecipe, load_recipe
 from composer_effalgos.selection import select_to_file
+from composer_effalgos.settings import SWEEPS, list_recipes, recipe_folder
 
 app = typer.Typer(name='effalgos', no_args_is_help=True, add_completion=False)
 

@@ -223,7 +223,9 @@ def check_type(key: str, value: Any, hint: Any) -> None:
         InputError: The value does not fit.
     """
     if not _matches(value, hint):
-        raise InputError(f'{key}: expected {describe(hint)}, got {value!r}' + (f' ({type(value).__name__})' if value is not None else ''))
+        raise InputError(
+            f'{key}: expected {describe(hint)}, got {value!r:.200}' + (f' ({type(value).__name__})' if value is not None else '')
+        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from composer_effalgos.datasets.mds import LABELS
 from composer_effalgos.datasets.mds_index import INDEX
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
 from composer_effalgos.errors import InputError, one_line
-from composer_effalgos.recipe import load_recipe, merge_settings
+from composer_effalgos.recipe import load_recipe
+from composer_effalgos.settings import merge_settings
 
 __all__ = ['FORMATS', 'convert']
 

@@ -1,5 +1,7 @@
 """The one exception type for input that a user can mend."""
 
+_LONGEST = 700  # characters of a message
+
 
 class InputError(ValueError):
     """Bad input: a recipe, path, checkpoint or argument.
@@ -21,6 +23,7 @@ def one_line(error: object) -> str:
         error: The exception, or its message.
 
     Returns:
-        The message, every run of white space as one space.
+        The message, every run of white space as one space, cut off where it is very long.
     """
-    return ' '.join(str(error).split()) or type(error).__name__
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'

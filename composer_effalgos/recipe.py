@@ -12,29 +12,23 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from composer import Trainer
 from composer.core import Precision, Time, TimeUnit, ensure_time
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos import components
 from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, parameters
 from composer_effalgos.datasets import DATASETS
-from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.errors import InputError
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
+from composer_effalgos.settings import MOST_LEVELS, TOO_DEEP, read_settings
 
 __all__ = [
     'DatasetRecipe',
     'ModelRecipe',
     'Recipe',
-    'list_recipes',
     'load_recipe',
-    'merge_settings',
     'parse_recipe',
-    'read_settings',
-    'recipe_folder',
 ]
 
 
@@ -141,7 +135,6 @@ class Recipe:
         return [self.optimizer, *schedule, *self.algorithms, *self.callbacks, *self.loggers]
 
 
-SWEEPS = 'sweeps'  # the folder of the sweeps, among those of the recipes
 OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer', 'source', 'settings'))
 # What build_trainer sets, or what YAML cannot express
 NOT_FOR_RECIPES = {
@@ -150,6 +143,8 @@ NOT_FOR_RECIPES = {
 }  # fmt: skip
 _FLOAT32_MAX = 3.4e38
 _SCHEDULE_UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
+_LONGEST_TEXT = 4000  # a path's length on Linux
+_LONGEST_NAME = 200  # bytes; file systems take 255, and files get endings
 _LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # of schedules, which divide by them
 
 
@@ -189,7 +184,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     for key in settings:
         if key not in OURS and key not in trainer_hints:
             raise InputError(f'{source}: {key}: unknown key; {did_you_mean(str(key), {*OURS, *trainer_hints})}')
-        _check_finite(f'{source}: {key}', settings[key])
+        _check_values(f'{source}: {key}', settings[key])
     for key in ('dataset', 'model', 'optimizer', 'max_duration'):
         if settings.get(key) is None:
             raise InputError(f'{source}: {key}: missing; every recipe needs it')
@@ -227,118 +222,15 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     )
 
 
-def recipe_folder() -> Path:
-    """Where the recipes that come with the project lie.
-
-    Returns:
-        ``yamls`` in the working directory, else in the installed package, else beside it (a checkout).
-
-    Raises:
-        InputError: It is in none of these places.
-    """
-    package = Path(__file__).parent
-    places = [Path('yamls'), package / 'yamls', package.parent / 'yamls']
-    for place in places:
-        if place.is_dir():
-            return place
-    raise InputError(f'no folder of recipes at {", ".join(map(str, places))}; give one: effalgos recipes DIR')
-
-
-def list_recipes(folder: Path) -> list[tuple[Path, str]]:
-    """Find the recipes in a folder and its subfolders; those named ``sweeps`` hold no recipes.
-
-    Args:
-        folder: Where to look.
-
-    Returns:
-        Path and description (the comment on the file's first line) of each, sorted by path.
-
-    Raises:
-        InputError: No such folder, or no recipe in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f'{folder}: no such folder')
-    paths = sorted([*folder.rglob('*.yaml'), *folder.rglob('*.yml')])
-    paths = [path for path in paths if SWEEPS not in path.relative_to(folder).parts]
-    if not paths:
-        raise InputError(f'{folder}: no recipe (*.yaml) in it')
-    return [(path, _first_comment(path)) for path in paths]
-
-
-def _first_comment(path: Path) -> str:
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-    return lines[0].lstrip('# ').rstrip() if lines and lines[0].startswith('#') else ''
-
-
-def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Read a YAML file of settings, unchecked.
-
-    Args:
-        path: The YAML file.
-        overrides: What is merged on top in turn: ``key=value`` in OmegaConf's dot notation, or nested settings.
-
-    Returns:
-        Plain data, interpolations resolved.
-
-    Raises:
-        InputError: No such file, broken YAML, or an override that does not fit.
-    """
-    if not path.is_file():
-        raise InputError(f'{path}: no such recipe; give the path of a YAML file (effalgos recipes lists those at hand)')
-    try:
-        config: Any = OmegaConf.load(path)
-    except yaml.MarkedYAMLError as error:
-        line = '' if error.problem_mark is None else f'line {error.problem_mark.line + 1}: '
-        raise InputError(f'{path}: {line}not valid YAML: {error.problem or one_line(error)}') from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise InputError(f'{path}: not a readable YAML file: {one_line(error)}') from error
-    if not OmegaConf.is_dict(config) or not config:
-        raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
-    return merge_settings(str(path), config, overrides, example='optimizer.lr=0.05')
-
-
-def merge_settings(source: str, settings: Any, overrides: Sequence[str | Mapping[str, Any]], *, example: str) -> dict[str, Any]:
-    """Merge overrides into settings.
-
-    Args:
-        source: Where the settings come from; begins a message about them.
-        settings: An OmegaConf config, or plain keys and values.
-        overrides: What is merged on top in turn: ``key=value`` in OmegaConf's dot notation, or nested settings.
-        example: An override that would be right, for the message about one that is none.
-
-    Returns:
-        Plain data, interpolations resolved.
-
-    Raises:
-        InputError: An override that does not fit, or an interpolation that leads nowhere.
-    """
-    config: Any = settings
-    for override in overrides:
-        if isinstance(override, str):
-            key, equals, _ = override.partition('=')
-            if not equals or not key.strip():
-                raise InputError(f'override {override!r}: expected key=value, e.g. {example}')
-        try:
-            layer = OmegaConf.from_dotlist([override]) if isinstance(override, str) else OmegaConf.create(dict(override))
-            config = OmegaConf.merge(config, layer)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-            raise InputError(f'override {override!r}: {one_line(error)}') from error
-    try:
-        plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f'{source}: {one_line(error)}') from error
-    assert isinstance(plain, dict)
-    return typing.cast('dict[str, Any]', plain)
-
-
 def _dataset(key: str, settings: Any) -> DatasetRecipe:
     dataset: DatasetRecipe = _section(DatasetRecipe, key, settings, DATASETS, given=('split', 'path'))
     if dataset.name not in DATASETS:
         raise InputError(f'{key}.name: unknown data set; {did_you_mean(dataset.name, DATASETS)}')
-    for name, least in (('batch_size', 1), ('eval_batch_size', 1), ('num_workers', 0), ('prefetch_factor', 1)):
+    limits = {'batch_size': (1, 2**40), 'eval_batch_size': (1, 2**40), 'num_workers': (0, 1024), 'prefetch_factor': (1, 1024)}
+    for name, (least, most) in limits.items():
         value = getattr(dataset, name)
-        if value is not None and value < least:
-            raise InputError(f'{key}.{name}: expected at least {least}, got {value}')
+        if value is not None and not least <= value <= most:
+            raise InputError(f'{key}.{name}: expected {least} to {most}, got {str(value)[:50]}')
     if dataset.prefetch_factor is not None and dataset.num_workers == 0:
         raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
     return dataset
@@ -421,14 +313,18 @@ def _scheduler(key: str, settings: Any) -> Component | None:
     return component
 
 
-def _check_finite(key: str, value: Any) -> None:
+def _check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
     """Refuses NaN and what float32 cannot hold, wherever it stands: a run that meets it trains on and learns nothing."""
+    if levels == 0:
+        raise InputError(f'{key.split(".")[0]}: {TOO_DEEP}')
     if isinstance(value, Mapping):
         for name, item in value.items():
-            _check_finite(f'{key}.{name}', item)
+            _check_values(f'{key}.{name}', item, levels - 1)
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            _check_finite(f'{key}[{number}]', item)
+            _check_values(f'{key}[{number}]', item, levels - 1)
+    elif isinstance(value, str) and ('\0' in value or len(value) > _LONGEST_TEXT or value.encode(errors='replace').decode() != value):
+        raise InputError(f'{key}: expected valid Unicode of at most {_LONGEST_TEXT} characters without null, got {value[:50]!r}')
     elif isinstance(value, (int, float)) and not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
         raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {str(value)[:50]}')
 
@@ -452,8 +348,12 @@ def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
 
 def _check_run_name(source: str, run_name: str) -> None:
     # The name becomes a folder below save_folder
-    if not run_name.strip() or run_name in ('.', '..') or any(char in run_name for char in '/\\\0{}'):
-        raise InputError(f'{source}: run_name: expected a plain folder name, got {run_name!r}')
+    plain = run_name.isprintable() and run_name.strip() and run_name not in ('.', '..') and not any(char in run_name for char in '/\\{}')
+    if not plain or len(run_name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f'{source}: run_name: expected a plain folder name of at most {_LONGEST_NAME} bytes, got {run_name[:80]!r} '
+            f'({len(run_name)} characters)'
+        )
 
 
 def _check_duration(key: str, duration: str | int) -> None:

@@ -1,3 +1,4 @@
+import os
 import string
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from composer_effalgos import InfoBatch, components
 from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import OURS, list_recipes, load_recipe, parse_recipe, recipe_folder
+from composer_effalgos.recipe import OURS, load_recipe, parse_recipe
 from composer_effalgos.schedulers import OneCycleScheduler
+from composer_effalgos.settings import list_recipes, recipe_folder
 
 # The recipe in the documentation
 CIFAR = """
@@ -96,7 +98,7 @@ def test_the_file_names_the_run_where_the_recipe_does_not(recipe_file):
         ('train_dataloader=1', 'train_dataloader: unknown key'),
         ('seed=x', "seed: expected an integer, got 'x' (str)"),
         ('seed=-1', 'seed: expected 0 to 2**32 - 1, got -1'),
-        ('run_name=../up', "run_name: expected a plain folder name, got '../up'"),
+        ('run_name=../up', "run_name: expected a plain folder name of at most 200 bytes, got '../up'"),
         ('run_name=7', 'run_name: expected a string, got 7 (int)'),
         ('max_duration=null', 'max_duration: missing'),
         ('max_duration=2epp', "max_duration: expected a time string such as '10ep' or '500ba', got '2epp'"),
@@ -124,11 +126,11 @@ def test_the_file_names_the_run_where_the_recipe_does_not(recipe_file):
         ('dataset=cifar10', "dataset: expected a mapping, got 'cifar10' (str)"),
         ('dataset.name=cifar11', "dataset.name: unknown data set; did you mean 'cifar10'?"),
         ('dataset.batch_size=1.5', 'dataset.batch_size: expected an integer, got 1.5 (float)'),
-        ('dataset.batch_size=0', 'dataset.batch_size: expected at least 1, got 0'),
+        ('dataset.batch_size=0', 'dataset.batch_size: expected 1 to 1099511627776, got 0'),
         ('dataset.batch_siz=1', "dataset.batch_siz: unknown key; did you mean 'batch_size'?"),
         ('dataset.augmnt=true', "dataset.augmnt: unknown key; did you mean 'augment'?"),
         ('dataset.augment=maybe', "dataset.augment: expected true or false, got 'maybe' (str)"),
-        ('dataset.num_workers=-1', 'dataset.num_workers: expected at least 0, got -1'),
+        ('dataset.num_workers=-1', 'dataset.num_workers: expected 0 to 1024, got -1'),
         ('model.num_class=3', "model.num_class: unknown key; did you mean 'num_classes'?"),
         ('model.name=3', 'model.name: expected a string, got 3 (int)'),
         ('optimizer.lrr=1', "optimizer.lrr: unknown argument; did you mean 'lr'?"),
@@ -188,6 +190,7 @@ def test_an_algorithm_with_a_letter_missing_is_mended(name, position):
 
 def test_every_algorithm_is_accepted_with_nothing_but_its_required_arguments():
     required = {
+        'pruning': {'rule': 'infobatch'},
         'alibi': {'max_sequence_length': 8},
         'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 1},
         'stochastic_depth': {'target_layer_name': 'ResNetBottleneck'},
@@ -211,9 +214,16 @@ def test_a_missing_recipe(tmp_path):
         (b'\xff\xfe\x00\x81', 'not a readable YAML file'),
         (b'', 'expected keys and values'),
         (b'- a\n- b\n', 'expected keys and values'),
-        (b'hello', 'hello: unknown key'),
+        (b'hello', 'expected keys and values'),
         (b'seed: ${nothing}\n', "Interpolation key 'nothing' not found"),
         (b'seed: ???\n', 'Missing mandatory value'),
+        (b'model: ' + b'[' * 400 + b']' * 400, 'expected at most 50 levels of nesting'),
+        (b'model: ' + b'{a: ' * 60 + b'1' + b'}' * 60, 'expected at most 50 levels of nesting'),
+        (b'a: &a [1, *a]\n', 'expected at most'),
+        (
+            b'a0: &a0 [1, 1]\n' + b''.join(b'a%d: &a%d [*a%d, *a%d]\n' % (i + 1, i + 1, i, i) for i in range(40)),
+            'expected at most 100000 values',
+        ),
     ],
 )
 def test_a_broken_recipe(tmp_path, content, expected):
@@ -265,3 +275,24 @@ def test_times_of_a_schedule(scheduler, expected):
 @pytest.mark.parametrize('extra', [{'scheduler': {'name': 'linear_with_warmup', 't_warmup': '0ba'}}, {'eval_interval': 0}])
 def test_zeros_that_mean_something(extra):
     parse_recipe(minimal(**extra))
+
+
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'fifo.yaml')
+    for path in (tmp_path / 'fifo.yaml', Path('/dev/zero')):
+        with pytest.raises(InputError, match='no such recipe'):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize('override', ['model=' + '[' * 900 + ']' * 900, '.'.join('a' * 900) + '=1', 'model={a: ' * 100 + '}' * 100])
+def test_deep_overrides_are_one_line(recipe_file, override):
+    with pytest.raises(InputError) as error:
+        load_recipe(recipe_file, [override])
+    assert '\n' not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize('run_name', ['x' * 201, 'é' * 101, 'a\nb', '\ud800', 'a\0'])
+def test_a_run_name_is_a_folders(run_name):
+    with pytest.raises(InputError, match='run_name: expected '):
+        parse_recipe(minimal(run_name=run_name))

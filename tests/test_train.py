@@ -17,7 +17,8 @@ from PIL import Image
 
 from composer_effalgos import EfficiencyMonitor, InputError
 from composer_effalgos.build import build_trainer, check_checkpoint
-from composer_effalgos.recipe import list_recipes, load_recipe, parse_recipe, recipe_folder
+from composer_effalgos.recipe import load_recipe, parse_recipe
+from composer_effalgos.settings import list_recipes, recipe_folder
 from composer_effalgos.train import main
 
 RECIPE = """

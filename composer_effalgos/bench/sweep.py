@@ -28,7 +28,8 @@ from composer.core import TimeUnit, ensure_time
 
 from composer_effalgos.components import check_type, did_you_mean
 from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import Recipe, parse_recipe, read_settings, recipe_folder
+from composer_effalgos.recipe import Recipe, parse_recipe
+from composer_effalgos.settings import read_settings, recipe_folder
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 
 from composer_effalgos.bench.sweep import combine, load_sweep
 from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import list_recipes
+from composer_effalgos.settings import list_recipes
 
 YAMLS = Path(__file__).parents[2] / 'yamls'
 RECIPE = """# A recipe

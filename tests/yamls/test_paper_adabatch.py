@@ -6,7 +6,8 @@ import pytest
 
 from composer_effalgos.bench.sweep import load_sweep
 from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import list_recipes, load_recipe
+from composer_effalgos.recipe import load_recipe
+from composer_effalgos.settings import list_recipes
 
 FOLDER = Path(__file__).parents[2] / 'yamls'
 # first batch of AdaBatch, fixed small batch

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import Recipe, list_recipes, load_recipe
+from composer_effalgos.recipe import Recipe, load_recipe
+from composer_effalgos.settings import list_recipes
 
 FOLDER = Path(__file__).parents[2] / 'yamls'
 # data, model, InfoBatch or not: optimizer, peak learning rate, batch; as the reproduction's commands have them
