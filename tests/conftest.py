@@ -131,9 +131,10 @@ def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
             module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         model = model or ComposerClassifier(module, num_classes=3, **({} if loss_fn is None else {'loss_fn': loss_fn}))
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-        loader = train_loader or DataLoader(
-            problem if dataset is None else dataset, batch_size=batch_size, shuffle=True, num_workers=num_workers, drop_last=drop_last
-        )
+        loader = train_loader
+        if loader is None:
+            data = problem if dataset is None else dataset
+            loader = DataLoader(data, batch_size=batch_size, shuffle=True, num_workers=num_workers, drop_last=drop_last)
         recorder = Recorder()
         trainer = Trainer(
             model=model,

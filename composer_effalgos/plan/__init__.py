@@ -3,8 +3,9 @@
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
 from composer_effalgos.plan.horizon import Horizon
-from composer_effalgos.plan.loader import DataPath, PlannedDataLoader, Reading, class_labels
+from composer_effalgos.plan.loader import PlannedDataLoader, class_labels
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss, per_sample_mean
+from composer_effalgos.plan.paths import DataPath, Reading
 from composer_effalgos.plan.plan import Plan
 from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
 from composer_effalgos.plan.table import SampleRows, SampleTable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from composer_effalgos.errors import InputError
 
 BatchSize = int | Callable[[int, int], int]
 """Samples per rank and batch: a constant, or a function of (batch in epoch, samples of the epoch already planned)."""
+
+Tail = Literal['shared', 'own', 'half']
+"""What becomes of the samples that do not fill an epoch's last batch, see :func:`split_batches`."""
 
 
 def stream_seed(*keys: int) -> int:
@@ -43,7 +46,12 @@ def check_seed(seed: Any) -> None:
 
 
 def split_batches(
-    num_samples: int, batch_size: BatchSize, world_size: int = 1, drop_last: bool = False, max_batches: int | None = None
+    num_samples: int,
+    batch_size: BatchSize,
+    world_size: int = 1,
+    drop_last: bool = False,
+    max_batches: int | None = None,
+    tail: Tail = 'shared',
 ) -> list[int]:
     """Splits an epoch into global batches.
 
@@ -53,12 +61,17 @@ def split_batches(
     and a step at full learning rate on a handful of them, each with many times its weight, can undo a short epoch's work. There are as
     many batches as a ``DataLoader`` has, unless it would leave a rank without a sample.
 
+    This is ``tail='shared'``. With ``'own'`` the remainder is a batch of its own, as a ``DataLoader`` has it. With ``'half'`` a last batch
+    that is not full has half the size of the one before it, and fewer samples than that are left out: batches of one growth stage have two
+    sizes in all, however long the epochs are.
+
     Args:
         num_samples: Samples in the epoch, over all ranks.
         batch_size: Samples per rank and batch.
         world_size: Number of ranks.
         drop_last: Drops the remainder instead.
         max_batches: Only so many batches, full ones where there are enough samples for them.
+        tail: What becomes of the remainder.
 
     Returns:
         Global batch sizes. All but the last are multiples of ``world_size``. Empty where no batch can be made.
@@ -81,6 +94,11 @@ def split_batches(
         return sizes
     if not sizes:
         return [remainder] if remainder >= world_size else []
+    if tail == 'own':
+        return [*sizes, remainder]
+    if tail == 'half':
+        half = world_size * -(-sizes[-1] // (2 * world_size))
+        return [*sizes, half] if remainder >= half else sizes
     return [*sizes[:-1], *_last_batches(sizes[-1], remainder, world_size)]
 
 
@@ -114,6 +132,7 @@ class EpochPlan:
         permutation: Positions in ``kept`` in the order of training, int32 or int64 ``[n]``; ``None`` for the order of ``kept``.
         start: Samples that were trained before (a run resumed within the epoch), else 0.
         first_batch: Number of the first batch in ``sizes``: the batches trained before, else 0.
+        tail: How its last batches were made.
     """
 
     kept: Tensor
@@ -122,6 +141,7 @@ class EpochPlan:
     permutation: Tensor | None = None
     start: int = 0
     first_batch: int = 0
+    tail: Tail = 'shared'
 
     @property
     def num_batches(self) -> int:
@@ -198,6 +218,7 @@ def plan_epoch(
     drop_last: bool = False,
     even: bool = False,
     max_batches: int | None = None,
+    tail: Tail = 'shared',
 ) -> EpochPlan:
     """Plans one epoch: a pure function of its arguments, the same on every rank.
 
@@ -217,6 +238,7 @@ def plan_epoch(
         drop_last: Drops a last batch that is not full, unless it is the only one.
         even: Gives every rank as many samples as the others; fewer samples than there are ranks are left out for it.
         max_batches: Keeps only the first batches.
+        tail: What becomes of a last batch that is not full, see :func:`split_batches`.
 
     Returns:
         The plan.
@@ -225,8 +247,8 @@ def plan_epoch(
         ValueError: Where there are fewer samples than ranks.
     """
     num_samples = len(kept) - (len(kept) % world_size if even else 0)
-    sizes = split_batches(num_samples, batch_size, world_size, drop_last, max_batches)
-    sizes = sizes or split_batches(num_samples, batch_size, world_size, max_batches=max_batches)
+    sizes = split_batches(num_samples, batch_size, world_size, drop_last, max_batches, tail)
+    sizes = sizes or split_batches(num_samples, batch_size, world_size, max_batches=max_batches, tail=tail)
     if not sizes:
         raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
     permutation = None
@@ -237,7 +259,7 @@ def plan_epoch(
         if shard_starts is not None:
             order = by_shard(kept.index_select(0, permutation), shard_starts, generator, shuffle_block)
             permutation = permutation.index_select(0, order)
-    return EpochPlan(kept, weights, tuple(sizes), permutation)
+    return EpochPlan(kept, weights, tuple(sizes), permutation, tail=tail)
 
 
 def resume_epoch(
@@ -269,7 +291,7 @@ def resume_epoch(
     if not same_world_size and rest:
         # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
         num_samples = sum(rest) - (sum(rest) % world_size if even else 0)
-        rest = tuple(split_batches(num_samples, _later(batch_size, batches, start), world_size, drop_last))
+        rest = tuple(split_batches(num_samples, _later(batch_size, batches, start), world_size, drop_last, tail=plan.tail))
     elif even and rest:
         last = rest[-1] - rest[-1] % world_size
         rest = (*rest[:-1], last) if last else rest[:-1]
@@ -292,7 +314,8 @@ def resize_rest(plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_s
     """
     done, rest = plan.sizes[: batches - plan.first_batch], plan.sizes[batches - plan.first_batch :]
     start = plan.start + sum(done)
-    return replace(plan, sizes=(*done, *split_batches(sum(rest), _later(batch_size, batches, start), world_size)))
+    sizes = split_batches(sum(rest), _later(batch_size, batches, start), world_size, tail=plan.tail)
+    return replace(plan, sizes=(*done, *sizes))
 
 
 def _later(batch_size: BatchSize, batches: int, samples: int) -> BatchSize:

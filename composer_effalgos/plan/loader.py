@@ -1,35 +1,20 @@
-"""The seam between the plan and the data: one plan drives every data path, and nothing above this module knows which one runs.
-
-A *path* turns sample numbers into batches. It has one method, ``read_batches(reading)``, where a :class:`Reading` says which samples, in
-which order, cut where into batches, and under which seed. :class:`PlannedDataLoader` is the same on every path: it holds the epoch's plan,
-deals it out over the ranks, skips what was trained before a resume without reading it, and serves the selection pass; algorithms talk to
-it alone. There are two kinds of path:
-
-* ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its data set, collate function and memory settings;
-* a :class:`DataPath`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in the place of a
-  ``DataLoader``; without a plan it iterates as a ``DataLoader`` with a ``DistributedSampler`` would.
-
-A new path is a subclass of :class:`DataPath` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
-"""
+"""The loader that takes the place of the user's: it yields the batches of the epoch's plan."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from composer.utils import dist
+from composer.core import State
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan.epoch import EpochPlan, split_batches, stream_seed
-from composer_effalgos.plan.samples import samples_of
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, plan_epoch, resize_rest, resume_epoch, split_batches, stream_seed
+from composer_effalgos.plan.paths import DataPath, Reading, WorkerPath
+from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
 
 
@@ -58,161 +43,6 @@ def class_labels(dataset: Any) -> Tensor | None:
     return labels.long().cpu() if whole else None
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a path is asked to read on this rank: samples in an order, cut into batches.
-
-    Attributes:
-        indices: Sample numbers in the order of reading, int64 ``[m]``, on the CPU.
-        offsets: Where the batches begin and end in ``indices``: ascending, one more than there are batches.
-        seed: Seeds random augmentation; the same on every rank, another one in each epoch and pass. With a sample's number it names a
-            stream of that sample's own, which depends neither on the number of ranks nor on where a run was resumed.
-        batch_seeds: One seed a batch, for paths that cannot seed samples; it depends on rank and batch.
-    """
-
-    indices: Tensor
-    offsets: Sequence[int]
-    seed: int
-    batch_seeds: Iterable[int]
-
-    @classmethod
-    def of_batches(cls, batches: Iterable[Sequence[int]], *keys: int) -> Reading:
-        """A reading of given batches.
-
-        Args:
-            batches: Sample numbers, batch by batch.
-            *keys: Non-negative integers that name its random stream.
-        """
-        batches = list(batches)
-        offsets = np.cumsum([0, *map(len, batches)]).tolist()
-        indices = torch.tensor(list(itertools.chain.from_iterable(batches)), dtype=torch.int64)
-        return cls(indices, offsets, stream_seed(*keys), (stream_seed(*keys, start) for start in offsets[:-1]))
-
-    @property
-    def batches(self) -> Iterator[Tensor]:
-        """The batches' sample numbers, each int64 ``[b]``."""
-        return (self.indices[start:stop] for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True))
-
-
-class DataPath(DataLoader):
-    """A loader that reads the samples it is told to, by itself; subclasses define :meth:`read_batches`.
-
-    Args:
-        dataset: Has a length; what else is needed of it is the subclass's affair. ``InfoBatch(class_balanced=True)`` asks it for
-            ``targets``.
-        batch_size: Samples per rank and batch.
-        shuffle: Draws a new order each epoch.
-        drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
-    """
-
-    def __init__(self, dataset: Dataset, *, batch_size: int, shuffle: bool = False, drop_last: bool = False, seed: int = 0) -> None:
-        # Composer asks for this sampler where there are several ranks, tells it the epoch, and leaves its padding out of evaluation
-        sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=seed)
-        super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last)
-        self.seed = seed
-
-    def read_batches(self, reading: Reading) -> Iterator[Any]:
-        """Reads samples.
-
-        Args:
-            reading: Which samples, in which batches, under which seed.
-
-        Yields:
-            ``reading``'s batches in their order, each with as many samples as it says; on the host or on the device of training.
-        """
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        assert isinstance(self.sampler, DistributedSampler)
-        assert self.batch_sampler is not None
-        return self.read_batches(Reading.of_batches(self.batch_sampler, self.seed, 4, self.sampler.epoch))
-
-
-class _SeededDataset(Dataset):
-    """Reads a batch under random numbers of its own.
-
-    Random augmentations then depend on (seed, epoch, rank, batch) alone: not on the number of workers, on what a worker that lives
-    across epochs read before, or on where a run was resumed.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, seeded_batch: tuple[int, list[int]]) -> list[Any]:
-        seed, indices = seeded_batch
-        in_worker = torch.utils.data.get_worker_info() is not None
-        before = None if in_worker else (torch.get_rng_state(), np.random.get_state(), random.getstate())
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs too
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        try:
-            if callable(getattr(self.dataset, '__getitems__', None)):
-                return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
-            return [self.dataset[index] for index in indices]
-        finally:
-            if before is not None:
-                torch.set_rng_state(before[0])
-                np.random.set_state(before[1])
-                random.setstate(before[2])
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-
-def _init_worker(users: Callable[[int], None] | None, worker: int) -> None:
-    """Lets the user's ``worker_init_fn`` find the user's data set."""
-    info = torch.utils.data.get_worker_info()
-    object.__setattr__(info, 'dataset', info.dataset.dataset)  # type: ignore[union-attr]
-    if users is not None:
-        users(worker)
-
-
-class _BatchList:
-    """A batch sampler that yields the batches it was last given."""
-
-    def __init__(self) -> None:
-        self.batches: Iterable[tuple[int, list[int]]] = ()
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.batches)
-
-
-class _WorkerPath:
-    """Reads with the user's data set, collate function, workers and memory settings.
-
-    One set of worker processes serves the whole run: they live on while the samples, their order and the batch size change.
-
-    Args:
-        loader: The user's loader.
-        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers leaves the training generator alone.
-        indices: What the dataset calls the samples, int64 ``[N]``; ``None`` for the same numbers.
-    """
-
-    def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:
-        self._indices = indices
-        self._batch_list = _BatchList()
-        self._inner = DataLoader(
-            _SeededDataset(loader.dataset),
-            batch_sampler=self._batch_list,  # type: ignore[arg-type]
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=functools.partial(_init_worker, loader.worker_init_fn),
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator().manual_seed(seed),
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.num_workers > 0,
-            pin_memory_device=loader.pin_memory_device,
-        )
-
-    def read_batches(self, reading: Reading) -> Iterator[Any]:
-        batches = ((batch if self._indices is None else self._indices[batch]).tolist() for batch in reading.batches)
-        self._batch_list.batches = zip(reading.batch_seeds, batches, strict=True)
-        yield from self._inner
-
-
 class PlannedDataLoader(DataLoader):
     """Yields the batches of an :class:`EpochPlan`, in place of the user's loader and on its data path.
 
@@ -239,14 +69,18 @@ class PlannedDataLoader(DataLoader):
         InputError: For a loader that cannot be planned, or that reads fewer samples than there are ranks.
     """
 
-    def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        samples = samples_of(loader, rank=rank, world_size=world_size)
-        super().__init__(samples.dataset, batch_size=samples.batch_size, drop_last=samples.drop_last, collate_fn=loader.collate_fn)
-        self.num_samples = len(samples)
+    tail: Tail = 'shared'  # what becomes of a last batch that is not full
+
+    def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1, samples: Samples | None = None) -> None:
+        samples = samples or samples_of(loader, rank=rank, world_size=world_size)
+        super().__init__(samples.dataset, batch_size=samples.batch_size, drop_last=samples.drop_last)
+        self.num_samples: int = samples.size  # type: ignore[assignment]  # None for some streams, which have no numbers
         self.initial_batch_size = samples.batch_size
-        if self.num_samples < world_size:
+        if samples.size is None:
+            pass
+        elif self.num_samples < world_size:
             raise InputError(f'train_dataloader: expected at least one sample for each of {world_size} ranks, got {self.num_samples}')
-        if self.drop_last and world_size * self.initial_batch_size > self.num_samples:
+        elif self.drop_last and world_size * self.initial_batch_size > self.num_samples:
             raise InputError(
                 f'train_dataloader: drop_last drops the only batch: batch_size {self.initial_batch_size} on {world_size} rank(s) is more '
                 f'than the {self.num_samples} samples; leave it out, or use a batch_size of at most {self.num_samples // world_size}'
@@ -259,7 +93,11 @@ class PlannedDataLoader(DataLoader):
         self.plan: EpochPlan | None = None
         self._epoch = 0
         self.given = loader
-        self._path = loader if isinstance(loader, DataPath) else _WorkerPath(loader, stream_seed(seed, 1, rank), samples.indices)
+        self._path = self._make_path(samples.indices)
+
+    def _make_path(self, indices: Tensor | None) -> Any:
+        given = self.given
+        return given if isinstance(given, DataPath) else WorkerPath(given, stream_seed(self.seed, 1, self.rank), indices)
 
     @property  # DataLoader forbids setting batch_size; ours follows the plan
     def batch_size(self) -> int:  # type: ignore[override]
@@ -270,12 +108,76 @@ class PlannedDataLoader(DataLoader):
     def batch_size(self, value: int) -> None:
         self._batch_size = value
 
-    def set_plan(self, plan: EpochPlan, epoch: int) -> None:
+    def plan_epoch(self, kept: Tensor | None, weights: Tensor | None, batch_size: BatchSize, epoch: int, *, even: bool) -> EpochPlan:
+        """Plans an epoch.
+
+        Args:
+            kept: Samples to train on, int64 ``[n]``, no sample twice; ``None`` for all.
+            weights: Their loss weights, float32 ``[n]``; ``None`` for ones.
+            batch_size: Samples per rank and batch.
+            epoch: The epoch's number.
+            even: Gives every rank as many samples as the others.
+        """
+        return plan_epoch(
+            torch.arange(self.num_samples) if kept is None else kept,
+            weights,
+            batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            world_size=self.world_size,
+            shuffle=self.shuffle,
+            shard_starts=self.shard_starts,
+            shuffle_block=self.shuffle_block,
+            drop_last=self.drop_last,
+            even=even,
+            max_batches=self.max_batches,
+            tail=self.tail,
+        )
+
+    def resume(
+        self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool
+    ) -> tuple[EpochPlan, tuple[int, ...]]:
+        """The rest of an epoch of which some batches were trained before.
+
+        Args:
+            plan: The epoch's plan, as the run that was stopped had it.
+            batches: Batches of the epoch trained before.
+            batch_size: Samples per rank and batch, where the rest must be split anew.
+            world_size: Number of ranks of the run that was stopped.
+            even: Gives every rank as many samples as the others.
+
+        Returns:
+            The rest, and the sizes of the batches in ``plan`` that were trained before, where they are still known.
+        """
+        same = world_size == self.world_size
+        rest = resume_epoch(
+            replace(plan, tail=self.tail),
+            batches=batches,
+            batch_size=batch_size,
+            world_size=self.world_size,
+            same_world_size=same,
+            drop_last=self.drop_last,
+            even=even,
+        )
+        return rest, plan.sizes[: batches - plan.first_batch] if same else ()
+
+    def resize_rest(self, batches: int, batch_size: BatchSize) -> EpochPlan:
+        """The plan with its rest in batches of other sizes.
+
+        Args:
+            batches: Batches of the epoch trained before.
+            batch_size: Samples per rank and batch.
+        """
+        assert self.plan is not None
+        return resize_rest(self.plan, batches=batches, batch_size=batch_size, world_size=self.world_size)
+
+    def set_plan(self, plan: EpochPlan, epoch: int, done: tuple[int, ...] = ()) -> None:
         """Takes the plan that the next iteration yields.
 
         Args:
             plan: The epoch's plan, for all ranks.
             epoch: The epoch's number, which seeds the augmentations.
+            done: Sizes over all ranks of the batches before ``plan.first_batch``, for loaders that have to read them again.
         """
         self.plan, self._epoch = plan, epoch
         self.rank_order = plan.rank_order(self.rank, self.world_size)
@@ -292,7 +194,7 @@ class PlannedDataLoader(DataLoader):
             max_batches: Batches an epoch at most (``train_subset_num_batches``); ``None`` for no limit.
         """
         self.max_batches = max_batches
-        full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last, max_batches)
+        full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last, max_batches, self.tail)
         self.full_samples, self.full_batches = sum(full), len(full)
 
     def reads_as(self, other: PlannedDataLoader) -> bool:
@@ -301,9 +203,21 @@ class PlannedDataLoader(DataLoader):
         Args:
             other: The other loader.
         """
-        if self.given.dataset is not other.given.dataset or self.num_samples != other.num_samples:
+        mine, others = (getattr(loader.given, 'dataset', loader.given) for loader in (self, other))
+        if mine is not others or type(self) is not type(other) or self.num_samples != other.num_samples:
             return False
         return self.indices is None or other.indices is None or torch.equal(self.indices, other.indices)
+
+    def catch_up(self, state: State) -> None:
+        """Brings the user's loader to where it was in the run that is resumed; at ``FIT_START``, before random numbers are restored.
+
+        Nothing here: the plan says what to read.
+
+        Args:
+            state: The trainer's state.
+        """
+        # the plan resumes within an epoch; a StreamingDataset that did so too would leave samples out
+        state.dataset_resumption.pop('train', None)
 
     def samples_before(self, batch: int) -> int:
         """Samples over all ranks that the epoch trains on before batch number ``batch``, which must not be one trained before a resume."""

@@ -15,7 +15,8 @@ from composer.utils import dist
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import EpochClock
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, plan_epoch, resize_rest, resume_epoch
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan
+from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
@@ -168,21 +169,8 @@ class Plan(Callback):
     def _plan_epoch(self, state: State) -> EpochPlan:
         loader, epoch = self.loader, int(state.timestamp.epoch)
         loader.metrics = EpochMetrics()
-        kept, weights = self.selectors.choose(epoch, loader.num_samples, loader.world_size)
-        return plan_epoch(
-            kept,
-            weights,
-            self._current_batch_size(),
-            seed=loader.seed,
-            epoch=epoch,
-            world_size=loader.world_size,
-            shuffle=loader.shuffle,
-            shard_starts=loader.shard_starts,
-            shuffle_block=loader.shuffle_block,
-            drop_last=loader.drop_last,
-            even=self.in_step(state),
-            max_batches=loader.max_batches,
-        )
+        kept, weights = self.selectors.choose(epoch, loader.world_size)
+        return loader.plan_epoch(kept, weights, self._current_batch_size(), epoch, even=self.in_step(state))
 
     def resize(self, state: State) -> None:
         """Plans the rest of the epoch anew, from the next batch on, with the batch sizes that are asked for now.
@@ -195,9 +183,9 @@ class Plan(Callback):
         loader = self.loader
         assert loader.plan is not None
         batches = int(state.timestamp.batch_in_epoch)
-        plan = resize_rest(loader.plan, batches=batches, batch_size=self._current_batch_size(), world_size=loader.world_size)
+        plan = loader.resize_rest(batches, self._current_batch_size())
         if plan.sizes != loader.plan.sizes:
-            loader.set_plan(plan, int(state.timestamp.epoch))
+            loader.set_plan(plan, int(state.timestamp.epoch), self._done)
             state.set_dataloader(loader, state.dataloader_label)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
@@ -285,27 +273,23 @@ class Plan(Callback):
             state.train_dataloader = self.loader
             return
         given, before = state.dataloader, self._loader
-        length = state.dataloader_len
-        max_batches = None if length is None or not hasattr(given, '__len__') or int(length) >= len(given) else int(length)  # type: ignore[arg-type]
-        seed = state.rank_zero_seed
-        self._loader = PlannedDataLoader(
-            given,  # type: ignore[arg-type]
-            seed=seed,
+        self._loader = planned_loader(
+            given,
+            needs_numbers=[*self.selectors.names, *self._by_position],
+            max_batches=None if state.dataloader_len is None else int(state.dataloader_len),
+            seed=state.rank_zero_seed,
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),
         )
-        self.loader.limit(max_batches)
-        same_data = before is not None and self.loader.reads_as(before)
-        # the plan resumes within an epoch; a StreamingDataset that did so too would leave samples out
-        state.dataset_resumption.pop('train', None)
+        self.loader.catch_up(state)
         if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
             raise InputError(
                 f'load_path: the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
                 f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
             )
-        if same_data and before is not None:  # an epoch that is under way goes on with its plan
-            self._loader.plan, self._loader.metrics = before.plan, before.metrics
-        if not same_data:
+        if before is not None and self.loader.reads_as(before):  # an epoch that is under way goes on with its plan
+            self.loader.plan, self.loader.metrics = before.plan, before.metrics
+        else:
             self.selectors.new_data(first=before is None)
         state.set_dataloader(self.loader, state.dataloader_label)
         state.train_dataloader = self.loader
@@ -334,7 +318,7 @@ class Plan(Callback):
                     'algorithms, or from a checkpoint saved at the end of an epoch'
                 )
             self.loss.require_per_sample(self._by_position[0])
-        loader.set_plan(plan, int(state.timestamp.epoch))
+        loader.set_plan(plan, int(state.timestamp.epoch), self._done)
         self._in_epoch = True
         state.set_dataloader(loader, state.dataloader_label)  # reads the epoch's new length
         if self.loss is not None:
@@ -363,15 +347,6 @@ class Plan(Callback):
             )
         self.selectors.resume(int(state.timestamp.epoch))
         batches = int(state.timestamp.batch_in_epoch)
-        done = plan.sizes[: batches - plan.first_batch]
+        rest, done = loader.resume(plan, batches, self._current_batch_size(), world_size=world_size, even=self.in_step(state))
         self._done = (*self._done, *done) if world_size == loader.world_size else ()
-        rest = resume_epoch(
-            plan,
-            batches=batches,
-            batch_size=self._current_batch_size(),
-            world_size=loader.world_size,
-            same_world_size=world_size == loader.world_size,
-            drop_last=loader.drop_last,
-            even=self.in_step(state),
-        )
         self._take(rest, state)

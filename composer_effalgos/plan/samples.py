@@ -32,25 +32,24 @@ class Samples:
     """The samples that a loader reads in an epoch, each of them once.
 
     Attributes:
-        dataset: Holds them: sample ``i`` is ``dataset[i]``, and its length is their number.
-        indices: What the loader's own dataset calls them, int64, ascending; ``None`` for the same numbers.
-        shuffle: Whether each epoch has a new order.
+        dataset: Holds them: sample ``i`` is ``dataset[i]``.
+        size: Their number; ``None`` where it is not known.
         batch_size: Samples per rank and batch.
         drop_last: Whether a last batch that is not full is dropped.
+        indices: What the loader's own dataset calls them, int64, ascending; ``None`` for the same numbers.
+        shuffle: Whether each epoch has a new order.
         shard_starts: First sample of each shard, int64 ``[S]``, where a new order should go shard by shard.
         shuffle_block: Samples that such an order mixes with each other, at least a shard.
     """
 
     dataset: Dataset
-    indices: Tensor | None
-    shuffle: bool
+    size: int | None
     batch_size: int
     drop_last: bool
-    shard_starts: Tensor | None
-    shuffle_block: int
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+    indices: Tensor | None = None
+    shuffle: bool = False
+    shard_starts: Tensor | None = None
+    shuffle_block: int = 1
 
 
 class StreamedSamples(Dataset):
@@ -91,7 +90,7 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
     """
     if not isinstance(loader, DataLoader):
         raise InputError(f'train_dataloader: must be a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
-    if not _iterates_as_usual(loader):
+    if not iterates_as_usual(loader):
         raise InputError(
             f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '
             'torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
@@ -108,26 +107,36 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
         raise InputError(
             f'train_dataloader: batch_sampler {type(batches).__name__} would be replaced by the plan; give batch_size instead of it'
         )
+    if hasattr(loader, 'read_batches') and isinstance(batches.sampler, DistributedSampler):  # a DataPath reads what it is told to
+        rank, world_size = batches.sampler.rank, batches.sampler.num_replicas
     indices, shuffle = _sampled(batches.sampler, len(loader.dataset), rank, world_size)  # type: ignore[arg-type]
     dataset, starts = loader.dataset, getattr(loader.dataset, 'shard_starts', None)
     if indices is not None:
         dataset = Subset(dataset, indices.tolist())
         starts = None if starts is None else torch.searchsorted(indices, starts)
-    return Samples(dataset, indices, shuffle, batches.batch_size, batches.drop_last, starts, 1)
+    return Samples(dataset, len(dataset), batches.batch_size, batches.drop_last, indices, shuffle, starts)  # type: ignore[arg-type]
 
 
 def is_streaming(dataset: Any) -> bool:
-    """Whether a dataset is mosaicml-streaming's, which nobody has who has not imported it.
+    """Whether a dataset is mosaicml-streaming's and iterates as such. Nobody has one who has not imported it.
 
     Args:
         dataset: Any dataset.
     """
     streaming = sys.modules.get('streaming.base.dataset')
-    return streaming is not None and isinstance(dataset, streaming.StreamingDataset)
+    return (
+        streaming is not None
+        and isinstance(dataset, streaming.StreamingDataset)
+        and type(dataset).__iter__ is streaming.StreamingDataset.__iter__
+    )
 
 
-def _iterates_as_usual(loader: DataLoader) -> bool:
-    """Whether a loader's batches are those that its dataset, samplers and collate function make."""
+def iterates_as_usual(loader: DataLoader) -> bool:
+    """Whether a loader's batches are those that its dataset, samplers and collate function make.
+
+    Args:
+        loader: The loader.
+    """
     if hasattr(loader, 'read_batches'):  # a DataPath
         return True
     streaming = sys.modules.get('streaming.base.dataloader')
@@ -174,11 +183,6 @@ def _streamed(loader: DataLoader) -> Samples:
     """The samples of a ``StreamingDataset`` that reads each of them once an epoch."""
     dataset: Any = loader.dataset
     name = type(dataset).__name__
-    streaming = sys.modules['streaming.base.dataset']
-    if type(dataset).__iter__ is not streaming.StreamingDataset.__iter__:
-        raise InputError(
-            f'train_dataloader: {name} iterates in a way of its own, which the plan would replace; define __getitem__ in its place'
-        )
     if loader.batch_size is None:
         raise InputError(f'train_dataloader: {name} needs the batch_size of a DataLoader to be planned')
     if [stream.choose for stream in dataset.streams] != dataset.samples_per_stream.tolist():
@@ -194,4 +198,6 @@ def _streamed(loader: DataLoader) -> Samples:
     starts = torch.from_numpy(np.asarray(dataset.sample_offset_per_shard, dtype=np.int64))
     nodes = dataset.num_canonical_nodes
     block = dataset.shuffle_block_size or max(4_000_000 // nodes if nodes else 0, 1 << 18)  # StreamingDataset's own default
-    return Samples(StreamedSamples(dataset), None, dataset.shuffle, loader.batch_size, loader.drop_last, starts, block)
+    return Samples(
+        StreamedSamples(dataset), dataset.size, loader.batch_size, loader.drop_last, None, dataset.shuffle, starts, shuffle_block=block
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-import torch
 from composer.core import State
 from torch import Tensor
 
@@ -111,6 +110,11 @@ class Selectors:
         self._items = sorted([*self._items, selector], key=lambda item: item.stage)  # 'coarse' < 'fine'
 
     @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return [type(selector).__name__ for selector in self._items]
+
+    @property
     def prune(self) -> bool:
         """Whether one of them is fine."""
         return any(selector.stage == 'fine' for selector in self._items)
@@ -135,16 +139,15 @@ class Selectors:
         coarse = next((selector for selector in self._items if selector.stage == 'coarse'), None)
         self.candidates = None if coarse is None else coarse.candidates(epoch)
 
-    def choose(self, epoch: int, num_samples: int, world_size: int) -> tuple[Tensor, Tensor | None]:
+    def choose(self, epoch: int, world_size: int) -> tuple[Tensor | None, Tensor | None]:
         """Asks each among what those before it left; weights multiply.
 
         Args:
             epoch: Number of the epoch.
-            num_samples: Samples of the dataset.
             world_size: Ranks that each need a sample; a selector that leaves fewer is passed over.
 
         Returns:
-            Sample indices, int64 ``[n]``, ascending, and their weights, float32 ``[n]`` or ``None`` for ones.
+            Sample indices, int64 ``[n]``, ascending, ``None`` for all; and their weights, float32 ``[n]`` or ``None`` for ones.
         """
         samples: Tensor | None = None
         weights: Tensor | None = None
@@ -157,4 +160,4 @@ class Selectors:
                 samples, weights = positions if samples is None else samples[positions], factors
             if selector.stage == 'coarse':
                 self.candidates = samples
-        return torch.arange(num_samples) if samples is None else samples, weights
+        return samples, weights

@@ -185,5 +185,5 @@ def test_refuses_a_stream_that_iterates_by_itself(remote, tmp_path):
         def __iter__(self):
             yield from super().__iter__()
 
-    with pytest.raises(InputError, match='Packed iterates in a way of its own'):
+    with pytest.raises(InputError, match='Packed has no sample numbers'):
         planned(Packed(remote=remote, local=str(tmp_path / 'local'), batch_size=16))

@@ -1,0 +1,180 @@
+"""The seam between the plan and the data: one plan drives every data path, and nothing above this module knows which one runs.
+
+A *path* turns sample numbers into batches. It has one method, ``read_batches(reading)``, where a :class:`Reading` says which samples, in
+which order, cut where into batches, and under which seed. :class:`PlannedDataLoader` is the same on every path: it holds the epoch's plan,
+deals it out over the ranks, skips what was trained before a resume without reading it, and serves the selection pass; algorithms talk to
+it alone. There are two kinds of path:
+
+* ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its data set, collate function and memory settings;
+* a :class:`DataPath`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in the place of a
+  ``DataLoader``; without a plan it iterates as a ``DataLoader`` with a ``DistributedSampler`` would.
+
+A new path is a subclass of :class:`DataPath` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from composer_effalgos.plan.epoch import stream_seed
+from composer_effalgos.plan.randomness import RandomStream
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a path is asked to read on this rank: samples in an order, cut into batches.
+
+    Attributes:
+        indices: Sample numbers in the order of reading, int64 ``[m]``, on the CPU.
+        offsets: Where the batches begin and end in ``indices``: ascending, one more than there are batches.
+        seed: Seeds random augmentation; the same on every rank, another one in each epoch and pass. With a sample's number it names a
+            stream of that sample's own, which depends neither on the number of ranks nor on where a run was resumed.
+        batch_seeds: One seed a batch, for paths that cannot seed samples; it depends on rank and batch.
+    """
+
+    indices: Tensor
+    offsets: Sequence[int]
+    seed: int
+    batch_seeds: Iterable[int]
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[Sequence[int]], *keys: int) -> Reading:
+        """A reading of given batches.
+
+        Args:
+            batches: Sample numbers, batch by batch.
+            *keys: Non-negative integers that name its random stream.
+        """
+        batches = list(batches)
+        offsets = np.cumsum([0, *map(len, batches)]).tolist()
+        indices = torch.tensor(list(itertools.chain.from_iterable(batches)), dtype=torch.int64)
+        return cls(indices, offsets, stream_seed(*keys), (stream_seed(*keys, start) for start in offsets[:-1]))
+
+    @property
+    def batches(self) -> Iterator[Tensor]:
+        """The batches' sample numbers, each int64 ``[b]``."""
+        return (self.indices[start:stop] for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True))
+
+
+class DataPath(DataLoader):
+    """A loader that reads the samples it is told to, by itself; subclasses define :meth:`read_batches`.
+
+    Args:
+        dataset: Has a length; what else is needed of it is the subclass's affair. ``InfoBatch(class_balanced=True)`` asks it for
+            ``targets``.
+        batch_size: Samples per rank and batch.
+        shuffle: Draws a new order each epoch.
+        drop_last: Drops a last batch that is not full.
+        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+    """
+
+    def __init__(self, dataset: Dataset, *, batch_size: int, shuffle: bool = False, drop_last: bool = False, seed: int = 0) -> None:
+        # Composer asks for this sampler where there are several ranks, tells it the epoch, and leaves its padding out of evaluation
+        sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last)
+        self.seed = seed
+
+    def read_batches(self, reading: Reading) -> Iterator[Any]:
+        """Reads samples.
+
+        Args:
+            reading: Which samples, in which batches, under which seed.
+
+        Yields:
+            ``reading``'s batches in their order, each with as many samples as it says; on the host or on the device of training.
+        """
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        assert isinstance(self.sampler, DistributedSampler)
+        assert self.batch_sampler is not None
+        return self.read_batches(Reading.of_batches(self.batch_sampler, self.seed, 4, self.sampler.epoch))
+
+
+class _SeededDataset(Dataset):
+    """Reads a batch under random numbers of its own.
+
+    Random augmentations then depend on (seed, epoch, rank, batch) alone: not on the number of workers, on what a worker that lives
+    across epochs read before, or on where a run was resumed.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, seeded_batch: tuple[int, list[int]]) -> list[Any]:
+        seed, indices = seeded_batch
+        with RandomStream(seed):
+            if callable(getattr(self.dataset, '__getitems__', None)):
+                return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
+            return [self.dataset[index] for index in indices]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
+    """Lets the user's ``worker_init_fn`` and dataset find the user's dataset; theirs is the ``dataset`` of ours.
+
+    Args:
+        users: The user's ``worker_init_fn``.
+        worker: The worker's number.
+    """
+    info = torch.utils.data.get_worker_info()
+    object.__setattr__(info, 'dataset', info.dataset.dataset)  # type: ignore[union-attr]
+    if users is not None:
+        users(worker)
+
+
+class _BatchList:
+    """A batch sampler that yields the batches it was last given."""
+
+    def __init__(self) -> None:
+        self.batches: Iterable[tuple[int, list[int]]] = ()
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return iter(self.batches)
+
+
+class WorkerPath:
+    """Reads with the user's data set, collate function, workers and memory settings.
+
+    One set of worker processes serves the whole run: they live on while the samples, their order and the batch size change.
+
+    Args:
+        loader: The user's loader.
+        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers leaves the training generator alone.
+        indices: What the dataset calls the samples, int64 ``[N]``; ``None`` for the same numbers.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:
+        self._indices = indices
+        self._batch_list = _BatchList()
+        self._inner = DataLoader(
+            _SeededDataset(loader.dataset),
+            batch_sampler=self._batch_list,  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=functools.partial(init_worker, loader.worker_init_fn),
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator().manual_seed(seed),
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.num_workers > 0,
+            pin_memory_device=loader.pin_memory_device,
+        )
+
+    def read_batches(self, reading: Reading) -> Iterator[Any]:
+        batches = ((batch if self._indices is None else self._indices[batch]).tolist() for batch in reading.batches)
+        self._batch_list.batches = zip(reading.batch_seeds, batches, strict=True)
+        yield from self._inner

@@ -1,0 +1,294 @@
+"""Batches of other sizes from loaders whose samples have no numbers, with every sample read once.
+
+A *stream* has one method, ``read(epoch, size_of)``, which yields an epoch's batches; ``size_of(k)`` says how many samples batch ``k`` shall
+have and is asked again for every batch, so sizes may change between any two.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from composer_effalgos.errors import InputError
+from composer_effalgos.plan.epoch import stream_seed
+from composer_effalgos.plan.paths import init_worker
+from composer_effalgos.plan.randomness import RandomStream
+
+SizeOf = Callable[[int], int | None]
+"""Samples of an epoch's batch on this rank; ``None`` past the last batch."""
+
+
+class _Task(NamedTuple):
+    """What a worker is asked for: the next ``size`` samples of its share, none where that is 0.
+
+    A new ``reading`` begins the dataset anew. The first task of a new ``generation`` means that sizes have changed: what was read for tasks
+    from number ``back_to`` on was not trained on and is read again.
+    """
+
+    number: int
+    size: int
+    epoch: int
+    reading: int
+    generation: int
+    back_to: int
+
+
+class _Reader(Dataset):
+    """Reads an ``IterableDataset`` in the sizes that it is asked for; in a worker, that worker's share.
+
+    Args:
+        dataset: The dataset.
+        collate_fn: Makes a batch of samples.
+        drop_last: Leaves out the last samples where they are fewer than asked for.
+        ahead: Tasks that may be answered before their turn to be trained on.
+        seed: Seeds the random numbers of each epoch's reading, together with the worker's number.
+    """
+
+    _generation: int
+    _random: RandomStream
+    _iterator: Iterator[Any]
+    _again: deque[Any]  # put back
+    _taken: int  # samples
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], drop_last: bool, ahead: int, seed: int) -> None:
+        self.dataset, self._collate, self._drop_last, self._seed = dataset, collate_fn, drop_last, seed
+        self._recent: deque[tuple[int, list[Any]]] = deque(maxlen=ahead + 2)
+        self._reading = -1
+
+    def __getitems__(self, task: _Task) -> tuple[_Task, int, Any]:
+        """A task, the samples that were left for it, and their batch; ``None`` at the end of the share."""
+        info = torch.utils.data.get_worker_info()
+        worker = 0 if info is None else info.id
+        if task.reading != self._reading:
+            self._begin(task, worker)
+        if task.generation != self._generation:
+            self._put_back(task)
+        if task.size == 0:
+            return task, 0, None
+        with self._random:
+            samples = list(itertools.islice(itertools.chain(self._drain(), self._iterator), task.size))
+        self._recent.append((task.number, samples))
+        start, self._taken = self._taken, self._taken + len(samples)
+        if not samples or (self._drop_last and len(samples) < task.size):
+            return task, len(samples), None
+        # seeded by place: a batch that is made again in another size does not shift the random numbers of the reading
+        with RandomStream(stream_seed(self._seed, 1, task.epoch, worker, start)):
+            return task, len(samples), self._collate(samples)
+
+    def _begin(self, task: _Task, worker: int) -> None:
+        self._reading, self._generation, self._taken = task.reading, 0, 0
+        self._random = RandomStream(stream_seed(self._seed, 0, task.epoch, worker))
+        self._again = deque()
+        self._recent.clear()
+        with self._random:
+            self._iterator = iter(self.dataset)
+
+    def _put_back(self, task: _Task) -> None:
+        self._generation = task.generation
+        while self._recent and self._recent[-1][0] >= task.back_to:
+            samples = self._recent.pop()[1]
+            self._taken -= len(samples)
+            self._again.extendleft(reversed(samples))
+
+    def _drain(self) -> Iterator[Any]:
+        while self._again:
+            yield self._again.popleft()
+
+
+class _Tasks:
+    """A batch sampler that yields the tasks it was last given."""
+
+    tasks: Iterator[_Task] = iter(())
+
+    def __iter__(self) -> Iterator[_Task]:
+        return self.tasks
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class WorkerStream:
+    """Reads a ``DataLoader`` over an ``IterableDataset``, with its collate function, workers and memory settings.
+
+    Batches come from the workers in turns, each of the worker's next samples, as a ``DataLoader`` has it: at its own batch size they are
+    its own batches, in its order. Where a size changes, what workers have read ahead goes back to the front of their share, so order and
+    sizes are those of a run that reads nothing ahead.
+
+    Args:
+        loader: The user's loader.
+        seed: Seeds the random numbers of reading; another one on each rank.
+
+    Attributes:
+        keeps_dataset: Whether every epoch reads the same object, which may count its epochs.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int) -> None:
+        self._workers = max(1, loader.num_workers)
+        self._batch_size = loader.batch_size
+        self.keeps_dataset = loader.num_workers == 0 or loader.persistent_workers
+        self._readings = 0
+        self._tasks = _Tasks()
+        ahead = (loader.prefetch_factor or 0) if loader.num_workers else 0
+        self._inner = DataLoader(
+            _Reader(loader.dataset, loader.collate_fn, loader.drop_last, ahead, seed),
+            batch_sampler=self._tasks,  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=functools.partial(init_worker, loader.worker_init_fn),
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator().manual_seed(seed % 2**63),
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+            pin_memory_device=loader.pin_memory_device,
+        )
+
+    def read(self, epoch: int, size_of: SizeOf) -> Iterator[Any]:
+        """Yields an epoch's batches.
+
+        Args:
+            epoch: The epoch's number.
+            size_of: The batches' sizes.
+        """
+        sending = _Sending(epoch, self._readings, size_of, self._batch_size, self._workers)
+        self._readings += 1
+        self._tasks.tasks = iter(sending)
+        ended: set[int] = set()  # workers
+        batch = 0
+        for task, left, content in self._inner:
+            size = size_of(batch)
+            if size is None:
+                return
+            if task.size == 0 or task.generation != sending.generation:
+                continue
+            if content is None and left < size:
+                ended.add(task.number % self._workers)
+                sending.batch -= 1
+                if len(ended) == self._workers:
+                    return
+            elif task.size != size:
+                sending.begin_again(task.number, batch)
+                ended.clear()
+            else:
+                batch += 1
+                yield content
+                if size_of(batch) is None:
+                    return
+
+
+class _Sending:
+    """The tasks of an epoch, worker by worker in turns, without end.
+
+    Attributes:
+        generation: How often sizes have changed in a way that was not known beforehand.
+        batch: The batch that the next task is thought to be for.
+    """
+
+    def __init__(self, epoch: int, reading: int, size_of: SizeOf, batch_size: int | None, workers: int) -> None:
+        assert batch_size is not None
+        self._epoch, self._reading = epoch, reading
+        self._size_of, self._size, self._workers = size_of, batch_size, workers
+        self.generation = self.batch = 0
+        self._number = self._back_to = self._idle = 0
+
+    def __iter__(self) -> Iterator[_Task]:
+        while True:
+            size = 0
+            if self._idle:
+                self._idle -= 1
+            else:
+                size = self._size = self._size_of(self.batch) or self._size
+                self.batch += 1
+            self._number += 1
+            yield _Task(self._number - 1, size, self._epoch, self._reading, self.generation, self._back_to)
+
+    def begin_again(self, number: int, batch: int) -> None:
+        """Asks anew for all batches from ``batch`` on, the first of them from the worker that had task ``number``."""
+        self.generation, self._back_to, self.batch = self.generation + 1, number, batch
+        self._idle = (number - self._number) % self._workers
+
+
+class BatchStream:
+    """Puts together whole batches of a loader that makes them by itself.
+
+    Args:
+        loader: An iterable of batches, with an attribute ``batch_size``.
+    """
+
+    keeps_dataset = True
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def read(self, epoch: int, size_of: SizeOf) -> Iterator[Any]:
+        """Yields an epoch's batches.
+
+        Args:
+            epoch: The epoch's number.
+            size_of: The batches' sizes, multiples of the loader's.
+
+        Raises:
+            InputError: For another size, or for batches that cannot be put together.
+        """
+        for sampler in (getattr(self._loader, 'sampler', None), getattr(self._loader, 'batch_sampler', None)):
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(epoch)
+        batches, one = iter(self._loader), self._loader.batch_size
+        for number in itertools.count():
+            size = size_of(number)
+            if size is None:
+                return
+            if size % one:
+                raise InputError(
+                    f'train_dataloader: {type(self._loader).__name__} makes batches of {one} by itself, expected a multiple of it as the '
+                    f'batch size, got {size}; use a whole growth factor, or a torch.utils.data.DataLoader'
+                )
+            parts = list(itertools.islice(batches, size // one))
+            if not parts:
+                return
+            yield put_together(parts)
+
+
+def put_together(batches: Sequence[Any]) -> Any:
+    """One batch of several; the inverse of Composer's ``default_split_batch``.
+
+    Args:
+        batches: Batches of one kind: tensors, mappings, or pairs and lists of tensors.
+
+    Raises:
+        InputError: Where it is not clear what one batch of them would be.
+    """
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return type(first)({key: _joined([batch[key] for batch in batches]) for key in first})  # type: ignore[call-arg]
+    if isinstance(first, list | tuple) and not all(isinstance(item, int | float | str | bool) for item in first):
+        return type(first)(_joined(list(items)) for items in zip(*batches, strict=True))
+    return _joined(batches)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor) and first.ndim and all(part.shape[1:] == first.shape[1:] and part.dtype == first.dtype for part in parts):
+        return torch.cat(list(parts))
+    if isinstance(first, Mapping):
+        return put_together(parts)
+    if isinstance(first, list | tuple):
+        return type(first)(itertools.chain.from_iterable(parts))
+    if isinstance(first, int | float | str | bool) and all(part == first for part in parts):
+        return first
+    kind = f'tensors of shapes {tuple(first.shape)} and others' if isinstance(first, Tensor) else type(first).__name__
+    raise InputError(
+        f'train_dataloader: expected batches that can be put together, got {kind}; use a torch.utils.data.DataLoader with batch_size, '
+        'whose collate_fn makes batches of any size'
+    )
