@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, IterDataPipe
 
 from composer_effalgos.errors import InputError
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, split_batches, stream_seed
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, split_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.samples import Samples, StreamedSamples, is_streaming, iterates_as_usual, samples_of
 from composer_effalgos.plan.streams import BatchStream, WorkerStream
@@ -22,7 +22,7 @@ _HORIZON = 256  # batches that a stream of unknown length is planned ahead, and 
 
 
 def planned_loader(
-    given: Any, *, needs_numbers: Sequence[str], max_batches: int | None, seed: int, rank: int, world_size: int
+    given: Any, *, needs_numbers: Sequence[str], max_batches: int | None, tail: Tail, seed: int, rank: int, world_size: int
 ) -> PlannedDataLoader:
     """The loader that takes the place of the user's.
 
@@ -30,6 +30,7 @@ def planned_loader(
         given: The user's loader.
         needs_numbers: Who needs the samples' numbers. Where nobody does, a loader with an order of its own keeps it.
         max_batches: Batches an epoch at most; ``None`` where that is not known.
+        tail: What becomes of a last batch that is not full, where the order is the plan's.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
@@ -50,6 +51,8 @@ def planned_loader(
         length = len(given)
     except (TypeError, NotImplementedError):
         length = None
+    if kind is PlannedDataLoader:
+        loader.tail = tail
     loader.limit(None if max_batches == length else max_batches)
     return loader
 

@@ -15,7 +15,7 @@ from composer.utils import dist
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import EpochClock
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail
 from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
@@ -31,6 +31,12 @@ class Plan(Callback):
     ``algorithms=[...]``. The plan then asks the selectors, installs the epoch in the loader, sets the clock and hands the weights to the
     loss.
 
+    Args:
+        tail: What becomes of the samples that do not fill an epoch's last batch: ``'shared'`` puts a small rest together with the batch
+            before it and splits both about evenly; ``'half'`` makes a batch of half the size, or none, and leaves the rest out, so that
+            batches have two sizes in all for each that AdaBatch asks for. A model under ``torch.compile(dynamic=False)`` is then compiled
+            that often; add ``Plan(tail='half')`` to the callbacks.
+
     Attributes:
         selectors: Choose the samples of each epoch.
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
@@ -39,7 +45,10 @@ class Plan(Callback):
         horizon: How long the run is planned to be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tail: Tail = 'shared') -> None:
+        if tail not in ('shared', 'half'):
+            raise InputError(f"tail: expected 'shared' or 'half', got {tail!r}")
+        self.tail: Tail = tail
         self.batch_size: Callable[[], BatchSize] | None = None
         self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
@@ -277,6 +286,7 @@ class Plan(Callback):
             given,
             needs_numbers=[*self.selectors.names, *self._by_position],
             max_batches=None if state.dataloader_len is None else int(state.dataloader_len),
+            tail=self.tail,
             seed=state.rank_zero_seed,
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),

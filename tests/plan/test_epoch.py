@@ -171,3 +171,19 @@ def test_streams_are_apart():
     seeds = {stream_seed(a, b, c) for a in range(6) for b in range(6) for c in range(6)}
     assert len(seeds) == 216
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 4))
+def test_a_tail_of_half_a_batch(num_samples, batch_size, world_size):
+    full = batch_size * world_size
+    half = world_size * ((batch_size + 1) // 2)
+    sizes = split_batches(num_samples, batch_size, world_size, tail='half')
+    if num_samples < full:
+        assert sizes == split_batches(num_samples, batch_size, world_size)
+        return
+    assert set(sizes) <= {full, half}
+    assert sizes[:-1] == [full] * (len(sizes) - 1)
+    assert 0 <= num_samples - sum(sizes) < half
+    assert split_batches(num_samples, batch_size, world_size, tail='own') == [
+        len(range(start, min(start + full, num_samples))) for start in range(0, num_samples, full)
+    ]

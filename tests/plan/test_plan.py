@@ -251,3 +251,31 @@ def test_refusals_at_the_start(make_trainer, problem):
     other.fit()
     with pytest.raises(InputError, match="another run's planned loader"):
         make_trainer([InfoBatch()]).fit(train_dataloader=other.state.dataloader)
+
+
+def test_a_compiled_model_sees_two_sizes_a_growth_stage(make_trainer):
+    """Under ``torch.compile(dynamic=False)``, which gives up after eight."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append([tuple(item.shape) for item in inputs if isinstance(item, torch.Tensor)])
+        return graph.forward
+
+    def fit(callbacks):
+        torch.compiler.reset()
+        compiled.clear()
+        algorithms = [InfoBatch(0.5, delta=1.0), AdaBatch(2, '10ep', max_batch_size=32)]
+        compiling = {'backend': backend, 'dynamic': False}
+        trainer = make_trainer(algorithms, callbacks=callbacks, max_duration='20ep', compile_config=compiling)
+        trainer.fit()
+        return trainer, {size for sizes in trainer.recorder.sizes for size in sizes}
+
+    _, without = fit([])
+    trainer, sizes = fit([Plan(tail='half')])
+    assert sizes == {16, 8, 32}  # of 16 and 8, then of 32 and 16
+    assert len(compiled) == len(sizes) < 8 < len(without)
+    kept = [len(Plan.of(trainer.state).loader.plan.kept), sum(trainer.recorder.sizes[-1])]
+    assert 0 <= kept[0] - kept[1] < 16  # fewer than half a batch are left out
+    assert sum(trainer.recorder.sizes[0]) == 200  # 12 x 16 + 8, of 203
+    with pytest.raises(InputError, match="tail: expected 'shared' or 'half', got 'none'"):
+        Plan(tail='none')
