@@ -39,10 +39,10 @@ def irreducible_losses(
     on = get_device(device)
     model = on.module_to_device(model).eval()
     losses = []
-    with torch.no_grad():
-        for batch in dataloader:
-            batch = on.batch_to_device(batch)
-            losses.append(per_sample_mean(loss.per_sample(model(batch), batch)).float().cpu())
+    for batch in dataloader:
+        batch = on.batch_to_device(batch)
+        # with the graph: a loss without a per-sample form is read from it
+        losses.append(per_sample_mean(loss.per_sample(model(batch), batch)).detach().float().cpu())
     found = torch.cat(losses)
     if len(found) != len(dataloader.dataset):  # type: ignore[arg-type]
         raise InputError(f'dataloader: expected all {len(dataloader.dataset)} samples, got {len(found)}; leave drop_last out')  # type: ignore[arg-type]

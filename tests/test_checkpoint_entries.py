@@ -1,0 +1,120 @@
+"""A resumed run saves what the run that was never stopped saves, entry by entry, as Composer's own test of resumption compares them."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Algorithm, Event, State
+from composer.optim import LinearScheduler
+
+from composer_effalgos import AdaBatch, EfficiencyMonitor, InfoBatch, Pruning, SubsetSelection
+from composer_effalgos.pruning import RULES
+
+
+def with_rule(name: str) -> list[Algorithm]:
+    options = {'irreducible': torch.zeros(203)} if name == 'rho' else {'threshold': 0.5} if name == 'pdd' else {}
+    return [Pruning({'name': name, **options}, delta=0.8)]
+
+
+CASES: dict[str, Callable[[], list[Algorithm]]] = {
+    'infobatch': lambda: [InfoBatch(delta=1.0)],
+    'infobatch by class, moving average, bands': lambda: [
+        InfoBatch(delta=1.0, score='ema', bands=[(0.3, 0.8), (0.6, 0.4)], class_balanced=True)
+    ],
+    'adabatch': lambda: [AdaBatch(2, '10ba', lr_factor=0.75)],
+    'gradmatch': lambda: [SubsetSelection('gradmatch', 0.5, '2ep')],
+    'adaptive-random': lambda: [SubsetSelection('adaptive-random', 0.5, '1ep', val_share=0.1)],
+    'forgetting': lambda: [SubsetSelection('forgetting', 0.5, '1ep', kappa=0.5)],
+    'milo': lambda: [SubsetSelection('milo', 0.5, '1ep', kappa=0.25)],
+    **{f'rule {name}': functools.partial(with_rule, name) for name in RULES},
+    'all': lambda: [SubsetSelection('gradmatch', 0.8, '2ep'), AdaBatch(2, '2ep', lr_factor=0.75), InfoBatch(delta=1.0)],
+}
+# of the clock on the wall, of the process, or of the folder
+TIMES = {
+    'total_wct',
+    'iteration_wct',
+    'epoch_wct',
+    'batch_wct',
+    'seconds',
+    'cpu_seconds',
+    'selection_seconds',
+    'peak_memory',
+    'run_name',
+    'CheckpointSaver',
+}
+
+
+def differences(one: Any, other: Any, at: str = '') -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        missing = [f'{at}.{key}: in one alone' for key in {*one} ^ {*other}]
+        return missing + [
+            line for key in one if key in other and key not in TIMES for line in differences(one[key], other[key], f'{at}.{key}')
+        ]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return [f'{at}: {len(one)} and {len(other)} entries']
+        return [line for number, (a, b) in enumerate(zip(one, other, strict=True)) for line in differences(a, b, f'{at}[{number}]')]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [f'{at}: {one} and {other}']
+    if isinstance(one, np.ndarray):
+        return [] if np.array_equal(one, other) else [f'{at}: {one} and {other}']
+    return [] if type(one) is type(other) and one == other else [f'{at}: {one!r} and {other!r}']
+
+
+def every_batch_and_epoch(state: State, event: Event) -> bool:
+    # one of the two at a time: Composer saves once after a batch
+    last = int(state.timestamp.batch_in_epoch) == state.dataloader_len
+    return event == Event.EPOCH_CHECKPOINT or (event == Event.BATCH_CHECKPOINT and not last)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_resumed_runs_checkpoints_are_those_of_the_unbroken_run(make_trainer, tmp_path, case):
+    def run(folder: str, **arguments) -> dict[tuple[int, ...], Path]:
+        trainer = make_trainer(
+            CASES[case](),
+            callbacks=[EfficiencyMonitor(save_folder=tmp_path / folder)],
+            schedulers=LinearScheduler(),
+            max_duration='4ep',
+            save_folder=str(tmp_path / folder / 'saved'),
+            save_interval=every_batch_and_epoch,
+            save_filename='{epoch}-{batch_in_epoch}.pt',
+            save_latest_filename=None,
+            run_name='run',
+            **arguments,
+        )
+        trainer.fit()
+        trainer.close()
+        return {tuple(map(int, path.stem.split('-'))): path for path in (tmp_path / folder / 'saved').glob('*.pt')}
+
+    whole = run('whole')
+    for start in ((2, 0), (2, 3)):  # at an epoch's end, and within one
+        resumed = run(f'resumed at {start}', load_path=str(whole[start]))
+        assert set(resumed) == {point for point in whole if point > start}
+        for point in {(2, 4), (2, 5), *((epoch, within) for epoch, within in resumed if within == 0), max(resumed)}:
+            states = [torch.load(runs[point], weights_only=False) for runs in (whole, resumed)]
+            assert not differences(states[0]['rng'], states[1]['rng'])
+            assert not differences(states[0]['state'], states[1]['state'])
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(make_trainer, tmp_path, weights_of):
+    """Scores with NaN, ``facts`` and no planned end, as saved before."""
+    whole = make_trainer(
+        [InfoBatch(delta=1.0)], max_duration='4ep', save_folder=str(tmp_path), save_interval='1ba', save_filename='{batch}.pt'
+    )
+    whole.fit()
+    content = torch.load(tmp_path / '20.pt', weights_only=False)
+    name, saved = next((name, saved) for name, saved in content['state']['algorithms'] if name == 'InfoBatch')
+    old = {'scores': torch.where(saved['scored'], saved['history'][0], torch.nan), 'samples_saved': saved['samples_saved']}
+    content['state']['algorithms'] = [(name, old)]
+    plan = content['state']['callbacks']['Plan']
+    plan['facts'] = plan.pop('metrics')
+    del plan['planned_end']
+    torch.save(content, tmp_path / 'old.pt')
+    resumed = make_trainer([InfoBatch(delta=1.0)], max_duration='4ep', load_path=str(tmp_path / 'old.pt'))
+    resumed.fit()
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    assert resumed.state.algorithms[0].samples_saved == whole.state.algorithms[0].samples_saved
