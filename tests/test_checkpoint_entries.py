@@ -91,10 +91,10 @@ def test_a_resumed_runs_checkpoints_are_those_of_the_unbroken_run(make_trainer, 
         return {tuple(map(int, path.stem.split('-'))): path for path in (tmp_path / folder / 'saved').glob('*.pt')}
 
     whole = run('whole')
-    for start in ((2, 0), (2, 3)):  # at an epoch's end, and within one
+    for start in ((2, 0), (2, 1)):  # at an epoch's end, and within one
         resumed = run(f'resumed at {start}', load_path=str(whole[start]))
         assert set(resumed) == {point for point in whole if point > start}
-        for point in {(2, 4), (2, 5), *((epoch, within) for epoch, within in resumed if within == 0), max(resumed)}:
+        for point in {*sorted(resumed)[:2], *((epoch, within) for epoch, within in resumed if within == 0), max(resumed)}:
             states = [torch.load(runs[point], weights_only=False) for runs in (whole, resumed)]
             assert not differences(states[0]['rng'], states[1]['rng'])
             assert not differences(states[0]['state'], states[1]['state'])
