@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from composer_effalgos.datasets.mds import LABELS
 from composer_effalgos.datasets.mds_index import INDEX
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
 from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.files import whole_file
 from composer_effalgos.recipe import load_recipe
 from composer_effalgos.settings import merge_settings
 
@@ -79,9 +78,9 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
         out.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             samples = Samples(datasets[split], orders[split], labels[split].tolist(), split)
-            with _whole(targets[split]) as unfinished:
+            with whole_file(targets[split], 'unfinished') as unfinished:
                 write(unfinished, samples, shard_bytes)
-        with _whole(out / DESCRIPTION) as unfinished:
+        with whole_file(out / DESCRIPTION, 'unfinished') as unfinished:
             unfinished.write_text(description.text(), encoding='utf-8')
     except OSError as error:
         raise InputError(f'{error.filename or out}: {error.strerror or one_line(error)}; nothing unfinished was kept') from error
@@ -129,25 +128,6 @@ class Samples:
             pairs = track(pairs, self.split, total=len(self), transient=True)
         for index, label in pairs:
             yield self.dataset.stored(index), label
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Where to write a file or folder that takes its name when it is finished, and leaves nothing behind otherwise."""
-    unfinished = target.with_name(f'.{target.name}.unfinished')
-    _remove(unfinished)
-    try:
-        yield unfinished
-        unfinished.replace(target)
-    finally:
-        _remove(unfinished)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> None:

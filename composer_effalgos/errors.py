@@ -1,5 +1,7 @@
 """The one exception type for input that a user can mend."""
 
+from typing import Any
+
 _LONGEST = 700  # characters of a message
 
 
@@ -27,3 +29,9 @@ def one_line(error: object) -> str:
     """
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'
+
+
+def shown(value: Any) -> str:
+    """A value from a file as it stands in a message: on one line, and not too long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'

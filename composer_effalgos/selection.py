@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from composer_effalgos.build import build_trainer, check_checkpoint
 from composer_effalgos.errors import InputError
-from composer_effalgos.models.pretrained import read_weights
+from composer_effalgos.models.pretrained import read_checkpoint
 from composer_effalgos.recipe import load_recipe
 from composer_effalgos.subset_selection import SubsetSelection
 from composer_effalgos.subset_selection.subset_file import write_subset
@@ -44,7 +44,7 @@ def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path
         raise InputError(f'--out: {out}: a file in a folder that exists is right')
     arguments = {name: value for name, value in recipe.trainer.items() if name != 'autoresume' and not name.startswith('save_')}
     if checkpoint is not None:
-        read_weights(checkpoint, '--checkpoint')  # refuses a file with code in it before anything reads it as Composer does
+        read_checkpoint(checkpoint, '--checkpoint')  # refuses a file with code in it before anything reads it as Composer does
         check_checkpoint('--checkpoint', checkpoint)
         arguments['load_path'] = str(checkpoint)
     with tempfile.TemporaryDirectory() as folder:  # for what a training would leave there

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, decode_image, limited
+from composer_effalgos.datasets.images import StoredImages, check_at_least, check_pixels, data_folder, decode_image, limited, open_image
 from composer_effalgos.datasets.packed import Description, class_names, pipeline
 from composer_effalgos.errors import InputError, one_line
 
@@ -67,10 +67,8 @@ def ffcv_field() -> Any:
 
 def _kind(image: bytes) -> tuple[str | None, tuple[int, int]]:
     """``'JPEG'`` for a file that TurboJPEG decodes to RGB, else ``None``; width and height. The whole file is decoded as a check."""
-    import io
-
-    decode_image(image, 'image')
-    with Image.open(io.BytesIO(image)) as opened:
+    with open_image(image, 'image') as opened:
+        opened.load()
         return 'JPEG' if opened.format == 'JPEG' and opened.mode in ('RGB', 'L') else None, opened.size
 
 
@@ -88,22 +86,26 @@ def check_beton(file: Path) -> Any:
     """
     import_ffcv('a .beton file')
     from ffcv.reader import Reader
-    from ffcv.types import ALLOC_TABLE_TYPE
+    from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 
     if not file.is_file():
         raise InputError(f'{file}: no such file; effalgos convert --to ffcv writes it')
+    size = file.stat().st_size
     try:
+        header = np.fromfile(file, HeaderType, 1)[0]
+        if int(header['num_samples']) + int(header['num_fields']) * FieldDescType.itemsize > size:  # or they would be allocated
+            raise ValueError('more samples than bytes')
         reader = Reader(str(file))
-    except (AssertionError, ValueError, IndexError, KeyError, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise InputError(f'{file}: not a .beton file, or cut off ({one_line(error)}); convert the data again') from error
-    size, table = file.stat().st_size, int(reader.header['alloc_table_ptr'])
-    allocated = reader.alloc_table
+    except Exception as error:  # what damaged bytes lead to is not specified
+        raise InputError(f'{file}: not a .beton file, or cut off ({one_line(error)[:200]}); convert the data again') from error
+    table, allocated = int(header['alloc_table_ptr']), reader.alloc_table
     whole = (
         0 < table <= size
         and (size - table) % ALLOC_TABLE_TYPE.itemsize == 0
         and len(reader.metadata) == int(reader.num_samples) > 0
         and len(allocated) == len(reader.metadata)
-        and bool((allocated['ptr'] + allocated['size'] <= table).all())
+        and bool((allocated['size'] <= table).all())
+        and bool((allocated['ptr'] <= table - allocated['size']).all())
     )
     if not whole:
         raise InputError(f'{file}: cut off or damaged: {size} bytes do not hold all that its header speaks of; convert the data again')
@@ -129,13 +131,11 @@ class Beton(StoredImages):
         self, file: Path, rows: Tensor, reader: Any, targets: Tensor, classes: list[str], transform: Callable[[Image.Image], Tensor]
     ) -> None:
         super().__init__(file, rows, targets, classes, transform)
-        everything = reader.metadata[_column(reader, file, 'image')]
+        everything = reader.metadata[_column(reader, file, 'image', 'RGBImageField')]
         images = everything[rows.numpy()]
         self.sizes = torch.from_numpy(np.stack([images['height'], images['width']], axis=1).astype(np.int64))
         self._raw = images['mode'] == RAW
-        table = np.sort(reader.alloc_table, order='ptr')
-        self._places = everything['data_ptr']
-        self._lengths = table['size'][np.searchsorted(table['ptr'], self._places)]
+        self._places, self._lengths = everything['data_ptr'], _lengths(everything, reader.alloc_table, file)
 
     def stored(self, index: int) -> bytes | np.ndarray:
         """An image as it is held: a JPEG file's bytes, or uint8 ``[H, W, 3]``."""
@@ -151,10 +151,27 @@ class Beton(StoredImages):
             return opened.read(int(self._lengths[row]))
 
 
-def _column(reader: Any, file: Path, name: str) -> str:
+def _lengths(images: np.ndarray, allocated: np.ndarray, file: Path) -> np.ndarray:
+    """The bytes of each image. ffcv copies that many into room for height x width x 3, without a look at either."""
+    table = np.sort(allocated, order='ptr')
+    found = np.searchsorted(table['ptr'], images['data_ptr']).clip(max=len(table) - 1)
+    lengths = table['size'][found]
+    pixels = images['height'].astype(np.int64) * images['width'] * 3
+    wrong = (table['ptr'][found] != images['data_ptr']) | (images['mode'] > RAW) | (pixels == 0)
+    wrong |= (images['mode'] == RAW) & (lengths != pixels)
+    if wrong.any():
+        raise InputError(f'{file}: sample {int(wrong.argmax())}: its bytes are not those of its height and width; convert the data again')
+    largest = int(pixels.argmax())
+    check_pixels(int(images['width'][largest]), int(images['height'][largest]), f'{file}: sample {largest}')
+    return lengths
+
+
+def _column(reader: Any, file: Path, name: str, kind: str) -> str:
     """Where a field lies in the metadata."""
     if name not in reader.field_names:
-        raise InputError(f'{file}: has no field {name!r}; it has {", ".join(reader.field_names)}')
+        raise InputError(f'{file}: has no field {name!r}; it has {", ".join(map(repr, reader.field_names))}')
+    if type(reader.handlers[name]).__name__ != kind:
+        raise InputError(f'{file}: field {name!r}: expected an {kind}, got {type(reader.handlers[name]).__name__}; convert the data again')
     return f'f{reader.field_names.index(name)}'
 
 
@@ -181,9 +198,8 @@ def beton(
     file = folder / f'{split}.beton'
     reader = check_beton(file)
     description = Description.read(folder)
-    targets = torch.from_numpy(reader.metadata[_column(reader, file, 'label')].copy().view('<i8').astype(np.int64).reshape(-1))
-    if description is not None:
-        description.check(split, targets, file)
+    targets = torch.from_numpy(reader.metadata[_column(reader, file, 'label', 'IntField')].copy().view('<i8').astype(np.int64).reshape(-1))
+    classes = class_names(description, split, targets, file)
     rows = limited(len(targets), limit if split == 'train' else None)
     transform = pipeline(description, split, augment=augment, image_size=image_size)
-    return Beton(file, rows, reader, targets[rows], class_names(description, targets), transform)
+    return Beton(file, rows, reader, targets[rows], classes, transform)

@@ -22,6 +22,7 @@ from composer_effalgos.datasets.images import (
     small_image_transform,
 )
 from composer_effalgos.errors import InputError
+from composer_effalgos.files import read_bytes
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
@@ -123,6 +124,8 @@ def _load_image(path: str) -> Image.Image:
 
 def _read_file(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read_bytes(Path(path), most=2**30)
     except OSError as error:
         raise InputError(f'{path}: cannot be read ({error.strerror})') from error
+    except ValueError as error:
+        raise InputError(f'{path}: cannot be read ({error})') from error

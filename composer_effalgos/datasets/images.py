@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,18 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 
 Pixels = tuple[float, float, float]
 
 IMAGENET_MEAN: Pixels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Pixels = (0.229, 0.224, 0.225)
+
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
+"""What is decoded. Pillow knows others by the file's first bytes, whatever its name, and starts Ghostscript for EPS."""
+
+MOST_PIXELS = 89_478_485
+"""The largest image: 256 MiB of RGB, the size from which Pillow warns. A small file can hold a larger one and fill the memory."""
 
 
 class ImageArray(VisionDataset):
@@ -105,15 +112,43 @@ def decode_image(data: bytes | None, source: str) -> Image.Image:
         An RGB image.
 
     Raises:
-        InputError: Not an image, or a broken one.
+        InputError: Not an image of one of :data:`FORMATS`, a broken one, or one of more than :data:`MOST_PIXELS`.
+    """
+    with open_image(data, source) as image:
+        return image.convert('RGB')
+
+
+@contextmanager
+def open_image(data: bytes | None, source: str) -> Iterator[Image.Image]:
+    """Open an image as :func:`decode_image` does; its pixels are decoded when they are used.
+
+    Args:
+        data: An encoded image.
+        source: Where it comes from; begins the error message.
+
+    Raises:
+        InputError: As :func:`decode_image`, whatever fails in the body too.
     """
     if not data:
         raise InputError(f'{source}: no image bytes; expected an encoded image such as a PNG or JPEG file')
     try:
-        return Image.open(io.BytesIO(data)).convert('RGB')
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_pixels(image.width, image.height, source)
+            yield image
+    except InputError:
+        raise
     except Exception as error:  # what a codec raises for broken bytes is not specified
-        reason = ' '.join(str(error).split())
-        raise InputError(f'{source}: corrupt image ({reason}); expected an encoded image such as a PNG or JPEG file') from error
+        raise InputError(f'{source}: corrupt image ({one_line(error)[:200]}); expected one of {", ".join(FORMATS)}') from error
+
+
+def check_pixels(width: int, height: int, source: str) -> None:
+    """Refuse an image that would take too much memory.
+
+    Raises:
+        InputError: It has more than :data:`MOST_PIXELS`.
+    """
+    if width * height > MOST_PIXELS:
+        raise InputError(f'{source}: expected an image of at most {MOST_PIXELS} pixels, got {width}x{height}; scale it down first')
 
 
 class Cutout(torch.nn.Module):

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, limited
-from composer_effalgos.datasets.mds_index import INDEX, check_index
+from composer_effalgos.datasets.images import StoredImages, check_at_least, check_pixels, data_folder, limited
+from composer_effalgos.datasets.mds_index import COMPRESSIONS, INDEX, check_index
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
-from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.errors import InputError, one_line, shown
+from composer_effalgos.files import read_bytes
 
 LABELS = 'labels.npy'
+_IMAGES = ('bytes', 'jpeg', 'png', 'pil', 'ndarray')
+_LABELS = ('int', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64', 'str_int')
 
 
 class Shards:
@@ -29,16 +33,18 @@ class Shards:
     Args:
         folder: The split's folder on this machine.
         remote: Its place in a remote folder, of any kind that mosaicml-streaming knows; ``None`` where all shards must be here.
+        image_column: Column of the images: encoded, or of one of MDS's image types.
+        label_column: Column of the labels: integers.
 
     Attributes:
         starts: First sample of each shard, int64 ``[S]``.
         num_samples: Samples in all shards.
 
     Raises:
-        InputError: No index, a broken one, or one that is not the remote folder's.
+        InputError: No index, a broken one, one that is not the remote folder's or that lacks the columns.
     """
 
-    def __init__(self, folder: Path, remote: str | None = None) -> None:
+    def __init__(self, folder: Path, remote: str | None = None, *, image_column: str = 'image', label_column: str = 'label') -> None:
         try:
             from streaming.base.format import reader_from_json
         except ImportError as error:
@@ -51,8 +57,17 @@ class Shards:
             self.shards: list[Any] = [reader_from_json(str(folder), '', entry) for entry in entries]
             for shard in self.shards:
                 shard.validate(allow_unsafe_types=False)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise InputError(f'{file}: not an index of MDS shards ({error}); write them with effalgos convert or MDSWriter') from error
+                if len({len(shard.column_names), len(shard.column_encodings), len(shard.column_sizes)}) > 1 or not all(
+                    size is None or (type(size) is int and 0 <= size < 2**32) for size in shard.column_sizes
+                ):
+                    raise ValueError('its columns have not one name, type and size each')
+                if 4 * (shard.samples + 2) > shard.raw_data.bytes:
+                    raise ValueError(f'{shard.samples} samples in {shard.raw_data.bytes} bytes')
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise InputError(
+                f'{file}: not an index of MDS shards ({one_line(error)[:200]}); effalgos convert or MDSWriter writes one'
+            ) from error
+        self._pil = [self._choose(shard, image_column, label_column) for shard in self.shards]
         sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         if not sizes.sum():
             raise InputError(f'{file}: has no samples; expected at least one')
@@ -73,9 +88,30 @@ class Shards:
             self._here[shard] = True
         place = row - self._starts[shard]
         try:
-            return self.shards[shard].get_item(place)
+            with np.errstate(over='ignore'):  # offsets of damaged shards
+                sample = self.shards[shard].get_item(place)
+            if (column := self._pil[shard]) is not None:
+                sample[column] = _decode_pil(sample[column])
         except Exception as error:  # what damaged bytes lead to depends on the columns
-            raise InputError(f'{self._file(shard)}: sample {place} cannot be read ({error}); the shard is damaged') from error
+            reason = one_line(error)[:200]
+            raise InputError(f'{self._file(shard)}: sample {place} cannot be read ({reason}); the shard is damaged') from error
+        return sample
+
+    def _choose(self, shard: Any, image_column: str, label_column: str) -> str | None:
+        """Has no column decoded but the label's, and the image's where it is an array; gives the image's where it is MDS's type ``pil``.
+
+        The type ``jpeg`` would open any image that Pillow knows; all others are of no use here.
+        """
+        encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+        for key, column, known in (('image_column', image_column, _IMAGES), ('label_column', label_column, _LABELS)):
+            if column not in encodings:
+                raise InputError(f'dataset.{key}: {self.folder} has no column {column!r}; it has {", ".join(sorted(encodings))[:200]}')
+            if encodings[column].partition(':')[0] not in known:
+                wanted = ', '.join(known)
+                raise InputError(f'dataset.{key}: expected a column of type {wanted}, got {column!r} of type {shown(encodings[column])}')
+        kept = {label_column} | ({image_column} if encodings[image_column].startswith('ndarray') else set())
+        shard.column_encodings = [encoding if column in kept else 'bytes' for column, encoding in encodings.items()]
+        return image_column if encodings[image_column] == 'pil' else None
 
     def _file(self, shard: int) -> Path:
         return self.folder / self.shards[shard].raw_data.basename
@@ -89,7 +125,7 @@ class Shards:
         source = file if packed is None else self.folder / packed.basename
         if self.remote is not None:
             fetch(self.remote, self.folder, str(source.relative_to(self.folder)), size=wanted if packed is None else packed.bytes)
-        elif packed is None or not source.exists():
+        elif packed is None or not source.is_file():
             have = _size(file)
             raise InputError(
                 f'{file}: no such shard, and no dataset.remote to fetch it from'
@@ -97,20 +133,43 @@ class Shards:
                 else f'{file}: {have} bytes, its index says {wanted}: cut off, or of another data set; write the shards again'
             )
         if packed is not None:
-            from streaming.base.compression import decompress
-
-            try:
-                data = decompress(reader.compression, source.read_bytes())
-            except Exception as error:  # of the compression's own kind
-                raise InputError(f'{source}: cannot be decompressed ({error}); the shard is damaged') from error
             with _room(self.folder, str(file.relative_to(self.folder))) as came:
-                came.write_bytes(data)
+                try:
+                    _decompress(source, reader.compression, came, wanted)
+                except Exception as error:  # what damaged bytes lead to is not specified
+                    raise InputError(f'{source}: cannot be decompressed ({one_line(error)[:200]}); the shard is damaged') from error
                 came.replace(file)
+
+
+def _decode_pil(data: bytes) -> np.ndarray:
+    """MDS's type ``pil``: width, height and length of the mode's name, uint32 each, the name, and the pixels."""
+    width, height, length = np.frombuffer(data[:12], '<u4').tolist()
+    check_pixels(width, height, 'image')  # Pillow makes room before it compares
+    image = Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])
+    return np.asarray(image.convert('RGB'))
+
+
+def _decompress(source: Path, compression: str, target: Path, size: int) -> None:
+    """Decompresses piece by piece: a small file can hold a very large one.
+
+    Raises:
+        ValueError: It does not hold ``size`` bytes.
+        OSError: It is damaged.
+    """
+    codec = COMPRESSIONS[compression.partition(':')[0]]
+    if codec == 'snappy':  # which Arrow decompresses whole, into so many bytes
+        target.write_bytes(pa.decompress(read_bytes(source, size + size // 6 + 32), size, codec, asbytes=True))
+    else:
+        with target.open('wb') as out, pa.input_stream(str(source), compression=codec) as stream:
+            while out.tell() <= size and (block := stream.read(2**20)):
+                out.write(block)
+    if (have := target.stat().st_size) != size:
+        raise ValueError(f'{have} bytes or more, its index says {size}')
 
 
 def _size(file: Path) -> int | None:
     """Bytes of a file; ``None`` where there is none."""
-    return file.stat().st_size if file.exists() else None
+    return file.stat().st_size if file.is_file() else None
 
 
 @contextmanager
@@ -121,14 +180,17 @@ def _room(folder: Path, name: str) -> Iterator[Path]:
     for path in (came, lock):
         if os.path.realpath(path) != str(Path(os.path.realpath(folder)) / path.relative_to(folder)):
             raise InputError(f'{path}: expected a file of its own, got a symbolic link or a path through one; remove it')
-    came.parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        came.unlink(missing_ok=True)
-        try:
-            yield came
-        finally:
+    try:
+        came.parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
             came.unlink(missing_ok=True)
+            try:
+                yield came
+            finally:
+                came.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f'{folder / name}: cannot be written ({one_line(error)[:200]})') from error
 
 
 def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = None, optional: bool = False) -> None:
@@ -162,6 +224,8 @@ def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = Non
             raise InputError(f'dataset.remote: {remote}/{name} cannot be fetched ({type(error).__name__}: {one_line(error)})') from error
         if size is not None and _size(came) != size:
             raise InputError(f'{remote}/{name}: {_size(came)} bytes, its index says {size}: the remote shard is cut off')
+        if target.exists() and not target.is_file():
+            raise InputError(f'{target}: expected a regular file or none; remove it')
         if size is None and target.exists() and target.read_bytes() != came.read_bytes():
             raise InputError(f'{target}: differs from {remote}/{name}: the folder holds other data; give an empty one as dataset.path')
         came.replace(target)
@@ -202,7 +266,10 @@ class MdsImages(StoredImages):
     def stored(self, index: int) -> bytes | np.ndarray:
         """An image as it is held: an encoded file's bytes, or uint8 ``[H, W, 3]`` where the shards hold decoded images."""
         image = self.shards[int(self.rows[index])][self.image_column]
-        return np.asarray(image.convert('RGB')) if isinstance(image, Image.Image) else image
+        if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0):
+            where = f'{self.file}: sample {int(self.rows[index])}'
+            raise InputError(f'{where}: expected an array [height, width, 3] of uint8, got {list(image.shape)} of {image.dtype}')
+        return image
 
 
 def mds(
@@ -248,36 +315,39 @@ def mds(
         folder = Path(path).expanduser()
         fetch(remote.rstrip('/'), folder, DESCRIPTION, optional=True)
     place = None if remote is None else f'{remote.rstrip("/")}/{name}'
-    shards = Shards(folder / name, place)
+    shards = Shards(folder / name, place, image_column=image_column, label_column=label_column)
     description = Description.read(folder)
-    columns = set(shards.shards[0].column_names)
-    for key, column in (('image_column', image_column), ('label_column', label_column)):
-        if column not in columns:
-            raise InputError(f'dataset.{key}: {folder / name} has no column {column!r}; it has {", ".join(sorted(columns))}')
-    targets = _labels(shards, description, split, label_column)
+    targets = _labels(shards, description is not None, label_column)
+    source = shards.folder if description is None else shards.folder / LABELS
+    classes = class_names(description, split, targets, source)
     rows = limited(len(targets), limit if split == 'train' else None)
-    return MdsImages(
-        shards,
-        rows,
-        targets[rows],
-        class_names(description, targets),
-        pipeline(description, split, augment=augment, image_size=image_size),
-        image_column=image_column,
-        by_shard=shuffle == 'shards' and split == 'train',
-    )
+    transform = pipeline(description, split, augment=augment, image_size=image_size)
+    by_shard = shuffle == 'shards' and split == 'train'
+    return MdsImages(shards, rows, targets[rows], classes, transform, image_column=image_column, by_shard=by_shard)
 
 
-def _labels(shards: Shards, description: Description | None, split: str, column: str) -> Tensor:
-    """The labels beside the shards, or else in them."""
-    if description is None:
-        return torch.tensor([int(shards[row][column]) for row in range(shards.num_samples)])
-    fetch(shards.remote, shards.folder, LABELS)
+def _labels(shards: Shards, described: bool, column: str) -> Tensor:
+    """The labels beside the shards where ``effalgos convert`` wrote them, or else in them."""
     file = shards.folder / LABELS
+    if not described:
+        if file.exists():
+            raise InputError(
+                f'{shards.folder.parent / DESCRIPTION}: missing, and {file} is there; expected what effalgos convert wrote as a whole'
+            )
+        found = [int(shards[row][column]) for row in range(shards.num_samples)]
+        if not all(-(2**63) <= label < 2**63 for label in found):
+            raise InputError(f'{shards.folder}: column {column!r}: expected class indices, got a number of more than 64 bits')
+        return torch.tensor(found)
+    fetch(shards.remote, shards.folder, LABELS)
     try:
-        targets = torch.from_numpy(np.load(file))
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f'{file}: cannot be read ({error}); convert the data again') from error
+        if not file.is_file():
+            raise ValueError('no such file')
+        found = np.load(file, mmap_mode='r', allow_pickle=False)  # which compares what the header claims with the file's size
+        if not isinstance(found, np.ndarray) or found.dtype != np.int64 or found.ndim != 1:
+            raise ValueError('expected int64 in one dimension')
+        targets = torch.from_numpy(np.array(found))
+    except Exception as error:  # what a damaged header leads to is not specified
+        raise InputError(f'{file}: cannot be read ({one_line(error)[:200]}); convert the data again') from error
     if len(targets) != shards.num_samples:
         raise InputError(f'{file}: {len(targets)} labels for {shards.num_samples} samples: of another data set; convert the data again')
-    description.check(split, targets, file)
     return targets

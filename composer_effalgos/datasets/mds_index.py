@@ -7,8 +7,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from composer_effalgos.components import one_line
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line, shown
 from composer_effalgos.files import read_text
 
 __all__ = ['COMPRESSIONS', 'INDEX', 'check_index']
@@ -59,7 +58,7 @@ def check_index(folder: Path) -> list[dict[str, Any]]:
         _check_columns(key, shard)
         compression = shard.get('compression')
         if compression is not None and (not isinstance(compression, str) or compression.partition(':')[0] not in COMPRESSIONS):
-            raise InputError(f'{key}.compression: expected one of {", ".join(COMPRESSIONS)}, got {_short(compression)}')
+            raise InputError(f'{key}.compression: expected one of {", ".join(COMPRESSIONS)}, got {shown(compression)}')
     return shards
 
 
@@ -67,12 +66,12 @@ def _check_file(key: str, info: Any, root: str, seen: set[str]) -> None:
     """Checks the description of one file: ``basename`` and ``bytes``."""
     name = info.get('basename') if isinstance(info, dict) else None
     if not isinstance(name, str) or not _is_plain(name):
-        raise InputError(f'{key}.basename: expected a plain relative path inside the folder, got {_short(name)}; do not use this data')
+        raise InputError(f'{key}.basename: expected a plain relative path inside the folder, got {shown(name)}; do not use this data')
     # streaming decompresses into the second name first
     if not all(os.path.realpath(Path(root, path)).startswith(f'{root.rstrip("/")}/') for path in (name, f'{name}.tmp')):
-        raise InputError(f'{key}.basename: expected a file inside the folder, got {name!r}, a symbolic link out of it; copy the file here')
+        raise InputError(f'{key}.basename: expected a file inside the folder, got {shown(name)}, a symbolic link out of it; copy it here')
     if name in seen:
-        raise InputError(f'{key}.basename: expected a name of its own, got {name!r} a second time; write the shards again')
+        raise InputError(f'{key}.basename: expected a name of its own, got {shown(name)} a second time; write the shards again')
     seen.add(name)
     _check_whole_number(f'{key}.bytes', info.get('bytes'), _MOST_BYTES)
 
@@ -94,18 +93,12 @@ def _check_columns(key: str, shard: dict[str, Any]) -> None:
     """Refuses columns that are unpickled when they are read."""
     encodings = shard.get('column_encodings') or []
     if not isinstance(encodings, list) or not all(isinstance(encoding, str) for encoding in encodings):
-        raise InputError(f'{key}.column_encodings: expected a list of names, got {_short(encodings)}; write the shards again')
+        raise InputError(f'{key}.column_encodings: expected a list of names, got {shown(encodings)}; write the shards again')
     for encoding in encodings:
         if encoding.partition(':')[0] == 'pkl':
-            raise InputError(f'{key}.column_encodings: expected types that run no code when read, got {encoding!r}; write other types')
+            raise InputError(f'{key}.column_encodings: expected types that run no code when read, got {shown(encoding)}; write other types')
 
 
 def _check_whole_number(key: str, value: Any, below: int) -> None:
     if type(value) is not int or not 0 <= value < below:
-        raise InputError(f'{key}: expected a whole number from 0 to {below - 1}, got {_short(value)}; write the shards again')
-
-
-def _short(value: Any) -> str:
-    """A value from a file as it stands in a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f'{text[:77]}...'
+        raise InputError(f'{key}: expected a whole number from 0 to {below - 1}, got {shown(value)}; write the shards again')

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
+from composer_effalgos.components import check_type, did_you_mean
 from composer_effalgos.datasets.cifar import cifar_transform
 from composer_effalgos.datasets.digits import digits_transform
 from composer_effalgos.datasets.images import large_image_transform
-from composer_effalgos.errors import InputError
+from composer_effalgos.datasets.parquet import check_labels
+from composer_effalgos.errors import InputError, one_line, shown
+from composer_effalgos.files import read_text
 
 DESCRIPTION = 'dataset.json'
 _SMALL = {'cifar10': cifar_transform, 'cifar100': cifar_transform, 'digits': digits_transform}
+_LARGE = ('image_folder', 'image_parquet', 'beton', 'mds')
 
 
 @dataclass(frozen=True)
@@ -40,33 +44,30 @@ class Description:
         """Read the description in a folder; ``None`` where there is none, as in data that other tools wrote.
 
         Raises:
-            InputError: It is there and cannot be read.
+            InputError: It is there and cannot be read, or names a dataset that is not known.
         """
         file = folder / DESCRIPTION
         if not file.exists():
             return None
         try:
-            return cls(**json.loads(file.read_text(encoding='utf-8')))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f'{file}: not a description that effalgos convert wrote ({error}); convert the data again') from error
+            found = json.loads(read_text(file))
+            described = cls(**found)
+            for key, kind in {'like': str, 'classes': list[str], 'labels': dict[str, str]}.items():
+                check_type(key, found[key], kind)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f'{file}: not a description that effalgos convert wrote ({one_line(error)[:200]}); convert the data again'
+            ) from error
+        known = (*_SMALL, *_LARGE)
+        if described.like not in known:
+            raise InputError(
+                f'{file}: like: expected a dataset that is converted, got {shown(described.like)}; {did_you_mean(described.like, known)}'
+            )
+        return described
 
     def text(self) -> str:
         """The description as it is written."""
         return json.dumps(asdict(self), indent=2) + '\n'
-
-    def check(self, split: str, targets: Tensor, source: Path) -> None:
-        """Hold a split's labels against the description.
-
-        Args:
-            split: ``'train'`` or ``'eval'``.
-            targets: int64 ``[N]``, as found in the data.
-            source: Where they come from, for the message.
-
-        Raises:
-            InputError: They are not the labels that were described.
-        """
-        if self.labels.get(split) != labels_digest(targets):
-            raise InputError(f'{source}: its labels are not those that {DESCRIPTION} beside it describes: data of another data set')
 
 
 def labels_digest(targets: Tensor) -> str:
@@ -74,8 +75,21 @@ def labels_digest(targets: Tensor) -> str:
     return hashlib.sha256(targets.to(torch.int64).numpy().astype('<i8').tobytes()).hexdigest()
 
 
-def class_names(description: Description | None, targets: Tensor) -> list[str]:
-    """The class names of a description; without one, the classes are 0 to the largest label."""
+def class_names(description: Description | None, split: str, targets: Tensor, source: Path) -> list[str]:
+    """Hold a split's labels against the description, and give the class names.
+
+    Args:
+        description: Of the folder; without one, the classes are 0 to the largest label.
+        split: ``'train'`` or ``'eval'``.
+        targets: int64 ``[N]``, as found in the data.
+        source: Where they come from, for the message.
+
+    Raises:
+        InputError: They are not the labels that were described, or out of range.
+    """
+    if description is not None and description.labels.get(split) != labels_digest(targets):
+        raise InputError(f'{source}: its labels are not those that {DESCRIPTION} beside it describes: data of another data set')
+    check_labels(targets, None if description is None else len(description.classes), str(source))
     return description.classes if description is not None else [str(index) for index in range(int(targets.max()) + 1)]
 
 

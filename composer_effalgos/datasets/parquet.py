@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -13,7 +16,10 @@ import torch
 from torch import Tensor
 
 from composer_effalgos.components import did_you_mean
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
+
+MOST_CLASSES = 2**20
+"""Above all class counts in use: a label of 2**60 would otherwise ask for as many class names."""
 
 
 def read_images(file: Path, column: str) -> pa.ChunkedArray:
@@ -45,7 +51,7 @@ def read_labels(file: Path, column: str, num_classes: int | None) -> Tensor:
     Args:
         file: A Parquet file.
         column: An integer column.
-        num_classes: Labels must be below it; None checks for negative ones alone.
+        num_classes: Labels must be below it; None for :data:`MOST_CLASSES`.
 
     Returns:
         int64 ``[N]``.
@@ -61,7 +67,7 @@ def read_labels(file: Path, column: str, num_classes: int | None) -> Tensor:
     if labels.null_count:
         row = labels.is_null().to_pylist().index(True)
         raise InputError(f'{file}: row {row}: {column!r} is missing; expected a class index')
-    targets = torch.tensor(labels.to_numpy().astype('int64'))
+    targets = torch.tensor(labels.to_numpy().astype('int64'))  # a label that does not fit becomes negative
     check_labels(targets, num_classes, str(file))
     return targets
 
@@ -71,17 +77,17 @@ def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
 
     Args:
         targets: int64 ``[N]``.
-        num_classes: Labels must be below it; None checks for negative ones alone.
+        num_classes: Labels must be below it; None for :data:`MOST_CLASSES`.
         source: Where the labels come from; begins the error message.
 
     Raises:
         InputError: A label is out of range; the message names the first such row.
     """
-    wrong = targets < 0 if num_classes is None else (targets < 0) | (targets >= num_classes)
+    most = MOST_CLASSES if num_classes is None else num_classes
+    wrong = (targets < 0) | (targets >= most)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        right = 'no negative class index' if num_classes is None else f'a class index from 0 to {num_classes - 1}'
-        raise InputError(f'{source}: row {row}: label {int(targets[row])}; expected {right}')
+        raise InputError(f'{source}: row {row}: label {int(targets[row])}; expected a class index from 0 to {most - 1}')
 
 
 def read_class_names(file: Path, label_column: str) -> list[str] | None:
@@ -100,34 +106,47 @@ def read_class_names(file: Path, label_column: str) -> list[str] | None:
     Raises:
         InputError: No such file.
     """
-    metadata = {key.decode(): value.decode() for key, value in (_open(file).schema_arrow.metadata or {}).items()}
-    if 'classes' in metadata:
-        return metadata['classes'].split(',')
-    return _hugging_face_names(metadata.get('huggingface', '{}'), label_column)
-
-
-def _hugging_face_names(text: str, label_column: str) -> list[str] | None:
-    value: Any = json.loads(text)
+    with _reading(file, 'metadata of its schema'):
+        metadata = _open(file).schema_arrow.metadata or {}
+        if b'classes' in metadata:
+            return metadata[b'classes'].decode().split(',')
+        value: Any = json.loads(metadata.get(b'huggingface', b'{}'))
     for key in ('info', 'features', label_column, 'names'):
         value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, list) and value else None
+    return value if isinstance(value, list) and value and all(isinstance(name, str) for name in value) else None
+
+
+@contextmanager
+def _reading(file: Path, what: str) -> Iterator[None]:
+    """Gives one line for whatever damaged bytes lead to, which Arrow does not specify."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f'{file}: {what} cannot be read ({one_line(error)[:200]}); expected a whole Parquet file') from error
 
 
 def _open(file: Path) -> pq.ParquetFile:
+    if not file.is_file():  # a FIFO would be waited for
+        raise InputError(f'{file}: no such file; expected a Parquet file of images and labels')
     try:
         return pq.ParquetFile(file)
-    except FileNotFoundError:
-        raise InputError(f'{file}: no such file; expected a Parquet file of images and labels') from None
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f'{file}: not a readable Parquet file ({" ".join(str(error).split())})') from error
+    except Exception as error:
+        raise InputError(f'{file}: not a readable Parquet file ({one_line(error)[:200]})') from error
 
 
 def _read_column(file: Path, column: str) -> pa.ChunkedArray:
-    opened = _open(file)
-    names = opened.schema_arrow.names
-    if column not in names:
-        raise InputError(f'{file}: no column {column!r}; {did_you_mean(column, names)}')
-    try:
-        return opened.read(columns=[column]).column(0)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f'{file}: column {column!r} cannot be read ({" ".join(str(error).split())})') from error
+    with _reading(file, f'column {column!r}'):
+        opened = _open(file)
+        names = opened.schema_arrow.names
+        if names.count(column) != 1:
+            raise InputError(f'{file}: no column {column!r}; {did_you_mean(column, names)}')
+        needed, free = 8 * opened.metadata.num_rows, psutil.virtual_memory().available
+        if needed > free:
+            raise InputError(
+                f'{file}: claims {opened.metadata.num_rows} rows, more than {free / 1e9:.1f} GB of memory hold; split the file'
+            )
+        values = opened.read(columns=[column]).column(0)
+        values.validate(full=True)
+        return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +49,41 @@ def read_weights(path: str | Path, key: str = 'model.pretrained') -> dict[str, T
     Raises:
         InputError: No such file, or no file of weights.
     """
+    return _read(path, key, safetensors.torch.load_file if Path(path).suffix == '.safetensors' else _load_pickle)
+
+
+def read_checkpoint(path: str | Path, key: str) -> dict[str, Tensor]:
+    """Read the weights in a file that Composer or ``torch.load`` will read next; nothing in it is run.
+
+    :func:`read_weights` reads ``.safetensors`` files in their own way. ``torch.load`` goes by the content, and one file can be both: the
+    harmless one of the two would be checked, and the other one unpickled.
+
+    Args:
+        path: A file for ``torch.load``, whatever its name.
+        key: Where the path was given; begins the error message.
+
+    Returns:
+        As for :func:`read_weights`.
+
+    Raises:
+        InputError: No such file, or one that ``torch.load(weights_only=True)`` does not read.
+    """
+    return _read(path, key, _load_pickle)
+
+
+def _load_pickle(file: Path) -> Any:
+    with torch.serialization.safe_globals(_HARMLESS):
+        return torch.load(file, map_location='cpu', weights_only=True)
+
+
+def _read(path: str | Path, key: str, load: Callable[[Path], Any]) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f'{key}: no file {path}; expected a .pt, .pth or .safetensors file of weights')
     try:
-        if file.suffix == '.safetensors':
-            content: Any = safetensors.torch.load_file(file)
-        else:
-            with torch.serialization.safe_globals(_HARMLESS):
-                content = torch.load(file, map_location='cpu', weights_only=True)
+        content = load(file)
     except Exception as error:  # there is no end to what damaged bytes lead to
-        reason = str(error).split('\n')[0].split('. ')[0]
+        reason = one_line(error).split('. ')[0][:200]
         raise InputError(f'{key}: {path} is no readable file of weights ({reason})') from error
     return _state_dict(content, path, key)
 

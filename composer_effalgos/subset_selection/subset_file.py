@@ -82,12 +82,14 @@ def read_subset(path: Path) -> SubsetFile:
         InputError: No such file, another kind of file, a column missing or of another type, an index twice or below zero, a weight that is
             not a number from 0 on, weights that are all zero, or damaged metadata.
     """
+    if not path.is_file():  # a FIFO would be waited for
+        raise InputError(f'path: {path}: no such file; effalgos select writes one')
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise InputError(f'path: {path}: no such file; effalgos select writes one') from None
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f'path: {path}: not a readable Parquet file ({" ".join(str(error).split())})') from error
+        table = pq.ParquetFile(path).read()
+        table.validate(full=True)
+        names = table.column_names
+    except Exception as error:  # what damaged bytes lead to is not specified
+        raise InputError(f'path: {path}: not a readable Parquet file ({" ".join(str(error).split())[:200]})') from error
     index = _column(path, table, 'index', 'whole numbers').astype(np.int64)
     if len(index) == 0:
         raise InputError(f'path: {path}: has no rows; at least one sample is right')
@@ -97,7 +99,7 @@ def read_subset(path: Path) -> SubsetFile:
     if counts.max() > 1:
         raise InputError(f'path: {path}: index {values[counts.argmax()]} is there {counts.max()} times; every sample once is right')
     weight = np.ones(len(index), np.float32)
-    if 'weight' in table.column_names:
+    if 'weight' in names:
         weight = _column(path, table, 'weight', 'numbers').astype(np.float32)
     wrong = ~(np.isfinite(weight) & (weight >= 0))
     if wrong.any():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.images import decode_image
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan, PlannedDataLoader, plan_epoch, resume_epoch
 
@@ -68,7 +69,7 @@ def test_shards_of_another_tool(tmp_path, pixels):
     assert data.targets.tolist() == labels.tolist()
     assert data.num_classes == 4
     assert len(data.shards.starts) > 1
-    assert all(np.array_equal(data.stored(index), images[index]) for index in range(30))
+    assert all(np.array_equal(np.asarray(decode_image(data.stored(index), 'here')), images[index]) for index in range(30))
     assert data[3][0].shape == (3, 20, 20)
     with pytest.raises(InputError, match=r"dataset.label_column: .*has no column 'label'; it has x, y"):
         build_dataset('mds', 'eval', **{**options, 'label_column': 'label'})

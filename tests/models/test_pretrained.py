@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
+from composer_effalgos.models.pretrained import read_checkpoint, read_weights
 
 
 def _save_safetensors(state: dict[str, Tensor], folder: Path) -> Path:
@@ -130,3 +134,55 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(path: str) -> None:
     with pytest.raises(InputError, match=r'model\.pretrained: no file '):
         build_model('resnet20_cifar', 10, pretrained=path)
+
+
+class _Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.mkdir, (self.file,)
+
+
+def _both(program: bytes, file: Path) -> None:
+    """A safetensors file whose tensor ends in a zip archive, and whose length of the header is the four bytes that begin one."""
+    start = b'PK\x03\x04' + bytes(4)
+    length = int.from_bytes(start, 'little')
+
+    def append(prefix: bytes) -> bytes:
+        archive = io.BytesIO(prefix)
+        with zipfile.ZipFile(archive, 'a') as opened, zipfile.ZipFile(io.BytesIO(program)) as source:
+            for name in source.namelist():
+                opened.writestr(name, source.read(name))
+        return archive.getvalue()
+
+    size = len(append(b'-')) - 1
+    header = json.dumps({'a': {'dtype': 'U8', 'shape': [size], 'data_offsets': [0, size]}}).encode()
+    file.write_bytes(append(start + header.ljust(length)))
+
+
+def test_a_file_that_is_two_things_is_read_as_one(tmp_path: Path) -> None:
+    """Checked as safetensors, it would be unpickled by whoever reads it next with ``torch.load``."""
+    program, file = io.BytesIO(), tmp_path / 'both.safetensors'
+    torch.save({'a': _Bomb(tmp_path / 'ran')}, program)
+    _both(program.getvalue(), file)
+    assert read_weights(file).keys() == {'a'}
+    with pytest.raises(InputError, match='is no readable file of weights'):
+        read_checkpoint(file, 'key')
+    assert not (tmp_path / 'ran').exists()
+    torch.load(file, weights_only=False)  # as Composer does
+    assert (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('name', ['a.pt', 'a.safetensors'])
+def test_what_torch_reads_next_is_read_as_torch_does(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    torch.save({'a': torch.ones(2)}, file)
+    assert torch.equal(read_checkpoint(file, 'key')['a'], torch.ones(2))
+    torch.save({'a': _Bomb(tmp_path / 'ran')}, file)
+    with pytest.raises(InputError, match='is no readable file of weights'):
+        read_checkpoint(file, 'key')
+    safetensors.torch.save_file({'a': torch.ones(2)}, file)
+    with pytest.raises(InputError, match='is no readable file of weights'):
+        read_checkpoint(file, 'key')
+    assert not (tmp_path / 'ran').exists()
