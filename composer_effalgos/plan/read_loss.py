@@ -238,7 +238,11 @@ def _summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _formulas(outputs: Any, batch: Any) -> list[Callable[[], tuple[Tensor, Tensor]]]:
     """What the usual models' loss may be; each gives losses and shares of the samples, ``[B]``."""
-    labels = batch.get('labels') if isinstance(batch, Mapping | UserDict) else None
+    labels = None
+    if isinstance(batch, Mapping | UserDict):
+        labels = batch.get('labels')
+    elif isinstance(batch, Sequence) and len(batch) > 1:
+        labels = batch[1]
     if not isinstance(labels, Tensor):
         return []
     fitting = [t for t in tensors_of(outputs) if t.shape[: labels.ndim] == labels.shape and t.ndim <= labels.ndim + 1]

@@ -1,6 +1,5 @@
 """Kinds of model in one table: InfoBatch leaves each one's own loss as it is, and weighs its samples, or refuses in one line."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import Plan, WeightedLoss
 
 transformers = pytest.importorskip('transformers')
 F = nn.functional
@@ -356,11 +355,11 @@ def tuples(model: HuggingFaceModel) -> HuggingFaceModel:
 # ---------------------------------------------------------------------- the tests
 
 
-def fit(make_trainer, kind: Kind, algorithms: list, duration: str, callbacks: list = ()):
+def fit(make_trainer, kind: Kind, algorithms: list, duration: str, callbacks: list = (), **settings: Any):
     torch.manual_seed(0)
     model = kind.model()
     loader = DataLoader(kind.data, batch_size=BATCH)
-    trainer = make_trainer(algorithms, model=model, train_loader=loader, lr=0.05, max_duration=duration, callbacks=callbacks)
+    trainer = make_trainer(algorithms, model=model, train_loader=loader, lr=0.05, max_duration=duration, callbacks=callbacks, **settings)
     trainer.fit()
     return trainer
 
@@ -413,7 +412,11 @@ class Compare(Callback):
     def before_forward(self, state, logger):
         loss = Plan.of(state).loss
         self.weights = None if loss._weights is None else loss._weights[loss._window]
-        self.twin = None if self.weights is None else copy.deepcopy(state.model)
+        self.twin = None
+        if self.weights is not None:
+            torch.manual_seed(0)
+            self.twin = self.kind.model()  # never compiled
+            self.twin.load_state_dict({name.replace('_orig_mod.', ''): value for name, value in state.model.state_dict().items()})
 
     def after_backward(self, state, logger):
         if self.twin is None or self.compared == 2:
@@ -434,3 +437,37 @@ def test_weighted_gradients_are_those_of_a_straight_loop(name, make_trainer):
     trainer = fit(make_trainer, KINDS[name], [InfoBatch(delta=1.0)], '3ep', [compare])
     assert trainer.state.algorithms[0].samples_saved > 0
     assert compare.compared == 2
+
+
+@pytest.mark.parametrize('name', ['own language model', 'loss in forward'])
+def test_a_compiled_model_hides_its_loss_and_gets_a_correction(name, make_trainer, weights_of):
+    compiled = {'compile_config': {'backend': 'aot_eager'}}
+    plain, ours = (fit(make_trainer, KINDS[name], algorithms, '2ep', **compiled) for algorithms in ([], [InfoBatch(prune_ratio=0)]))
+    assert torch.equal(weights_of(plain), weights_of(ours))
+    compare = Compare(KINDS[name])
+    fit(make_trainer, KINDS[name], [InfoBatch(delta=1.0)], '3ep', [compare], **compiled)
+    assert compare.compared == 2
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['classifier', 'label smoothing', 'segmentation', 'loss in forward', 'GPT-2', 'own language model', 'smoothed', 'T5', 'masked by hand',
+     'BERT pre-training', 'BERT several labels', 'BERT regression', 'Electra'],
+)  # fmt: skip
+def test_a_samples_loss_is_that_of_the_sample_alone(name):
+    """Outside a training step too, and with its gradient, as a selection by gradients needs it."""
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model = kind.model()
+    batch = next(iter(DataLoader(kind.data, batch_size=BATCH)))
+    ours = WeightedLoss(model).per_sample(model(batch), batch)
+    assert ours.shape == (BATCH,)
+    for index in range(BATCH):
+        alone = sample_of(batch, index)
+        theirs = model.loss(model(alone), alone)
+        scale = kind.counts(batch)[index] / batch[1][0].numel() if name == 'segmentation' else 1  # ignored pixels count as 0
+        assert ours[index].item() == pytest.approx(theirs.item() * float(scale), rel=1e-5)
+        gradients = [
+            torch.autograd.grad(loss, list(model.parameters())[-1], retain_graph=True)[0] for loss in (ours[index], theirs * scale)
+        ]
+        assert torch.allclose(*gradients, atol=1e-6)
