@@ -121,6 +121,7 @@ def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
         max_duration: str = '6ep',
         schedulers: Any = None,
         scheduler_of: Callable[[torch.optim.Optimizer], Any] | None = None,
+        optimizer_of: Callable[[Any], torch.optim.Optimizer] | None = None,
         callbacks: Sequence[Callback] = (),
         drop_last: bool = False,
         train_loader: Any = None,
@@ -130,7 +131,7 @@ def make_trainer(problem: TensorDataset) -> Callable[..., Trainer]:
         if module is None:
             module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         model = model or ComposerClassifier(module, num_classes=3, **({} if loss_fn is None else {'loss_fn': loss_fn}))
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        optimizer = optimizer_of(model.parameters()) if optimizer_of else torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         loader = train_loader
         if loader is None:
             data = problem if dataset is None else dataset

@@ -1,10 +1,11 @@
 """AdaBatch: batch sizes that change during training."""
 
 from composer_effalgos.adabatch.adabatch import AdaBatch
-from composer_effalgos.adabatch.gradient_noise import NoiseScale, noise_and_signal
+from composer_effalgos.adabatch.gradient_noise import NoiseScale, NormTest, noise_and_signal
 from composer_effalgos.adabatch.policies import Every, LossPlateau, Milestones, Policy
 from composer_effalgos.adabatch.progress import Progress
 from composer_effalgos.adabatch.schedules import SizePolicy, parse_steps, ramp
+from composer_effalgos.adabatch.seesaw import Seesaw
 
 __all__ = [
     'AdaBatch',
@@ -12,8 +13,10 @@ __all__ = [
     'LossPlateau',
     'Milestones',
     'NoiseScale',
+    'NormTest',
     'Policy',
     'Progress',
+    'Seesaw',
     'SizePolicy',
     'noise_and_signal',
     'parse_steps',

@@ -15,6 +15,7 @@ from composer_effalgos.adabatch.memory import MemorySearch
 from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_policy
 from composer_effalgos.adabatch.progress import Progress, progress_of
 from composer_effalgos.adabatch.schedules import ScheduleLike, SizePolicy, find_schedule
+from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import BatchSize, Plan
@@ -53,8 +54,9 @@ class AdaBatch(Algorithm):
             (square root for Adam and other adaptive optimizers, linear for SGD). The optimizer's rate is meant for the loader's batch size.
         policy: When the batch grows, in place of ``interval`` and ``milestones``: a function of the progress that gives how often the
             batch should have grown by now, :class:`~composer_effalgos.adabatch.policies.LossPlateau`,
-            :class:`~composer_effalgos.adabatch.gradient_noise.NoiseScale`, or one of these two by name (``'loss_plateau'``,
-            ``{'name': 'noise_scale', 'ratio': 1.0}``).
+            :class:`~composer_effalgos.adabatch.gradient_noise.NoiseScale`, :class:`~composer_effalgos.adabatch.gradient_noise.NormTest`,
+            :class:`~composer_effalgos.adabatch.seesaw.Seesaw`, or one of these by name (``'seesaw'``, ``{'name': 'noise_scale', 'ratio':
+            1.0}``).
         beta2: ``'rescale'`` keeps the half-life of Adam's second moment in samples as the batch size changes; ``'keep'`` leaves it.
         global_sizes: Whether ``schedule`` gives sizes over all ranks. By default every batch size here is per rank.
 
@@ -107,11 +109,15 @@ class AdaBatch(Algorithm):
         self.lr_factor, self.lr, self.beta2 = lr_factor, lr, beta2
         self.global_sizes = global_sizes
         if schedule is not None:
-            self.policy: Policy = find_schedule(schedule)
+            self.policy: Policy | SizePolicy = find_schedule(schedule)
         elif policy is not None:
             self.policy = find_policy(policy)
         else:
             self.policy = Every(interval) if milestones is None else Milestones(milestones)
+        if isinstance(self.policy, Seesaw):
+            if lr_factor != 1 or lr == 'none':
+                raise InputError("lr: expected 'auto', 'sqrt' or 'linear' beside seesaw, which couples the learning rate to the batch size")
+            self.lr, self.policy.growth_factor = lr or 'auto', growth_factor
         if isinstance(self.policy, SizePolicy) and max_batch_size is not None and max(self.policy.known_sizes, default=0) > max_batch_size:
             raise InputError(f'max_batch_size: expected at least the {max(self.policy.known_sizes)} of the schedule, got {max_batch_size}')
         self._reset()
@@ -195,12 +201,12 @@ class AdaBatch(Algorithm):
         """What the policy asks for: samples per rank from a schedule; else growths, never fewer than before."""
         wanted = self.policy(progress)
         if isinstance(self.policy, SizePolicy):
-            return self._per_rank(wanted)
+            return self._plan.loader.initial_batch_size if wanted is None else self._per_rank(wanted)
         if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
             raise InputError(
                 f'policy: must give how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}'
             )
-        return max(self._growths, wanted)
+        return wanted if isinstance(self.policy, Seesaw) else max(self._growths, wanted)
 
     def _batch_sizes(self) -> BatchSize:
         """The plan asks for this epoch's batch sizes, as far as the policy knows them beforehand."""
@@ -244,6 +250,8 @@ class AdaBatch(Algorithm):
     def _check_known_sizes(self) -> None:
         """Refuses a schedule with sizes that the data set or the ranks do not allow."""
         num_samples = self._plan.loader.num_samples
+        if num_samples is None and self.max_batch_size is None and isinstance(self.policy, Seesaw):
+            raise InputError('max_batch_size: expected one beside seesaw with data of unknown length; the batch would grow without end')
         for place, size in enumerate(self.policy.known_sizes if isinstance(self.policy, SizePolicy) else (), 1):
             world_size = self._plan.loader.world_size
             if num_samples is not None and self._per_rank(size) * world_size > num_samples:

@@ -13,6 +13,8 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_effalgos.adabatch.progress import Progress
+from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.checks import LARGEST, check_number
 from composer_effalgos.errors import InputError
@@ -42,36 +44,30 @@ def noise_and_signal(
     return noise, square - noise / batch_size
 
 
-class NoiseScale(Watching):
-    """Grows while the gradient's noise scale is larger than the batch.
+class GradientNoise(Watching):
+    """Measures the noise and the signal of the gradient during training, without an extra backward pass.
 
-    The noise scale is the batch size at which the noise of the gradient is as large as the gradient itself: below it a twice as large
-    batch takes half as many steps, above it larger batches hardly help. Every ``measure_every`` batches the squared norms of the gradients
-    of the batch's parts (microbatches, ranks) and of the whole batch give unbiased estimates of noise and signal; both are averaged
-    exponentially, and at the end of each window the batch grows once if their ratio is at least ``ratio`` times the global batch.
+    Every ``measure_every`` batches the squared norms of the gradients of the batch's parts (microbatches, ranks) and of the whole batch
+    give unbiased estimates of noise and signal; both are averaged exponentially. Subclasses decide at the end of each window.
 
     A batch that has one part only, on one rank without microbatches, is trained on in two halves when it is measured. The norms stay on
     the device: nothing waits for it but the decision at the end of a window. They are taken from the gradients before gradients are
     clipped and without the loss scale of mixed precision.
 
     Args:
-        ratio: The noise scale must be at least so many times the global batch, greater than 0. With 2, doubling never passes it.
         window: Time between decisions: epochs, batches, samples, tokens or a share of the run.
         measure_every: Batches between measurements, at least 1.
         decay: Weight of the old average, in [0, 1). No decision is taken before ``1 / (1 - decay)`` measurements.
 
     Raises:
         InputError: For an argument outside its range; in ``fit``, for a run whose gradients it cannot see.
-
-    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A.1.
     """
 
-    def __init__(self, ratio: float = 2.0, window: str | int | Time = '1ep', measure_every: int = 10, decay: float = 0.95) -> None:
-        check_number('ratio', ratio, above=0, most=LARGEST)
+    def __init__(self, window: str | int | Time, measure_every: int, decay: float) -> None:
         check_number('decay', decay, least=0, below=1)
         if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 1:
             raise InputError(f'measure_every: must be a whole number of batches, at least 1, got {measure_every!r}')
-        self.ratio, self.measure_every, self.decay = ratio, measure_every, decay
+        self.measure_every, self.decay = measure_every, decay
         self._hooks: list[Any] = []  # on the parameters, while a batch is measured
         super().__init__(window)
 
@@ -99,7 +95,7 @@ class NoiseScale(Watching):
     def fit_start(self, state: State, logger: Logger) -> None:
         super().fit_start(state, logger)
         if state.fsdp_enabled:
-            raise InputError('policy: NoiseScale needs whole gradients, FSDP shards them; use DDP, or another policy')
+            raise InputError(f'policy: {type(self).__name__} needs whole gradients, FSDP shards them; use DDP, or another policy')
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Begins a measurement."""
@@ -160,7 +156,9 @@ class NoiseScale(Watching):
 
     def _average(self) -> None:
         if self._measurement is None:
-            raise InputError("policy: NoiseScale saw no gradient summed over the ranks; use ddp_sync_strategy 'single_auto_sync'")
+            raise InputError(
+                f"policy: {type(self).__name__} saw no gradient summed over the ranks; use ddp_sync_strategy 'single_auto_sync'"
+            )
         weighted_squares, square = self._measurement
         over_ranks = torch.stack([weighted_squares, torch.full_like(weighted_squares, self._parts)])
         dist.all_reduce(over_ranks)
@@ -173,11 +171,97 @@ class NoiseScale(Watching):
     def _decide(self, state: State, logger: Logger) -> None:
         if self._averages is None or self._measured < 1 / (1 - self.decay) - 1e-9:
             return
-        noise, signal = self._averages.tolist()
-        batch_size = Plan.of(state).loader.batch_size * dist.get_world_size()
         logger.log_metrics({'adabatch/noise_scale': self.noise_scale})
+        noise, signal = self._averages.tolist()
+        self._judge(noise, signal, Plan.of(state).loader.batch_size * dist.get_world_size())
+
+    def _judge(self, noise: float, signal: float, batch_size: int) -> None:
+        """Decides from the averages, at the end of a window.
+
+        Args:
+            noise: Trace of the covariance of one sample's gradient.
+            signal: Squared norm of the true gradient.
+            batch_size: Samples per batch now, over all ranks.
+        """
+        raise NotImplementedError
+
+
+class NoiseScale(GradientNoise):
+    """Grows while the gradient's noise scale is larger than the batch.
+
+    The noise scale is the batch size at which the noise of the gradient is as large as the gradient itself: well below it, a batch twice
+    as large takes half as many steps; well above it, larger batches hardly help. At the end of each window the batch grows once if the
+    noise scale is at least ``ratio`` times the global batch.
+
+    Args:
+        ratio: The noise scale must be at least so many times the global batch, greater than 0. With 2, doubling never passes it.
+        window: As for :class:`GradientNoise`, as are the others.
+        measure_every: Batches between measurements.
+        decay: Weight of the old average.
+
+    Raises:
+        InputError: As for :class:`GradientNoise`.
+
+    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A.1.
+    """
+
+    def __init__(self, ratio: float = 2.0, window: str | int | Time = '1ep', measure_every: int = 10, decay: float = 0.95) -> None:
+        check_number('ratio', ratio, above=0, most=LARGEST)
+        self.ratio = ratio
+        super().__init__(window, measure_every, decay)
+
+    def _judge(self, noise: float, signal: float, batch_size: int) -> None:
         if noise > 0 and noise >= self.ratio * batch_size * signal:
             self.growths += 1
+
+
+class NormTest(GradientNoise, SizePolicy):
+    """Jumps to the batch size at which the gradient's noise passes the norm test.
+
+    With the gradient ``g`` of a batch of ``b`` samples and the trace ``S`` of the covariance of one sample's gradient, the test is
+    ``S / b <= eta^2 |g|^2``. Where it fails at the end of a window, the batch size becomes ``ceil(S / (eta^2 |g|^2))``, over all ranks;
+    it never shrinks. ``S`` and ``|g|^2`` are averages, unless ``decay`` is 0.
+
+    Since ``|g|^2`` is on average ``|G|^2 + S / b`` with the true gradient ``G``, the test passes from ``1 / eta^2 - 1`` times the noise
+    scale ``S / |G|^2`` on, and a jump is by ``1 / eta^2`` at most.
+
+    Args:
+        eta: Noise over gradient that is allowed, in (0, 1). 0.5 stops at three times the noise scale.
+        window: As for :class:`GradientNoise`, as are the others.
+        measure_every: Batches between measurements.
+        decay: Weight of the old average.
+
+    Raises:
+        InputError: As for :class:`GradientNoise`.
+
+    Source: Lau et al., arXiv 2402.11215 and, for distributed training, arXiv 2412.21124; before them Byrd et al., "Sample size selection
+    in optimization methods for machine learning", 2012.
+    """
+
+    def __init__(self, eta: float = 0.5, window: str | int | Time = '1ep', measure_every: int = 10, decay: float = 0.95) -> None:
+        check_number('eta', eta, above=0, below=1)
+        self.eta = eta
+        super().__init__(window, measure_every, decay)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.size: int | None = None  # over all ranks; None while no test has failed
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {'size': self.size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.size = state['size']
+
+    def __call__(self, progress: Progress) -> int | None:  # type: ignore[override]
+        """Samples per rank."""
+        return None if self.size is None else -(-self.size // dist.get_world_size())
+
+    def _judge(self, noise: float, signal: float, batch_size: int) -> None:
+        allowed = self.eta**2 * (signal + noise / batch_size)  # a noisy estimate of the signal may be negative, not |g|^2
+        if noise > batch_size * allowed > 0:
+            self.size = math.ceil(min(noise / allowed, LARGEST))
 
 
 def _sum_of_squares(norms: Sequence[Tensor]) -> Tensor:

@@ -16,14 +16,17 @@ from typing import Any
 from composer.core import State, Time
 from composer.loggers import Logger
 
-from composer_effalgos.adabatch.gradient_noise import NoiseScale
+from composer_effalgos.adabatch.gradient_noise import NoiseScale, NormTest
 from composer_effalgos.adabatch.progress import Progress, parse_time, times_passed
+from composer_effalgos.adabatch.schedules import SizePolicy
+from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.checks import LARGEST, check_number
 from composer_effalgos.errors import InputError
 
 Policy = Callable[[Progress], int]
-"""``progress -> growths``: how often the batch should have grown by now. AdaBatch never shrinks it."""
+"""``progress -> growths``: how often the batch should have grown by now. AdaBatch never shrinks it, except with
+:class:`~composer_effalgos.adabatch.seesaw.Seesaw`."""
 
 
 class Every:
@@ -123,10 +126,15 @@ class LossPlateau(Watching):
             self.growths += 1
 
 
-POLICIES: Mapping[str, Callable[..., Policy]] = {'loss_plateau': LossPlateau, 'noise_scale': NoiseScale}
+POLICIES: Mapping[str, Callable[..., Policy | SizePolicy]] = {
+    'loss_plateau': LossPlateau,
+    'noise_scale': NoiseScale,
+    'norm_test': NormTest,
+    'seesaw': Seesaw,
+}
 
 
-def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy:
+def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy | SizePolicy:
     """A policy from what a recipe can say.
 
     Args:

@@ -19,7 +19,7 @@ _UNITS = ', '.join(unit.value for unit in UNITS)
 _LARGEST_SIZE = 10**9
 _MOST_STEPS = 100_000
 
-ScheduleLike = str | Mapping[str, Any] | Callable[[Progress], int]
+ScheduleLike = str | Mapping[str, Any] | Callable[[Progress], int | None]
 """What ``AdaBatch(schedule=...)`` takes; see :func:`find_schedule`."""
 
 
@@ -28,8 +28,8 @@ class SizePolicy:
 
     times: Sequence[Time] = ()
 
-    def __call__(self, progress: Progress) -> int:
-        """The batch size after ``progress``, in samples."""
+    def __call__(self, progress: Progress) -> int | None:
+        """The batch size after ``progress``, in samples; ``None`` for the loader's own."""
         raise NotImplementedError
 
     @property
@@ -45,7 +45,7 @@ class Function(SizePolicy):
         function: ``progress -> samples``.
     """
 
-    def __init__(self, function: Callable[[Progress], int]) -> None:
+    def __init__(self, function: Callable[[Progress], int | None]) -> None:
         self.function = function
 
     def __call__(self, progress: Progress) -> int:

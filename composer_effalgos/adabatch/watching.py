@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from composer.core import Callback, State, Time
@@ -12,6 +13,8 @@ from composer_effalgos.adabatch.progress import Progress, parse_time, progress_o
 
 class Watching(Callback):
     """A policy that looks at the training in windows of time and decides at the end of each."""
+
+    times: Sequence[Time]
 
     def __init__(self, window: str | int | Time) -> None:
         self.times = [parse_time('window', window)]

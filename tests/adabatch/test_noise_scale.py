@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError
-from composer_effalgos.adabatch import NoiseScale, gradient_noise, noise_and_signal
+from composer_effalgos.adabatch import NoiseScale, NormTest, Progress, gradient_noise, noise_and_signal
 
 
 class Measurements(Callback):
@@ -195,3 +195,86 @@ def test_measures_over_ranks(options):
     command = [sys.executable, '-m', 'composer.cli', '-n', '2', str(script), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------- norm test
+
+
+@given(st.floats(0.05, 0.95), st.floats(1e-6, 1e6), st.floats(-1e3, 1e6), st.integers(1, 4096))
+def test_the_norm_test_is_the_papers(eta, noise, signal, batch_size):
+    """b := ceil(S / (eta^2 |g|^2)) where S / b > eta^2 |g|^2, with |g|^2 of a batch as large as the signal and the noise make it."""
+    policy = NormTest(eta)
+    policy._judge(noise, signal, batch_size)
+    square = signal + noise / batch_size
+    if square > 0 and noise / batch_size > eta**2 * square * (1 + 1e-9):
+        assert policy.size == pytest.approx(math.ceil(min(noise / (eta**2 * square), 1e12)), abs=1)
+        assert batch_size < policy.size <= math.ceil(batch_size / eta**2) + 1 or signal < 0
+        assert policy(Progress(0, 0, 0)) == policy.size
+    elif square <= 0 or noise / batch_size < eta**2 * square * (1 - 1e-9):
+        assert policy.size is None
+
+
+def test_the_norm_test_jumps_to_the_size_that_passes(make_trainer, distance, points):
+    """Gradients w - x with noise 20 and |G|^2 = 1.8: with eta = 0.5 the test passes from 3 * 20 / 1.8 = 33 samples on."""
+    policy = NormTest(eta=0.5, window='1ep', measure_every=1, decay=0.98)
+    trainer = make_trainer(
+        [AdaBatch(policy=policy, lr='sqrt')],
+        model=distance(torch.full((20,), 0.3)),
+        dataset=points(2000, 20),
+        lr=1e-9,
+        batch_size=4,
+        max_duration='8ep',
+    )
+    trainer.fit()
+    sizes = [epoch[0] for epoch in trainer.recorder.sizes]
+    noise, signal = 20 * 2000 / 1999, 1.8 - 20 / 1999
+    assert sizes[0] == 4
+    assert sizes[1] == pytest.approx(noise / (0.25 * (signal + noise / 4)), rel=0.25)  # one jump, by less than 1 / eta^2
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == pytest.approx(3 * noise / signal, rel=0.35)
+    assert trainer.recorder.lrs[-1][0] == pytest.approx(1e-9 * math.sqrt(sizes[-1] / 4))
+
+
+def test_the_norm_test_of_a_single_batch_is_the_papers_on_its_own_gradients(make_trainer, distance, points):
+    """Without averaging, noise and gradient are those of the last batch of the window."""
+    dataset, start = points(112, 6), torch.linspace(-0.2, 0.2, 6)
+    policy = NormTest(eta=0.5, window='1ep', measure_every=1, decay=0.0)
+    watch = Measurements(policy, start)
+    trainer = make_trainer(
+        [AdaBatch(policy=policy)],
+        model=distance(start),
+        dataset=dataset,
+        callbacks=[watch],
+        lr=0.0,
+        max_duration='2ep',
+        device_train_microbatch_size=4,
+    )
+    trainer.state.callbacks.append(trainer.state.callbacks.pop(trainer.state.callbacks.index(watch)))
+    trainer.fit()
+    noise, signal = watch.expected[6]  # of the first epoch's last batch
+    square = signal + noise / 16
+    assert noise / 16 > 0.25 * square
+    assert trainer.recorder.sizes[1][0] == pytest.approx(noise / (0.25 * square), abs=1)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_norm_test_resumes(make_trainer, weights_of, tmp_path, workers):
+    def run(**more):
+        policy = NormTest(0.7, '4ba', measure_every=2, decay=0.5)
+        trainer = make_trainer([AdaBatch(policy=policy, lr='auto')], max_duration='3ep', num_workers=workers, **more)
+        trainer.fit()
+        return trainer
+
+    whole = run(save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt', save_num_checkpoints_to_keep=-1)
+    sizes = [size for epoch in whole.recorder.sizes for size in epoch]
+    grown = next(batch for batch, size in enumerate(sizes) if size > 16)
+    for batch in (grown - 1, grown, grown + 1):
+        resumed = run(load_path=str(tmp_path / f'ba{batch}.pt'))
+        assert [size for epoch in resumed.recorder.sizes for size in epoch] == sizes[batch:]
+        assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def test_refuses_an_eta_that_no_test_can_have():
+    for eta in (0, 1, -1, math.nan):
+        with pytest.raises(InputError, match=r'^eta: must be a number'):
+            NormTest(eta)

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 from composer.core import DataSpec, Time, TimeUnit
@@ -258,3 +259,12 @@ def test_every_step_of_a_token_ramp_after_a_resume_at_any_step(make_trainer, pro
     assert sum(whole) == 203
     for batch in range(1, len(whole), 4 if workers else 1):
         assert run(load_path=str(tmp_path / f'ba{batch}.pt')) == whole[batch:]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 1])
+def test_over_two_ranks_and_after_a_resume_at_any_step(launch, workers):
+    script = Path(__file__).parents[1] / 'scripts' / 'schedules_over_ranks.py'
+    status, said = launch(str(script), '--workers', str(workers), ranks=2)
+    assert status == 0, said[-4000:]

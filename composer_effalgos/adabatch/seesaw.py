@@ -1,0 +1,119 @@
+"""Seesaw: the batch grows where the learning-rate schedule would lower the rate (arXiv 2510.14717)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from composer.core import Callback, State, TimeUnit
+from composer.loggers import Logger
+from torch.optim.lr_scheduler import LambdaLR
+
+from composer_effalgos.adabatch.progress import Progress
+from composer_effalgos.errors import InputError
+
+_MOST_GROWTHS = 10_000  # what a rate of 0 asks for; the samples there are, or max_batch_size, allow fewer
+_SAME = 1e-6  # relative difference of two rates that are taken for the same
+
+
+class Seesaw(Callback):
+    """Grows the batch as the run's own learning-rate schedule falls.
+
+    Where the schedule has fallen to ``a`` times its peak, the batch is ``1 / a`` times as large, in whole powers of AdaBatch's
+    ``growth_factor``; with ``lr='auto'`` the rate is then the schedule's times the square root of the batch's growth (Adam and its like)
+    or the growth itself (SGD). So at each growth the rate falls by ``sqrt(a)`` where it would have fallen by ``a``, or not at all; between
+    growths, and once ``max_batch_size`` is reached, the rate follows the schedule. What decides the noise of the steps, rate over root of
+    the batch for Adam and rate over batch for SGD, is at every step what it is on the schedule with a fixed batch.
+
+    The batch does not grow while the rate rises to its peak. Where a schedule rises again (warm restarts), the batch shrinks again.
+
+    The rate is read from the optimizer before each batch, without AdaBatch's own factor, so every schedule that sets one rate, or the same
+    multiple of several, is followed exactly. It must be a function of the samples or tokens seen, not of the number of steps, which is
+    what Seesaw changes: give ``max_duration`` in epochs, where the epoch clock makes any schedule one, or in samples or tokens together
+    with a Composer schedule in samples, tokens or shares of the run.
+
+    Source: Meterez et al., "Seesaw: Accelerating Training by Balancing Learning Rate and Batch Size Scheduling", arXiv 2510.14717; for
+    SGD, Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
+
+    Raises:
+        InputError: In ``fit``, without a schedule, with one that counts steps, or with different schedules for the parameter groups.
+    """
+
+    growth_factor = 2.0  # AdaBatch sets its own
+
+    _state: State  # from INIT on
+
+    def __init__(self) -> None:
+        self._peaks: list[float] = []  # the largest rate so far, of each parameter group
+
+    def __call__(self, progress: Progress) -> int:
+        """Growths for the rate in use now; the rates of later batches are not known yet."""
+        rates = self._rates()
+        peaks = self._highest(rates)
+        shares = [rate / peak if peak > 0 else 1.0 for rate, peak in zip(rates, peaks, strict=True)]
+        if max(shares) - min(shares) > _SAME * max(shares):
+            raise InputError(
+                f'policy: seesaw expected one schedule for all parameter groups, got rates of {min(shares):.3g} to '
+                f'{max(shares):.3g} times their peaks; give one schedule, or another policy'
+            )
+        if shares[0] <= 0:
+            return _MOST_GROWTHS
+        return min(_MOST_GROWTHS, math.floor(-math.log(shares[0]) / math.log(self.growth_factor) + 1e-9))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'peaks': self._peaks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._peaks = state['peaks']
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Notes the state whose optimizer it reads."""
+        self._state = state
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuses schedules that it cannot follow."""
+        if int(state.timestamp.batch) == 0:  # the same object may have been in another run
+            self._peaks = []
+        if not state.schedulers:
+            raise InputError('policy: seesaw expected a learning-rate schedule to follow, got none; give schedulers')
+        assert state.max_duration is not None
+        unit = state.max_duration.unit
+        if unit == TimeUnit.EPOCH:
+            return
+        if unit not in (TimeUnit.SAMPLE, TimeUnit.TOKEN):
+            raise InputError(
+                f'max_duration: expected epochs, samples or tokens beside seesaw, got {state.max_duration.to_timestring()!r}, '
+                'which fixes the number of steps that it is to save'
+            )
+        if any(_counts_steps(scheduler, state) for scheduler in state.schedulers):
+            raise InputError(
+                f'schedulers: expected a Composer schedule in {unit.value} or dur beside seesaw and max_duration in {unit.value}, got '
+                'one that counts steps, which become fewer; give max_duration in epochs, or such a schedule'
+            )
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Notes the largest rate so far."""
+        self._peaks = self._highest(self._rates())
+
+    def _rates(self) -> list[float]:
+        """The rates that the schedule set, of each parameter group."""
+        scale = getattr(self._state.schedulers[0], 'adabatch_lr_scale', 1.0)
+        return [float(group['lr']) / scale for optimizer in self._state.optimizers for group in optimizer.param_groups]
+
+    def _highest(self, rates: list[float]) -> list[float]:
+        return [max(rate, peak) for rate, peak in zip(rates, self._peaks or rates, strict=True)]
+
+
+def _counts_steps(scheduler: Any, state: State) -> bool:
+    """Whether a schedule's rate follows the number of steps: whether it changes when nothing but that does."""
+    if not isinstance(scheduler, LambdaLR) or not all(hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas):
+        return True  # PyTorch's schedulers count how often they are stepped
+    real = state.timestamp
+    try:
+        rates = set()
+        for batch in (0, *(3**power for power in range(20))):
+            state.timestamp = real.copy(batch=batch, batch_in_epoch=batch)
+            rates.add(tuple(f(0) for f in scheduler.lr_lambdas))
+        return len(rates) > 1
+    finally:
+        state.timestamp = real
