@@ -183,6 +183,7 @@ class AdaBatch(Algorithm):
             raise InputError('algorithms: AdaBatch is given twice; keep one')
         self._plan, self._state = Plan.of(state), state
         self._plan.batch_size = self._batch_sizes
+        self._plan.may_lengthen = isinstance(self.policy, SizePolicy | Seesaw)  # others never shrink the batch
         self._reset()
         self._memory.init(state)
         if isinstance(self.policy, Callback) and self.policy not in state.callbacks:

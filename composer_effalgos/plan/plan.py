@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from composer.algorithms import SelectiveBackprop
-from composer.core import Callback, State, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -21,6 +21,8 @@ from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
+
+_ENDLESS = 2**62  # batches: the loader itself ends the epoch
 
 
 class Plan(Callback):
@@ -42,6 +44,7 @@ class Plan(Callback):
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
         loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
         whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
+        may_lengthen: Whether :meth:`resize` may give an epoch more batches than it began with.
         horizon: How long the run is planned to be.
     """
 
@@ -53,7 +56,7 @@ class Plan(Callback):
         self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
-        self.whole_batches = False
+        self.whole_batches = self.may_lengthen = False
         self.clock = EpochClock()
         self.horizon = Horizon()
         self._by_position: list[str] = []  # who names samples by their position in the batch
@@ -197,6 +200,11 @@ class Plan(Callback):
             loader.set_plan(plan, int(state.timestamp.epoch), self._done)
             state.set_dataloader(loader, state.dataloader_label)
 
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Shows the epoch's length again, which Composer has read by now."""
+        if state._dataloader_len == _ENDLESS:
+            state.set_dataloader(self.loader, state.dataloader_label)
+
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Tells the loss which samples come."""
         if self.loss is not None:
@@ -331,6 +339,9 @@ class Plan(Callback):
         loader.set_plan(plan, int(state.timestamp.epoch), self._done)
         self._in_epoch = True
         state.set_dataloader(loader, state.dataloader_label)  # reads the epoch's new length
+        if self.may_lengthen:
+            # Composer reads the length once, before the epoch's first batch, and would leave out every batch past it
+            state._dataloader_len = Time(_ENDLESS, TimeUnit.BATCH)  # type: ignore[assignment]
         if self.loss is not None:
             weights = plan.rank_weights(loader.rank, loader.world_size)
             self.loss.start_epoch(None if weights is None else state.device.tensor_to_device(weights.clone()))

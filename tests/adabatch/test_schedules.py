@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -234,6 +235,27 @@ def test_grows_and_shrinks_at_the_very_batch(make_trainer, weights_of):
     scheduled.fit()
     assert growing.recorder.sizes == scheduled.recorder.sizes
     assert (weights_of(growing) == weights_of(scheduled)).all()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_batch_that_shrinks_unforeseen_loses_no_sample(make_trainer, problem, tmp_path, workers):
+    """Composer reads an epoch's number of batches before its first batch; it then has more."""
+
+    def run(**arguments):
+        trainer = make_trainer([AdaBatch(schedule='0:50 600tok:10 2500tok:40')], max_duration='2ep', **arguments)
+        loader = DataLoader(problem, 16, shuffle=True, num_workers=workers)
+        trainer.fit(train_dataloader=DataSpec(loader, get_num_tokens_in_batch=lambda batch: 10 * len(batch[1])))
+        assert trainer.state.dataloader_len == len(trainer.recorder.sizes[-1]) or 'load_path' in arguments
+        return trainer
+
+    saved = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_filename': 'ba{batch}.pt', 'save_num_checkpoints_to_keep': -1}
+    whole = run(**saved)
+    sizes = whole.recorder.sizes
+    assert [sum(epoch) for epoch in sizes] == [203, 203]
+    assert sizes[0][:10] == [50, 50] + [10] * 8
+    assert (10, 40) in list(itertools.pairwise(sizes[1]))
+    for batch in (1, 2, 3, len(sizes[0]) - 1, len(sizes[0]) + 2):
+        assert flat(run(load_path=str(tmp_path / f'ba{batch}.pt')).recorder.sizes) == flat(sizes)[batch:]
 
 
 @pytest.mark.parametrize('workers', [0, 2])
