@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,8 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         classes, class_to_idx = super().find_classes(directory)
+        for name in classes:
+            _check_links(Path(directory, name))
         if self._expected is None:
             return classes, class_to_idx
         for name in classes:
@@ -116,6 +119,16 @@ def image_folder(
     data_folder('image_folder', str(folder / 'val'), 'one folder of images a class')
     classes = sorted(entry.name for entry in (folder / 'train').iterdir() if entry.is_dir())
     return ImageFolder(folder / 'val', transform, classes=classes)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuses links to a folder above, which torchvision would follow in every combination."""
+    with os.scandir(folder) as entries:
+        folders = [entry for entry in entries if entry.is_dir()]
+    for entry in folders:
+        if entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(entry.path)):
+            raise InputError(f'{entry.path}: expected a folder beside this one, got a symbolic link to a folder above; remove it')
+        _check_links(Path(entry.path))
 
 
 def _load_image(path: str) -> Image.Image:

@@ -183,6 +183,57 @@ def test_files_are_regular_and_not_too_large(tmp_path):
         build_dataset('image_folder', 'train', path=str(tmp_path))[0]
 
 
+def test_sizes_that_are_not_those_of_the_pixels(tmp_path):
+    """ffcv would copy the stored bytes into room for height x width x 3."""
+    pytest.importorskip('ffcv', reason='needs ffcv; make setup-ffcv builds it')
+    from ffcv.reader import Reader
+    from ffcv.types import FieldDescType, HeaderType
+
+    convert('digits', ['limit=12'], 'ffcv', tmp_path)
+    file = tmp_path / 'train.beton'
+    whole, reader = file.read_bytes(), Reader(str(file))
+    start, table = HeaderType.itemsize + 2 * FieldDescType.itemsize, int(reader.header['alloc_table_ptr'])
+
+    def written(metadata: np.ndarray, allocated: np.ndarray, head: bytes = whole[:start]) -> None:
+        file.write_bytes(head + metadata.tobytes() + whole[start + metadata.nbytes : table] + allocated.tobytes())
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            build_dataset('beton', 'train', path=str(tmp_path))
+
+    metadata, allocated = reader.metadata.copy(), reader.alloc_table.copy()
+    written(metadata, allocated)
+    assert len(build_dataset('beton', 'train', path=str(tmp_path))) == 12
+    for key, value in {'width': 7, 'height': 65535, 'mode': 2, 'data_ptr': int(metadata['f0']['data_ptr'][3]) + 1}.items():
+        changed = metadata.copy()
+        changed['f0'][key][3] = value
+        written(changed, allocated)
+        refused('sample 3: its bytes are not those of its height and width')
+    changed = allocated.copy()
+    changed['ptr'][0], changed['size'][0] = 2**64 - 1, 2  # their sum is 1
+    written(metadata, changed)
+    refused('cut off or damaged')
+    kind = HeaderType.itemsize + FieldDescType.itemsize
+    written(metadata, allocated, whole[:kind] + b'\0' + whole[kind + 1 : start])  # float labels, of as many bytes
+    refused("field 'label': expected an IntField, got FloatField")
+
+
+def test_folders_that_lead_into_themselves(tmp_path):
+    """Two such links in a folder are 2^40 paths to torchvision."""
+    place = tmp_path / 'train' / 'a'
+    place.mkdir(parents=True)
+    (place / 'x.png').write_bytes(png(4, 4))
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'y.png').write_bytes(png(4, 4))
+    (place / 'link').symlink_to(tmp_path / 'elsewhere')
+    with limit(20):
+        assert len(build_dataset('image_folder', 'train', path=str(tmp_path))) == 2
+    for name in ('one', 'two'):
+        (place / name).symlink_to(place)
+    with limit(20), pytest.raises(InputError, match='expected a folder beside this one, got a symbolic link to a folder above'):
+        build_dataset('image_folder', 'train', path=str(tmp_path))
+
+
 @pytest.mark.parametrize('mark', [None, 'unfinished'])
 def test_what_is_written_appears_whole_or_not_at_all(tmp_path, mark):
     target = tmp_path / 'target'

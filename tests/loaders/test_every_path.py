@@ -7,7 +7,6 @@ import pytest
 import torch
 from composer import Trainer
 from composer.models import ComposerClassifier
-from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from composer_effalgos import InfoBatch
@@ -49,7 +48,7 @@ def make_path(request, folder, made):
         dataset = build_dataset('beton' if name == 'ffcv' else name, split, path=str(folder))
         if name == 'ffcv':
             return FfcvDataLoader(dataset, batch_size=batch_size, shuffle=train, num_threads=2)
-        return DataLoader(dataset, batch_size=batch_size, sampler=dist.get_sampler(dataset, shuffle=train), num_workers=1)
+        return DataLoader(dataset, batch_size=batch_size, shuffle=train, num_workers=1)
 
     def get(split: str, batch_size: int = 6) -> DataLoader:
         key = name, split, batch_size
