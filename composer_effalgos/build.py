@@ -20,7 +20,7 @@ from torchmetrics import MetricCollection
 from composer_effalgos.components import Component
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.errors import InputError, one_line
-from composer_effalgos.faults import blamed, explain, is_ours
+from composer_effalgos.faults import blamed
 from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.pretrained import differences
@@ -97,15 +97,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
             f'{recipe.scheduler.key}: one of its times ({times}) is less than a batch of this run; longer ones are right'
         ) from error
     except Exception as error:
-        component = blamed(error, recipe.components)
-        if component is not None:
-            raise component.refused(error) from error
-        if explain(error) is not None or is_ours(error):
+        refused = recipe.refused(error)
+        if refused is None:
             raise
-        if loads and isinstance(error, (KeyError, RuntimeError)):
+        if loads and isinstance(error, (KeyError, RuntimeError)) and blamed(error, recipe.components) is None:
             # Composer finds out parameter by parameter, some of them only in the optimizer's state
             raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
-        raise Component(recipe.source, Trainer, {}).refused(error) from error
+        raise refused from error
     if recipe.trainer.get('load_path') and not recipe.trainer.get('load_ignore_keys'):
         _check_weights(trainer, f'{recipe.source}: load_path', Path(recipe.trainer['load_path']))
     return trainer

@@ -315,7 +315,7 @@ def takes_time(hint: Any) -> bool:
 def _is_time_string(text: str) -> bool:
     try:
         Time.from_timestring(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 

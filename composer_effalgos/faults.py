@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 import traceback
@@ -75,12 +76,12 @@ def blamed(error: BaseException, components: Iterable[Component]) -> Component |
         components: What the recipe names.
 
     Returns:
-        The one whose module is innermost in the traceback; None where it is none of them, or a fault of this package.
+        The one whose code is innermost in the traceback; None where it is none of them. What the Trainer calls is no further blamed on
+        what has called the Trainer: an optimizer's step runs the whole forward pass.
     """
-    if is_ours(error) or explain(error) is not None:
-        return None
     targets = {getattr(item.target, 'func', item.target).__module__: item for item in components}
-    return next((targets[module] for module in _modules(error) if module in targets), None)
+    called = itertools.takewhile(lambda module: module != 'composer.trainer.trainer', _modules(error))
+    return next((targets[module] for module in called if module in targets), None)
 
 
 def _modules(error: BaseException) -> list[str]:

@@ -19,6 +19,7 @@ from composer_effalgos import components
 from composer_effalgos.components import Component, check_arguments, check_type, did_you_mean, find, parameters
 from composer_effalgos.datasets import DATASETS
 from composer_effalgos.errors import InputError
+from composer_effalgos.faults import blamed, explain, is_ours
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 from composer_effalgos.settings import MOST_LEVELS, TOO_DEEP, read_settings
@@ -133,6 +134,20 @@ class Recipe:
         """Everything that it names beside data and model."""
         schedule = [] if self.scheduler is None else [self.scheduler]
         return [self.optimizer, *schedule, *self.algorithms, *self.callbacks, *self.loggers]
+
+    def refused(self, error: Exception) -> InputError | None:
+        """What another package's code raised in training, as bad input that names the component in whose code it was.
+
+        Args:
+            error: What was raised.
+
+        Returns:
+            The same in one line; None where it says enough by itself, or is a fault of this package.
+        """
+        if explain(error) is not None or is_ours(error):
+            return None
+        component = blamed(error, self.components)
+        return Component(self.source, Trainer, {}).refused(error) if component is None else component.refused(error)
 
 
 OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer', 'source', 'settings'))
@@ -359,7 +374,7 @@ def _check_run_name(source: str, run_name: str) -> None:
 def _check_duration(key: str, duration: str | int) -> None:
     try:
         time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
     if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
         raise InputError(f"{key}: expected a positive number of epochs, batches or samples such as '10ep', got {duration!r}")

@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from composer_effalgos.build import build_trainer
 from composer_effalgos.errors import InputError, one_line
-from composer_effalgos.faults import blamed, explain, is_first_to_say, print_any_text, said_by_another_rank
+from composer_effalgos.faults import explain, is_first_to_say, print_any_text, said_by_another_rank
 from composer_effalgos.files import read_text
 from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.recipe import Recipe, load_recipe
@@ -39,10 +39,10 @@ def train(recipe: Recipe) -> None:
                 'choose another run_name, or set save_overwrite=true or autoresume=true'
             ) from error
         except Exception as error:
-            component = blamed(error, recipe.components)
-            if component is None:
+            refused = recipe.refused(error)
+            if refused is None:
                 raise
-            raise component.refused(error) from error
+            raise refused from error
     elif not recipe.trainer.get('autoresume', False):
         raise InputError(
             f'{recipe.source}: max_duration: {recipe.max_duration}, but the checkpoint has reached {elapsed.to_timestring()} already'
