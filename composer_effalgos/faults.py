@@ -57,9 +57,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def print_any_text() -> None:
-    """Lets the standard output show what is no valid Unicode, such as a file's name in another encoding."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')
+    """Lets the standard streams show what is no valid Unicode, such as a file's name in another encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def is_ours(error: BaseException) -> bool:

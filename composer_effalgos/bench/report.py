@@ -51,7 +51,7 @@ def write_report(runs_dir: str | Path, out: str | Path | None = None, *, targets
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in pages.items():
             with whole_file(path) as unfinished:
-                unfinished.write_text(text, encoding='utf-8')
+                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may hold half a surrogate pair
     except OSError as error:
         raise InputError(f'{out}: the report cannot be written ({error.strerror})') from error
     return out

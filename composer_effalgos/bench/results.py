@@ -57,7 +57,7 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
     try:
         for name, text in ((CSV, table.getvalue()), (JSON, json.dumps(content, indent=2) + '\n')):
             with whole_file(out / name) as unfinished:
-                unfinished.write_text(text, encoding='utf-8')
+                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may hold half a surrogate pair
     except OSError as error:
         raise InputError(f'{out}: the results cannot be written ({error.strerror})') from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from rich.console import Console
 from composer_effalgos.bench.runner import TARGET, Outcome, deadline_in, finished, locked, prepare, train_jobs
 from composer_effalgos.bench.runs import Run, first_above, read_summary
 from composer_effalgos.bench.sweep import Job, Sweep, combine, load_sweep
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import whole_file
+from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.files import read_text, whole_file
 from composer_effalgos.monitor import SUMMARY
 
 BEST = 3  # combinations that go into best.yaml
@@ -92,45 +92,28 @@ def run_search(
     Raises:
         InputError: The sweep or a recipe in it is wrong, Optuna is missing, or ``out`` cannot be used.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError("effalgos search needs Optuna; pip install 'composer-effalgos[search]'") from error
+    optuna = _optuna()
     console, deadline = console or Console(), deadline_in(minutes)
     sweep = load_sweep(path)
     out = Path('runs') / sweep.name if out is None else Path(out)
     target = _target(sweep, target)
-    if not sweep.search:
-        raise InputError(f'{sweep.path}: search: missing; give axes with their choices, as under matrix:')
-    first = {axis: next(iter(choices)) for axis, choices in sweep.search.items()}
+    first, rest = _space(sweep)
     for axis, choices in sweep.search.items():  # every choice is checked before the first run
         for choice in choices:
             _job(sweep, first | {axis: choice}, out, overrides, seed)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(1, trials // 3))))
-    study.enqueue_trial(first)
-    done: dict[str, Trial] = {}
-    failures: dict[str, str] = {}
-    repeats, over = 0, False
-    rest = [dict(zip(sweep.search, taken, strict=True)) for taken in itertools.product(*sweep.search.values())]
-    names = {_combination(sweep, choices)[0] for choices in rest}
-    if len(names) < len(rest):
-        raise InputError(f'{sweep.path}: search: two combinations have the same name; give each axis one choice without settings at most')
     trials = min(trials, len(rest))
     random.Random(seed).shuffle(rest)
+    study = _study(optuna, seed, trials)
+    study.enqueue_trial(first)
+    suggestions = _suggestions(study, sweep, rest)
+    done: dict[str, Trial] = {}
+    failures: dict[str, str] = {}
+    over = False
     with locked(out) as lock:
         _keep_target(out, target, fresh=fresh)
         while len(done) + len(failures) < trials:
-            asked = study.ask()
-            choices = {axis: asked.suggest_categorical(axis, list(names)) for axis, names in sweep.search.items()}
+            asked, choices = next(suggestions)
             job = _job(sweep, choices, out, overrides, seed)
-            if choices in rest:
-                rest.remove(choices)
-                repeats = 0
-            else:
-                repeats += 1
-                if repeats % _REPEATS == 0:
-                    study.enqueue_trial(rest[0])
             if job.method not in done and job.method not in failures and (fresh or not finished(job)):
                 best = min((trial.seconds for trial in done.values() if trial.seconds is not None), default=float('inf'))
                 failure = _train(job, target, best, deadline, lock, fresh=fresh)
@@ -153,6 +136,45 @@ def run_search(
     return Outcome(list(failures.values()), [f'{trials - len(done) - len(failures)} trials'] if over else [])
 
 
+def _space(sweep: Sweep) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The first choice of every axis, and all combinations."""
+    if not sweep.search or not all(sweep.search.values()):
+        raise InputError(f'{sweep.path}: search: missing; give axes with their choices, as under matrix:')
+    combinations = [dict(zip(sweep.search, taken, strict=True)) for taken in itertools.product(*sweep.search.values())]
+    if len({_combination(sweep, choices)[0] for choices in combinations}) < len(combinations):
+        raise InputError(f'{sweep.path}: search: two combinations have the same name; give each axis one choice without settings at most')
+    return combinations[0], combinations
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError("effalgos search needs Optuna; pip install 'composer-effalgos[search]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _study(optuna: Any, seed: int, trials: int) -> Any:
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(1, trials // 3))))
+
+
+def _suggestions(study: Any, sweep: Sweep, rest: list[dict[str, str]]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """What the study suggests; where it keeps suggesting what is known, one of the rest."""
+    repeats = 0
+    while True:
+        asked = study.ask()
+        choices = {axis: asked.suggest_categorical(axis, list(names)) for axis, names in sweep.search.items()}
+        if choices in rest:
+            rest.remove(choices)
+            repeats = 0
+        else:
+            repeats += 1
+            if repeats % _REPEATS == 0:
+                study.enqueue_trial(rest[0])
+        yield asked, choices
+
+
 def _target(sweep: Sweep, target: float | None) -> float:
     if target is None and not sweep.targets:
         raise InputError(f'{sweep.path}: targets: missing; give the accuracy to reach there, or with --target')
@@ -165,7 +187,10 @@ def _target(sweep: Sweep, target: float | None) -> float:
 def _keep_target(out: Path, target: float, *, fresh: bool) -> None:
     """Runs were stopped where they reached one target: they say nothing about another."""
     file = out / TARGET
-    before = float(file.read_text(encoding='utf-8')) if file.exists() else target
+    try:
+        before = float(read_text(file)) if file.exists() and not fresh else target
+    except (OSError, ValueError) as error:
+        raise InputError(f'{file}: expected the accuracy at which its runs were stopped, got {one_line(error)}; give --fresh') from error
     if before != target and not fresh:
         raise InputError(f'{out}: its runs were stopped at an accuracy of {before}, not {target}; give another --out, or --fresh')
     file.write_text(str(target), encoding='utf-8')

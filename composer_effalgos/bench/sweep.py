@@ -18,6 +18,7 @@ A sweep names methods; each method is a recipe with settings on top, trained onc
 from __future__ import annotations
 
 import itertools
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from composer_effalgos.components import check_type, did_you_mean
 from composer_effalgos.errors import InputError
 from composer_effalgos.recipe import Recipe, parse_recipe
 from composer_effalgos.settings import read_settings, recipe_folder
+
+MOST_RUNS = 10_000  # of a sweep or search: more is a slip, and takes minutes to write down alone
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class Sweep:
         methods = self.all_methods()
         if not methods:
             raise InputError(f'{self.path}: no methods; give at least one under methods: or matrix:')
+        count = sum(len(seeds or method.seeds) for name, method in methods.items() if not only or name in only)
+        _check_count(f'{self.path}: seeds', count)
         for name in only:
             if name not in methods:
                 raise InputError(f'{self.path}: no method {name!r}; {did_you_mean(name, methods)}')
@@ -221,6 +226,7 @@ def load_sweep(path: str | Path) -> Sweep:
     for key, axes in (('matrix', sweep.matrix), ('search', sweep.search)):
         for axis, choices in axes.items():
             check_type(f'{path}: {key}.{axis}', choices, dict)
+        _check_count(f'{path}: {key}', math.prod(map(len, axes.values())))
         names = [choice for choices in axes.values() for choice in choices]
         for choice in names:
             _check_name(f'{path}: {key}', choice)
@@ -234,6 +240,11 @@ def load_sweep(path: str | Path) -> Sweep:
         raise InputError(f'{path}: seeds: expected at least one, got []')
     sweep.all_methods()
     return sweep
+
+
+def _check_count(key: str, count: int) -> None:
+    if count > MOST_RUNS:
+        raise InputError(f'{key}: expected at most {MOST_RUNS} runs, got {count}; leave choices out, or make several sweeps')
 
 
 def _check_name(key: str, name: Any) -> None:

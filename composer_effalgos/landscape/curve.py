@@ -14,6 +14,8 @@ from composer_effalgos.errors import InputError
 # Images and labels that fit in memory: float [B, ...] and int64 [B]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
+_MOST_POINTS = 10_000
+
 
 @dataclass(frozen=True)
 class Point:
@@ -44,10 +46,10 @@ def alphas(points: int = 25) -> list[float]:
         These, both solutions, and four more around each solution (1/32 and 1/16 away), where the curves bend; in rising order.
 
     Raises:
-        InputError: Fewer than 2 points.
+        InputError: Fewer than 2 points, or more than anybody waits for.
     """
-    if points < 2:
-        raise InputError(f'points: expected at least 2, got {points}')
+    if not 2 <= points <= _MOST_POINTS:
+        raise InputError(f'points: expected 2 to {_MOST_POINTS}, got {points}')
     coarse = {-1 + 3 * index / (points - 1) for index in range(points)}
     fine = {solution + offset / 32 for solution in (0, 1) for offset in (-2, -1, 0, 1, 2)}
     return sorted(coarse | fine)

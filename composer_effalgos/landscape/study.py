@@ -33,6 +33,7 @@ from composer_effalgos.models.pretrained import differences, read_weights
 from composer_effalgos.recipe import Recipe
 
 NAME = 'interpolation'
+_MOST_ITERATIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def _checked(settings: Settings) -> list[float]:
         value = getattr(settings, name)
         if value is not None and value < lowest:
             raise InputError(f'{name}: expected at least {lowest}, got {value}')
+    if settings.iterations > _MOST_ITERATIONS:
+        raise InputError(f'iterations: expected at most {_MOST_ITERATIONS}, got {settings.iterations}')
     if settings.sharpness_samples == 1:
         raise InputError('sharpness_samples: expected 0 (no sharpness) or at least 2, got 1')
     for epsilon in settings.epsilons:

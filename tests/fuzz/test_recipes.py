@@ -1,12 +1,9 @@
-"""Damaged recipes, sweeps, result files and command lines: one line or a success, and nothing hangs."""
+"""Damaged recipes and sweeps: one line or a success, and nothing hangs."""
 
 import contextlib
 import random
 import shutil
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,55 +11,19 @@ import yaml
 
 from composer_effalgos.bench import load_sweep
 from composer_effalgos.errors import InputError
-from composer_effalgos.faults import explain
 from composer_effalgos.recipe import Recipe, parse_recipe
 from composer_effalgos.settings import SWEEPS, list_recipes, read_settings, recipe_folder
 from composer_effalgos.train import train
-from tests.fuzz.mutate import damage_tree, limit
+from tests.fuzz.mutate import damage_tree
+from tests.fuzz.refused import SMALL, one_line_or_none
 
-SECONDS = 20  # far above what any case takes, on a busy machine too
-SMALL = {
-    'max_duration': '2ba',
-    'progress_bar': False,
-    'dataset': {'name': 'synthetic', 'batch_size': 8, 'num_samples': 32, 'eval_samples': 8, 'num_classes': 3, 'image_size': 8},
-    'model': {'name': 'resnet20_cifar'},
-    'optimizer': {'name': 'sgd', 'lr': 0.1, 'momentum': 0.9},
-    'scheduler': {'name': 'one_cycle', 'max_lr': 0.1},
-    'algorithms': {
-        'infobatch': {'prune_ratio': 0.3, 'delta': 0.8},
-        'adabatch': {'growth_factor': 2.0, 'interval': '1ba'},
-        'label_smoothing': {'smoothing': 0.1},
-        'ghost_batchnorm': {'ghost_batch_size': 4},
-        'progressive_resizing': {'initial_scale': 0.5},
-    },
-    'callbacks': {'speed_monitor': {'window_size': 2}},
-}
 RECIPES, SWEEP_FILES = ([path.resolve() for path, _ in list_recipes(recipe_folder() / part)] for part in ('', SWEEPS))
-LOCAL = ('tensorboard', 'in_memory_logger', 'file_logger')  # loggers that ask no server
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     (tmp_path / 'work').mkdir()
     monkeypatch.chdir(tmp_path / 'work')
-
-
-def one_line_or_none(case: Callable[[], Any], about: object) -> bool:
-    """Whether the case succeeded; what it refuses must be one line."""
-    try:
-        with limit(SECONDS), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            case()
-    except Exception as error:
-        explained = explain(error)
-        if explained is None:
-            raise AssertionError(f'{type(error).__name__} from {about!r:.2000}') from error
-        line = explained[0]
-        assert line, about
-        assert '\n' not in line, about
-        assert len(line) < 3000, about
-        return False
-    return True
 
 
 def build(recipe: Recipe) -> None:
@@ -100,7 +61,7 @@ def test_damaged_recipes_that_train(number):
             about = damaged | {'save_folder': 'runs', 'max_duration': SMALL['max_duration']}
             ended += one_line_or_none(lambda about=about: train(parse_recipe(about)), about)
         shutil.rmtree('runs', ignore_errors=True)
-    assert ended < 8
+    assert ended < 8, 'nothing was refused'
 
 
 @pytest.mark.parametrize('path', SWEEP_FILES, ids=lambda path: path.stem)
@@ -117,3 +78,29 @@ def test_damaged_sweeps(path):
                 sweep.jobs(Path('out'), only=list(sweep.all_methods())[:1])
 
         one_line_or_none(case, damaged)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'line'),
+    [
+        ({'algorithms': {'ghost_batchnorm': {}}}, 'algorithms.ghost_batchnorm: Worker batch size 8 < ghost_batch_size 32'),
+        ({'algorithms': {'sam': {'interval': 0}}}, 'algorithms.sam: ZeroDivisionError'),
+        ({'algorithms': {'ema': {'half_life': '0ba'}}}, 'algorithms.ema: ZeroDivisionError'),
+        ({'algorithms': {'label_smoothing': {'smoothing': 1e30}}}, 'recipe: No targets have nonzero probability'),
+        ({'optimizer': {'name': 'sparseadam'}}, 'optimizer: SparseAdam does not support dense gradients'),
+        ({'save_interval': 1, 'save_filename': '{nope}'}, "recipe: KeyError: 'nope'"),
+        ({'max_duration': '1e400ep'}, 'max_duration: expected a time string'),
+        ({'eval_interval': '0ep'}, 'eval_interval: expected a time above 0'),
+        ({'algorithms': {'adabatch': {'growth_factor': 1e308}}}, 'growth_factor: expected a finite number'),
+        ({'scheduler': {'name': 'polynomial', 'power': 1e-300}}, None),
+    ],
+)
+def test_recipes_that_fit_no_component(settings, line):
+    recipe = {key: value for key, value in SMALL.items() if key not in ('algorithms', 'scheduler')} | {'save_folder': 'runs'} | settings
+    if line is None:
+        train(parse_recipe(recipe))
+        return
+    with pytest.raises(InputError) as error:
+        train(parse_recipe(recipe))
+    assert line in str(error.value)
+    assert '\n' not in str(error.value)
