@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
 
 torch.set_num_threads(1)
-SAMPLES, LENGTH, WORDS = 96, 8, 32
+SAMPLES, LENGTH, WORDS = 96, 8, 128
 
 
 def write_tokens(folder: Path) -> None:
