@@ -17,7 +17,7 @@ include_patterns = [
     'CHANGELOG.md',
     'CONTRIBUTING.md',
     'docs/*.md',
-    'composer_effalgos/*/README.md',
+    'composer_effalgos/*/*.md',
     'yamls/README.md',
     'benchmarks/README.md',
     'benchmarks/results/*.md',
