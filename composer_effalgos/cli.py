@@ -145,6 +145,26 @@ def interpolate(
 
 
 @app.command()
+def critical_batch(
+    recipe: Annotated[Path, typer.Argument(help='A recipe; its batch size is the one that its learning rate is meant for.')],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of the recipe.')] = None,
+    out: Annotated[Path, typer.Option(help='Folder for branches and results; what is finished is kept.')] = Path('critical_batch'),
+    checkpoint: Annotated[Path | None, typer.Option(help='Where to branch off; the beginning of the run by default.')] = None,
+    window: Annotated[str, typer.Option(help='Length of a branch: epochs, samples (2Msp) or tokens (50Mtok).')] = '1ep',
+    size: Annotated[list[int] | None, typer.Option(help="Batch size over all ranks; by default the recipe's times 1, 2, 4, 8, 16.")] = None,
+    tolerance: Annotated[float, typer.Option(help='By how much the training loss may be above that of the smallest size.')] = 0.01,
+    lr: Annotated[str, typer.Option(help='How the learning rate follows the size: auto, sqrt, linear or none.')] = 'auto',
+) -> None:
+    """Measure from which batch size on larger ones stop paying: short runs at several sizes from one checkpoint."""
+    from composer_effalgos.adabatch.critical_batch import NAME, measure
+
+    found = measure(
+        load_recipe(recipe, overrides or []), out, checkpoint=checkpoint, window=window, sizes=size or (), tolerance=tolerance, lr=lr
+    )
+    typer.echo(f'critical batch size: {found} ({out / NAME}.md, .svg, .json)')
+
+
+@app.command()
 def check_data(
     source: Annotated[Path, typer.Argument(help='A recipe, or a folder that holds train/CLASS/ and val/CLASS/.')],
     overrides: Annotated[list[str] | None, typer.Argument(help='Settings on top of the recipe, e.g. dataset.path=data.')] = None,

@@ -19,6 +19,7 @@ from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.checks import check_number
 from composer_effalgos.errors import InputError
 from composer_effalgos.plan import BatchSize, Plan
+from composer_effalgos.plan.clock import is_composer_schedule
 
 _LARGEST_FACTOR = 1e6  # no batch or learning rate is multiplied by more at once
 _SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by in all: float32 bears no more
@@ -249,15 +250,28 @@ class AdaBatch(Algorithm):
         return size // world_size if self.global_sizes else size
 
     def _check_known_sizes(self) -> None:
-        """Refuses a schedule with sizes that the data set or the ranks do not allow."""
-        num_samples = self._plan.loader.num_samples
-        if num_samples is None and self.max_batch_size is None and isinstance(self.policy, Seesaw):
+        """Refuses a schedule with sizes that the data set, the ranks or the schedulers do not allow."""
+        loader = self._plan.loader
+        if loader.num_samples is None and self.max_batch_size is None and isinstance(self.policy, Seesaw):
             raise InputError('max_batch_size: expected one beside seesaw with data of unknown length; the batch would grow without end')
         for place, size in enumerate(self.policy.known_sizes if isinstance(self.policy, SizePolicy) else (), 1):
-            world_size = self._plan.loader.world_size
-            if num_samples is not None and self._per_rank(size) * world_size > num_samples:
-                most = num_samples if self.global_sizes else num_samples // world_size
-                raise InputError(f'schedule: size {place}: expected at most {most}, with {num_samples} samples in the data set, got {size}')
+            per_rank = self._per_rank(size)
+            if loader.num_samples is not None and per_rank * loader.world_size > loader.num_samples:
+                most = loader.num_samples if self.global_sizes else loader.num_samples // loader.world_size
+                raise InputError(
+                    f'schedule: size {place}: expected at most {most}, with {loader.num_samples} samples in the data set, got {size}'
+                )
+            self._check_schedulers(per_rank)
+
+    def _check_schedulers(self, size: int) -> None:
+        """Refuses batches smaller than the loader's beside schedulers that the clock can step more often than once a batch, not less."""
+        initial, length = self._plan.loader.initial_batch_size, self._state.max_duration
+        counting = [scheduler for scheduler in self._state.schedulers if not is_composer_schedule(scheduler)]
+        if size < initial and counting and length is not None and length.unit == TimeUnit.EPOCH:
+            raise InputError(
+                f"schedule: expected sizes of at least the DataLoader's {initial} per rank beside {type(counting[0]).__name__}, which counts "
+                f'batches, got {size}; give the DataLoader the smallest size, or take a Composer schedule'
+            )
 
     def _limit(self) -> tuple[float, str]:
         """The largest batch size per rank, and what sets it."""
@@ -301,6 +315,8 @@ class AdaBatch(Algorithm):
         """Before a batch: the learning rate, microbatch and loader follow the batch size."""
         loader = self._plan.loader
         size, fitting = self._fitting(self._wanted(progress_of(state)))
+        if size != loader.batch_size:
+            self._check_schedulers(size)
         ratio = size / loader.initial_batch_size
         scale = self._scale(fitting) if self.lr is None else ratio ** lr_exponent(self.lr, state)
         if scale != self._lr_scale:

@@ -7,10 +7,10 @@ from typing import Any
 
 from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
-from torch.optim.lr_scheduler import LambdaLR
 
 from composer_effalgos.adabatch.progress import Progress
 from composer_effalgos.errors import InputError
+from composer_effalgos.plan.clock import is_composer_schedule
 
 _MOST_GROWTHS = 10_000  # what a rate of 0 asks for; the samples there are, or max_batch_size, allow fewer
 _SAME = 1e-6  # relative difference of two rates that are taken for the same
@@ -106,7 +106,7 @@ class Seesaw(Callback):
 
 def _counts_steps(scheduler: Any, state: State) -> bool:
     """Whether a schedule's rate follows the number of steps: whether it changes when nothing but that does."""
-    if not isinstance(scheduler, LambdaLR) or not all(hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas):
+    if not is_composer_schedule(scheduler):
         return True  # PyTorch's schedulers count how often they are stepped
     real = state.timestamp
     try:

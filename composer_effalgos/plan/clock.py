@@ -37,7 +37,7 @@ def virtual_batch(samples: int, samples_before_last: int, full_batches: int, bat
     return max(0, min(batch, full_batches - batches_left))
 
 
-def _is_composer_schedule(scheduler: LRScheduler) -> bool:
+def is_composer_schedule(scheduler: LRScheduler) -> bool:
     """Composer compiles its schedules into ``LambdaLR``s whose functions read the trainer's state."""
     return isinstance(scheduler, LambdaLR) and all(
         getattr(f, '__module__', None) == 'composer.optim.scheduler' or hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas
@@ -76,7 +76,7 @@ class EpochClock:
         """
         self._loader = loader
         for scheduler in state.schedulers:
-            if not _is_composer_schedule(scheduler):
+            if not is_composer_schedule(scheduler):
                 continue
             assert isinstance(scheduler, LambdaLR)
             fresh = [not hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas]
@@ -139,7 +139,7 @@ class EpochClock:
         if state.max_duration.unit == TimeUnit.EPOCH:
             steps = self._virtual(int(state.timestamp.batch_in_epoch) - 1) - self.batches_done
             for scheduler in state.schedulers:
-                if not _is_composer_schedule(scheduler) and _steps(scheduler) > self._steps_seen.get(id(scheduler), 0):
+                if not is_composer_schedule(scheduler) and _steps(scheduler) > self._steps_seen.get(id(scheduler), 0):
                     for _ in range(steps):
                         scheduler.step()
             self.batches_done += 1 + max(0, steps)

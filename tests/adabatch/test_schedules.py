@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from composer.core import DataSpec, Time, TimeUnit
+from composer.optim import LinearScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from composer_effalgos import AdaBatch, InputError
@@ -208,6 +210,17 @@ def test_one_learning_rate_rule_and_global_sizes_of_a_schedule():
 def test_sizes_that_the_data_set_does_not_have(make_trainer):
     with pytest.raises(InputError, match=r'^schedule: size 2: expected at most 203, with 203 samples in the data set, got 204'):
         make_trainer([AdaBatch(schedule='0:16 9ep:204')], max_duration='1ep').fit()
+
+
+@pytest.mark.parametrize('schedule', ['0:8 1ep:32', lambda progress: 32 if progress.batch < 3 else 8], ids=['string', 'function'])
+def test_batches_that_are_too_small_for_a_scheduler_that_counts_them(make_trainer, schedule):
+    def make(**arguments):
+        return make_trainer([AdaBatch(schedule=schedule)], max_duration='2ep', **arguments)
+
+    with pytest.raises(InputError, match=r"^schedule: expected sizes of at least the DataLoader's 16 per rank beside OneCycleLR.*, got 8;"):
+        make(scheduler_of=lambda o: OneCycleLR(o, 0.1, total_steps=26), step_schedulers_every_batch=True).fit()
+    make(scheduler_of=lambda o: OneCycleLR(o, 0.1, total_steps=52), step_schedulers_every_batch=True, batch_size=8).fit()
+    make(schedulers=LinearScheduler()).fit()
 
 
 def test_says_what_it_is():

@@ -1,0 +1,250 @@
+"""The critical batch size, measured: short runs at several batch sizes from one checkpoint (Merrill et al., arXiv 2505.23971)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
+from matplotlib.figure import Figure
+
+from composer_effalgos.adabatch.adabatch import AdaBatch
+from composer_effalgos.adabatch.progress import parse_time, progress_of
+from composer_effalgos.build import build_trainer
+from composer_effalgos.checks import LARGEST, check_number
+from composer_effalgos.components import Component
+from composer_effalgos.errors import InputError
+from composer_effalgos.files import read_text, whole_file
+from composer_effalgos.plan import Plan
+from composer_effalgos.recipe import Recipe
+
+NAME = 'critical_batch'
+_WINDOWS = (TimeUnit.EPOCH, TimeUnit.SAMPLE, TimeUnit.TOKEN)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A short run at one batch size.
+
+    Attributes:
+        size: Batch size over all ranks.
+        loss: Mean training loss over the second half of the window.
+        steps: Updates in the window.
+        seconds: Wall-clock seconds of the whole branch.
+    """
+
+    size: int
+    loss: float
+    steps: int
+    seconds: float
+
+
+class Window(Callback):
+    """Averages the training loss over the second half of a window of time that begins with ``fit``, and ends the run after it."""
+
+    def __init__(self, length: Time) -> None:
+        self.length = length
+        self.steps, self.loss, self._weight = 0, 0.0, 0.0
+        self.complete = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Notes where the window begins."""
+        self._start = self._before = progress_of(state).of(self.length.unit)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Adds a batch's loss, weighted by how much of it is in the second half."""
+        now = progress_of(state).of(self.length.unit)
+        if self.length.unit == TimeUnit.EPOCH:
+            now += int(state.timestamp.sample_in_epoch) / _epoch_samples(state)
+        half, end = self._start + self.length.value / 2, self._start + self.length.value
+        weight = max(0.0, min(now, end) - max(self._before, half))
+        self.steps += 1
+        if weight:
+            self._weight += weight
+            self.loss += (float(state.total_loss_dict['loss/train/total']) - self.loss) * weight / self._weight
+        self._before = now
+        self.complete = now >= end - 1e-9
+        if self.complete:
+            state.stop_training()
+
+
+def _epoch_samples(state: State) -> int:
+    plan = Plan.of(state).loader.plan
+    assert plan is not None
+    return plan.num_samples
+
+
+def critical_size(branches: Sequence[Branch], tolerance: float) -> int:
+    """The largest batch size up to which larger ones cost nothing.
+
+    Args:
+        branches: In ascending order of their sizes, of equally many samples each.
+        tolerance: By how much a branch's loss may be above the first one's.
+
+    Returns:
+        The last size whose loss, and that of all smaller ones, is within the tolerance.
+    """
+    largest = branches[0].size
+    for branch in branches[1:]:
+        if not branch.loss <= branches[0].loss + tolerance:
+            break
+        largest = branch.size
+    return largest
+
+
+def measure(
+    recipe: Recipe,
+    out: Path,
+    *,
+    checkpoint: Path | None = None,
+    window: str | int | Time = '1ep',
+    sizes: Sequence[int] = (),
+    tolerance: float = 0.01,
+    lr: str = 'auto',
+    progress: Callable[[str], None] = print,
+) -> int:
+    """Trains the branches that ``out`` does not hold yet, and writes the table, the numbers and a picture.
+
+    Every branch goes on from the same weights, optimizer state and samples, under the recipe's schedules, with a batch size of its own
+    and the learning rate that ``lr`` says for it.
+
+    Args:
+        recipe: The run. Its batch size is the one that its learning rate is meant for.
+        out: Folder for the branches and the results.
+        checkpoint: Where to branch off, saved at the end of an epoch or by a run with AdaBatch; ``None`` for the beginning of the run.
+        window: Length of a branch: epochs, samples or tokens.
+        sizes: Batch sizes over all ranks; by default the recipe's and 2, 4, 8 and 16 times that, as far as there are samples.
+        tolerance: By how much the training loss of a branch may be above that of the smallest size.
+        lr: As for :class:`~composer_effalgos.adabatch.AdaBatch`.
+        progress: Takes a line for each branch that ends.
+
+    Returns:
+        The critical batch size, over all ranks; the largest one measured where none costs anything.
+
+    Raises:
+        InputError: For an argument outside its range, a recipe or checkpoint that cannot be run, or an ``out`` with other branches.
+    """
+    length = parse_time('--window', window, _WINDOWS)
+    check_number('--tolerance', tolerance, least=0, most=LARGEST)
+    ordered = sorted(set(sizes)) or [recipe.dataset.batch_size * 2**power for power in range(5)]
+    if ordered[0] < 1 or len(ordered) < 2:
+        raise InputError(f'--size: expected at least two batch sizes from 1, got {ordered}')
+    key = _fingerprint(recipe, checkpoint, length, lr)
+    branches: list[Branch] = []
+    for size in ordered:
+        try:
+            branch = _branch(recipe, out, key, size, checkpoint, length, lr)
+        except InputError as error:
+            if sizes or len(branches) < 2 or 'schedule: size 1: expected at most' not in str(error):
+                raise
+            break  # a default size that there are too few samples for
+        progress(f'batch size {size}: loss {branch.loss:.4f} in {branch.steps} steps')
+        branches.append(branch)
+    critical = critical_size(branches, tolerance)
+    _write(out, branches, critical, tolerance, length)
+    return critical
+
+
+def _fingerprint(recipe: Recipe, checkpoint: Path | None, length: Time, lr: str) -> str:
+    """Names everything but the size that a branch depends on."""
+    found = None
+    if checkpoint is not None:
+        try:
+            found = [str(checkpoint.resolve()), checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
+        except OSError as error:
+            raise InputError(f'--checkpoint: {checkpoint}: expected a checkpoint, got none ({error.strerror})') from error
+    content = json.dumps([recipe.settings, found, length.to_timestring(), lr], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _branch(recipe: Recipe, out: Path, key: str, size: int, checkpoint: Path | None, length: Time, lr: str) -> Branch:
+    """One branch: read from ``out`` where it is finished, else trained."""
+    folder = out / f'size{size}'
+    done = folder / 'branch.json'
+    if done.exists():
+        try:
+            content = json.loads(read_text(done))
+            if content.pop('of') != key:
+                raise InputError(f'{out}: holds branches of another recipe, checkpoint, window or lr; give another --out')
+            return Branch(**content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f'{done}: expected a finished branch, got something else; remove it, or give another --out') from error
+    others = [component for component in recipe.algorithms if component.target is not AdaBatch]
+    adabatch = Component(f'{recipe.source}: --size', AdaBatch, {'schedule': f'0:{size}', 'lr': lr, 'global_sizes': True})
+    arguments = {name: value for name, value in recipe.trainer.items() if name not in ('autoresume', 'save_interval', 'load_path')}
+    arguments |= {'eval_interval': 0} | ({} if checkpoint is None else {'load_path': str(checkpoint)})
+    trainer = build_trainer(replace(recipe, run_name=folder.name, save_folder=str(out), algorithms=[*others, adabatch], trainer=arguments))
+    watch = Window(length)
+    trainer.state.callbacks.append(watch)
+    try:
+        trainer.fit()
+        seconds = trainer.state.timestamp.total_wct
+    finally:
+        trainer.close()
+    if not watch.complete:
+        raise InputError(f'--window: expected one that the rest of the run has room for, got {length.to_timestring()}')
+    branch = Branch(size, watch.loss, watch.steps, round(seconds.total_seconds(), 3) if seconds else math.nan)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(done) as unfinished:
+        unfinished.write_text(json.dumps({'of': key, **asdict(branch)}), encoding='utf-8')
+    return branch
+
+
+def table(branches: Sequence[Branch], critical: int) -> str:
+    """The branches as a Markdown table."""
+    lines = ['| batch size | loss | against the smallest | steps | seconds |', '|---|---|---|---|---|']
+    for branch in branches:
+        size = f'**{branch.size}**' if branch.size == critical else str(branch.size)
+        lines.append(f'| {size} | {branch.loss:.4f} | {branch.loss - branches[0].loss:+.4f} | {branch.steps} | {branch.seconds:.1f} |')
+    return '\n'.join(lines)
+
+
+def _write(out: Path, branches: Sequence[Branch], critical: int, tolerance: float, length: Time) -> None:
+    numbers: dict[str, Any] = {
+        'critical_batch_size': critical,
+        'largest_measured': branches[-1].size == critical,
+        'tolerance': tolerance,
+        'window': length.to_timestring(),
+        'branches': [asdict(branch) for branch in branches],
+    }
+    with whole_file(out / f'{NAME}.json') as unfinished:
+        unfinished.write_text(json.dumps(numbers, indent=2) + '\n', encoding='utf-8')
+    with whole_file(out / f'{NAME}.md') as unfinished:
+        unfinished.write_text(table(branches, critical) + '\n', encoding='utf-8')
+    figure = draw(branches, critical, tolerance)
+    with whole_file(out / f'{NAME}.svg') as unfinished, matplotlib.rc_context({'svg.hashsalt': NAME}):
+        figure.savefig(unfinished, format='svg', metadata={'Date': None})  # the same numbers give the same file
+
+
+def draw(branches: Sequence[Branch], critical: int, tolerance: float) -> Figure:
+    """Draws the loss of every branch over its batch size, with the tolerance as a band.
+
+    Args:
+        branches: The branches, in ascending order of their sizes.
+        critical: The critical batch size, marked by a line.
+        tolerance: Height of the band above the first loss.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(6.4, 4.0), layout='constrained')
+    axes = figure.subplots()
+    axes.set_xscale('log', base=2)
+    sizes = [branch.size for branch in branches]
+    axes.axhspan(branches[0].loss, branches[0].loss + tolerance, color='#1f4e9c', alpha=0.12, label='tolerance')
+    axes.plot(sizes, [branch.loss if math.isfinite(branch.loss) else math.nan for branch in branches], 'o-', color='#1f4e9c')
+    axes.axvline(critical, color='#c2411c', linestyle='--', label=f'critical batch size {critical}')
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel('batch size (all ranks)')
+    axes.set_ylabel('training loss after equally many samples')
+    axes.legend()
+    return figure
