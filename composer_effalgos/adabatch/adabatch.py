@@ -269,8 +269,8 @@ class AdaBatch(Algorithm):
         counting = [scheduler for scheduler in self._state.schedulers if not is_composer_schedule(scheduler)]
         if size < initial and counting and length is not None and length.unit == TimeUnit.EPOCH:
             raise InputError(
-                f"schedule: expected sizes of at least the DataLoader's {initial} per rank beside {type(counting[0]).__name__}, which counts "
-                f'batches, got {size}; give the DataLoader the smallest size, or take a Composer schedule'
+                f"schedule: expected sizes of at least the DataLoader's {initial} per rank beside {type(counting[0]).__name__}, which"
+                f' counts batches, got {size}; give the DataLoader the smallest size, or take a Composer schedule'
             )
 
     def _limit(self) -> tuple[float, str]:
