@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 		"error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; name another with make PYTHON=python3.11" % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo 'error: no virtual environment; on Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev,cords,streaming,notebooks,docs]'
+	$(BIN)/pip install --quiet -e '.[recipes,search,cords,streaming,notebooks,docs,dev]'
 	$(BIN)/pip install --quiet --no-deps cords==0.0.4 mosaicml-streaming==0.13.0
 	@touch $@
 

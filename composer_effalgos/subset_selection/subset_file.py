@@ -7,11 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,6 +17,9 @@ from torch.utils.data import Dataset
 from composer_effalgos.errors import InputError
 from composer_effalgos.files import whole_file
 from composer_effalgos.plan import class_labels
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ['SubsetFile', 'labels_digest', 'read_subset', 'write_subset']
 
@@ -59,6 +60,7 @@ def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Datas
     Raises:
         InputError: The file cannot be written.
     """
+    pa, pq = _parquet()
     order = indices.argsort()
     table = pa.table({'index': indices[order].numpy(), 'weight': weights[order].numpy().astype(np.float32)})
     known = {**facts, 'num_samples': len(dataset), 'labels': labels_digest(dataset)}  # type: ignore[arg-type]
@@ -82,6 +84,7 @@ def read_subset(path: Path) -> SubsetFile:
         InputError: No such file, another kind of file, a column missing or of another type, an index twice or below zero, a weight that is
             not a number from 0 on, weights that are all zero, or damaged metadata.
     """
+    _, pq = _parquet()
     if not path.is_file():  # a FIFO would be waited for
         raise InputError(f'path: {path}: no such file; effalgos select writes one')
     try:
@@ -140,10 +143,21 @@ def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
         raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
 
 
+def _parquet() -> tuple[Any, Any]:
+    """pyarrow, which training with another strategy does not need."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise InputError("path: expected pyarrow to be installed for subset files; pip install 'composer-effalgos[recipes]'") from error
+    return pyarrow, pyarrow.parquet
+
+
 def _column(path: Path, table: pa.Table, name: str, right: str) -> np.ndarray:
     if name not in table.column_names:
         raise InputError(f'path: {path}: no column {name!r} (found {", ".join(table.column_names)}); index and weight are right')
     column = table.column(name)
+    pa, _ = _parquet()
     allowed = pa.types.is_integer(column.type) or (right == 'numbers' and pa.types.is_floating(column.type))
     if column.null_count or not allowed:
         raise InputError(f'path: {path}: column {name!r} is {column.type} with {column.null_count} empty; {right}, none empty, are right')
