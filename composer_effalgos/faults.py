@@ -20,7 +20,7 @@ from composer_effalgos.errors import InputError, one_line
 if TYPE_CHECKING:
     from composer_effalgos.components import Component
 
-__all__ = ['blamed', 'explain', 'is_first_to_say', 'is_ours', 'print_any_text', 'said_by_another_rank']
+__all__ = ['blamed', 'explain', 'is_ours', 'print_any_text', 'said_by_another_rank', 'say_once']
 
 _LESS_MEMORY = 'too little memory; smaller sizes need less'
 # PyTorch raises these as plain RuntimeErrors
@@ -30,7 +30,7 @@ _KNOWN = {
     "can't allocate memory": _LESS_MEMORY,
     'by peer': 'another rank has stopped; the launcher shows its message',
 }
-_PATIENCE = timedelta(seconds=1)
+_PATIENCE = timedelta(seconds=3)  # by how much the ranks' paths to the same error differ
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -90,28 +90,35 @@ def _modules(error: BaseException) -> list[str]:
     return [frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
 
 
-def is_first_to_say(line: str) -> bool:
-    """Whether no other rank has said the same; rank 0, which holds the store that they agree through, gives the others a moment.
+def say_once(line: str) -> None:
+    """Prints an error, once for all the ranks that have the same one.
+
+    Rank 0 says it and ends, and the launcher then stops the others. They wait for that as long as rank 0 may be about to fail alike; where
+    it does not, the first of them says it.
 
     Args:
         line: What is to be said.
-
-    Returns:
-        True on one of the ranks that have this line. Before the ranks have met, on the first of each node: they read the same files.
     """
-    if dist.get_world_size() == 1:
-        return True
-    if not torch.distributed.is_initialized():
-        return dist.get_local_rank() == 0
+    rank = dist.get_global_rank()
+    if dist.get_world_size() > 1 and (rank > 0 or torch.distributed.is_initialized()) and not _is_first(line, rank):
+        return
+    print(f'error: {line}', file=sys.stderr, flush=True)
+
+
+def _is_first(line: str, rank: int) -> bool:
     try:
         store = _store()
+        store.set(f'fault of rank {rank}', line)
         first = store.add(f'fault: {line}', 1) == 1
-        store.set(f'fault of rank {dist.get_global_rank()}', line)
-    except RuntimeError:  # rank 0 has gone, and what it said may have been something else
+    except RuntimeError:  # rank 0, which holds the store, has not come or has gone
         return True
-    if dist.get_global_rank() == 0:
-        with contextlib.suppress(RuntimeError):  # the others train on until they miss this rank
-            store.wait([f'fault of rank {rank}' for rank in range(dist.get_world_size())], _PATIENCE)
+    if rank == 0:
+        return True
+    with contextlib.suppress(RuntimeError):
+        store.wait(['fault of rank 0'], _PATIENCE)
+        if store.get('fault of rank 0').decode() == line:
+            first = False
+            store.wait(['nothing'], _PATIENCE)  # ends with rank 0, whose exit status the launcher passes on if it is the first to end
     return first
 
 

@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from composer_effalgos.build import build_trainer
 from composer_effalgos.errors import InputError, one_line
-from composer_effalgos.faults import explain, is_first_to_say, print_any_text, said_by_another_rank
+from composer_effalgos.faults import explain, print_any_text, said_by_another_rank, say_once
 from composer_effalgos.files import read_text
 from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.recipe import Recipe, load_recipe
@@ -97,14 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        if said_by_another_rank():
+        line, status = explain(error) or ('', 1)
+        if status == 1 and said_by_another_rank():
             return 1
-        explained = explain(error)
-        if explained is None:
+        if not line:
             raise
-        line, status = explained
-        if is_first_to_say(line):
-            print(f'error: {line}', file=sys.stderr, flush=True)
+        say_once(line)
         return status
     return 0
 

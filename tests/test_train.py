@@ -336,11 +336,17 @@ def test_two_ranks_share_the_batch(recipe_file, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_ranks_refuse_once(recipe_file):
-    run = launch(2, recipe_file, 'dataset.batch_size=15')
+@pytest.mark.parametrize(
+    ('override', 'line'),
+    [('dataset.batch_size=15', 'dataset.batch_size: 15 is not divisible by the 2 ranks'), ('optimiser.lr=1', 'optimiser: unknown key')],
+)
+def test_two_ranks_refuse_once(recipe_file, override, line):
+    """After the ranks have met, and before."""
+    run = launch(2, recipe_file, override)
     assert run.returncode == 2
     assert (run.stdout + run.stderr).count('error: ') == 1
-    assert 'dataset.batch_size: 15 is not divisible by the 2 ranks' in run.stderr
+    assert line in run.stderr
+    assert 'Traceback' not in run.stdout + run.stderr
 
 
 @pytest.mark.distributed
