@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from composer_effalgos.errors import InputError
+
 
 @contextmanager
 def whole_file(target: Path, mark: str | None = None) -> Iterator[Path]:
@@ -21,7 +23,12 @@ def whole_file(target: Path, mark: str | None = None) -> Iterator[Path]:
 
     Yields:
         A path beside it, where nothing is.
+
+    Raises:
+        InputError: The target is a device, FIFO or socket, which a rename would replace.
     """
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise InputError(f'{target}: expected a regular file or a new name, got a device, FIFO or socket; give another path')
     unfinished = target.with_name(f'.{target.name}.{os.getpid() if mark is None else mark}')
     _remove(unfinished)
     try:

@@ -349,6 +349,10 @@ def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
     microbatch = trainer.get('device_train_microbatch_size')
     if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
         raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
+    for key in ('save_filename', 'save_latest_filename'):
+        name = trainer.get(key)
+        if name is not None and (Path(name).is_absolute() or '..' in Path(name).parts):
+            raise InputError(f'{source}: {key}: expected a name inside the folder of checkpoints, got {name!r}; set save_folder instead')
     for key in ('train_subset_num_batches', 'eval_subset_num_batches'):
         batches = trainer.get(key)
         if batches is not None and batches < 1 and batches != -1:

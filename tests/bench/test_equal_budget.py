@@ -53,7 +53,9 @@ def test_the_curve_is_not_extrapolated():
 def test_only_ratios_of_budgets_count_and_an_order_that_noise_turned_over_is_mended():
     baseline, method = cells(np.random.default_rng(4), 1.1, noise=0.003)
     found = equivalent_budget(baseline, method)
-    scaled = equivalent_budget([Cell(c.name, 7 * c.budget, c.quality) for c in reversed(baseline)], Cell('m', 7 * method.budget, method.quality))
+    scaled = equivalent_budget(
+        [Cell(c.name, 7 * c.budget, c.quality) for c in reversed(baseline)], Cell('m', 7 * method.budget, method.quality)
+    )
     assert scaled.value == pytest.approx(found.value)
     assert scaled.low == pytest.approx(found.low)
     baseline[2], baseline[3] = (Cell(a.name, a.budget, b.quality) for a, b in ((baseline[2], baseline[3]), (baseline[3], baseline[2])))

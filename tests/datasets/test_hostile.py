@@ -253,3 +253,11 @@ def test_what_is_written_appears_whole_or_not_at_all(tmp_path, mark):
         again.write_text('whole')
     assert (target.read_text(), victim.read_text()) == ('whole', 'mine')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['target', 'victim']
+
+
+def test_a_device_or_fifo_is_not_replaced_by_a_file(tmp_path):
+    target = tmp_path / 'fifo'
+    os.mkfifo(target)
+    with pytest.raises(InputError, match='expected a regular file or a new name'), whole_file(target):
+        pass
+    assert target.is_fifo()
