@@ -59,8 +59,10 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
     stops = {edge_of(tensors[position]): position for position in even if tensors[position].requires_grad}
     theirs: Gradients = {}
     for entry in entries_of(own):
-        found = pull(entry, stops, scale) if entry.requires_grad else {}
-        for position, gradient in _excerpts({stops[edge]: gradient for edge, gradient in found.items()}).items():
+        if not entry.requires_grad:
+            continue
+        # no name is given to a whole gradient, which may be as large as the logits, so that none outlives its excerpt
+        for position, gradient in _excerpts({stops[edge]: gradient for edge, gradient in pull(entry, stops, scale).items()}).items():
             theirs[position] = theirs[position] + gradient if position in theirs else gradient
     if any(len(tensors[position]) != len(probe.shares) for position in even):
         return Comparison([], f'read outputs that have not {len(probe.shares)} rows, one a sample')
