@@ -90,13 +90,14 @@ class WeightedLoss:
         """
         self._form, self._given = Called(per_sample_loss, 'per_sample_loss'), True
 
-    def require_per_sample(self, why: str) -> None:
-        """Says who needs the per-sample losses; checks begin anew.
+    def begin_fit(self) -> None:
+        """Before a fit: its first batch is checked."""
+        self._batches, self._check_due = 0, True
 
-        Args:
-            why: The algorithm, for messages.
-        """
-        self._user, self._batches, self._check_due = why.partition('(')[0], 0, True
+    @property
+    def check_due(self) -> bool:
+        """Whether the next loss of a training step is checked, which waits for the device."""
+        return self._check_due
 
     def per_sample(self, outputs: Any, batch: Any) -> Tensor:
         """The loss of each sample, differentiable; in a training step or outside.

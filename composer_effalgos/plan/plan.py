@@ -143,8 +143,8 @@ class Plan(Callback):
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
         loader = self.loader
         assert state.max_duration is not None
-        if self.loss is not None and self.loss.subscribers:
-            self.loss.require_per_sample(self._by_position[0])
+        if self.loss is not None:
+            self.loss.begin_fit()
         if state.max_duration.unit != TimeUnit.EPOCH and not self._duration_warned:
             self._duration_warned = True
             if self.selectors.prune:
@@ -329,13 +329,11 @@ class Plan(Callback):
 
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
-        if plan.kept_weights is not None:
-            if self.loss is None or not self._by_position:
-                raise InputError(
-                    "load_path: the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
-                    'algorithms, or from a checkpoint saved at the end of an epoch'
-                )
-            self.loss.require_per_sample(self._by_position[0])
+        if plan.kept_weights is not None and (self.loss is None or not self._by_position):
+            raise InputError(
+                "load_path: the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
+                'algorithms, or from a checkpoint saved at the end of an epoch'
+            )
         loader.set_plan(plan, int(state.timestamp.epoch), self._done)
         self._in_epoch = True
         state.set_dataloader(loader, state.dataloader_label)  # reads the epoch's new length

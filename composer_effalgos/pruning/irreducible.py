@@ -35,7 +35,6 @@ def irreducible_losses(
         InputError: Where the loader leaves samples out, or the loss has no per-sample form.
     """
     loss = WeightedLoss(model, per_sample_loss, user='irreducible_losses')
-    loss.require_per_sample('irreducible_losses')
     on = get_device(device)
     model = on.module_to_device(model).eval()
     losses = []

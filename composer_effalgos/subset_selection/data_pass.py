@@ -139,7 +139,6 @@ class DataPass:
     def _gradients_of(self, batches: Iterable[Any], linear_layer: bool, softmax: bool, errors: bool) -> Rows:
         per_sample: Callable[[Any, Any], Tensor] | None = _cross_entropy if errors else None
         if errors and not softmax:
-            self._loss.require_per_sample('SubsetSelection')
             per_sample = self._loss.per_sample
         gradients, labels = last_layer_gradients(
             self._state.model,

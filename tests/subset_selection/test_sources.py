@@ -533,14 +533,34 @@ def test_what_looks_at_embeddings_or_logits_needs_no_loss(fit, strategy, options
     assert torch.equal(*kept)
 
 
+class Unreadable(NoPerSample):
+    """The graph of its loss does not show the loss of each sample."""
+
+    def loss(self, outputs, batch):
+        return (outputs - nn.functional.one_hot(batch[1], 3)).abs().mean()
+
+
 @pytest.mark.parametrize('strategy', ['grand', 'gradmatch', 'herding'])
 def test_a_missing_per_sample_loss_names_this_algorithms_argument(fit, strategy):
     options = {'features': 'gradient'} if strategy == 'herding' else {}
-    with pytest.raises(InputError, match=r'SubsetSelection: NoPerSample.loss has no .*; pass SubsetSelection\(per_sample_loss=callable'):
-        fit(SubsetSelection(strategy, 0.3, **options), model=NoPerSample(), max_duration='1ep')
+    message = r"^Unreadable.loss: it takes no reduction='none'.*; pass SubsetSelection\(per_sample_loss=callable"
+    with pytest.raises(InputError, match=message):
+        fit(SubsetSelection(strategy, 0.3, **options), model=Unreadable(), max_duration='1ep')
     algorithm = SubsetSelection(strategy, 0.3, per_sample_loss=same_loss, **options)
-    fit(algorithm, model=NoPerSample(), max_duration='1ep')
+    fit(algorithm, model=Unreadable(), max_duration='1ep')
     assert len(algorithm.indices) == 61
+
+
+@pytest.mark.parametrize('strategy', ['grand', 'gradmatch'])
+def test_a_loss_read_from_the_graph_selects_what_the_same_loss_given_selects(fit, strategy):
+    kept = []
+    for given in (None, same_loss):
+        model = NoPerSample()
+        model.load_state_dict({'net.weight': torch.arange(24.0).sin().view(3, 8), 'net.bias': torch.zeros(3)})
+        algorithm = SubsetSelection(strategy, 0.3, '1ep', per_sample_loss=given)
+        fit(algorithm, model=model, max_duration='1ep')
+        kept.append(algorithm.indices)
+    assert torch.equal(*kept)
 
 
 def test_weights_near_the_end_of_float32(fit, tmp_path):
