@@ -24,10 +24,10 @@ from typing import Any
 
 import record
 
-from composer_effalgos.bench.runner import finished, run_jobs
-from composer_effalgos.bench.sweep import Job, Sweep
-from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.report.runner import finished, run_jobs
+from composer_effalgos.report.sweep import Job, Sweep
+from composer_effalgos.utils.errors import InputError
 
 NAMES = {'small': 'fixed small batch', 'adabatch': 'AdaBatch', 'large': 'fixed large batch'}
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import record
 
-from composer_effalgos.bench.equal_budget import Cell, equivalent_budget
-from composer_effalgos.bench.runner import FINISHED
-from composer_effalgos.bench.runs import Run, read_runs
-from composer_effalgos.errors import InputError
+from composer_effalgos.report.equal_budget import Cell, equivalent_budget
+from composer_effalgos.report.runner import FINISHED
+from composer_effalgos.report.runs import Run, read_runs
+from composer_effalgos.utils.errors import InputError
 
 BUDGETS: dict[str, Callable[[dict[str, Any]], float]] = {
     'CPU seconds': lambda summary: summary['totals']['train_cpu_seconds'],

@@ -45,8 +45,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.images import ImageArray, small_image_transform
 from composer_effalgos.loaders import LOADERS, DeviceDataLoader
 from composer_effalgos.models import build_model

@@ -19,8 +19,8 @@ import record
 import torch
 from torch.utils.data import DataLoader
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.packed import DESCRIPTION
 from composer_effalgos.loaders import DeviceDataLoader, FfcvDataLoader
 from composer_effalgos.models import build_model

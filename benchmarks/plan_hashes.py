@@ -23,8 +23,8 @@ from composer.core import Callback
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STORED = Path(__file__).resolve().parent / 'results' / 'plan_hashes.json'

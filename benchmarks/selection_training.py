@@ -32,10 +32,10 @@ from composer import Callback, Logger, State
 from composer.utils import reproducibility
 
 from composer_effalgos import SubsetSelection
-from composer_effalgos.build import build_trainer
 from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.recipe import load_recipe
-from composer_effalgos.settings import recipe_folder
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe
+from composer_effalgos.recipes.settings import recipe_folder
 
 TARGETS = {0.1: 0.13, 0.3: 0.33}  # budget: most time, as shares of full training
 STRATEGIES = ('glister', 'gradmatch', 'craig', 'random', 'adaptive-random')

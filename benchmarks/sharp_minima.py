@@ -17,13 +17,13 @@ from typing import Any
 
 import record
 
-from composer_effalgos.bench import Sweep, run_jobs
-from composer_effalgos.build import checkpoint_folder
-from composer_effalgos.errors import InputError
 from composer_effalgos.landscape import Settings, Study, interpolate
 from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.recipe import Recipe
-from composer_effalgos.settings import recipe_folder
+from composer_effalgos.recipes.build import checkpoint_folder
+from composer_effalgos.recipes.schema import Recipe
+from composer_effalgos.recipes.settings import recipe_folder
+from composer_effalgos.report import Sweep, run_jobs
+from composer_effalgos.utils.errors import InputError
 
 NETWORKS = ('c1', 'c2', 'vgg11_bn')
 

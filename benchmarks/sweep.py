@@ -25,12 +25,12 @@ from typing import Any
 import record
 from rich.console import Console
 
-from composer_effalgos.bench import load_sweep, markdown_table, read_runs, run_sweep, table_rows
-from composer_effalgos.bench.charts import published_for
-from composer_effalgos.bench.results import JSON
-from composer_effalgos.bench.runner import FINISHED
-from composer_effalgos.bench.table import PARITY, Row, note
-from composer_effalgos.errors import InputError
+from composer_effalgos.report import load_sweep, markdown_table, read_runs, run_sweep, table_rows
+from composer_effalgos.report.charts import published_for
+from composer_effalgos.report.results import JSON
+from composer_effalgos.report.runner import FINISHED
+from composer_effalgos.report.table import PARITY, Row, note
+from composer_effalgos.utils.errors import InputError
 
 
 def efficiency(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -11,16 +11,16 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from composer_effalgos.bench import Outcome, run_search, run_sweep, write_report
-from composer_effalgos.checks import check_number
-from composer_effalgos.convert import convert as write_converted
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.check import PORTION, check_images
-from composer_effalgos.errors import InputError
-from composer_effalgos.faults import explain, print_any_text
-from composer_effalgos.recipe import DatasetRecipe, load_recipe
-from composer_effalgos.selection import select_to_file
-from composer_effalgos.settings import SWEEPS, list_recipes, recipe_folder
+from composer_effalgos.datasets.convert import convert as write_converted
+from composer_effalgos.recipes.faults import explain, print_any_text
+from composer_effalgos.recipes.schema import DatasetRecipe, load_recipe
+from composer_effalgos.recipes.settings import SWEEPS, list_recipes, recipe_folder
+from composer_effalgos.report import Outcome, run_search, run_sweep, write_report
+from composer_effalgos.subset_selection.select_to_file import select_to_file
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 app = typer.Typer(name='effalgos', no_args_is_help=True, add_completion=False)
 

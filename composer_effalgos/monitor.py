@@ -19,9 +19,9 @@ import torch
 from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
 
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import whole_file
 from composer_effalgos.plan import EpochMetrics, Plan
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
 
 SUMMARY = 'summary.json'
 SCORE_EDGES = np.logspace(-6, 2, 65)  # of the histogram's bins: eight a factor of ten; the first and the last take what lies beyond

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from composer.utils import dist
 
-from composer_effalgos.build import build_trainer
-from composer_effalgos.errors import InputError, one_line
-from composer_effalgos.faults import explain, print_any_text, said_by_another_rank, say_once
-from composer_effalgos.files import read_text
 from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.recipe import Recipe, load_recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.faults import explain, print_any_text, said_by_another_rank, say_once
+from composer_effalgos.recipes.schema import Recipe, load_recipe
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line
 
 
 def train(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from composer_effalgos import AdaBatch
 from composer_effalgos.cli import app
 from composer_effalgos.datasets import build_dataset
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipes.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(

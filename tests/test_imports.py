@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'composer_effalgos'
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
 WITHOUT_DEPENDENCIES = {'cords', 'ffcv', 'mosaicml-streaming'}  # installed with --no-deps, see README.md
-ENTRANCES = ('composer_effalgos', 'composer_effalgos.functional', 'composer_effalgos.schedulers')
+ENTRANCES = ('composer_effalgos', 'composer_effalgos.functional', 'composer_effalgos.recipes.schedulers')
 
 USE_EVERY_ALGORITHM = """
 import sys

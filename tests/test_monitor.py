@@ -23,9 +23,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
-from composer_effalgos.errors import InputError
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import EpochMetrics
+from composer_effalgos.utils.errors import InputError
 
 EPOCH_KEYS = [
     'epoch',

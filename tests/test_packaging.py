@@ -32,7 +32,7 @@ def test_a_wheel_holds_the_package_and_the_recipes(wheel):
     assert recipes
     assert recipes <= names
     assert sources <= names
-    assert {'composer_effalgos/py.typed', 'composer_effalgos/pruning/infobatch.md', 'composer_effalgos/bench/report.html.j2'} <= names
+    assert {'composer_effalgos/py.typed', 'composer_effalgos/pruning/infobatch.md', 'composer_effalgos/report/report.html.j2'} <= names
     assert not [name for name in names if name.startswith(('tests/', 'benchmarks/', 'notebooks/'))]
 
 

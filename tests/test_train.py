@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from composer_effalgos import EfficiencyMonitor, InputError
-from composer_effalgos.build import build_trainer, check_checkpoint
-from composer_effalgos.recipe import load_recipe, parse_recipe
-from composer_effalgos.settings import list_recipes, recipe_folder
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.checkpoints import check_checkpoint
+from composer_effalgos.recipes.schema import load_recipe, parse_recipe
+from composer_effalgos.recipes.settings import list_recipes, recipe_folder
 from composer_effalgos.train import main
 
 RECIPE = """
@@ -112,7 +113,7 @@ def test_every_run_has_one_monitor(recipe_file):
 
 
 def test_half_precision_runs_in_full_precision_on_a_cpu_without_it(recipe_file, caplog, monkeypatch):
-    monkeypatch.setattr('composer_effalgos.build.has_bf16', lambda: False)
+    monkeypatch.setattr('composer_effalgos.recipes.build.has_bf16', lambda: False)
     trainer = build_trainer(load_recipe(recipe_file, ['precision=amp_bf16', 'device=cpu']))
     assert trainer.state.precision == 'fp32'
     assert [record.getMessage() for record in caplog.records if 'amp_bf16' in record.getMessage()] == [

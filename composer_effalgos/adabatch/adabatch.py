@@ -16,10 +16,10 @@ from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_
 from composer_effalgos.adabatch.progress import Progress, progress_of
 from composer_effalgos.adabatch.schedules import ScheduleLike, SizePolicy, find_schedule
 from composer_effalgos.adabatch.seesaw import Seesaw
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import BatchSize, Plan
 from composer_effalgos.plan.clock import is_composer_schedule
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 _LARGEST_FACTOR = 1e6  # no batch or learning rate is multiplied by more at once
 _SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by in all: float32 bears no more

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 
 from composer_effalgos.adabatch.adabatch import AdaBatch
 from composer_effalgos.adabatch.progress import parse_time, progress_of
-from composer_effalgos.build import build_trainer
-from composer_effalgos.checks import LARGEST, check_number
-from composer_effalgos.components import Component
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import read_text, whole_file
 from composer_effalgos.plan import Plan
-from composer_effalgos.recipe import Recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.components import Component
+from composer_effalgos.recipes.schema import Recipe
+from composer_effalgos.utils.checks import LARGEST, check_number
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text, whole_file
 
 NAME = 'critical_batch'
 _WINDOWS = (TimeUnit.EPOCH, TimeUnit.SAMPLE, TimeUnit.TOKEN)

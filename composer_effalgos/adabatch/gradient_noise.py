@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_effalgos.adabatch.progress import Progress
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
-from composer_effalgos.checks import LARGEST, check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan
+from composer_effalgos.utils.checks import LARGEST, check_number
+from composer_effalgos.utils.errors import InputError
 
 
 def noise_and_signal(

@@ -9,7 +9,7 @@ import torch
 from composer.core import State
 from torch.optim.lr_scheduler import LRScheduler
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 LR_RULES = ('none', 'sqrt', 'linear', 'auto')
 _ADAPTIVE = ('rmsprop', 'adagrad', 'adadelta', 'adafactor')  # no betas, but normalised by the gradient's size as Adam is

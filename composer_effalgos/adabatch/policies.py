@@ -8,7 +8,6 @@ events it gets and whose checkpoints hold its ``state_dict``.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +20,9 @@ from composer_effalgos.adabatch.progress import Progress, parse_time, times_pass
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.adabatch.watching import Watching
-from composer_effalgos.checks import LARGEST, check_number
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.checks import LARGEST, check_number
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
 
 Policy = Callable[[Progress], int]
 """``progress -> growths``: how often the batch should have grown by now. AdaBatch never shrinks it, except with
@@ -148,10 +148,9 @@ def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy | SizePolicy:
     arguments = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = arguments.pop('name', None)
     if not isinstance(name, str) or name not in POLICIES:
-        near = difflib.get_close_matches(str(name), POLICIES, n=1)
-        hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(POLICIES)}'
         raise InputError(
-            f"policy: must be a function of the progress, or a policy's name, alone or with its arguments, got {given!r}; {hint}"
+            f"policy: must be a function of the progress, or a policy's name, alone or with its arguments, got {given!r}; "
+            f'{did_you_mean(name, POLICIES)}'
         )
     try:
         return POLICIES[name](**arguments)

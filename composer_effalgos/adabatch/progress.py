@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from composer.core import State, Time, TimeUnit
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
 _SUFFIXES = {'K': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}

@@ -11,7 +11,7 @@ from typing import Any
 from composer.core import Time, TimeUnit
 
 from composer_effalgos.adabatch.progress import UNITS, Progress, parse_time, reached
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 _FORM = "'0:32 1ep:64 250ktok:96 2Mtok:256', pairs of a time and a batch size"
 _RAMP = "{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}"

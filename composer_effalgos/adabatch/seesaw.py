@@ -9,8 +9,8 @@ from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
 
 from composer_effalgos.adabatch.progress import Progress
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import is_composer_schedule
+from composer_effalgos.utils.errors import InputError
 
 _MOST_GROWTHS = 10_000  # what a rate of 0 asks for; the samples there are, or max_batch_size, allow fewer
 _SAME = 1e-6  # relative difference of two rates that are taken for the same

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from composer_effalgos.datasets.images import StoredImages, check_at_least, check_pixels, data_folder, decode_image, limited, open_image
 from composer_effalgos.datasets.packed import Description, class_names, pipeline
-from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import one_line
 
 RAW = 1  # ffcv's number for images that are stored as pixels
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos.datasets.images import with_transform
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 PORTION = 64  # images
 

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from composer_effalgos.datasets.images import ImageArray, Pixels, check_at_least, data_folder, decode_image, limited, small_image_transform
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 SIZE = 32
 

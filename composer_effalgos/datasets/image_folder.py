@@ -11,7 +11,6 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
-from composer_effalgos.components import did_you_mean
 from composer_effalgos.datasets.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -22,8 +21,9 @@ from composer_effalgos.datasets.images import (
     limited,
     small_image_transform,
 )
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import read_bytes
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_bytes
+from composer_effalgos.utils.text import did_you_mean
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, large_image_transform, limited
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 
 class ParquetImages(StoredImages):

@@ -22,7 +22,8 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
-from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import one_line
 
 Pixels = tuple[float, float, float]
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from composer_effalgos.datasets.images import StoredImages, check_at_least, check_pixels, data_folder, limited
 from composer_effalgos.datasets.mds_index import COMPRESSIONS, INDEX, check_index
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
-from composer_effalgos.errors import InputError, one_line, shown
-from composer_effalgos.files import read_bytes
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_bytes
+from composer_effalgos.utils.text import one_line, shown
 
 LABELS = 'labels.npy'
 _IMAGES = ('bytes', 'jpeg', 'png', 'pil', 'ndarray')

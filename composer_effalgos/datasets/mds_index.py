@@ -7,8 +7,9 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from composer_effalgos.errors import InputError, one_line, shown
-from composer_effalgos.files import read_text
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line, shown
 
 __all__ = ['COMPRESSIONS', 'INDEX', 'check_index']
 

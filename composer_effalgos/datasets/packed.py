@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
-from composer_effalgos.components import check_type, did_you_mean
 from composer_effalgos.datasets.cifar import cifar_transform
 from composer_effalgos.datasets.digits import digits_transform
 from composer_effalgos.datasets.images import large_image_transform
 from composer_effalgos.datasets.parquet import check_labels
-from composer_effalgos.errors import InputError, one_line, shown
-from composer_effalgos.files import read_text
+from composer_effalgos.recipes.arguments import check_type
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import did_you_mean, one_line, shown
 
 DESCRIPTION = 'dataset.json'
 _SMALL = {'cifar10': cifar_transform, 'cifar100': cifar_transform, 'digits': digits_transform}

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from composer_effalgos.components import did_you_mean
-from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean, one_line
 
 MOST_CLASSES = 2**20
 """Above all class counts in use: a label of 2**60 would otherwise ask for as many class names."""

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from composer_effalgos.components import check_arguments, did_you_mean
 from composer_effalgos.datasets.beton import beton
 from composer_effalgos.datasets.cifar import cifar10, cifar100
 from composer_effalgos.datasets.digits import digits
@@ -15,7 +14,9 @@ from composer_effalgos.datasets.image_folder import image_folder
 from composer_effalgos.datasets.image_parquet import image_parquet
 from composer_effalgos.datasets.mds import mds
 from composer_effalgos.datasets.synthetic import synthetic
-from composer_effalgos.errors import InputError
+from composer_effalgos.recipes.arguments import check_arguments
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
 
 Split = Literal['train', 'eval']
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 # Images and labels that fit in memory: float [B, ...] and int64 [B]
 Batches = Sequence[tuple[Tensor, Tensor]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.landscape.curve import Batches
+from composer_effalgos.utils.errors import InputError
 
 # Value and gradient of a function at a point
 Objective = Callable[[Tensor], tuple[float, Tensor]]

@@ -21,16 +21,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from composer_effalgos.build import build_network, build_split
-from composer_effalgos.components import Component, parameters
 from composer_effalgos.datasets import DATASETS
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import whole_file
 from composer_effalgos.landscape.curve import Batches, Point, alphas, evaluate, line
 from composer_effalgos.landscape.figure import draw
 from composer_effalgos.landscape.sharpness import as_vector, random_basis, sharpness, trainable, training_loss
 from composer_effalgos.models.pretrained import differences, read_weights
-from composer_effalgos.recipe import Recipe
+from composer_effalgos.recipes.arguments import parameters
+from composer_effalgos.recipes.build import build_network, build_split
+from composer_effalgos.recipes.components import Component
+from composer_effalgos.recipes.schema import Recipe
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
 
 NAME = 'interpolation'
 _MOST_ITERATIONS = 10_000

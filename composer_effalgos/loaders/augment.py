@@ -19,7 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from composer_effalgos.datasets.images import Cutout, Pixels
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIXED = (transforms.Resize, transforms.CenterCrop, v2.Resize, v2.CenterCrop)

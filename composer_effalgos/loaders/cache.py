@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from composer_effalgos.datasets.image_parquet import ParquetImages
-from composer_effalgos.errors import InputError, one_line
-from composer_effalgos.files import whole_file
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.text import one_line
 
 _FORMAT = 'decoded images 1'
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from composer_effalgos.datasets.images import with_transform
-from composer_effalgos.errors import InputError
 from composer_effalgos.loaders import cache as disk
 from composer_effalgos.loaders.augment import split_transform, steps_of, with_black_pixel
 from composer_effalgos.plan import DataPath, Reading
+from composer_effalgos.utils.errors import InputError
 
 # On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to so many bytes
 TOGETHER = 64 * 2**20  # bytes

@@ -19,9 +19,9 @@ from torchvision.transforms import v2
 
 from composer_effalgos.datasets.beton import Beton, check_beton, import_ffcv
 from composer_effalgos.datasets.images import decode_image
-from composer_effalgos.errors import InputError
 from composer_effalgos.loaders.augment import BatchTransform, random_bits, split_transform, steps_of, with_black_pixel
 from composer_effalgos.plan import DataPath, Reading, stream_seed
+from composer_effalgos.utils.errors import InputError
 
 TRIES = 10  # as torchvision's RandomResizedCrop
 

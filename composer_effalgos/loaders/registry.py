@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from torch.utils.data import Dataset
 
 from composer_effalgos.datasets.beton import Beton
-from composer_effalgos.errors import InputError
 from composer_effalgos.loaders.device import DeviceDataLoader
 from composer_effalgos.loaders.ffcv import FfcvDataLoader
 from composer_effalgos.plan import DataPath
+from composer_effalgos.utils.errors import InputError
 
 
 def device(

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 # Keras's, which the authors used
 _EPS = 1e-3

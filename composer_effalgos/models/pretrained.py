@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from composer_effalgos.errors import InputError, one_line
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import one_line
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ import timm
 import torchvision
 from torch import Tensor, nn
 
-from composer_effalgos.components import check_arguments, did_you_mean
-from composer_effalgos.errors import InputError
 from composer_effalgos.models import cifar, keskar
 from composer_effalgos.models.pretrained import load_file, load_weights
+from composer_effalgos.recipes.arguments import check_arguments
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     'resnet18_cifar': cifar.resnet18_cifar,

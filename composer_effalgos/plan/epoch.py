@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 BatchSize = int | Callable[[int, int], int]
 """Samples per rank and batch: a constant, or a function of (batch in epoch, samples of the epoch already planned)."""

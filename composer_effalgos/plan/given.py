@@ -12,11 +12,11 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, IterDataPipe
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, split_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.samples import Samples, StreamedSamples, is_streaming, iterates_as_usual, samples_of
 from composer_effalgos.plan.streams import BatchStream, WorkerStream
+from composer_effalgos.utils.errors import InputError
 
 _HORIZON = 256  # batches that a stream of unknown length is planned ahead, and as many again as there were
 

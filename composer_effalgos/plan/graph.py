@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 Edge = tuple[Any, int]
 """A node of the graph and which of its outputs: one tensor."""

@@ -11,11 +11,11 @@ from composer.core import State
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, plan_epoch, resize_rest, resume_epoch, split_batches, stream_seed
 from composer_effalgos.plan.paths import DataPath, Reading, WorkerPath
 from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
+from composer_effalgos.utils.errors import InputError
 
 
 def class_labels(dataset: Any) -> Tensor | None:

@@ -11,12 +11,12 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan.graph import OpaqueGraphError, edge_of
 from composer_effalgos.plan.outputs import NotReadableError, is_near, tensors_of, total_of, with_added
 from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['PerSampleLoss', 'WeightedLoss', 'per_sample_mean']
 

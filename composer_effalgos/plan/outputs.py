@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 
 class NotReadableError(InputError):

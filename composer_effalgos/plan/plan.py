@@ -13,7 +13,6 @@ from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail
 from composer_effalgos.plan.given import planned_loader
@@ -21,6 +20,7 @@ from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
+from composer_effalgos.utils.errors import InputError
 
 _ENDLESS = 2**62  # batches: the loader itself ends the epoch
 

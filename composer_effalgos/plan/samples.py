@@ -22,7 +22,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 _WAY_OUT = 'use shuffle=True or composer.utils.dist.get_sampler, and torch.utils.data.Subset to train on some samples only'
 

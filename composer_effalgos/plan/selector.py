@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 from composer.core import State
 from torch import Tensor
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 _TWICE = {
     'coarse': 'both pick the subset that the run trains on',

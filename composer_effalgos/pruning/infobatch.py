@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from composer_effalgos.checks import check_number
 from composer_effalgos.plan import PerSampleLoss
 from composer_effalgos.pruning.pruning import Pruning
 from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
+from composer_effalgos.utils.checks import check_number
 
 
 class InfoBatch(Pruning):

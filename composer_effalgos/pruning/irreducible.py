@@ -10,8 +10,8 @@ from composer.utils import get_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import PerSampleLoss, WeightedLoss, per_sample_mean
+from composer_effalgos.utils.errors import InputError
 
 
 def irreducible_losses(

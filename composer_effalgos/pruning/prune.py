@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 _BLOCK = 1 << 16  # random numbers that are drawn together, in the processor's cache
 

@@ -13,12 +13,12 @@ from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor
 
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Choice, PerSampleLoss, Plan, SampleRows, SampleTable, Selector, check_seed, class_labels, stream_seed
 from composer_effalgos.pruning.prune import finite_mean
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
 from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, find_rule
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 _STREAM = 10  # of random numbers, see stream_seed
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 Ratio = float | Mapping[float, float] | Sequence[tuple[float, float]] | Callable[[float], float]
 """A fraction in [0, 1), points ``(progress, fraction)``, or a function from progress to the fraction."""

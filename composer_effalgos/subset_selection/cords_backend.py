@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection.gradients import LastLayerGradients, preserve_rng
 from composer_effalgos.subset_selection.problem import Problem, Selection, Solver, seed_of, softmax_targets
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['INSTALL_COMMAND', 'solver']
 

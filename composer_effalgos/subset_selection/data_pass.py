@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import PlannedDataLoader, WeightedLoss, class_labels
 from composer_effalgos.subset_selection.gradients import NO_CLASS, WITHOUT_GRADIENTS, LastLayerGradients, labels_of, last_layer_gradients
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['DataPass', 'Found', 'Rows', 'training_data_spec']
 

@@ -12,7 +12,7 @@ from composer.algorithms.squeeze_excite import SqueezeExcite2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_gradients', 'preserve_rng']
 

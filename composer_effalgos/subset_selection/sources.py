@@ -13,8 +13,6 @@ from composer.core import DataSpec, State
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan, SampleRows, SampleTable, WeightedLoss
 from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Found, Rows, logits_and_classes
 from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
@@ -22,6 +20,8 @@ from composer_effalgos.subset_selection.problem import Selection
 from composer_effalgos.subset_selection.strategies import STRATEGIES, check_options, select_subset
 from composer_effalgos.subset_selection.strategies.milo import importance
 from composer_effalgos.subset_selection.subset_file import check_subset, read_subset
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['Occasion', 'Source', 'make_source']
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import whole_file
 from composer_effalgos.plan import class_labels
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_effalgos.adabatch.policies import parse_time
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_seed, stream_seed
 from composer_effalgos.subset_selection.data_pass import DataPass, Found
 from composer_effalgos.subset_selection.sources import Occasion, make_source
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 _STREAM = 11  # of random numbers, see stream_seed
 _HOLD_OUT_STREAM = 12

@@ -5,8 +5,8 @@ import pytest
 from composer_effalgos import InputError
 from composer_effalgos.adabatch import critical_batch
 from composer_effalgos.adabatch.critical_batch import Branch, critical_size, measure
-from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError
 from composer_effalgos.adabatch import Every, LossPlateau, Milestones, NoiseScale, Progress
-from composer_effalgos.recipe import parse_recipe
+from composer_effalgos.recipes.schema import parse_recipe
 
 
 def flat(nested: list[list[int]]) -> list[int]:

@@ -3,7 +3,7 @@ from collections import namedtuple
 
 import pytest
 
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 # A small network on generated images instead of a ResNet-18 on CIFAR-10
 SMALL = [

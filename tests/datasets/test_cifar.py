@@ -12,7 +12,7 @@ import torchvision
 
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.cifar import _CIFAR10, _CIFAR100
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 
 def _pixels(image: torch.Tensor, kind: object = _CIFAR10) -> np.ndarray:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.images import FORMATS, MOST_PIXELS, decode_image
-from composer_effalgos.errors import InputError
-from composer_effalgos.files import read_bytes, whole_file
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_bytes, whole_file
 from tests.fuzz.mutate import limit
 
 streaming = pytest.importorskip('streaming', reason='needs mosaicml-streaming; make setup installs it')

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 
 from composer_effalgos.datasets import build_dataset
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms._presets import ImageClassification
 
 from composer_effalgos.datasets import build_dataset
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 HUGGING_FACE = {'huggingface': json.dumps({'info': {'features': {'label': {'names': ['ant', 'bee', 'cow'], '_type': 'ClassLabel'}}}})}
 

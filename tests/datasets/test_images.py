@@ -18,7 +18,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.images import decode_image, large_image_transform, limited, small_image_transform
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'BMP', 'GIF', 'WEBP', 'JPEG'])

@@ -12,11 +12,11 @@ from composer.models import ComposerClassifier
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.images import decode_image
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import Plan, PlannedDataLoader, plan_epoch, resume_epoch
+from composer_effalgos.utils.errors import InputError
 
 streaming = pytest.importorskip('streaming', reason='needs mosaicml-streaming; make setup installs it')
 LIMIT = 200

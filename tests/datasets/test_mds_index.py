@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.mds_index import check_index
-from composer_effalgos.errors import InputError
+from composer_effalgos.utils.errors import InputError
 
 streaming = pytest.importorskip('streaming', reason='needs mosaicml-streaming; make setup installs it')
 from streaming.base.format import reader_from_json  # noqa: E402

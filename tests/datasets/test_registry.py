@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import DATASETS, build_dataset
-from composer_effalgos.errors import InputError
+from composer_effalgos.datasets.convert import convert
+from composer_effalgos.utils.errors import InputError
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from composer_effalgos.faults import explain
+from composer_effalgos.recipes.faults import explain
 from tests.fuzz.mutate import limit
 
 SECONDS = 20  # far above what any case takes, on a busy machine too

@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.images import FORMATS, decode_image
-from composer_effalgos.errors import InputError
 from composer_effalgos.loaders import cache
 from composer_effalgos.models.pretrained import read_checkpoint, read_weights
 from composer_effalgos.subset_selection.subset_file import check_subset, read_subset, write_subset
+from composer_effalgos.utils.errors import InputError
 from tests.fuzz.mutate import damage_bytes, damage_tree, deep, limit, odd_value
 
 SECONDS = 20  # far above what any case takes, on a busy machine too

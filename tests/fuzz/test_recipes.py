@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from composer_effalgos.bench import load_sweep
-from composer_effalgos.errors import InputError
-from composer_effalgos.recipe import Recipe, parse_recipe
-from composer_effalgos.settings import SWEEPS, list_recipes, read_settings, recipe_folder
+from composer_effalgos.recipes.schema import Recipe, parse_recipe
+from composer_effalgos.recipes.settings import SWEEPS, list_recipes, read_settings, recipe_folder
+from composer_effalgos.report import load_sweep
 from composer_effalgos.train import train
+from composer_effalgos.utils.errors import InputError
 from tests.fuzz.mutate import damage_tree
 from tests.fuzz.refused import SMALL, one_line_or_none
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.landscape import alphas, evaluate, line, on_the_line, reestimate_batch_norm
+from composer_effalgos.utils.errors import InputError
 
 
 def _data(samples: int, features: int, classes: int, batch: int) -> list[tuple[Tensor, Tensor]]:

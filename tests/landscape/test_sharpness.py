@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.landscape import box_maximum, random_basis, sharpness, training_loss
+from composer_effalgos.utils.errors import InputError
 
 
 def _bowl(curvature: Tensor, minimum: Tensor, floor: float = 0.3) -> Callable[[Tensor], tuple[float, Tensor]]:

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from composer_effalgos import cli
-from composer_effalgos.build import build_network
-from composer_effalgos.errors import InputError
 from composer_effalgos.landscape import Settings, Study, interpolate
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipes.build import build_network
+from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.train import train
+from composer_effalgos.utils.errors import InputError
 
 QUICK = Settings(points=4, batch_size=16, epsilons=(1e-3,), subspace=5, iterations=2)
 

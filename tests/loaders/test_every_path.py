@@ -10,8 +10,8 @@ from composer.models import ComposerClassifier
 from torch.utils.data import DataLoader
 
 from composer_effalgos import InfoBatch
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.loaders import DeviceDataLoader, FfcvDataLoader
 from composer_effalgos.plan import DataPath, PlannedDataLoader, plan_epoch, resume_epoch
 

@@ -15,11 +15,11 @@ from composer.models import ComposerClassifier
 from PIL import Image
 
 from composer_effalgos import AdaBatch, InfoBatch
-from composer_effalgos.convert import convert
 from composer_effalgos.datasets import build_dataset
-from composer_effalgos.errors import InputError
+from composer_effalgos.datasets.convert import convert
 from composer_effalgos.loaders import DeviceDataLoader, FfcvDataLoader
 from composer_effalgos.plan import PlannedDataLoader, Reading, plan_epoch, resume_epoch
+from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('ffcv', reason='needs ffcv; make setup-ffcv builds it')
 from composer_effalgos.loaders import ffcv as path_module

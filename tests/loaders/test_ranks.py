@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from composer_effalgos.convert import convert
+from composer_effalgos.datasets.convert import convert
 
 IMAGES = ['--images', '--loader', 'device']
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from composer_effalgos import InputError
-from composer_effalgos.build import build_trainer
 from composer_effalgos.loaders import DeviceDataLoader
 from composer_effalgos.plan import Plan
-from composer_effalgos.recipe import load_recipe, parse_recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe, parse_recipe
 from composer_effalgos.train import main
 
 DIGITS = {

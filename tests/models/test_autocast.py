@@ -69,8 +69,8 @@ def test_scores_are_within_bf16_rounding_and_a_resumed_run_keeps_the_same_sample
 
 @pytest.mark.parametrize('supported', [True, False])
 def test_recipes_use_it_where_the_cpu_has_bf16(supported, monkeypatch, caplog, tmp_path):
-    from composer_effalgos import build
-    from composer_effalgos.recipe import parse_recipe
+    from composer_effalgos.recipes import build
+    from composer_effalgos.recipes.schema import parse_recipe
 
     monkeypatch.setattr(build, 'has_bf16', lambda: supported)
     recipe = parse_recipe(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
+from composer_effalgos.utils.errors import InputError
 
 
 def _conv(inputs: int, outputs: int, kernel: int) -> int:

@@ -15,9 +15,9 @@ from composer.models import ComposerClassifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
 from composer_effalgos.models.pretrained import read_checkpoint, read_weights
+from composer_effalgos.utils.errors import InputError
 
 
 def _save_safetensors(state: dict[str, Tensor], folder: Path) -> Path:

@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torchvision.models._api import WeightsEnum
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.models import build_model
+from composer_effalgos.utils.errors import InputError
 
 
 @pytest.mark.parametrize(

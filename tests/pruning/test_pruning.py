@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from composer_effalgos import InfoBatch, InputError, Pruning, PruningRule, SubsetSelection
-from composer_effalgos.bench.report import write_report
-from composer_effalgos.bench.runs import read_runs
-from composer_effalgos.build import build_trainer
 from composer_effalgos.plan import Plan
 from composer_effalgos.pruning import RULES
 from composer_effalgos.pruning.irreducible import irreducible_losses
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe
+from composer_effalgos.report.page import write_report
+from composer_effalgos.report.runs import read_runs
 
 ROOT = Path(__file__).parents[2]
 

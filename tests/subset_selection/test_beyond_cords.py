@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.strategies import _equal_shares, select_subset
 from composer_effalgos.subset_selection.strategies.milo import importance
 from composer_effalgos.subset_selection.strategies.points import FEATURES, farthest_first, unit_length
+from composer_effalgos.utils.errors import InputError
 
 SUPERVISED = {'selection_type': 'Supervised'}
 

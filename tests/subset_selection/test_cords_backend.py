@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection import cords_backend
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.strategies import STRATEGIES, select_subset
+from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('cords')
 

@@ -14,7 +14,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, squeezenet1_1
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection.gradients import (
     NO_CLASS,
     LastLayerGradients,
@@ -23,6 +22,7 @@ from composer_effalgos.subset_selection.gradients import (
     last_layer_gradients,
     preserve_rng,
 )
+from composer_effalgos.utils.errors import InputError
 
 
 class Net(nn.Module):

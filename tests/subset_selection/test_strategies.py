@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch.nn.functional import one_hot
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.strategies import STRATEGIES, _shares, check_options, kernels, select_subset
 from composer_effalgos.subset_selection.strategies.gradmatch import matching_pursuit
+from composer_effalgos.utils.errors import InputError
 
 CASES = [(name, kind) for name, strategy in STRATEGIES.items() if 'torch' in strategy.backends for kind in strategy.selection_types]
 FUNCTIONS = ('facility-location', 'graph-cut', 'sum-redundancy', 'saturated-coverage')

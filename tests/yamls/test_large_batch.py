@@ -8,9 +8,9 @@ import pytest
 import torch
 import torchvision
 
-from composer_effalgos.bench import load_sweep
-from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import load_recipe
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe
+from composer_effalgos.report import load_sweep
 
 FOLDER = Path(__file__).parents[2] / 'yamls'
 

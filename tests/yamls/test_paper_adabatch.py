@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from composer_effalgos.bench.sweep import load_sweep
-from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import load_recipe
-from composer_effalgos.settings import list_recipes
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import load_recipe
+from composer_effalgos.recipes.settings import list_recipes
+from composer_effalgos.report.sweep import load_sweep
 
 FOLDER = Path(__file__).parents[2] / 'yamls'
 # first batch of AdaBatch, fixed small batch

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from composer_effalgos.build import build_trainer
-from composer_effalgos.recipe import Recipe, load_recipe
-from composer_effalgos.settings import list_recipes
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.schema import Recipe, load_recipe
+from composer_effalgos.recipes.settings import list_recipes
 
 FOLDER = Path(__file__).parents[2] / 'yamls'
 # data, model, InfoBatch or not: optimizer, peak learning rate, batch; as the reproduction's commands have them

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.pruning.rules.epsilon_greedy import EpsilonGreedyRule
 from composer_effalgos.pruning.rules.ies import IesRule
 from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
@@ -16,6 +14,8 @@ from composer_effalgos.pruning.rules.rho import RhoRule
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
 from composer_effalgos.pruning.rules.seta import SetaRule
 from composer_effalgos.pruning.rules.ucb import UcbRule
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
 
 __all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'find_rule']
 
@@ -45,9 +45,9 @@ def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:
     options = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = options.pop('name', None)
     if not isinstance(name, str) or name not in RULES:
-        near = difflib.get_close_matches(str(name), RULES, n=1)
-        hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(RULES)}'
-        raise InputError(f'rule: expected a PruningRule, or the name of one, alone or with its options, got {given!r}; {hint}')
+        raise InputError(
+            f'rule: expected a PruningRule, or the name of one, alone or with its options, got {given!r}; {did_you_mean(name, RULES)}'
+        )
     known = getattr(RULES[name], '__dataclass_fields__', {})
     unknown = next((option for option in options if option not in known), None)
     if unknown is not None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from composer_effalgos.checks import check_number
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, highest, num_kept
+from composer_effalgos.utils.checks import check_number
 
 
 @dataclass

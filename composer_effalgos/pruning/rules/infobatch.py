@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import PerSampleLoss, SampleRows, per_sample_mean
 from composer_effalgos.pruning.prune import checked_bands, prune
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 
 @dataclass

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from composer_effalgos.checks import check_number
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
 from composer_effalgos.subset_selection.data_pass import logits_and_classes
+from composer_effalgos.utils.checks import check_number
 
 
 @dataclass

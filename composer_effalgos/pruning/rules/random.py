@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from composer_effalgos.checks import check_number
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, num_kept
+from composer_effalgos.utils.checks import check_number
 
 
 @dataclass

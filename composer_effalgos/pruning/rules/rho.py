@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step, highest, num_kept
+from composer_effalgos.utils.errors import InputError
 
 
 @dataclass

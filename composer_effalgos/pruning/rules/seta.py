@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_effalgos.checks import check_number
-from composer_effalgos.errors import InputError
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Picks a weighted subset of a data set from its last-layer gradients."""
 
-import difflib
 import functools
 import numbers
 from collections.abc import Mapping
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_effalgos.checks import LARGEST, Range
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection import cords_backend
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection, Solver
@@ -29,6 +26,9 @@ from composer_effalgos.subset_selection.strategies.random import random_subset
 from composer_effalgos.subset_selection.strategies.ranking import RANKING_OPTIONS
 from composer_effalgos.subset_selection.strategies.submodular import FUNCTIONS, submodular
 from composer_effalgos.subset_selection.strategies.uncertainty import MEASURES, uncertainty
+from composer_effalgos.utils.checks import LARGEST, Range
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
 
 __all__ = ['BACKENDS', 'STRATEGIES', 'check_options', 'select_subset']
 
@@ -244,7 +244,7 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> d
     known = {**COMMON_OPTIONS, **spec.options}
     for name in options:
         if name not in known:
-            raise InputError(f'{name}: not an option of strategy {strategy}; {_nearest(name, known)}')
+            raise InputError(f'{name}: not an option of strategy {strategy}; {did_you_mean(name, known)}')
     settings = {**known, **options}
     if settings['selection_type'] is not None:
         _check_choice('selection_type', settings['selection_type'], spec.selection_types)
@@ -285,14 +285,7 @@ def _whole(value: Any) -> bool:
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in tuple(choices):
-        raise InputError(f'{name}: got {value!r}; {_nearest(value, choices)}')
-
-
-def _nearest(value: Any, choices: Any) -> str:
-    by_lower_case = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(str(value).lower(), list(by_lower_case), n=1)
-    suggestion = f'did you mean {by_lower_case[close[0]]}? ' if close else ''
-    return f'{suggestion}known: {", ".join(choices)}'
+        raise InputError(f'{name}: got {value!r}; {did_you_mean(value, choices)}')
 
 
 def _check_rows(

@@ -1,8 +1,8 @@
 """Forgetting: the samples that were learnt and lost again most often."""
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.ranking import by_rank
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['forgetting']
 

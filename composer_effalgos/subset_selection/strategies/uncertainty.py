@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from composer_effalgos.errors import InputError
 from composer_effalgos.subset_selection.problem import Problem, Selection, softmax_targets
 from composer_effalgos.subset_selection.strategies.ranking import by_rank
+from composer_effalgos.utils.errors import InputError
 
 __all__ = ['MEASURES', 'uncertainty']
 

@@ -1,0 +1,214 @@
+"""Write a data set as ffcv's ``.beton`` files or as MDS shards: ``effalgos convert``.
+
+Pixels are stored as the data set holds them: encoded files stay as they are, decoded images are stored without loss. What is there under
+its final name is whole: the rest is written beside it, under a name that begins with a dot, and the next attempt removes it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+
+from composer_effalgos.datasets import DATASETS, build_dataset
+from composer_effalgos.datasets.mds import LABELS
+from composer_effalgos.datasets.mds_index import INDEX
+from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
+from composer_effalgos.recipes.schema import load_recipe
+from composer_effalgos.recipes.settings import merge_settings
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.text import did_you_mean, one_line
+
+__all__ = ['FORMATS', 'convert']
+
+SPLITS = ('train', 'eval')
+
+
+def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_bytes: int = 1 << 26, shuffle: int | None = None) -> str:
+    """Convert both splits of a data set.
+
+    Args:
+        source: A recipe's file, or the name of a data set.
+        overrides: ``key=value`` settings: of the recipe, or options of the data set.
+        to: ``'ffcv'`` or ``'mds'``.
+        out: Folder to write into; ``train`` and ``eval`` (``.beton`` files, or folders of shards) must not be in it.
+        shard_bytes: Size at which a new shard begins, 1 to 2**32 - 1 (MDS counts in 32 bits).
+        shuffle: Write the training samples in a random order drawn with this seed, so that each shard holds all classes; ``None`` keeps
+            the order.
+
+    Returns:
+        What was written, in one line.
+
+    Raises:
+        InputError: Unknown names, data that cannot be read, output that is there or cannot be written.
+    """
+    if to not in FORMATS:
+        raise InputError(f'--to: {to!r} is no format; {did_you_mean(to, FORMATS)}')
+    write, ending = FORMATS[to]
+    targets = {split: out / f'{split}{ending}' for split in SPLITS}
+    for target in targets.values():
+        if target.exists():
+            raise InputError(f'{target} is there already; remove it or give another --out')
+    name, settings = _source(source, overrides)
+    datasets = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
+    if not hasattr(datasets['train'], 'stored'):
+        raise InputError(f'{source}: {name} holds no images: it makes them when they are read, so there is nothing to convert')
+    orders: dict[str, np.ndarray] = {split: np.arange(len(dataset)) for split, dataset in datasets.items()}  # type: ignore[arg-type]
+    if shuffle is not None:
+        orders['train'] = np.random.default_rng(shuffle).permutation(orders['train'])
+    labels = {split: torch.as_tensor(datasets[split].targets)[torch.from_numpy(orders[split])] for split in SPLITS}  # type: ignore[attr-defined]
+    described = Description.read(Path(settings['path'])) if name in ('beton', 'mds') else None
+    description = Description(
+        like=name if described is None else described.like,
+        classes=[str(label) for label in datasets['train'].classes],  # type: ignore[attr-defined]
+        labels={split: labels_digest(labels[split]) for split in SPLITS},
+    )
+    if Description.read(out) not in (None, description):
+        raise InputError(f'{out / DESCRIPTION} describes other data, or another order of them; give another --out')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            samples = Samples(datasets[split], orders[split], labels[split].tolist(), split)
+            with whole_file(targets[split], 'unfinished') as unfinished:
+                write(unfinished, samples, shard_bytes)
+        with whole_file(out / DESCRIPTION, 'unfinished') as unfinished:
+            unfinished.write_text(description.text(), encoding='utf-8')
+    except OSError as error:
+        raise InputError(f'{error.filename or out}: {error.strerror or one_line(error)}; nothing unfinished was kept') from error
+    return f'{out}: {len(orders["train"])} training and {len(orders["eval"])} evaluation samples of {source} as {to}'
+
+
+def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The name of the data set, and what it is built with."""
+    if source.endswith(('.yaml', '.yml')):
+        data = load_recipe(source, overrides).dataset
+        return data.name, {'path': data.path, **data.options}
+    if source not in DATASETS:
+        raise InputError(f'{source}: neither a recipe (*.yaml) nor a data set; {did_you_mean(source, DATASETS)}')
+    for override in overrides:
+        if '=' not in override:
+            raise InputError(f'{override}: expected key=value, an option of {source} such as path=data')
+    settings = merge_settings(source, {}, overrides, example='path=data')
+    for key in ('name', 'split'):
+        if key in settings:
+            raise InputError(
+                f'override {key!r}: {source} is converted, both splits of it; options of {source} are right, such as path=data'
+            )
+    return source, {str(key): value for key, value in settings.items()}
+
+
+class Samples:
+    """The stored images and labels of a split, in the order of writing.
+
+    Args:
+        dataset: Has ``stored(index)``.
+        order: Sample numbers, int64 ``[N]``.
+        labels: The labels in this order.
+        split: Name, for the progress bar.
+    """
+
+    def __init__(self, dataset: Any, order: np.ndarray, labels: Sequence[int], split: str) -> None:
+        self.dataset, self.order, self.labels, self.split = dataset, order, labels, split
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[bytes | np.ndarray, int]]:
+        pairs: Iterable[tuple[int, int]] = zip(self.order.tolist(), self.labels, strict=True)
+        if sys.stdout.isatty():
+            pairs = track(pairs, self.split, total=len(self), transient=True)
+        for index, label in pairs:
+            yield self.dataset.stored(index), label
+
+
+def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> None:
+    """Write MDS shards with the columns ``image`` (an encoded file's bytes; decoded images become PNG) and ``label``.
+
+    Args:
+        folder: A new folder.
+        samples: What to write.
+        shard_bytes: Size at which a new shard begins.
+
+    Raises:
+        InputError: mosaicml-streaming is missing.
+        OSError: The disk is full, or cannot be written.
+    """
+    try:
+        from streaming import MDSWriter
+    except ImportError as error:
+        raise InputError('--to mds needs mosaicml-streaming; `make setup` installs it') from error
+    writer = MDSWriter(out=str(folder), columns={'image': 'bytes', 'label': 'int'}, size_limit=shard_bytes)
+    try:
+        for image, label in samples:
+            writer.write({'image': image if isinstance(image, bytes) else _as_png(image), 'label': label})
+        writer.finish()
+    finally:
+        writer.executor.shutdown()
+    np.save(folder / LABELS, np.array(samples.labels, dtype=np.int64))
+    assert (folder / INDEX).exists()
+
+
+def _as_png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
+    """Write ffcv's file with the fields ``image`` and ``label``: JPEG files as they are, all other images as pixels.
+
+    ffcv's own writer hands the samples to processes, and waits for ever for one that a full disk has stopped; this is the same work with
+    the same parts in this process.
+
+    Args:
+        file: A new file.
+        samples: What to write.
+        shard_bytes: Of no use here.
+
+    Raises:
+        InputError: ffcv is missing, or an image is broken or too large for a page of the file.
+        OSError: The disk is full, or cannot be written.
+    """
+    from composer_effalgos.datasets.beton import check_beton, ffcv_field, import_ffcv
+
+    import_ffcv('--to ffcv')
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.writer import DatasetWriter, handle_sample
+
+    writer = DatasetWriter(str(file), {'image': RGBImageField(), 'label': IntField()}, num_workers=1)
+    fields = {'image': ffcv_field(), 'label': IntField()}
+    writer.num_samples = len(samples)
+    writer.prepare()
+    try:
+        metadata = np.zeros(len(samples), dtype=writer.metadata_type)
+        allocator = MemoryAllocator(str(file), writer.data_region_start, writer.page_size)
+        with allocator:
+            for number, sample in enumerate(samples):
+                try:
+                    handle_sample(sample, number, metadata.dtype.names, metadata, allocator, fields)
+                except ValueError as error:
+                    raise InputError(f'{samples.split}: sample {samples.order[number]}: {one_line(error)}') from error
+        writer.metadata_sm.buf[: metadata.nbytes] = metadata.tobytes()
+        writer.finalize([allocator.allocations])
+    finally:
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+    with file.open('rb') as written:
+        os.fsync(written.fileno())
+    try:
+        check_beton(file)
+    except InputError as error:  # an unbuffered write on a full disk may be cut off without an error
+        raise OSError(f'{file}: not written in full, the disk may be full') from error
+
+
+FORMATS: Mapping[str, tuple[Callable[[Path, Samples, int], None], str]] = {'ffcv': (write_beton, '.beton'), 'mds': (write_mds, '')}

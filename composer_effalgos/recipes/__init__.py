@@ -1,0 +1,1 @@
+"""Runs described in YAML: read, checked, built and resumed."""

@@ -1,0 +1,200 @@
+"""From a recipe to a Trainer that is ready to fit."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.loggers import TensorboardLogger
+from composer.models import ComposerClassifier, ComposerModel
+from composer.utils import dist, get_device, reproducibility
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MetricCollection
+
+from composer_effalgos.datasets import build_dataset
+from composer_effalgos.models import build_model
+from composer_effalgos.models.autocast import autocast_forward, has_bf16
+from composer_effalgos.monitor import EfficiencyMonitor
+from composer_effalgos.plan import Plan
+from composer_effalgos.recipes.checkpoints import check_loading, check_weights, checkpoint_folder, trainer_arguments
+from composer_effalgos.recipes.components import Component
+from composer_effalgos.recipes.faults import blamed
+from composer_effalgos.recipes.schema import Recipe
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import one_line
+
+__all__ = ['build_network', 'build_split', 'build_trainer']
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Build everything that a recipe names.
+
+    The order is that of the costs: what is quick to refuse is built first. The model's weights depend on the recipe's seed alone.
+
+    Args:
+        recipe: A checked recipe.
+
+    Returns:
+        The trainer; ``trainer.fit()`` trains, evaluates and writes ``summary.json``.
+
+    Raises:
+        InputError: The recipe cannot be run here; the message names its key.
+    """
+    device = Component(f'{recipe.source}: device', get_device, {'device': recipe.trainer.get('device')}).build()
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device, recipe.trainer.get('dist_timeout', 300.0))
+    on_gpu = device.name == 'gpu'
+    loads = check_loading(recipe)
+    saves = 'save_interval' in recipe.trainer or recipe.trainer.get('autoresume', False)
+
+    algorithms = [component.build() for component in recipe.algorithms]
+    callbacks = [component.build() for component in recipe.callbacks]
+    loggers = [_beside_the_summary(component, recipe).build() for component in recipe.loggers]
+    scheduler = recipe.scheduler.build() if recipe.scheduler is not None else None
+
+    train_set, eval_set = (build_split(recipe, split) for split in ('train', 'eval'))
+    train_loader = _loader(recipe, train_set, train=True, on_gpu=on_gpu)
+    eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
+    # a run without our algorithms is planned too: resumed within an epoch it reads nothing twice, and it can go shard by shard
+    if recipe.loader is not None or getattr(train_set, 'shard_starts', None) is not None:
+        callbacks.append(Plan())
+    callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
+
+    reproducibility.seed_all(recipe.seed)
+    model = build_network(recipe, train_set.num_classes)
+    optimizer = recipe.optimizer.build(model.parameters())
+
+    precision = _precision(recipe, model, on_gpu=on_gpu)
+    try:
+        trainer = Trainer(
+            model=model,
+            train_dataloader=train_loader,
+            eval_dataloader=eval_loader,
+            optimizers=optimizer,
+            schedulers=scheduler,
+            algorithms=algorithms,
+            callbacks=callbacks,
+            loggers=loggers,
+            max_duration=recipe.max_duration,
+            run_name=recipe.run_name,
+            seed=recipe.seed,
+            precision=precision,
+            **trainer_arguments(recipe),
+            save_folder=str(checkpoint_folder(recipe)) if saves else None,
+        )
+    except ZeroDivisionError as error:
+        if recipe.scheduler is None:
+            raise
+        times = ', '.join(f'{name}={value}' for name, value in recipe.scheduler.kwargs.items())
+        raise InputError(
+            f'{recipe.scheduler.key}: one of its times ({times}) is less than a batch of this run; longer ones are right'
+        ) from error
+    except Exception as error:
+        refused = recipe.refused(error)
+        if refused is None:
+            raise
+        if loads and isinstance(error, (KeyError, RuntimeError)) and blamed(error, recipe.components) is None:
+            # Composer finds out parameter by parameter, some of them only in the optimizer's state
+            raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
+        raise refused from error
+    if recipe.trainer.get('load_path') and not recipe.trainer.get('load_ignore_keys'):
+        check_weights(trainer, f'{recipe.source}: load_path', Path(recipe.trainer['load_path']))
+    return trainer
+
+
+def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
+    """TensorBoard's files go into the run's folder, where the recipe names no other."""
+    if logger.target is TensorboardLogger and 'log_dir' not in logger.kwargs:
+        return replace(logger, kwargs={'log_dir': str(recipe.run_folder / 'tensorboard'), **logger.kwargs})
+    return logger
+
+
+def build_split(recipe: Recipe, split: str) -> Any:
+    """Build one of a recipe's data sets.
+
+    Args:
+        recipe: A checked recipe.
+        split: ``'train'`` or ``'eval'``.
+
+    Returns:
+        What :func:`~composer_effalgos.datasets.build_dataset` returns.
+
+    Raises:
+        InputError: The data cannot be had.
+    """
+    data = recipe.dataset
+    component = Component(recipe.source, build_dataset, {'path': data.path, **data.options})
+    if dist.get_world_size() == 1:
+        return component.build(data.name, split)
+    # A download must not be made twice
+    with dist.run_local_rank_zero_first():
+        return component.build(data.name, split)
+
+
+def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool) -> DataLoader[Any]:
+    data = recipe.dataset
+    key, batch_size = 'batch_size', data.batch_size
+    if not train and data.eval_batch_size is not None:
+        key, batch_size = 'eval_batch_size', data.eval_batch_size
+    ranks, samples = dist.get_world_size(), len(dataset)  # type: ignore[arg-type]
+    if batch_size % ranks:
+        raise InputError(f'{recipe.source}: dataset.{key}: {batch_size} is not divisible by the {ranks} ranks')
+    if train and batch_size > samples:
+        raise InputError(f'{recipe.source}: dataset.batch_size: {batch_size} is larger than the data set of {samples} samples')
+    drop_last = train and data.drop_last
+    if recipe.loader is not None:
+        return recipe.loader.build(
+            dataset, train=train, batch_size=batch_size // ranks, drop_last=drop_last, seed=recipe.seed, num_workers=data.num_workers
+        )
+    return DataLoader(
+        dataset,
+        batch_size=batch_size // ranks,
+        sampler=dist.get_sampler(dataset, shuffle=train, drop_last=drop_last, seed=recipe.seed),
+        drop_last=drop_last,
+        num_workers=data.num_workers,
+        persistent_workers=data.num_workers > 0,
+        prefetch_factor=data.prefetch_factor,
+        pin_memory=on_gpu if data.pin_memory is None else data.pin_memory,
+    )
+
+
+def build_network(recipe: Recipe, num_classes: int) -> ComposerClassifier:
+    """Build a recipe's network, before any algorithm.
+
+    Args:
+        recipe: A checked recipe.
+        num_classes: Classes of the data set.
+
+    Returns:
+        The network with its cross-entropy and accuracy.
+
+    Raises:
+        InputError: The network cannot be built, or has fewer outputs than the data set has classes.
+    """
+    settings = recipe.model
+    if settings.num_classes is not None and settings.num_classes < num_classes:
+        raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
+    num_classes = settings.num_classes or num_classes
+    if num_classes < 2:
+        raise InputError(f'{recipe.source}: dataset: has one class; a classifier needs at least two')
+    component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})
+    train_metrics = None if settings.train_metrics else MetricCollection([])  # None: Composer's default, accuracy
+    return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes, train_metrics=train_metrics)
+
+
+def _precision(recipe: Recipe, model: ComposerModel, *, on_gpu: bool) -> str | None:
+    """Composer's precision; on a CPU fp32, with bfloat16 autocast around the model's forward pass where the recipe asks for it."""
+    if recipe.precision is None or on_gpu or recipe.precision == 'fp32':
+        return recipe.precision
+    if recipe.precision == 'amp_bf16' and has_bf16():
+        autocast_forward(model)
+    elif recipe.precision == 'amp_bf16':
+        log.warning('note: precision amp_bf16 needs a GPU or a CPU with AVX-512 BF16 or AMX; running in fp32')
+    else:
+        log.warning('note: precision %s needs a GPU; running in fp32', recipe.precision)
+    return 'fp32'

@@ -1,0 +1,386 @@
+"""Recipes: a run written down in YAML, read and checked as a whole before anything is built.
+
+The schema is this module's dataclasses for what is ours, and the signatures of the classes that a recipe names for everything else
+(see :mod:`composer_effalgos.recipes.components`), so a setting of Composer's needs no second definition here.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.core import Precision, Time, TimeUnit, ensure_time
+
+from composer_effalgos.datasets import DATASETS
+from composer_effalgos.loaders import GIVEN, LOADERS
+from composer_effalgos.models import MODELS
+from composer_effalgos.recipes import components
+from composer_effalgos.recipes.arguments import check_arguments, check_type, describe, parameters, takes_time
+from composer_effalgos.recipes.components import Component, find
+from composer_effalgos.recipes.faults import blamed, explain, is_ours
+from composer_effalgos.recipes.settings import MOST_LEVELS, TOO_DEEP, read_settings
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
+
+__all__ = [
+    'DatasetRecipe',
+    'ModelRecipe',
+    'Recipe',
+    'load_recipe',
+    'parse_recipe',
+]
+
+
+@dataclass(frozen=True)
+class DatasetRecipe:
+    """The ``dataset`` section; a key that is not listed here is an option of the data set itself.
+
+    Attributes:
+        name: A name that :func:`composer_effalgos.datasets.build_dataset` knows.
+        batch_size: Training samples in a step, over all ranks together.
+        path: Folder with the data, where the data set needs one.
+        eval_batch_size: Evaluation samples in a step, over all ranks; ``batch_size`` when null.
+        num_workers: Worker processes of each loader on each rank.
+        drop_last: Leave the last, smaller batch of an epoch out.
+        pin_memory: Page-locked batches; on exactly when training on a GPU when null.
+        prefetch_factor: Batches that a worker prepares ahead; the ``DataLoader``'s own default when null.
+        options: What goes to the data set.
+    """
+
+    name: str
+    batch_size: int
+    path: str | None = None
+    eval_batch_size: int | None = None
+    num_workers: int = 0
+    drop_last: bool = False
+    pin_memory: bool | None = None
+    prefetch_factor: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The ``model`` section; a key that is not listed here is an option of the model itself.
+
+    Attributes:
+        name: A name that :func:`composer_effalgos.models.build_model` knows.
+        num_classes: Outputs; as many as the data set has classes when null.
+        pretrained: True for the library's weights, or a file of weights.
+        train_metrics: Measure the accuracy on each training batch, as Composer does by default. It costs host time in every step (see
+            docs/data_paths.md), and on pruned or chosen samples it is not the training set's.
+        options: What goes to the model.
+    """
+
+    name: str
+    num_classes: int | None = None
+    pretrained: bool | str = False
+    train_metrics: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, checked: every name in it exists and every argument fits its signature.
+
+    Besides these keys a recipe may hold any other argument of :class:`composer.Trainer` (``device``, ``eval_interval``,
+    ``save_interval``, ``load_path``, ``autoresume``, ``device_train_microbatch_size``, ``progress_bar``, ...).
+
+    Attributes:
+        dataset: Data and how to batch it.
+        model: The network.
+        optimizer: ``name`` (torch's, Composer's and timm's) and its arguments.
+        max_duration: Length of training, as a time string or a number of epochs.
+        run_name: Name of the run and of its folder; the file's name without ending when not given.
+        seed: Seeds the weights, the order of the samples and every random draw.
+        precision: Composer's precision; what is not fp32 runs as fp32 on the CPU. Null: Composer's default for the device.
+        save_folder: The run's files go to ``<save_folder>/<run_name>``.
+        scheduler: ``name`` and arguments of a Composer schedule or ``one_cycle``.
+        loader: The data path, a name of :data:`composer_effalgos.loaders.LOADERS` alone or with its options; null, or ``workers`` in the
+            file, for worker processes.
+        algorithms: Names with arguments.
+        callbacks: Names with arguments.
+        loggers: Names with arguments.
+        trainer: The other arguments of the Trainer.
+        source: Name of the file, for messages.
+        settings: The recipe as plain data, overrides included.
+    """
+
+    dataset: DatasetRecipe
+    model: ModelRecipe
+    optimizer: Component
+    max_duration: str | int
+    run_name: str
+    seed: int = 17
+    precision: str | None = None
+    save_folder: str = 'runs'
+    scheduler: Component | None = None
+    loader: Component | None = None
+    algorithms: list[Component] = field(default_factory=list)
+    callbacks: list[Component] = field(default_factory=list)
+    loggers: list[Component] = field(default_factory=list)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    source: str = ''
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run's files go."""
+        return Path(self.save_folder) / self.run_name
+
+    @property
+    def components(self) -> list[Component]:
+        """Everything that it names beside data and model."""
+        schedule = [] if self.scheduler is None else [self.scheduler]
+        return [self.optimizer, *schedule, *self.algorithms, *self.callbacks, *self.loggers]
+
+    def refused(self, error: Exception) -> InputError | None:
+        """What another package's code raised in training, as bad input that names the component in whose code it was.
+
+        Args:
+            error: What was raised.
+
+        Returns:
+            The same in one line; None where it says enough by itself, or is a fault of this package.
+        """
+        if explain(error) is not None or is_ours(error):
+            return None
+        component = blamed(error, self.components)
+        return Component(self.source, Trainer, {}).refused(error) if component is None else component.refused(error)
+
+
+OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer', 'source', 'settings'))
+# What build_trainer sets, or what YAML cannot express
+NOT_FOR_RECIPES = {
+    'self', 'train_dataloader', 'train_dataloader_label', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithm_passes', 'profiler',
+    'load_object_store', 'console_stream', 'spin_dataloaders',
+}  # fmt: skip
+_FLOAT32_MAX = 3.4e38
+_SCHEDULE_UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
+_LONGEST_TEXT = 4000  # a path's length on Linux
+_LONGEST_NAME = 200  # bytes; file systems take 255, and files get endings
+_LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # of schedules, which divide by them
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key=value`` settings on top, in OmegaConf's dot notation.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: No such file, broken YAML, an unknown name or key, a missing or mistyped value.
+    """
+    path = Path(path)
+    settings = read_settings(path, overrides)
+    return parse_recipe(settings, source=str(path), run_name=path.stem)
+
+
+def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_name: str = 'run') -> Recipe:
+    """Check a recipe that is plain data already.
+
+    Args:
+        settings: The recipe's keys and values.
+        source: Begins every error message.
+        run_name: Name of the run where the settings give none.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: As :func:`load_recipe`.
+    """
+    trainer_hints = {name: item.hint for name, item in parameters(Trainer).items() if name not in NOT_FOR_RECIPES}
+    for key in settings:
+        if key not in OURS and key not in trainer_hints:
+            raise InputError(f'{source}: {key}: unknown key; {did_you_mean(str(key), {*OURS, *trainer_hints})}')
+        _check_values(f'{source}: {key}', settings[key])
+    for key in ('dataset', 'model', 'optimizer', 'max_duration'):
+        if settings.get(key) is None:
+            raise InputError(f'{source}: {key}: missing; every recipe needs it')
+
+    trainer = {key: value for key, value in settings.items() if key not in OURS}
+    for key, value in trainer.items():
+        check_type(f'{source}: {key}', value, trainer_hints[key])
+    _check_trainer(source, trainer)
+    hints = typing.get_type_hints(Recipe)
+    plain = {key: settings[key] for key in ('max_duration', 'run_name', 'seed', 'precision', 'save_folder') if key in settings}
+    for key, value in plain.items():
+        check_type(f'{source}: {key}', value, hints[key])
+    plain.setdefault('run_name', run_name)
+    _check_run_name(source, plain['run_name'])
+    if not 0 <= plain.get('seed', 0) < 2**32:
+        raise InputError(f'{source}: seed: expected 0 to 2**32 - 1, got {plain["seed"]}')
+    _check_duration(f'{source}: max_duration', plain['max_duration'])
+    if plain.get('precision') is not None:
+        find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
+
+    loader = settings.get('loader')
+    return Recipe(
+        dataset=_dataset(f'{source}: dataset', settings['dataset']),
+        model=_section(ModelRecipe, f'{source}: model', settings['model'], MODELS, given=('num_classes',)),
+        optimizer=_named(f'{source}: optimizer', 'optimizer', settings['optimizer'], components.optimizers(), given=('params',)),
+        scheduler=_scheduler(f'{source}: scheduler', settings.get('scheduler')),
+        loader=None if loader is None else _loader(f'{source}: loader', loader),
+        algorithms=_several(f'{source}: algorithms', 'algorithm', settings.get('algorithms'), components.algorithms()),
+        callbacks=_several(f'{source}: callbacks', 'callback', settings.get('callbacks'), components.callbacks()),
+        loggers=_several(f'{source}: loggers', 'logger', settings.get('loggers'), components.loggers()),
+        trainer=trainer,
+        source=source,
+        settings=dict(settings),
+        **plain,
+    )
+
+
+def _dataset(key: str, settings: Any) -> DatasetRecipe:
+    dataset: DatasetRecipe = _section(DatasetRecipe, key, settings, DATASETS, given=('split', 'path'))
+    if dataset.name not in DATASETS:
+        raise InputError(f'{key}.name: unknown data set; {did_you_mean(dataset.name, DATASETS)}')
+    limits = {'batch_size': (1, 2**40), 'eval_batch_size': (1, 2**40), 'num_workers': (0, 1024), 'prefetch_factor': (1, 1024)}
+    for name, (least, most) in limits.items():
+        value = getattr(dataset, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f'{key}.{name}: expected {least} to {most}, got {str(value)[:50]}')
+    if dataset.prefetch_factor is not None and dataset.num_workers == 0:
+        raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
+    return dataset
+
+
+def _loader(key: str, settings: Any) -> Component | None:
+    """The data path; None for worker processes, which the ``dataset`` section describes and which have no options here."""
+    settings = {'name': settings} if isinstance(settings, str) else settings
+    component = _named(key, 'loader', settings, {**LOADERS, 'workers': _workers}, given=GIVEN)
+    return None if component.target is _workers else component
+
+
+def _workers() -> None:
+    """Stands for worker processes among the loaders."""
+
+
+def _section(schema: type, key: str, settings: Any, builders: Mapping[str, Callable[..., Any]], given: Sequence[str]) -> Any:
+    """A mapping as the dataclass ``schema``; the keys that it does not list must be options of the builder that ``name`` names.
+
+    Of a builder that is not ours the options are not known before it is called.
+    """
+    check_type(key, settings, dict)
+    hints = typing.get_type_hints(schema)
+    listed = {item.name: item for item in fields(schema) if item.name != 'options'}
+    for name, item in listed.items():
+        if name in settings:
+            check_type(f'{key}.{name}', settings[name], hints[name])
+        elif item.default is MISSING:
+            raise InputError(f'{key}.{name}: missing; expected {describe(hints[name])}')
+    options = {str(name): value for name, value in settings.items() if name not in listed}
+    if settings['name'] in builders:
+        known = {name: item.hint for name, item in parameters(builders[settings['name']]).items() if name not in given}
+        for name, value in options.items():
+            if name not in known:
+                raise InputError(f'{key}.{name}: unknown key; {did_you_mean(name, {*listed, *known})}')
+            check_type(f'{key}.{name}', value, known[name])
+    return schema(options=options, **{name: value for name, value in settings.items() if name in listed})
+
+
+def _named(key: str, kind: str, settings: Any, known: Mapping[str, Any], *, given: Sequence[str] = ()) -> Component:
+    """``{name: x, **arguments}`` as a component."""
+    check_type(key, settings, dict)
+    if not isinstance(settings.get('name'), str):
+        raise InputError(f'{key}.name: missing; expected a string')
+    target = find(f'{key}.name: {settings["name"]}', kind, settings['name'], known)
+    arguments = {str(name): value for name, value in settings.items() if name != 'name'}
+    return Component(key, target, check_arguments(key, target, arguments, given=given))
+
+
+def _several(key: str, kind: str, settings: Any, known: Mapping[str, Any]) -> list[Component]:
+    """``{x: arguments, y: arguments}`` as components; null stands for no arguments."""
+    if settings is None:
+        return []
+    check_type(key, settings, dict)
+    found: list[Component] = []
+    for name, arguments in settings.items():
+        target = find(f'{key}.{name}', kind, str(name), known)
+        if any(item.target is target for item in found):
+            raise InputError(f'{key}.{name}: the same {kind} is named twice; keep one')
+        arguments = {} if arguments is None else arguments
+        check_type(f'{key}.{name}', arguments, dict)
+        found.append(Component(f'{key}.{name}', target, check_arguments(f'{key}.{name}', target, arguments)))
+    return found
+
+
+def _scheduler(key: str, settings: Any) -> Component | None:
+    """The schedule. Composer finds out about a time that it cannot use when it trains, and does not say which it was."""
+    if settings is None:
+        return None
+    component = _named(key, 'scheduler', settings, components.schedulers())
+    for name, value in component.kwargs.items():
+        if not takes_time(parameters(component.target)[name].hint):
+            continue
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            time = Time.from_timestring(text)
+            if time.unit not in _SCHEDULE_UNITS or time.value < 0 or (time.value == 0 and name in _LENGTHS):
+                units = ', '.join(f"'{unit.value}'" for unit in _SCHEDULE_UNITS)
+                least = 'a time above 0' if name in _LENGTHS else 'a time of at least 0'
+                raise InputError(f'{key}.{name}: expected {least} in one of the units {units}, got {text!r}')
+    return component
+
+
+def _check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
+    """Refuses NaN and what float32 cannot hold, wherever it stands: a run that meets it trains on and learns nothing."""
+    if levels == 0:
+        raise InputError(f'{key.split(".")[0]}: {TOO_DEEP}')
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_values(f'{key}.{name}', item, levels - 1)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_values(f'{key}[{number}]', item, levels - 1)
+    elif isinstance(value, str) and ('\0' in value or len(value) > _LONGEST_TEXT or value.encode(errors='replace').decode() != value):
+        raise InputError(f'{key}: expected valid Unicode of at most {_LONGEST_TEXT} characters without null, got {value[:50]!r}')
+    elif isinstance(value, (int, float)) and not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
+        raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {str(value)[:50]}')
+
+
+def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
+    """Refuses arguments that the Trainer takes and then fails with, or runs with to no purpose."""
+    microbatch = trainer.get('device_train_microbatch_size')
+    if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
+        raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
+    for key in ('save_filename', 'save_latest_filename'):
+        name = trainer.get(key)
+        if name is not None and (Path(name).is_absolute() or '..' in Path(name).parts):
+            raise InputError(f'{source}: {key}: expected a name inside the folder of checkpoints, got {name!r}; set save_folder instead')
+    for key in ('train_subset_num_batches', 'eval_subset_num_batches'):
+        batches = trainer.get(key)
+        if batches is not None and batches < 1 and batches != -1:
+            raise InputError(f'{source}: {key}: expected a number of batches from 1, or -1 for all, got {batches!r}')
+    for key, otherwise in (('eval_interval', 'or 0 for no evaluation'), ('save_interval', 'or no such key for no checkpoints')):
+        interval = trainer.get(key)
+        if interval is None or (interval == 0 and key == 'eval_interval'):
+            continue
+        if ensure_time(interval, TimeUnit.EPOCH).value <= 0:
+            raise InputError(f"{source}: {key}: expected a time above 0 such as '1ep', {otherwise}, got {interval!r}")
+
+
+def _check_run_name(source: str, run_name: str) -> None:
+    # The name becomes a folder below save_folder
+    plain = run_name.isprintable() and run_name.strip() and run_name not in ('.', '..') and not any(char in run_name for char in '/\\{}')
+    if not plain or len(run_name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f'{source}: run_name: expected a plain folder name of at most {_LONGEST_NAME} bytes, got {run_name[:80]!r} '
+            f'({len(run_name)} characters)'
+        )
+
+
+def _check_duration(key: str, duration: str | int) -> None:
+    try:
+        time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
+    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
+        raise InputError(f"{key}: expected a positive number of epochs, batches or samples such as '10ep', got {duration!r}")

@@ -1,0 +1,28 @@
+"""Sweeps of runs, their results and the report."""
+
+from composer_effalgos.report.bench import run_sweep
+from composer_effalgos.report.page import write_report
+from composer_effalgos.report.runner import Outcome, run_jobs
+from composer_effalgos.report.runs import Run, read_runs, read_summary
+from composer_effalgos.report.search import run_search
+from composer_effalgos.report.sweep import Job, Sweep, load_sweep
+from composer_effalgos.report.table import Row, markdown_table, note, rich_table, table_rows
+
+__all__ = [
+    'Job',
+    'Outcome',
+    'Row',
+    'Run',
+    'Sweep',
+    'load_sweep',
+    'markdown_table',
+    'note',
+    'read_runs',
+    'read_summary',
+    'rich_table',
+    'run_jobs',
+    'run_search',
+    'run_sweep',
+    'table_rows',
+    'write_report',
+]

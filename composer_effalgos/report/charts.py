@@ -1,0 +1,255 @@
+"""The report's charts, as data for plotly."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from composer_effalgos.report.runs import Run
+from composer_effalgos.report.table import Row
+
+# Okabe and Ito's colours, told apart by most colour-blind readers, in tones that stand out on white and on near-black alike.
+COLORS = ('#7f7f7f', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#b8860b', '#56b4e9', '#8a5cd1')
+DASHES = ('solid', 'dash', 'dot', 'dashdot')
+SHOWN = 8  # methods whose lines are there from the beginning
+MOST_HISTOGRAMS = 4  # charts of scores in a report
+_Values = Callable[[Run], list[Any]]
+
+
+def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The charts for rows: of runs by epoch, samples and seconds, of InfoBatch's scores, and beside what was published.
+
+    Args:
+        rows: Rows as :func:`~composer_effalgos.report.table.table_rows` gives them.
+
+    Returns:
+        For each chart its ``title``, the axes' ``x`` and ``y`` titles, what more plotly is to know of them (``xaxis``, ``yaxis``),
+        plotly ``traces``, and whether it has a ``legend`` of its own; charts without a value are left out.
+    """
+    drawn: list[tuple[str, str, str, _Values, _Values, str]] = [
+        ('Accuracy by training time', 'seconds of training', 'accuracy %', _seconds, _accuracy, 'linear'),
+        ('Accuracy by samples seen', 'samples seen', 'accuracy %', _samples, _accuracy, 'linear'),
+        ('Accuracy by epoch', 'epoch', 'accuracy %', _epochs, _accuracy, 'linear'),
+        ('Samples left out', 'epoch', '% of the full epoch', _epochs, _left_out, 'hv'),
+        ('Batch size', 'epoch', 'samples in a step, all ranks', _epochs, lambda run: _column(run, 'batch_size'), 'hv'),
+        ('Learning rate', 'epoch', 'learning rate at the epoch’s end', _epochs, lambda run: _column(run, 'lr'), 'linear'),
+        ('Selection time', 'epoch', 'seconds in the epoch', _epochs, lambda run: _column(run, 'selection_seconds'), 'hv'),
+    ]
+    shown = _shown(rows)
+    result = []
+    for title, x_title, y_title, x_of, y_of, shape in drawn:
+        traces = [
+            _trace(row, number, run, shown=row in shown) | {'x': x_of(run), 'y': y_of(run)}
+            for number, row in enumerate(rows)
+            for run in row.runs
+        ]
+        for trace in traces:
+            trace['line']['shape'] = shape
+            if y_of is not _accuracy:  # such lines often coincide: the later, thinner ones leave an edge of those below
+                trace['line']['width'] = max(1.5, 6 - 1.25 * int(trace['legendgroup']))
+        values = [value for trace in traces for value in trace['y']]
+        if all(value is None for value in values) or (title == 'Selection time' and not any(values)):
+            continue
+        axes: dict[str, Any] = {
+            'xaxis': {'rangemode': 'tozero'} if x_of is _seconds else _counts(traces, 'x'),
+            'yaxis': _counts(traces, 'y') if title == 'Batch size' else {'rangemode': 'tozero' if shape == 'hv' else 'normal'},
+        }
+        result.append({'title': title, 'x': x_title, 'y': y_title, 'traces': traces, 'legend': False} | axes)
+    return [*result, *_histograms(rows), *_beside_published(rows, shown)]
+
+
+@functools.cache
+def published() -> tuple[dict[str, Any], ...]:
+    """Accuracies and times that reproductions of the methods published, a record a run.
+
+    Returns:
+        Records with ``source``, ``method``, ``dataset`` and ``model`` as recipes name them, ``epochs``, ``seconds`` of training,
+        ``final_accuracy`` in percent or None, and ``accuracy`` in percent by epoch (empty where it is not known).
+    """
+    return tuple(json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8')))
+
+
+def published_for(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The published runs on the data sets and models of the rows.
+
+    Args:
+        rows: Rows of the table.
+
+    Returns:
+        Records as :func:`published` gives them.
+    """
+    ours = {_task(run) for row in rows for run in row.runs}
+    return [record for record in published() if (record['dataset'], record['model']) in ours]
+
+
+def _task(run: Run) -> tuple[Any, Any]:
+    recipe = run.summary['recipe']
+    dataset, model = (recipe.get(key) if isinstance(recipe.get(key), dict) else {} for key in ('dataset', 'model'))
+    # a part of the data is another task
+    return (None if dataset.get('limit') else dataset.get('name'), model.get('name'))
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """The rows to draw at first: all, or of many the baselines and the fastest to their accuracy, then the most accurate."""
+    if len(rows) <= SHOWN:
+        return list(rows)
+    order = sorted(rows, key=lambda row: ('baseline' not in row.method.lower(), -(row.speed_up or 0), -(row.accuracy or 0)))
+    return order[:SHOWN]
+
+
+def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
+    """How the line of a run looks, and what it says of itself."""
+    first = run is row.runs[0]
+    name = html.escape(row.method)  # plotly reads text as HTML
+    return {
+        'type': 'scatter',
+        'mode': 'lines+markers',
+        'name': name,
+        'showlegend': first,
+        'visible': shown,
+        'legendgroup': str(number),
+        'line': {'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
+        'marker': {'size': 4},
+        'opacity': 1.0 if first else 0.45,
+        'connectgaps': True,
+        'hovertemplate': f'{name}, seed {run.summary["seed"]}<br>%{{x}}: %{{y}}<extra></extra>',
+    }
+
+
+def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How InfoBatch's scores were spread, epoch by epoch, in the first run of each method that has any."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        kept = row.runs[0].summary.get('score_histograms')
+        if kept is None or len(found) == MOST_HISTOGRAMS:
+            continue
+        edges, entries = kept['edges'], [entry for entry in kept['epochs'] if sum(entry['counts'])]
+        traces: list[dict[str, Any]] = []
+        for place, entry in enumerate(entries):
+            total = sum(entry['counts'])
+            traces.append(
+                {
+                    'type': 'scatter',
+                    'mode': 'lines',
+                    'name': f'after epoch {entry["epoch"] + 1}',
+                    'showlegend': True,
+                    'visible': True,
+                    'legendgroup': f'epoch{entry["epoch"]}',
+                    'line': {'color': _blend(place / max(1, len(entries) - 1)), 'width': 2, 'shape': 'hv'},
+                    'x': [round(edge, 6) for edge in edges],
+                    'y': [round(100 * count / total, 3) for count in [*entry['counts'], entry['counts'][-1]]],
+                    'hovertemplate': f'epoch {entry["epoch"] + 1}<br>from %{{x}}: %{{y}} %<extra></extra>',
+                }
+            )
+        if traces:
+            filled = [place for trace in traces for place, value in enumerate(trace['y'][:-1]) if value]
+            ends = [edges[min(filled)], edges[max(filled) + 1]]
+            found.append(
+                {
+                    'title': f'Scores: {row.method}, seed {row.runs[0].summary["seed"]}',
+                    'x': 'score (last loss)',
+                    'y': '% of the samples',
+                    'xaxis': {
+                        'type': 'log',
+                        'range': [round(math.log10(edge), 4) for edge in ends],
+                        'tickvals': [10.0**power for power in range(-6, 3)],
+                        'ticktext': [f'{10.0**power:g}' for power in range(-6, 3)],
+                    },
+                    'yaxis': {'rangemode': 'tozero'},
+                    'traces': traces,
+                    'legend': True,
+                }
+            )
+    return found
+
+
+def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[str, Any]]:
+    """Our accuracies and published ones, each over its own share of training: they differ in length and hardware."""
+    theirs = [record for record in published_for(rows) if record['accuracy']]
+    tasks = {(record['dataset'], record['model']) for record in theirs}
+    found = []
+    for dataset, model in sorted(tasks):
+        ours = [
+            _trace(row, number, run, shown=row in shown)
+            | {'x': _progress(len(run.summary['epochs'])), 'y': _accuracy(run), 'showlegend': run is row.runs[0]}
+            for number, row in enumerate(rows)
+            for run in row.runs
+            if _task(run) == (dataset, model)
+        ]
+        records = [record for record in theirs if (record['dataset'], record['model']) == (dataset, model)]
+        lines = [
+            {
+                'type': 'scatter',
+                'mode': 'lines',
+                'name': f'published: {record["method"]}',
+                'showlegend': True,
+                'visible': True,
+                'legendgroup': f'published{number}',
+                'line': {'color': COLORS[-1 - number % len(COLORS)], 'dash': 'dot', 'width': 1.5},
+                'x': _progress(len(record['accuracy'])),
+                'y': record['accuracy'],
+                'hovertemplate': f'published: {record["method"]}, {record["epochs"]} epochs<br>%{{x}} %: %{{y}}<extra></extra>',
+            }
+            for number, record in enumerate(records)
+        ]
+        found.append(
+            {
+                'title': f'Beside published runs: {model} on {dataset}',
+                'x': '% of the run’s epochs',
+                'y': 'accuracy %',
+                'xaxis': {'rangemode': 'tozero'},
+                'yaxis': {'rangemode': 'normal'},
+                'traces': [*ours, *lines],
+                'legend': True,
+            }
+        )
+    return found
+
+
+def _blend(share: float) -> str:
+    """From light blue to vermilion, on white and near-black alike."""
+    start, end = (86, 180, 233), (213, 94, 0)
+    return '#' + ''.join(f'{round(low + share * (high - low)):02x}' for low, high in zip(start, end, strict=True))
+
+
+def _counts(traces: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """An axis of whole numbers: from zero, and never with a tick between two of them."""
+    return {'rangemode': 'tozero'} | ({'dtick': 1} if max(max(trace[key]) for trace in traces) < 10 else {})
+
+
+def _progress(epochs: int) -> list[float]:
+    return [round(100 * (epoch + 1) / epochs, 2) for epoch in range(epochs)]
+
+
+def _column(run: Run, key: str) -> list[Any]:
+    return [entry[key] for entry in run.summary['epochs']]
+
+
+def _epochs(run: Run) -> list[int]:
+    return [entry['epoch'] + 1 for entry in run.summary['epochs']]
+
+
+def _samples(run: Run) -> list[int]:
+    return list(accumulate(_column(run, 'samples')))
+
+
+def _seconds(run: Run) -> list[float]:
+    return [round(seconds, 3) for seconds in accumulate(_column(run, 'seconds'))]
+
+
+def _left_out(run: Run) -> list[float]:
+    """Full epochs are of one length, so the run's full samples over its epochs is what an epoch would have had."""
+    samples = _column(run, 'samples')
+    full = run.summary['totals']['samples_full'] / len(samples)
+    return [round(100 * (1 - value / full), 2) if full else 0.0 for value in samples]
+
+
+def _accuracy(run: Run) -> list[float | None]:
+    values = (entry.get('eval_accuracy') for entry in run.summary['epochs'])
+    return [None if value is None else round(100 * value, 4) for value in values]

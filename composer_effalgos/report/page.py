@@ -1,0 +1,96 @@
+"""A folder of runs as one HTML page that needs nothing else, and as a Markdown table."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from composer_effalgos.report.charts import charts, published_for
+from composer_effalgos.report.results import read_targets
+from composer_effalgos.report.runs import read_runs
+from composer_effalgos.report.table import Row, columns, markdown_table, note, table_rows
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
+
+log = logging.getLogger(__name__)
+
+
+def write_report(runs_dir: str | Path, out: str | Path | None = None, *, targets: Sequence[float] = ()) -> Path:
+    """Writes the report on every run in a folder, or on one run: an HTML page, and its table as Markdown beside it.
+
+    The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. A ``summary.json`` that
+    cannot be used is named in a warning and in the report, and left out.
+
+    Args:
+        runs_dir: The runs' ``save_folder``: one folder a run, each with its ``summary.json``; or a run's own folder.
+        out: Path of the page, ending in ``.html``; ``report.html`` in ``runs_dir`` when None. The Markdown goes beside it, as ``.md``.
+        targets: Accuracies in [0, 1] whose first epoch the table gives; where there are none, those of the folder's ``results.json``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: There is no usable run in ``runs_dir``, a target is no accuracy, or ``out`` cannot be written.
+    """
+    out = Path(runs_dir) / 'report.html' if out is None else Path(out)
+    if out.suffix.lower() not in ('.html', '.htm'):
+        raise InputError(f'{out}: the report is an HTML page; give a name that ends in .html')
+    if not all(0 < target <= 1 for target in targets):
+        raise InputError(f'target: expected accuracies in (0, 1], got {", ".join(map(str, targets))}')
+    runs, problems = read_runs(runs_dir)
+    for problem in problems:
+        log.warning('%s', problem)
+    rows = table_rows(runs, targets or read_targets(Path(runs_dir)))
+    pages = {out: _html(rows, problems), out.with_suffix('.md'): _markdown(rows, problems)}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in pages.items():
+            with whole_file(path) as unfinished:
+                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may hold half a surrogate pair
+    except OSError as error:
+        raise InputError(f'{out}: the report cannot be written ({error.strerror})') from error
+    return out
+
+
+def _stacks(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """Each machine and software stack in words, with the methods that ran on it."""
+    stacks: dict[str, list[str]] = {}
+    for row in rows:
+        for run in row.runs:
+            summary = run.summary
+            versions = ', '.join(f'{name} {version}' for name, version in summary['versions'].items())
+            words = f'{summary["device"]}, {summary["world_size"]} rank(s); {versions}'
+            methods = stacks.setdefault(words, [])
+            if row.method not in methods:
+                methods.append(row.method)
+    return list(stacks.items())
+
+
+def _html(rows: Sequence[Row], problems: Sequence[str]) -> str:
+    shown = columns(rows)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('composer_effalgos.report', '.'), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template('report.html.j2').render(
+        columns=[column.title for column in shown],
+        note=note(rows),
+        rows=[[(column.text(row), column.value(row)) for column in shown] for row in rows],
+        charts=charts(rows),
+        published=published_for(rows),
+        stacks=_stacks(rows),
+        runs=[(run.summary['run_name'], json.dumps(run.summary['recipe'], indent=2)) for row in rows for run in row.runs],
+        problems=problems,
+        # Inside a script element nothing may look like its end.
+        plotly=get_plotlyjs().replace('</script', '<\\/script'),
+    )
+
+
+def _markdown(rows: Sequence[Row], problems: Sequence[str]) -> str:
+    stacks = ''.join(f'- {words}: {len(methods)} method(s)\n' for words, methods in _stacks(rows))
+    left_out = ''.join(f'- {problem}\n' for problem in problems)
+    return f'{markdown_table(rows)}\n{note(rows)}\n\n{stacks}' + (f'\nLeft out:\n\n{left_out}' if problems else '')

@@ -1,0 +1,88 @@
+"""The results of runs as ``results.csv`` and ``results.json``, for other tools."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from composer_effalgos.report.runs import Run, first_above
+from composer_effalgos.report.table import Row
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text, whole_file
+
+CSV, JSON = 'results.csv', 'results.json'
+_TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+
+
+def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = (), about: dict[str, Any] | None = None) -> None:
+    """Writes ``results.csv``, a line a run, and ``results.json``, which has the methods' means, the runs and their epochs.
+
+    Args:
+        rows: Rows as :func:`~composer_effalgos.report.table.table_rows` gives them.
+        out: The folder.
+        targets: The accuracies whose first epoch the rows give.
+        about: What else to say at the top of ``results.json``.
+
+    Raises:
+        InputError: ``out`` cannot be written.
+    """
+    runs = [(row.method, run, _of_run(run, targets)) for row in rows for run in row.runs]
+    table = io.StringIO()
+    if runs:
+        writer = csv.DictWriter(table, ['method', *runs[0][2]], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows({'method': method, **values} for method, _, values in runs)
+    methods = [
+        {item.name: getattr(row, item.name) for item in fields(row) if item.name not in ('runs', 'reached', 'parity')}
+        | {'seeds': [run.summary['seed'] for run in row.runs]}
+        | {'reached': [vars(reached) for reached in row.reached], 'parity': row.parity and vars(row.parity)}
+        for row in rows
+    ]
+    content = {
+        'date': datetime.date.today().isoformat(),
+        **(about or {}),
+        'targets': list(targets),
+        'methods': methods,
+        'runs': [
+            {'method': method, **values} | {key: run.summary[key] for key in ('versions', 'recipe', 'epochs')}
+            for method, run, values in runs
+        ],
+    }
+    try:
+        for name, text in ((CSV, table.getvalue()), (JSON, json.dumps(content, indent=2) + '\n')):
+            with whole_file(out / name) as unfinished:
+                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may hold half a surrogate pair
+    except OSError as error:
+        raise InputError(f'{out}: the results cannot be written ({error.strerror})') from error
+
+
+def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:
+    summary = run.summary
+    found = {key: summary[key] for key in ('run_name', 'seed', 'device', 'world_size')}
+    found |= {'epochs_trained': len(summary['epochs'])} | {key: summary['totals'][key] for key in _TOTALS}
+    for target in targets:
+        epoch, seconds = first_above(run, target) or (None, None)
+        found |= {f'epoch_above_{target:g}': epoch, f'seconds_to_{target:g}': seconds}
+    return found
+
+
+def read_targets(folder: Path) -> list[float]:
+    """The targets that the folder's ``results.json`` gives; none where there is no such file.
+
+    Args:
+        folder: A folder of runs.
+
+    Returns:
+        Accuracies in [0, 1].
+    """
+    try:
+        targets = json.loads(read_text(folder / JSON))['targets']
+        return [float(target) for target in targets]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []

@@ -1,0 +1,387 @@
+"""Trains the runs of a sweep, and goes on where an earlier call stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.recipes.checkpoints import checkpoint_folder
+from composer_effalgos.report.runs import read_summary
+from composer_effalgos.report.sweep import Job
+from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line
+
+LOG, RECIPE, FINISHED, LOCK = 'train.log', 'recipe.yaml', 'finished', '.lock'
+TARGET = 'target'  # in a folder of effalgos search: the accuracy at which its runs were stopped
+GRACE = 30.0  # seconds for a run to end after SIGTERM, and for one that an earlier call left behind
+PORTION_OVER = 3  # the exit status where runs are left for the next call
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a sweep in this call.
+
+    Attributes:
+        failures: A line for each run that failed: its name and why.
+        pending: Names of the runs that are left for the next call.
+    """
+
+    failures: list[str]
+    pending: list[str]
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 where a run failed, 3 where some are left, else 0."""
+        return 1 if self.failures else PORTION_OVER if self.pending else 0
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    at_once: int = 1,
+    fresh: bool = False,
+    ranks: int = 1,
+    minutes: float | None = None,
+    keep_checkpoints: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Trains runs, each in a process of its own.
+
+    What is finished in ``out`` is kept. A run that was stopped goes on from its last checkpoint where its recipe has ``save_interval``,
+    else it starts anew. One that fails is named, and the others go on. What a run prints is in ``train.log`` in its folder. On the CPU a
+    run computes with one thread, or with as many as ``OMP_NUM_THREADS`` says.
+
+    Args:
+        jobs: The runs; their recipes' ``save_folder`` is ``out``.
+        out: The folder of the runs.
+        at_once: Runs side by side. They share the machine: compare their ``cpu_seconds``, not their ``seconds``.
+        fresh: Train everything anew and remove what earlier calls left of these runs.
+        ranks: Processes a run, one a GPU.
+        minutes: Stop after so many, from 0; the rest is left for the next call. None for no limit.
+        keep_checkpoints: Whether a finished run keeps its checkpoints; otherwise they are there for a run that is stopped alone.
+        console: Where progress goes; the standard output when None.
+
+    Returns:
+        What failed and what is left.
+
+    Raises:
+        InputError: ``minutes`` is no number from 0, ``out`` cannot be written, another call is at work in it, or it holds a run of the same
+            name with other settings.
+    """
+    deadline = deadline_in(minutes)
+    console = console or Console()
+    with locked(out) as lock:
+        if (out / TARGET).exists():
+            raise InputError(f'{out}: holds runs of effalgos search, which stops them early; give another --out')
+        for job in jobs:
+            prepare(job, fresh=fresh)
+        todo = [job for job in jobs if not finished(job)]
+        if len(todo) < len(jobs):
+            console.print(f'{len(jobs) - len(todo)} of {len(jobs)} runs are done already', highlight=False)
+        failures: list[str] = []
+        pending = [job.recipe.run_name for job in todo]
+        with _Meter(todo, console) as meter:
+            ended = train_jobs(todo, lock, at_once=at_once, ranks=ranks, deadline=deadline, enough=meter.update)
+            for number, (job, failure) in enumerate(ended, start=1 + len(jobs) - len(todo)):
+                name = job.recipe.run_name
+                pending.remove(name)
+                if failure:
+                    failures.append(f'{name}: {failure}')
+                    console.print(f'{name}: failed', highlight=False, markup=False)
+                else:
+                    if not keep_checkpoints:
+                        shutil.rmtree(checkpoint_folder(job.recipe), ignore_errors=True)
+                    console.print(f'[{number}/{len(jobs)}] {_result(job)}', highlight=False, markup=False, soft_wrap=True)
+                meter.end(job)
+    return Outcome(failures, pending)
+
+
+class _Meter:
+    """The progress bar: runs differ in length, so each counts by its epochs. The last hour says how long an epoch takes."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
+        text, clock = TextColumn('{task.description}', markup=False), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
+        self._progress = Progress(text, BarColumn(), TaskProgressColumn(), *clock, console=console, speed_estimate_period=3600.0)
+        self._task = self._progress.add_task('', total=sum(job.epochs or 1 for job in jobs), visible=bool(jobs))
+        self._done = 0
+        self._running: dict[str, int] = {}  # epochs so far, by the run's name
+
+    def __enter__(self) -> _Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, job: Job, epochs: Sequence[Any]) -> bool:
+        """Shows how far a run has come; no run of a sweep ends early."""
+        self._running[job.recipe.run_name] = min(len(epochs), job.epochs or 0)
+        self._show()
+        return False
+
+    def end(self, job: Job) -> None:
+        self._running.pop(job.recipe.run_name, None)
+        self._done += job.epochs or 1
+        self._show()
+
+    def _show(self) -> None:
+        completed = self._done + sum(self._running.values())
+        self._progress.update(self._task, completed=completed, description=', '.join(self._running))
+
+
+def deadline_in(minutes: float | None) -> float | None:
+    """The monotonic clock in so many minutes.
+
+    Args:
+        minutes: A number from 0; None for no deadline.
+
+    Raises:
+        InputError: It is no such number: NaN would never come, and neither would infinity.
+    """
+    if minutes is None:
+        return None
+    check_number('--minutes', minutes, least=0)
+    return time.monotonic() + 60 * minutes
+
+
+def finished(job: Job) -> bool:
+    """Whether a run has come to its end, in this call or an earlier one."""
+    return (job.recipe.run_folder / FINISHED).exists()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Makes ``out`` and holds it for this process and its runs; what a killed call left running is waited for.
+
+    Args:
+        out: The folder of the runs.
+
+    Yields:
+        The descriptor that holds the lock, for the runs to inherit.
+
+    Raises:
+        InputError: ``out`` cannot be written, or another call is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{out}: the folder cannot be made ({error.strerror})') from error
+    try:
+        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f'{out}: the folder is not writable ({error.strerror})') from error
+    try:
+        deadline = time.monotonic() + GRACE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise InputError(f'{out}: another sweep is at work in this folder; wait for it, or give another --out') from error
+                time.sleep(0.2)
+        yield file
+    finally:
+        os.close(file)  # the lock goes with the last process that holds the file
+
+
+def prepare(job: Job, *, fresh: bool = False) -> None:
+    """Makes sure that a run's folder is there for it alone, before anything is trained.
+
+    Args:
+        job: The run.
+        fresh: Remove what is in its folder.
+
+    Raises:
+        InputError: The folder is something else, or holds the same run with other settings: neither mixing nor replacing them is what
+            was asked for. The message names one of them.
+    """
+    folder = job.recipe.run_folder
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise InputError(f'{folder}: expected a folder, got something else; remove it, or give another --out')
+    if fresh:
+        _clear(folder)
+    path = folder / RECIPE
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        before = _flat(yaml.safe_load(read_text(path)))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f'{path}: expected the settings of an earlier run, got {one_line(error)}; remove it, or give --fresh') from error
+    now = _flat(job.recipe.settings)
+    for key in [*now, *before]:
+        if key != 'save_folder' and before.get(key) != now.get(key):
+            raise InputError(
+                f'{path}: {key}: {before.get(key)!r} there, {now.get(key)!r} now; give another --out, or --fresh to train these runs anew'
+            )
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
+    if not isinstance(settings, dict) or not settings:
+        return {prefix: settings}
+    return {key: value for name, item in settings.items() for key, value in _flat(item, f'{prefix}.{name}' if prefix else name).items()}
+
+
+class _Training:
+    """One run, or what is left of it, in a process of its own.
+
+    Args:
+        job: The run.
+        lock: What :func:`locked` gave.
+        ranks: Its processes.
+    """
+
+    def __init__(self, job: Job, lock: int, ranks: int) -> None:
+        self.job = job
+        self._folder = folder = job.recipe.run_folder
+        if not (checkpoint_folder(job.recipe) / 'latest-rank0.pt').exists():
+            _clear(folder)  # what a run left that cannot go on must not pass for this one
+        folder.mkdir(exist_ok=True)
+        (folder / RECIPE).write_text(yaml.safe_dump(job.recipe.settings, sort_keys=False), encoding='utf-8')
+        # Small networks do not share a step between threads with gain, and threads that wait for each other starve on a busy machine.
+        environment = {'OMP_NUM_THREADS': '1', **os.environ}
+        with (folder / LOG).open('a', encoding='utf-8') as stream:
+            self._process = subprocess.Popen(
+                _command(folder / RECIPE, ranks),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[lock],
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == 'linux' else None,
+            )
+
+    def poll(self, enough: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
+        """None while it runs; then what went wrong, or '' where all is well. Where ``enough`` is true of its epochs, it has ended well."""
+        status = self._process.poll()
+        reached = status is None and enough(self.job, _epochs(self._folder))
+        if status is None and not reached:
+            return None
+        self.stop()
+        if (reached or status == 0) and (self._folder / SUMMARY).is_file():
+            (self._folder / FINISHED).touch()
+            return ''
+        return f'{_last_line(self._folder / LOG, self._process.returncode)} (see {self._folder / LOG})'
+
+    def terminate(self) -> None:
+        """Asks it to end, its ranks too."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Ends it, by force after :data:`GRACE`."""
+        self.terminate()
+        try:
+            self._process.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def train_jobs(
+    jobs: Iterable[Job],
+    lock: int,
+    *,
+    at_once: int = 1,
+    ranks: int = 1,
+    deadline: float | None = None,
+    enough: Callable[[Job, list[dict[str, Any]]], bool],
+) -> Iterator[tuple[Job, str]]:
+    """Trains runs in turn, so many side by side.
+
+    Args:
+        jobs: The runs.
+        lock: What :func:`locked` gave.
+        at_once: How many run at the same time.
+        ranks: Processes a run.
+        deadline: When to stop those that run and start no more, on the monotonic clock.
+        enough: Sees a run's epochs in ``summary.json`` again and again; where it is true, the run has come to its end.
+
+    Yields:
+        Each run that has come to its end, and what went wrong with it; '' where all is well.
+    """
+    waiting, running = iter(jobs), list[_Training]()
+    try:
+        while deadline is None or time.monotonic() < deadline:
+            for job in itertools.islice(waiting, at_once - len(running)):
+                try:
+                    running.append(_Training(job, lock, ranks))
+                except OSError as error:  # a full disk, a folder that cannot be written
+                    yield job, f'{error.filename}: {error.strerror}'
+            if not running:
+                return
+            time.sleep(0.1)
+            for training in running[:]:
+                failure = training.poll(enough)
+                if failure is not None:
+                    running.remove(training)
+                    yield training.job, failure
+    finally:
+        for training in running:
+            training.terminate()
+        for training in running:
+            training.stop()
+
+
+def _command(recipe: Path, ranks: int) -> list[str]:
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, '-m', 'composer.cli', '-n', str(ranks)]
+    return [*launcher, '-m', 'composer_effalgos.train', str(recipe)]
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """A run does not outlive a sweep that was killed."""
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _epochs(folder: Path) -> list[dict[str, Any]]:
+    """The epochs that a run has written so far."""
+    try:
+        return read_summary(folder / SUMMARY)['epochs']
+    except (OSError, InputError):
+        return []
+
+
+def _last_line(log: Path, returncode: int) -> str:
+    lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
+    last = next((line.strip() for line in reversed(lines) if line.strip()), f'exit status {returncode}')
+    return last.removeprefix('error: ')
+
+
+def _result(job: Job) -> str:
+    totals = read_summary(job.recipe.run_folder / SUMMARY)['totals']
+    accuracy = '' if totals['eval_accuracy'] is None else f'accuracy {totals["eval_accuracy"]:.4f}, '
+    return f'{job.recipe.run_name}: {accuracy}{totals["saved_fraction"]:.1%} saved, {totals["train_seconds"]:.1f} s of training'

@@ -1,0 +1,177 @@
+"""Runs, read from their ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.utils.checks import Range
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line
+
+_NUMBERS = {
+    'epochs': ('epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'selection_seconds'),
+    'totals': (
+        'train_seconds',
+        'samples_seen',
+        'samples_full',
+        'samples_saved',
+        'saved_fraction',
+        'selection_seconds',
+        'peak_memory_bytes',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ``summary.json``.
+
+    Attributes:
+        folder: The run's folder, relative to the folder that was searched.
+        summary: The file's content, checked by :func:`read_runs`.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The run's name without its seed: ``digits_infobatch_seed17``, run with seed 17, is of ``digits_infobatch``."""
+        name, seed = self.summary['run_name'], self.summary['seed']
+        return re.sub(rf'[-_.](seed|s)?[-_=]?{seed}$', '', name, flags=re.IGNORECASE) or name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe without what tells one run of a method from another."""
+        return {key: value for key, value in self.summary['recipe'].items() if key not in ('run_name', 'seed', 'save_folder')}
+
+    @property
+    def task(self) -> str:
+        """Data set and its limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
+        recipe = self.summary['recipe']
+        dataset, model = (section if isinstance(section, dict) else {} for section in (recipe.get('dataset'), recipe.get('model')))
+        duration = recipe.get('max_duration')
+        duration = f'{duration}ep' if isinstance(duration, int) else duration  # a plain number is of epochs
+        return json.dumps([dataset.get('name'), dataset.get('limit'), model.get('name'), duration])
+
+
+def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
+    """Reads the ``summary.json`` of every run in a folder, or of a single run.
+
+    Args:
+        folder: The runs' ``save_folder``, with one folder a run (what lies deeper is not read), or a run's own folder.
+
+    Returns:
+        The runs in the order of their paths, and a line for each summary that cannot be used and is left out: which file, and why.
+
+    Raises:
+        InputError: The folder is missing or holds no usable summary.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f'{folder}: no such folder; give one that holds runs, each with a {SUMMARY}')
+    runs, problems = [], []
+    own = folder / SUMMARY
+    for path in [own] if own.exists() else sorted(folder.glob(f'*/{SUMMARY}')):
+        try:
+            runs.append(Run(path.parent.relative_to(folder), read_summary(path)))
+        except InputError as error:
+            problems.append(str(error))
+    if not runs:
+        raise InputError(
+            problems[0] if problems else f'{folder}: no {SUMMARY} in any folder in it; train a recipe with save_folder={folder} first'
+        )
+    return runs, problems
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Reads one ``summary.json``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, of which the table and the report can use every part.
+
+    Raises:
+        InputError: It is missing, or no summary.
+    """
+    try:
+        summary = json.loads(read_text(path))
+        _check(summary)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise InputError(f'{path}: not the summary of a run: {reason}') from error
+    return summary
+
+
+def first_above(run: Run, target: float) -> tuple[int, float] | None:
+    """When a run first got above an accuracy.
+
+    Args:
+        run: The run.
+        target: The accuracy, in [0, 1].
+
+    Returns:
+        The number of the first epoch at whose end it was above, from 1, and the seconds of training to there; None where it never was.
+    """
+    epochs = run.summary['epochs']
+    for entry, seconds in zip(epochs, accumulate(entry['seconds'] for entry in epochs), strict=True):
+        if entry.get('eval_accuracy') is not None and entry['eval_accuracy'] > target:
+            return entry['epoch'] + 1, seconds
+    return None
+
+
+def _check(summary: Any) -> None:
+    """Raises ValueError, with the reason, unless the table and the report can use the summary."""
+    if not isinstance(summary, dict):
+        raise ValueError('it holds no JSON object')
+    kinds = {
+        'run_name': str,
+        'recipe': dict,
+        'seed': int,
+        'world_size': int,
+        'device': str,
+        'versions': dict,
+        'epochs': list,
+        'totals': dict,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(summary.get(key), kind):
+            raise ValueError(f'{key!r} is missing or not {kind.__name__}')
+    for section in ('dataset', 'model'):
+        settings = summary['recipe'].get(section)
+        if isinstance(settings, dict) and not isinstance(settings.get('name'), str | None):
+            raise ValueError(f"'recipe': {section}.name must be a string")
+    if 'score_histograms' in summary:
+        _check_histograms(summary['score_histograms'])
+    if not summary['epochs']:
+        raise ValueError('no epoch has finished')
+    for part, entries in (('epochs', summary['epochs']), ('totals', [summary['totals']])):
+        for entry in entries:
+            if not isinstance(entry, dict) or any(not _is_number(entry.get(key)) for key in _NUMBERS[part]):
+                raise ValueError(f'{part!r}: each of {", ".join(_NUMBERS[part])} must be a number')
+            if 'eval_accuracy' not in entry or not (entry['eval_accuracy'] is None or _is_number(entry['eval_accuracy'])):
+                raise ValueError(f"{part!r}: 'eval_accuracy' must be a number or null")
+
+
+def _check_histograms(histograms: Any) -> None:
+    """Raises ValueError unless the scores' histograms, an extra of runs with InfoBatch, can be drawn."""
+    edges, entries = (histograms.get(key) if isinstance(histograms, dict) else None for key in ('edges', 'epochs'))
+    if not isinstance(edges, list) or not isinstance(entries, list) or not all(_is_number(edge) and edge > 0 for edge in edges):
+        raise ValueError("'score_histograms' must have 'edges' and 'epochs'")
+    for entry in entries:
+        counts = entry.get('counts') if isinstance(entry, dict) else None
+        if not isinstance(counts, list) or len(counts) != len(edges) - 1 or not all(map(_is_number, [entry.get('epoch'), *counts])):
+            raise ValueError("'score_histograms': each epoch needs its number and a count a bin")
+
+
+def _is_number(value: Any) -> bool:
+    return value in Range()

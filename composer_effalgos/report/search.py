@@ -1,0 +1,266 @@
+"""Finds the combination of settings that reaches an accuracy soonest, by search."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.report.runner import TARGET, Outcome, deadline_in, finished, locked, prepare, train_jobs
+from composer_effalgos.report.runs import Run, first_above, read_summary
+from composer_effalgos.report.sweep import Job, Sweep, combine, load_sweep
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text, whole_file
+from composer_effalgos.utils.text import one_line
+
+BEST = 3  # combinations that go into best.yaml
+_NEVER = 1e9  # seconds of a run that did not get there: more than any that did
+_REPEATS = 10  # suggestions in a row that are known already, before one is drawn at random from the rest
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination, trained until it got there, or could not win any more.
+
+    Attributes:
+        name: The combination's name: those of its choices that have settings.
+        choices: The choice taken on each axis.
+        epoch: The first epoch above the target, from 1; None where it was not reached.
+        seconds: Seconds of training to that epoch's end; None likewise.
+        accuracy: The best accuracy seen, in [0, 1]; None where none was measured.
+        epochs: Epochs trained.
+        stopped: Whether it was stopped because it had taken longer than the best one.
+    """
+
+    name: str
+    choices: dict[str, str]
+    epoch: int | None
+    seconds: float | None
+    accuracy: float | None
+    epochs: int
+    stopped: bool
+
+    @property
+    def cost(self) -> float:
+        """What the search minimises: the seconds to the target, or for want of those how much of the accuracy is missing."""
+        return _NEVER * (2 - (self.accuracy or 0.0)) if self.seconds is None else self.seconds
+
+
+def run_search(
+    path: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    target: float | None = None,
+    trials: int = 30,
+    seed: int = 17,
+    minutes: float | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Searches the combination of choices that first gets above an accuracy, in seconds of training.
+
+    Optuna's tree-structured Parzen estimator suggests combinations, the first choices of all axes to begin with. A run ends as soon as it
+    is above the target, and as soon as it has taken as long as the best one so far: it cannot win any more. What has been trained is kept:
+    the same call goes on, and a larger ``trials`` searches further. Times are compared, so nothing else should run on the machine.
+
+    ``search.json`` and ``search.md`` list the trials; ``best.yaml`` is a sweep of the first choices and the best combinations with three
+    seeds, to confirm with ``effalgos bench`` what a single seed found.
+
+    Args:
+        path: A sweep with ``search:`` axes.
+        out: Folder of the runs and results; ``runs/<name of the sweep>`` when None.
+        overrides: ``key=value`` settings on top of every recipe.
+        target: The accuracy, in [0, 1]; the last of the sweep's ``targets`` when None.
+        trials: How many combinations to train.
+        seed: Seeds the search and the runs.
+        minutes: Stop after so many; the same call goes on. None for no limit.
+        fresh: Train everything anew.
+        console: Where progress and table go; the standard output when None.
+
+    Returns:
+        What failed and, where the time was over before the trials, what is left.
+
+    Raises:
+        InputError: The sweep or a recipe in it is wrong, Optuna is missing, or ``out`` cannot be used.
+    """
+    optuna = _optuna()
+    console, deadline = console or Console(), deadline_in(minutes)
+    sweep = load_sweep(path)
+    out = Path('runs') / sweep.name if out is None else Path(out)
+    target = _target(sweep, target)
+    first, rest = _space(sweep)
+    for axis, choices in sweep.search.items():  # every choice is checked before the first run
+        for choice in choices:
+            _job(sweep, first | {axis: choice}, out, overrides, seed)
+    trials = min(trials, len(rest))
+    random.Random(seed).shuffle(rest)
+    study = _study(optuna, seed, trials)
+    study.enqueue_trial(first)
+    suggestions = _suggestions(study, sweep, rest)
+    done: dict[str, Trial] = {}
+    failures: dict[str, str] = {}
+    over = False
+    with locked(out) as lock:
+        _keep_target(out, target, fresh=fresh)
+        while len(done) + len(failures) < trials:
+            asked, choices = next(suggestions)
+            job = _job(sweep, choices, out, overrides, seed)
+            if job.method not in done and job.method not in failures and (fresh or not finished(job)):
+                best = min((trial.seconds for trial in done.values() if trial.seconds is not None), default=float('inf'))
+                failure = _train(job, target, best, deadline, lock, fresh=fresh)
+                if failure is None:
+                    over = True
+                    break
+                if failure:
+                    failures[job.method] = f'{job.recipe.run_name}: {failure}'
+            if job.method in failures:
+                study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                continue
+            if job.method not in done:
+                done[job.method] = trial = _trial(job, choices, target)
+                console.print(f'[{len(done)}/{trials}] {_line(trial)}', highlight=False, markup=False, soft_wrap=True)
+            study.tell(asked, done[job.method].cost)
+        if done:
+            _write(sweep, list(done.values()), first, out, target, overrides)
+            console.print(f'\n{_table(list(done.values()), target)}', highlight=False, markup=False, soft_wrap=True)
+            console.print(f'Confirm with: effalgos bench {out / "best.yaml"}', highlight=False, markup=False, soft_wrap=True)
+    return Outcome(list(failures.values()), [f'{trials - len(done) - len(failures)} trials'] if over else [])
+
+
+def _space(sweep: Sweep) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The first choice of every axis, and all combinations."""
+    if not sweep.search or not all(sweep.search.values()):
+        raise InputError(f'{sweep.path}: search: missing; give axes with their choices, as under matrix:')
+    combinations = [dict(zip(sweep.search, taken, strict=True)) for taken in itertools.product(*sweep.search.values())]
+    if len({_combination(sweep, choices)[0] for choices in combinations}) < len(combinations):
+        raise InputError(f'{sweep.path}: search: two combinations have the same name; give each axis one choice without settings at most')
+    return combinations[0], combinations
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError("effalgos search needs Optuna; pip install 'composer-effalgos[search]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _study(optuna: Any, seed: int, trials: int) -> Any:
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(1, trials // 3))))
+
+
+def _suggestions(study: Any, sweep: Sweep, rest: list[dict[str, str]]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """What the study suggests; where it keeps suggesting what is known, one of the rest."""
+    repeats = 0
+    while True:
+        asked = study.ask()
+        choices = {axis: asked.suggest_categorical(axis, list(names)) for axis, names in sweep.search.items()}
+        if choices in rest:
+            rest.remove(choices)
+            repeats = 0
+        else:
+            repeats += 1
+            if repeats % _REPEATS == 0:
+                study.enqueue_trial(rest[0])
+        yield asked, choices
+
+
+def _target(sweep: Sweep, target: float | None) -> float:
+    if target is None and not sweep.targets:
+        raise InputError(f'{sweep.path}: targets: missing; give the accuracy to reach there, or with --target')
+    found = sweep.targets[-1] if target is None else target
+    if not 0 < found <= 1:
+        raise InputError(f'target: expected an accuracy in (0, 1], got {found}')
+    return found
+
+
+def _keep_target(out: Path, target: float, *, fresh: bool) -> None:
+    """Runs were stopped where they reached one target: they say nothing about another."""
+    file = out / TARGET
+    try:
+        before = float(read_text(file)) if file.exists() and not fresh else target
+    except (OSError, ValueError) as error:
+        raise InputError(f'{file}: expected the accuracy at which its runs were stopped, got {one_line(error)}; give --fresh') from error
+    if before != target and not fresh:
+        raise InputError(f'{out}: its runs were stopped at an accuracy of {before}, not {target}; give another --out, or --fresh')
+    file.write_text(str(target), encoding='utf-8')
+
+
+def _job(sweep: Sweep, choices: Mapping[str, str], out: Path, overrides: Sequence[str], seed: int) -> Job:
+    name, layers = _combination(sweep, choices)
+    return sweep.job(name, sweep.method(name, layers), seed, out, overrides)
+
+
+def _combination(sweep: Sweep, choices: Mapping[str, str]) -> tuple[str, list[Any]]:
+    return combine({choice: sweep.search[axis][choice] for axis, choice in choices.items()})
+
+
+def _train(job: Job, target: float, best: float, deadline: float | None, lock: int, *, fresh: bool) -> str | None:
+    prepare(job, fresh=fresh)
+
+    def enough(_: Job, epochs: list[dict[str, Any]]) -> bool:
+        reached = any(entry['eval_accuracy'] is not None and entry['eval_accuracy'] > target for entry in epochs)
+        return reached or sum(entry['seconds'] for entry in epochs) >= best
+
+    return next((failure for _, failure in train_jobs([job], lock, deadline=deadline, enough=enough)), None)
+
+
+def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
+    summary = read_summary(job.recipe.run_folder / SUMMARY)
+    epoch, seconds = first_above(Run(job.recipe.run_folder, summary), target) or (None, None)
+    accuracies = [entry['eval_accuracy'] for entry in summary['epochs'] if entry['eval_accuracy'] is not None]
+    epochs = len(summary['epochs'])
+    stopped = epoch is None and epochs < (job.epochs or epochs)
+    return Trial(job.method, choices, epoch, seconds, max(accuracies, default=None), epochs, stopped)
+
+
+def _line(trial: Trial) -> str:
+    if trial.seconds is not None:
+        return f'{trial.name}: there after {trial.seconds:.1f} s, epoch {trial.epoch}'
+    accuracy = 'no accuracy measured' if trial.accuracy is None else f'accuracy {trial.accuracy:.4f}'
+    return f'{trial.name}: {"slower than the best" if trial.stopped else "not there at the end"}, {accuracy}'
+
+
+def _table(trials: Sequence[Trial], target: float) -> str:
+    lines = [
+        f'| combination | s to {100 * target:g} % | epoch | best accuracy % | epochs trained | |',
+        '| --- | ---: | ---: | ---: | ---: | --- |',
+    ]
+    for trial in sorted(trials, key=lambda trial: trial.cost):
+        seconds, epoch = ('–', '–') if trial.seconds is None else (f'{trial.seconds:.1f}', trial.epoch)
+        why = 'slower than the best, stopped' if trial.stopped else '' if trial.seconds is not None else 'not reached'
+        accuracy = '–' if trial.accuracy is None else f'{100 * trial.accuracy:.2f}'
+        lines.append(f'| {trial.name} | {seconds} | {epoch} | {accuracy} | {trial.epochs} | {why} |')
+    return '\n'.join(lines) + '\n'
+
+
+def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str]) -> None:
+    order = sorted(trials, key=lambda trial: trial.cost)
+    methods = {}
+    for choices in [first, *(trial.choices for trial in order[:BEST])]:
+        name, layers = _combination(sweep, choices)
+        method = sweep.method(name, layers)
+        merged = OmegaConf.merge(*method.layers, OmegaConf.from_dotlist(list(overrides)))
+        methods[name] = {'recipe': str(method.recipe.resolve()), **OmegaConf.to_container(merged)}  # type: ignore[dict-item]
+    best = {'seeds': [17, 18, 19], 'targets': [target], 'methods': methods}
+    content = {'sweep': str(sweep.path), 'target': target, 'overrides': list(overrides), 'trials': [asdict(trial) for trial in order]}
+    title = f'# The combinations that a search found soonest at {100 * target:g} %, with three seeds'
+    texts = {
+        'search.json': json.dumps(content, indent=2) + '\n',
+        'search.md': _table(trials, target),
+        'best.yaml': f'{title}\n{yaml.safe_dump(best, sort_keys=False)}',
+    }
+    for name, text in texts.items():
+        with whole_file(out / name) as unfinished:
+            unfinished.write_text(text, encoding='utf-8')

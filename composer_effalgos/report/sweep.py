@@ -1,0 +1,254 @@
+"""Sweeps: many runs written down in one YAML file.
+
+A sweep names methods; each method is a recipe with settings on top, trained once a seed:
+
+    recipe: digits/digits_baseline.yaml        # for methods that name no other; relative to this file, else to the folder of recipes
+    seeds: [17, 18, 19]
+    targets: [0.9, 0.95]                       # accuracies whose first epoch the report gives
+    settings: {max_duration: 8ep}              # on top of every recipe
+    methods:
+      baseline: {}                             # nothing on top
+      infobatch: {algorithms: {infobatch: {prune_ratio: 0.5}}}
+      adabatch: {recipe: digits/digits_adabatch.yaml, seeds: [17]}
+    matrix:                                    # every combination of one choice an axis, named by its choices: glister+blurpool
+      strategy: {glister: {algorithms: {subset_selection: {strategy: glister}}}}
+      with: {plain: {}, blurpool: {algorithms: {blurpool: {}}}}      # without settings: not in the name
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer.core import TimeUnit, ensure_time
+
+from composer_effalgos.recipes.arguments import check_type
+from composer_effalgos.recipes.schema import Recipe, parse_recipe
+from composer_effalgos.recipes.settings import read_settings, recipe_folder
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
+
+MOST_RUNS = 10_000  # of a sweep or search: more is a slip, and takes minutes to write down alone
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: a method with a seed.
+
+    Attributes:
+        method: The method's name.
+        recipe: The recipe, checked, with everything on top of it.
+    """
+
+    method: str
+    recipe: Recipe
+
+    @property
+    def epochs(self) -> int | None:
+        """Length of the run in epochs; None where it is given in other units."""
+        duration = ensure_time(self.recipe.max_duration, TimeUnit.EPOCH)
+        return int(duration) if duration.unit == TimeUnit.EPOCH else None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a sweep: a recipe, its seeds, and what is merged on top of the recipe in turn."""
+
+    recipe: Path
+    seeds: list[int]
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its file has it.
+
+    Attributes:
+        name: The file's name without ending.
+        path: The file.
+        recipe: The recipe of the methods that name none.
+        seeds: Seeds of the methods that name none.
+        targets: Accuracies in [0, 1] whose first epoch and seconds the report gives.
+        settings: What goes on top of every recipe.
+        methods: What goes on top of each method's recipe, and its own ``recipe`` and ``seeds``, by name.
+        matrix: Axes, each with its choices by name; every combination of them is a method too.
+        search: Axes for ``effalgos search``, in the same form.
+    """
+
+    name: str
+    path: Path
+    recipe: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [17])
+    targets: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    matrix: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+
+    def all_methods(self) -> dict[str, Method]:
+        """The methods and the combinations of the matrix, by name, in order.
+
+        Raises:
+            InputError: Two of them have the same name, or one has no recipe.
+        """
+        named: list[tuple[str, list[Any]]] = [(name, [layer]) for name, layer in self.methods.items()]
+        if self.matrix:
+            named += [combine(dict(choices)) for choices in itertools.product(*(axis.items() for axis in self.matrix.values()))]
+        found: dict[str, Method] = {}
+        for name, layers in named:
+            if name in found:
+                raise InputError(f'{self.path}: {name}: two methods have this name; rename one')
+            found[name] = self.method(name, layers)
+        return found
+
+    def method(self, name: str, layers: Sequence[Any]) -> Method:
+        """A method, checked as far as it can be without its recipe.
+
+        Args:
+            name: Its name.
+            layers: What lies on the sweep's ``settings``, in turn.
+
+        Returns:
+            The method.
+
+        Raises:
+            InputError: It has no recipe, or a value of the wrong type.
+        """
+        recipe, seeds, settings = self.recipe, self.seeds, [self.settings]
+        for layer in layers:
+            layer = {} if layer is None else layer
+            check_type(f'{self.path}: {name}', layer, dict)
+            recipe, seeds = layer.get('recipe', recipe), layer.get('seeds', seeds)
+            settings.append({key: value for key, value in layer.items() if key not in ('recipe', 'seeds')})
+        if recipe is None:
+            raise InputError(f'{self.path}: {name}: no recipe; give the method, or the sweep, a recipe: FILE.yaml')
+        check_type(f'{self.path}: {name}: recipe', recipe, str)
+        check_type(f'{self.path}: {name}: seeds', seeds, list[int])
+        beside = self.path.parent / recipe
+        return Method(beside if beside.is_file() else recipe_folder() / recipe, seeds, settings)
+
+    def job(self, name: str, method: Method, seed: int, out: Path, overrides: Sequence[str] = ()) -> Job:
+        """One run.
+
+        Args:
+            name: The method's name.
+            method: The method.
+            seed: Its seed.
+            out: The runs' ``save_folder``.
+            overrides: ``key=value`` settings on top of everything else.
+
+        Returns:
+            The run, its recipe checked.
+
+        Raises:
+            InputError: The recipe is missing or wrong.
+        """
+        run_name = f'{name}_seed{seed}'
+        # Not part of what is compared. One who gives save_interval wants a run that was stopped to go on from there.
+        placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}
+        settings = read_settings(method.recipe, [*method.layers, *overrides, placed])
+        if settings.get('save_interval') is not None:
+            settings = {'save_num_checkpoints_to_keep': 1} | settings | {'autoresume': True}
+        return Job(name, parse_recipe(settings, source=f'{self.path}: {name}', run_name=run_name))
+
+    def jobs(self, out: Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), only: Sequence[str] = ()) -> list[Job]:
+        """Every run of the sweep, each recipe checked.
+
+        Runs go seed by seed, so that a sweep that is stopped has compared what it could.
+
+        Args:
+            out: The runs' ``save_folder``.
+            overrides: ``key=value`` settings on top of everything else.
+            seeds: In place of all other seeds, where there are any.
+            only: The methods to take, by name; all where empty.
+
+        Returns:
+            The runs.
+
+        Raises:
+            InputError: A recipe is missing or wrong, or a name in ``only`` unknown.
+        """
+        methods = self.all_methods()
+        if not methods:
+            raise InputError(f'{self.path}: no methods; give at least one under methods: or matrix:')
+        count = sum(len(seeds or method.seeds) for name, method in methods.items() if not only or name in only)
+        _check_count(f'{self.path}: seeds', count)
+        for name in only:
+            if name not in methods:
+                raise InputError(f'{self.path}: no method {name!r}; {did_you_mean(name, methods)}')
+        found = [
+            (number, self.job(name, method, seed, out, overrides))
+            for name, method in methods.items()
+            if not only or name in only
+            for number, seed in enumerate(seeds or method.seeds)
+        ]
+        return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+
+def combine(choices: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """The name and the layers of a combination.
+
+    Args:
+        choices: The settings of the choice taken on each axis, by the choice's name.
+
+    Returns:
+        The names of the choices that have settings, joined by ``+`` (``baseline`` where none has), and the settings.
+    """
+    return '+'.join(name for name, layer in choices.items() if layer) or 'baseline', list(choices.values())
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Reads a sweep.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The sweep; its recipes are read and checked by :meth:`Sweep.jobs`.
+
+    Raises:
+        InputError: No such file, broken YAML, an unknown key or a mistyped value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'{path}: no such sweep; give the path of a YAML file (effalgos recipes lists those at hand)')
+    settings = read_settings(path)
+    hints = {name: hint for name, hint in typing.get_type_hints(Sweep).items() if name not in ('name', 'path')}
+    for key, value in settings.items():
+        if key not in hints:
+            raise InputError(f'{path}: {key}: unknown key; {did_you_mean(key, hints)}')
+        check_type(f'{path}: {key}', value, hints[key])
+    sweep = Sweep(name=path.stem, path=path, **settings)
+    for key, axes in (('matrix', sweep.matrix), ('search', sweep.search)):
+        for axis, choices in axes.items():
+            check_type(f'{path}: {key}.{axis}', choices, dict)
+        _check_count(f'{path}: {key}', math.prod(map(len, axes.values())))
+        names = [choice for choices in axes.values() for choice in choices]
+        for choice in names:
+            _check_name(f'{path}: {key}', choice)
+            if names.count(choice) > 1:
+                raise InputError(f'{path}: {key}: two choices are named {choice!r}; rename one')
+    for name in sweep.methods:
+        _check_name(f'{path}: methods', name)
+    if not all(0 < target <= 1 for target in sweep.targets):
+        raise InputError(f'{path}: targets: expected accuracies in (0, 1], got {sweep.targets}')
+    if not sweep.seeds:
+        raise InputError(f'{path}: seeds: expected at least one, got []')
+    sweep.all_methods()
+    return sweep
+
+
+def _check_count(key: str, count: int) -> None:
+    if count > MOST_RUNS:
+        raise InputError(f'{key}: expected at most {MOST_RUNS} runs, got {count}; leave choices out, or make several sweeps')
+
+
+def _check_name(key: str, name: Any) -> None:
+    """YAML reads 0.1, on and 17 as something else than text."""
+    if not isinstance(name, str):
+        raise InputError(f"{key}: {name!r} is no name; put it in quotes, such as '{name}'")

@@ -1,0 +1,315 @@
+"""Runs set against their baseline, one row a method."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from composer_effalgos.report.runs import Run, first_above
+
+PARITY = 0.002  # how far below the baseline's mean an accuracy counts as the same
+_NONE = '–'
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When the runs of a method got above an accuracy.
+
+    Attributes:
+        target: The accuracy, in [0, 1].
+        runs: How many of them got there.
+        of: How many there are.
+        epoch: Mean number of the first epoch at whose end they were above it, from 1; None where none got there.
+        seconds: Mean seconds of training to that epoch's end.
+    """
+
+    target: float
+    runs: int
+    of: int
+    epoch: float | None
+    seconds: float | None
+
+    @property
+    def share(self) -> str:
+        """How many of the runs got there, where it is not all."""
+        return '' if self.runs == self.of else f' ({self.runs}/{self.of})'
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the runs of one method, alike but for the seed, came to.
+
+    Attributes:
+        method: The runs' common name.
+        runs: The runs themselves.
+        accuracy: Mean of the final accuracies in [0, 1]; None where a run has none.
+        accuracy_sd: Their sample standard deviation; None for a single run.
+        accuracy_gain: ``accuracy`` less the baseline's; None for the baseline itself or where there is none.
+        samples_seen: Mean number of samples trained on.
+        saved_fraction: Share of the unpruned samples that was not trained on, over all the runs.
+        train_seconds: Mean seconds of training, selection included, evaluation left out.
+        time_ratio: ``train_seconds`` over the baseline's; None as for ``accuracy_gain``, or where the device or its number differ.
+        epoch_seconds: Mean seconds of training an epoch.
+        selection_seconds: Mean seconds of selection.
+        reached: When they got above each target.
+        parity: When they got above the baseline's mean accuracy less :data:`PARITY`; None where there is no baseline.
+        speed_up: The baseline's seconds to parity over theirs; None as for ``time_ratio``, or where not all of them got there.
+    """
+
+    method: str
+    runs: tuple[Run, ...]
+    accuracy: float | None
+    accuracy_sd: float | None
+    accuracy_gain: float | None
+    samples_seen: float
+    saved_fraction: float
+    train_seconds: float
+    time_ratio: float | None
+    epoch_seconds: float
+    selection_seconds: float
+    reached: tuple[Reached, ...]
+    parity: Reached | None
+    speed_up: float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        title: Its head.
+        text: A row's cell.
+        value: What the cell sorts by; None where it has no value.
+        brief: Whether it is worth its place in a terminal.
+        meaning: What is in it, where the title does not say.
+    """
+
+    title: str
+    text: Callable[[Row], str]
+    value: Callable[[Row], str | float | None]
+    brief: bool = True
+    meaning: str = ''
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns for rows: those of the targets and of the baseline where there are any.
+
+    Args:
+        rows: Rows as :func:`table_rows` gives them.
+
+    Returns:
+        The columns, the method's name first.
+    """
+    found = [
+        Column('run', lambda row: row.method, lambda row: row.method),
+        Column('seeds', lambda row: str(len(row.runs)), lambda row: len(row.runs)),
+        Column(
+            'accuracy %',
+            _accuracy_text,
+            lambda row: row.accuracy,
+            True,
+            'mean ± sample standard deviation over the seeds, at the end of the run',
+        ),
+        _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100, meaning='its mean less the baseline’s'),
+        _number('samples', lambda row: row.samples_seen, ',.0f', brief=False, meaning='mean number trained on'),
+        _number('saved %', lambda row: row.saved_fraction, '.1f', 100, meaning='of the samples of the full epochs'),
+        _number('train s', lambda row: row.train_seconds, '.1f', meaning='mean, selection included and evaluation left out'),
+        _number('time %', lambda row: row.time_ratio, '.0f', 100, meaning='of the baseline’s train s'),
+    ]
+    speeds = any(row.speed_up is not None for row in rows)
+    if speeds:
+        same = 'the baseline’s seconds to the same accuracy (its mean less 0.2 points) over the method’s, where all runs get there'
+        found.append(_number('× faster', lambda row: row.speed_up, '.2f', meaning=same))
+    found.append(_number('s/epoch', lambda row: row.epoch_seconds, '.2f', brief=False, meaning='train s over the epochs'))
+    if any(row.selection_seconds for row in rows):
+        found.append(_number('selection s', lambda row: row.selection_seconds, '.1f', brief=False, meaning='mean'))
+    for number, reached in enumerate(rows[0].reached if rows else ()):
+        found += _reached(f'{100 * reached.target:g} %', lambda row, number=number: row.reached[number])  # type: ignore[misc]
+    if speeds:
+        found.append(_reached('same %', lambda row: row.parity)[1])
+    return found
+
+
+def note(rows: Sequence[Row], *, brief: bool = False) -> str:
+    """What the columns of a table mean.
+
+    Args:
+        rows: Rows as :func:`table_rows` gives them.
+        brief: Those of the terminal's table alone.
+
+    Returns:
+        One paragraph.
+    """
+    shown = [column for column in columns(rows) if column.brief or not brief]
+    parts = [f'{column.title}: {column.meaning}' for column in shown if column.meaning]
+    if not brief:
+        if rows and rows[0].reached:
+            parts.append(
+                'epoch > x %: first epoch with an accuracy above x; s to x %: seconds of training to its end; means of the runs that do'
+            )
+        if any(column.title == 's to same %' for column in shown):
+            parts.append('s to same %: the same for the baseline’s mean accuracy less 0.2 points')
+        if any(column.title.startswith('s to ') for column in shown):
+            parts.append('in brackets how many get there, where not all do')
+    rule = 'A baseline is a run with “baseline” in its name, for those of the same data set, limit, model and max_duration.'
+    return f'{"; ".join(parts)}. {rule}'
+
+
+def _number(
+    title: str, value: Callable[[Row], float | None], form: str, factor: float = 1, *, brief: bool = True, meaning: str = ''
+) -> Column:
+    def text(row: Row) -> str:
+        number = value(row)
+        return _NONE if number is None else f'{factor * number:{form}}'
+
+    return Column(title, text, value, brief, meaning)
+
+
+def _reached(accuracy: str, of: Callable[[Row], Reached | None]) -> list[Column]:
+    def column(title: str, value: Callable[[Reached], float | None], form: str) -> Column:
+        def of_row(row: Row) -> float | None:
+            reached = of(row)
+            return None if reached is None else value(reached)
+
+        def text(row: Row) -> str:
+            reached = of(row)
+            number = None if reached is None else value(reached)
+            return _NONE if reached is None or number is None else f'{number:{form}}{reached.share}'
+
+        return Column(title, text, of_row, brief=False)
+
+    return [
+        column(f'epoch > {accuracy}', lambda reached: reached.epoch, '.3g'),
+        column(f's to {accuracy}', lambda reached: reached.seconds, '.1f'),
+    ]
+
+
+def _accuracy_text(row: Row) -> str:
+    accuracy = _NONE if row.accuracy is None else f'{100 * row.accuracy:.2f}'
+    return accuracy if row.accuracy_sd is None else f'{accuracy} ± {100 * row.accuracy_sd:.2f}'
+
+
+def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
+    """Sets runs against their baseline.
+
+    Runs of the same name, settings, device and number of ranks that differ in the seed alone share a row. The baseline of a row is the
+    first method of the same data set, limit, model and duration whose name has ``baseline`` in it.
+
+    Args:
+        runs: Runs as :func:`read_runs` gives them.
+        targets: Accuracies in [0, 1] whose first epoch is wanted.
+
+    Returns:
+        One row a method, each baseline before the others, then in the order of the runs.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps([run.method, run.settings, run.summary['device'], run.summary['world_size']], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    members = sorted(groups.values(), key=lambda group: not _is_baseline(group[0]))
+    baselines: dict[str, list[Run]] = {}
+    for group in members:
+        if _is_baseline(group[0]):
+            baselines.setdefault(group[0].task, group)
+    return [_row(group, baselines.get(group[0].task), targets) for group in members]
+
+
+def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """The rows for a terminal, without the columns that there is no room for.
+
+    Args:
+        rows: Rows as :func:`table_rows` gives them.
+        title: A line above the table.
+
+    Returns:
+        A table that rich prints.
+    """
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    shown = [column for column in columns(rows) if column.brief]
+    for number, column in enumerate(shown):
+        table.add_column(column.title, justify='right' if number else 'left', overflow='fold')
+    for row in rows:
+        table.add_row(*(Text(column.text(row)) for column in shown))
+    return table
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table.
+
+    Args:
+        rows: Rows as :func:`table_rows` gives them.
+
+    Returns:
+        Lines of Markdown, with a line break after the last.
+    """
+    shown = columns(rows)
+    head = [[column.title for column in shown], ['---'] + ['---:'] * (len(shown) - 1)]
+    lines = [*head, *([_markdown(column.text(row)) for column in shown] for row in rows)]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _when_reached(group: Sequence[Run], target: float) -> Reached:
+    found = [when for when in (first_above(run, target) for run in group) if when is not None]
+    epochs, seconds = zip(*found, strict=True) if found else ((), ())
+    return Reached(target, len(found), len(group), fmean(epochs) if found else None, fmean(seconds) if found else None)
+
+
+def _row(group: list[Run], baseline: list[Run] | None, targets: Sequence[float]) -> Row:
+    accuracies = [run.summary['totals']['eval_accuracy'] for run in group]
+    accuracy, seconds = _mean_accuracy(group), _mean_seconds(group)
+    gain = time_ratio = parity = speed_up = None
+    reference = None if baseline is None else _mean_accuracy(baseline)
+    if reference is not None:
+        parity = _when_reached(group, reference - PARITY)
+    if baseline is not None and baseline is not group:
+        if accuracy is not None and reference is not None:
+            gain = accuracy - reference
+        if all(group[0].summary[key] == baseline[0].summary[key] for key in ('device', 'world_size')) and _mean_seconds(baseline) > 0:
+            time_ratio = seconds / _mean_seconds(baseline)
+            theirs = None if parity is None else _when_reached(baseline, parity.target)
+            if parity and theirs and parity.runs == parity.of and parity.seconds and theirs.seconds:
+                speed_up = theirs.seconds / parity.seconds
+    full = sum(run.summary['totals']['samples_full'] for run in group)
+    saved = sum(run.summary['totals']['samples_saved'] for run in group)
+    return Row(
+        method=group[0].method,
+        runs=tuple(group),
+        accuracy=accuracy,
+        accuracy_sd=stdev(accuracies) if accuracy is not None and len(group) > 1 else None,
+        accuracy_gain=gain,
+        samples_seen=fmean(run.summary['totals']['samples_seen'] for run in group),
+        saved_fraction=saved / full if full else 0.0,
+        train_seconds=seconds,
+        time_ratio=time_ratio,
+        epoch_seconds=fmean(run.summary['totals']['train_seconds'] / len(run.summary['epochs']) for run in group),
+        selection_seconds=fmean(run.summary['totals']['selection_seconds'] for run in group),
+        reached=tuple(_when_reached(group, target) for target in targets),
+        parity=parity,
+        speed_up=speed_up,
+    )
+
+
+def _mean_accuracy(group: list[Run]) -> float | None:
+    accuracies = [run.summary['totals']['eval_accuracy'] for run in group]
+    return None if None in accuracies else fmean(accuracies)
+
+
+def _mean_seconds(group: list[Run]) -> float:
+    return fmean(run.summary['totals']['train_seconds'] for run in group)
+
+
+def _is_baseline(run: Run) -> bool:
+    return 'baseline' in run.method.lower()
+
+
+def _markdown(text: str) -> str:
+    """Text as a table cell shows it, whatever it holds."""
+    text = re.sub(r'([\\`*\[\]|~])', r'\\\1', ' '.join(text.split()))
+    return text.replace('&', '&amp;').replace('<', '&lt;')

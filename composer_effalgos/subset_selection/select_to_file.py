@@ -1,0 +1,68 @@
+"""``effalgos select``: the subset that a recipe's strategy picks with a trained model, as a file to train on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from composer.utils import dist
+
+from composer_effalgos.models.pretrained import read_checkpoint
+from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.checkpoints import check_checkpoint
+from composer_effalgos.recipes.schema import load_recipe
+from composer_effalgos.subset_selection import SubsetSelection
+from composer_effalgos.subset_selection.subset_file import write_subset
+from composer_effalgos.utils.errors import InputError
+
+__all__ = ['select_to_file']
+
+
+def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path | None, out: Path) -> str:
+    """Selects once with the weights of a checkpoint and writes the subset; nothing is trained.
+
+    Args:
+        recipe_path: A recipe with ``algorithms.subset_selection``, which says how.
+        overrides: ``key=value`` settings on top of it.
+        checkpoint: A checkpoint that the recipe's training wrote; ``None`` for the weights that the model begins with.
+        out: The Parquet file to write, see :mod:`composer_effalgos.subset_selection.subset_file`.
+
+    Returns:
+        What was selected, in one line.
+
+    Raises:
+        InputError: The recipe, the checkpoint or ``out`` is at fault, or the selection fails.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    if not any(component.target is SubsetSelection for component in recipe.algorithms):
+        raise InputError(
+            f'{recipe_path}: algorithms.subset_selection: missing; it says how to select, as in '
+            'algorithms.subset_selection.strategy=glister algorithms.subset_selection.fraction=0.1'
+        )
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f'--out: {out}: a file in a folder that exists is right')
+    arguments = {name: value for name, value in recipe.trainer.items() if name != 'autoresume' and not name.startswith('save_')}
+    if checkpoint is not None:
+        read_checkpoint(checkpoint, '--checkpoint')  # refuses a file with code in it before anything reads it as Composer does
+        check_checkpoint('--checkpoint', checkpoint)
+        arguments['load_path'] = str(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:  # for what a training would leave there
+        trainer = build_trainer(replace(recipe, trainer=arguments, callbacks=[], loggers=[], save_folder=folder))
+        (algorithm,) = (item for item in trainer.state.algorithms if isinstance(item, SubsetSelection))
+        if algorithm.strategy == 'file':
+            raise InputError(f'{recipe_path}: algorithms.subset_selection.strategy: file is a subset already; name a strategy that selects')
+        indices, weights = algorithm.select(trainer.state)
+        dataset = trainer.state.dataloader.dataset  # type: ignore[union-attr]
+        if dist.get_global_rank() == 0:
+            facts = {
+                'dataset': recipe.dataset.name,
+                'strategy': algorithm.strategy,
+                'seed': recipe.seed,
+                'checkpoint': None if checkpoint is None else checkpoint.name,
+                'epoch': int(trainer.state.timestamp.epoch),
+            }
+            write_subset(out, indices, weights, dataset=dataset, facts=facts)
+        trainer.close()
+    return f'{len(indices)} of {len(dataset)} samples by {algorithm.strategy}; {out}'

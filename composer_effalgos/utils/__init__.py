@@ -1,0 +1,1 @@
+"""Errors, range checks, files and text."""

@@ -1,0 +1,70 @@
+"""Numbers held against the range that they belong to."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+from composer_effalgos.utils.errors import InputError
+
+__all__ = ['LARGEST', 'Range', 'check_number']
+
+LARGEST = 1e12  # of step sizes, factors and the like: no sensible value is larger, and its square is still far from a float's end
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between two bounds; ``value in Range(least=0, below=1)``. Booleans are no numbers.
+
+    Attributes:
+        above: They are greater than this.
+        least: They are at least this.
+        below: They are less than this.
+        most: They are at most this.
+    """
+
+    above: float = -math.inf
+    least: float = -math.inf
+    below: float = math.inf
+    most: float = math.inf
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return False
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond all floats
+            return False
+        return math.isfinite(number) and self.above < number < self.below and self.least <= number <= self.most
+
+    def __str__(self) -> str:
+        """The range in words that follow ``a number``: ``in [0, 1)``, ``greater than 1``."""
+        low = f'({self.above:g}' if self.above > -math.inf else f'[{self.least:g}' if self.least > -math.inf else ''
+        high = f'{self.below:g})' if self.below < math.inf else f'{self.most:g}]' if self.most < math.inf else ''
+        if low and high:
+            return f'in {low}, {high}'
+        bounds = {'greater than': self.above, 'at least': self.least, 'less than': self.below, 'at most': self.most}
+        return ' and '.join(f'{words} {bound:g}' for words, bound in bounds.items() if math.isfinite(bound)) or 'that is finite'
+
+
+def check_number(
+    name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf
+) -> None:
+    """Refuses what is not a finite number within bounds.
+
+    Args:
+        name: The argument's name, for the message.
+        value: Its value.
+        above: It must be greater than this.
+        least: It must be at least this.
+        below: It must be less than this.
+        most: It must be at most this.
+
+    Raises:
+        InputError: Where it is not.
+    """
+    allowed = Range(above, least, below, most)
+    if value not in allowed:
+        raise InputError(f'{name}: must be a number {allowed}, got {value!r}')

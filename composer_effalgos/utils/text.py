@@ -1,0 +1,52 @@
+"""Text of messages: one line, not too long, with the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ['did_you_mean', 'one_line', 'plain', 'shown']
+
+_LONGEST = 700  # characters of a message
+
+
+def one_line(error: object) -> str:
+    """The message of an exception on one line, or the name of its type where it has none.
+
+    Args:
+        error: The exception, or its message.
+
+    Returns:
+        The message, every run of white space as one space, cut off where it is very long.
+    """
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'
+
+
+def shown(value: Any) -> str:
+    """A value from a file as it stands in a message: on one line, and not too long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of an "unknown name" message: the nearest known name, or all of them when none is near.
+
+    Args:
+        name: What was written.
+        known: The right names.
+
+    Returns:
+        ``"did you mean 'x'?"`` or ``'known: x, y, z'``.
+    """
+    known = sorted(known)
+    by_plain_name = {plain(item): item for item in known}
+    near = difflib.get_close_matches(plain(str(name)), by_plain_name, n=1, cutoff=0.6)
+    return f"did you mean '{by_plain_name[near[0]]}'?" if near else f'known: {", ".join(known) or "none"}'
+
+
+def plain(name: str) -> str:
+    """A name without case, underscores and signs."""
+    return re.sub('[^a-z0-9]', '', name.lower())
