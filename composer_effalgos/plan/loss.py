@@ -27,10 +27,11 @@ class WeightedLoss:
     The model's own loss stays the loss: it is evaluated once, with its graph, and where the epoch has no weights what it returned is
     returned untouched. Where all weights are 1 the value and the gradient are its own bit for bit.
 
-    A loss that is ``sum(c_i l_i) / M`` plus terms that do not read the outputs has ``sum(w_i c_i l_i) / M`` weighted: its gradient at the
-    outputs is the loss's own with the rows of sample i multiplied by ``w_i``. So a hook on the outputs does that, and the value returned is
-    the own one plus ``sum((w_i - 1) c_i l_i) / M`` without a gradient. The model's own normalisation ``M`` (class weights, ignored labels,
-    tokens) is kept, and terms for the whole batch (the router loss of a mixture of experts) stay unweighted.
+    A loss that is ``sum(c_i l_i) / M`` plus terms that do not read the outputs has ``sum(w_i c_i l_i) / M`` weighted: its gradient at
+    the outputs is the loss's own with the rows of sample i multiplied by ``w_i``. A hook on the outputs does that (for a plain cross-
+    entropy a hook on the targets' log-probabilities, which costs next to nothing), and the value returned is the own one plus
+    ``sum((w_i - 1) c_i l_i) / M`` without a gradient. The model's own normalisation ``M`` (class weights, ignored labels, tokens) is
+    kept, and terms for the whole batch (the router loss of a mixture of experts) stay unweighted.
 
     That is checked in the first batch and in each whose number is a power of two: each sample's loss must depend on its own rows alone and
     have the direction of the own loss's gradient there. Where the own loss's graph does not pass through the outputs (a compiled model),
@@ -66,7 +67,7 @@ class WeightedLoss:
         self._check_due = True
         self._read: list[int] | None = None  # positions of the outputs whose gradients take the weights; None where a correction does
         self._checked = self._foreign = False  # foreign: the caller's per-sample loss is not the model's own
-        self._hooked: set[Any] = set()  # this microbatch's outputs that take the weights
+        self._hooked: set[Any] = set()  # what takes the weights in this microbatch
         if per_sample_loss is not None:
             self.use(per_sample_loss)
 
@@ -191,10 +192,10 @@ class WeightedLoss:
         if self._weights is None or not self._checked:  # unchecked: nothing has been finite yet
             return own
         weights = self._weights[where]
-        if self._read is not None:
-            self._weigh_gradients(outputs, weights)
-        else:
+        if self._read is None:
             shares = self._corrections(own, outputs, batch)
+        elif not self._form.weigh(own, outputs, weights, self._hooked):
+            self._weigh_gradients(outputs, weights)
         return with_added(own, [((weights - 1) * share).sum() for share in shares])
 
     def _weigh_gradients(self, outputs: Any, weights: Tensor) -> None:

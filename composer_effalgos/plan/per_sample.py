@@ -47,6 +47,9 @@ class Form(Protocol):
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
         """With the shares in ``own``, the model's loss for this batch."""
 
+    def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
+        """Weighs the gradients of this loss, but for what is ``done``, where there is a cheaper way than at the outputs; or says no."""
+
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         """For a check."""
 
@@ -76,6 +79,9 @@ class Called:
         # whatever the mean is taken over (class weights, ignored labels, a scale), it is found anew in every batch
         pairs = zip(each, entries, strict=True)
         return Samples(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
+
+    def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
+        return False
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         with torch.enable_grad():

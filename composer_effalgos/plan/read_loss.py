@@ -27,11 +27,29 @@ class _Elements(NamedTuple):
 
 def _nll(node: Any) -> _Elements:
     log_probabilities, target, weight = node._saved_self, node._saved_target, node._saved_weight
-    ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch shows it without its sign
-    counted = target != ignored
+    counted = target != _ignored(node)
     target = target.masked_fill(~counted, 0)
     losses = -in_full(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1)) * counted
     return _Elements(losses if weight is None else losses * weight[target], counted, node._saved_total_weight)
+
+
+def _ignored(node: Any) -> int:
+    return (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch shows it without its sign
+
+
+def _weighing(target: Tensor, weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A hook that multiplies the gradients of the targets' log-probabilities, the only ones that are not zero."""
+
+    def weigh(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        gradient, *others = gradients
+        if gradient is None:
+            return gradients
+        weighted = (gradient.gather(1, target) * weights.unsqueeze(1)).to(gradient.dtype)
+        # the gradient was made by this node for the next one: nobody else has it
+        fresh = gradient.scatter(1, target, weighted) if gradient.requires_grad else gradient.scatter_(1, target, weighted)
+        return (fresh, *others)
+
+    return weigh
 
 
 def _elementwise(function: Callable[..., Tensor], *options: str) -> Callable[[Any], _Elements]:
@@ -71,8 +89,9 @@ class _Reading(NamedTuple):
     """What the graph of one loss shows."""
 
     terms: list[_Term]
+    nodes: list[Any]  # that took the means
     read: list[Edge]  # the outputs that the terms read
-    rows: Callable[[Tensor], Tensor]  # sums elements per sample, [B]
+    rows: _Rows
     reads_parameters: bool
 
 
@@ -99,6 +118,20 @@ class ReadFromGraph:
                 break
             each.append(_summed([_of_term(term, reading.rows) for term in reading.terms]))
         return Samples(torch.stack([losses for losses, _ in each]).sum(dim=0), [shares for _, shares in each])
+
+    def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
+        """Weighs plain cross-entropies where they begin their backward pass: one number a token, in place of all logits' gradients."""
+        readings = [_read(entry, outputs) for entry in entries_of(own)]
+        nodes = [(node, reading.rows) for reading in readings if reading for node in reading.nodes]
+        if not all(readings) or not all(_READERS.get(node.name()) is _nll for node, _ in nodes):
+            return False
+        for node, rows in nodes:
+            if node in done:
+                continue
+            done.add(node)
+            target = node._saved_target
+            node.register_hook(_weighing(target.masked_fill(target == _ignored(node), 0).unsqueeze(1), rows.spread(weights, target)))
+        return True
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         readings = [_read(entry, outputs) for entry in entries_of(own)]
@@ -178,7 +211,8 @@ def _read(entry: Tensor, outputs: Any) -> _Reading | None:
         for node, reader in sums
         if (node, 0) in coefficients
     ]
-    return _Reading(terms, read, _rows_of(behind.nodes, read, outputs), any(hasattr(node, 'variable') for node in behind.nodes))
+    reads_parameters = any(hasattr(node, 'variable') for node in behind.nodes)
+    return _Reading(terms, [node for node, _ in ends], read, _Rows(behind.nodes, read, outputs), reads_parameters)
 
 
 def _is_linear(node: Any) -> bool:
@@ -191,38 +225,57 @@ def _sums_classes(node: Any) -> bool:
     return node is not None and node.name() == 'SumBackward1' and tuple(node._saved_dim) == (1,) and not node._saved_keepdim
 
 
-def _rows_of(nodes: Collection[Any], read: Sequence[Edge], outputs: Any) -> Callable[[Tensor], Tensor]:
-    """How elements belong to samples: in their order, or as the model indexed its outputs."""
-    positions, tensors = _positions(outputs), tensors_of(outputs)
-    sizes = {len(tensors[positions[edge]]) for edge in read}
-    if len(sizes) != 1:
-        raise NotReadableError(f'the outputs that it reads have {sorted(sizes)} rows; one a sample is needed')
-    (size,) = sizes
-    indexed = [node for node in nodes if node.name() == 'IndexBackward0' and node._saved_indices[0] is not None]
+class _Rows:
+    """How elements belong to samples: in their order, or as the model indexed its outputs.
 
-    def rows(elements: Tensor) -> Tensor:
-        for node in indexed:
+    Args:
+        nodes: The nodes between outputs and elements.
+        read: The outputs that are read.
+        outputs: The model's outputs.
+    """
+
+    def __init__(self, nodes: Collection[Any], read: Sequence[Edge], outputs: Any) -> None:
+        positions, tensors = _positions(outputs), tensors_of(outputs)
+        sizes = {len(tensors[positions[edge]]) for edge in read}
+        if len(sizes) != 1:
+            raise NotReadableError(f'the outputs that it reads have {sorted(sizes)} rows; one a sample is needed')
+        (self.samples,) = sizes
+        self._indexed = [node for node in nodes if node.name() == 'IndexBackward0' and node._saved_indices[0] is not None]
+
+    def index(self, rows: int) -> Tensor | None:
+        """The sample of each row of elements, int64 ``[rows]``; ``None`` where they follow one another, each with as many."""
+        for node in self._indexed:
             index = node._saved_indices[0]
             index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.flatten()
-            if len(index) == len(elements):
-                sample = index * size // node._saved_self_sym_sizes[0]
-                return elements.new_zeros(size).index_add(0, sample, elements.flatten(1).sum(dim=1) if elements.ndim > 1 else elements)
-        if len(elements) % size:
-            raise NotReadableError(f'it is a mean over {len(elements)} rows of {size} samples')
-        return elements.reshape(size, -1).sum(dim=1)
+            if len(index) == rows:
+                return index * self.samples // node._saved_self_sym_sizes[0]
+        if rows % self.samples:
+            raise NotReadableError(f'it is a mean over {rows} rows of {self.samples} samples')
+        return None
 
-    return rows
+    def sums(self, elements: Tensor) -> Tensor:
+        """Elements summed per sample, ``[B]``."""
+        index = self.index(len(elements))
+        if index is None:
+            return elements.reshape(self.samples, -1).sum(dim=1)
+        return elements.new_zeros(self.samples).index_add(0, index, elements.reshape(len(elements), -1).sum(dim=1))
+
+    def spread(self, weights: Tensor, like: Tensor) -> Tensor:
+        """Weights of samples ``[B]`` as weights of rows, shaped to multiply elements."""
+        index = self.index(len(like))
+        spread = weights.repeat_interleave(len(like) // self.samples) if index is None else weights[index]
+        return spread.view(-1, *(1 for _ in like.shape[1:]))
 
 
-def _of_term(term: _Term, rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _of_term(term: _Term, rows: _Rows) -> tuple[Tensor, Tensor]:
     """Losses and shares of the samples, ``[B]`` each."""
     elements, coefficient = term.elements, term.coefficient
     if term.reduction == 'none':
         coefficient = coefficient.to(elements.losses.dtype)
-        shares, weight = rows(elements.losses * coefficient), rows(coefficient)
+        shares, weight = rows.sums(elements.losses * coefficient), rows.sums(coefficient)
         return shares * torch.where(weight == 0, 0, coefficient.sum() / weight), shares
-    sums = rows(elements.losses)
-    counts = rows(torch.ones_like(elements.losses) if elements.counted is None else elements.counted.to(sums.dtype))
+    sums = rows.sums(elements.losses)
+    counts = rows.sums(torch.ones_like(elements.losses) if elements.counted is None else elements.counted.to(sums.dtype))
     if term.reduction == 'mean':
         return sums * (coefficient / counts.clamp(min=1)), sums * (coefficient / elements.total)
     return sums * (coefficient * counts.sum() / counts.clamp(min=1)), sums * coefficient

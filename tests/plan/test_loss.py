@@ -395,6 +395,21 @@ def test_outputs_that_ddp_passes_on(tmp_path):
     assert torch.equal(*gradients)
 
 
+def test_a_loss_that_is_asked_for_twice_is_weighed_once():
+    gradients = []
+    for calls in (1, 2):
+        torch.manual_seed(0)
+        model = SeesThroughDDP()
+        loss = WeightedLoss(model)
+        loss.start_epoch(torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]))
+        loss.start_batch(slice(0, 6))
+        outputs = model(BATCH)
+        losses = [loss(outputs, BATCH) for _ in range(calls)]
+        losses[-1].backward()
+        gradients.append(model.used.weight.grad)
+    assert torch.equal(*gradients)
+
+
 class Opaque(torch.autograd.Function):
     """A compiled model is such a function too: nobody may look inside, and its backward pass runs once."""
 
