@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import resource
@@ -42,6 +43,15 @@ class _Epoch:
     selection_seconds: float
     samples_full: int
     cpu_seconds: float = 0.0
+    eval_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What an evaluator found."""
+
+    accuracy: float | None
+    loss: float | None
 
 
 @dataclass
@@ -52,6 +62,7 @@ class _Running:
     loss_samples: int = 0
     batch_size: int = 0
     eval_accuracy: float | None = None
+    eval_loss: float | None = None
     metrics: EpochMetrics = field(default_factory=EpochMetrics)
     cpu_seconds: float = 0.0
 
@@ -63,6 +74,21 @@ class _Scores:
     epoch: int
     mean: float
     counts: list[int]
+
+
+def quality_text(totals: dict[str, Any]) -> str:
+    """What a run came to, in words.
+
+    Args:
+        totals: Those of a summary.
+
+    Returns:
+        Its accuracy, else its held-out loss, where one was measured.
+    """
+    if totals['eval_accuracy'] is not None:
+        return f'accuracy {totals["eval_accuracy"]:.4f}'
+    loss = totals.get('eval_loss')  # summaries of 0.1.0 and before have none
+    return 'no evaluation' if loss is None else f'held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})'
 
 
 class EfficiencyMonitor(Callback):
@@ -83,8 +109,8 @@ class EfficiencyMonitor(Callback):
     spent on batches that no checkpoint kept is not in it.
 
     ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
-    name ends in ``Accuracy``; where there is none, it is null and one warning says so. With several evaluators the one labelled ``eval``
-    counts, else the first that has an accuracy.
+    name ends in ``Accuracy``; ``eval_loss`` likewise the first whose name ends in ``CrossEntropy``, in nats. What is not measured is null;
+    where neither is, one warning says so. With several evaluators the one labelled ``eval`` counts, else the first that has one of them.
 
     Where samples are scored, the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
     and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
@@ -105,8 +131,8 @@ class EfficiencyMonitor(Callback):
         self.save_folder = Path(save_folder)
         self._epochs: dict[int, _Epoch] = {}
         self._running = _Running()
-        self._evaluated: dict[str, float] = {}
-        self._accuracy_warned = False
+        self._evaluated: dict[str, _Measured] = {}
+        self._no_quality_warned = False
         self._peak_memory = 0
         self._scores: dict[int, _Scores] = {}
         self._cpu_mark: float | None = None  # CPU time up to which `running` counts; None outside training
@@ -184,35 +210,37 @@ class EfficiencyMonitor(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         label = str(state.dataloader_label)
-        names = [name for name in state.eval_metrics.get(label, {}) if name.endswith('Accuracy')]
-        if names:
-            name = 'MulticlassAccuracy' if 'MulticlassAccuracy' in names else names[0]
-            self._evaluated[label] = float(state.eval_metric_values[name])
+        names = list(state.eval_metrics.get(label, {}))
+        accuracies = sorted((name for name in names if name.endswith('Accuracy')), key=lambda name: name != 'MulticlassAccuracy')
+        losses = [name for name in names if name.endswith('CrossEntropy')]
+        accuracy, loss = (float(state.eval_metric_values[found[0]]) if found else None for found in (accuracies, losses))
+        if accuracies or losses:
+            self._evaluated[label] = _Measured(accuracy, loss)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._cpu_mark = _cpu_seconds()
         evaluated, self._evaluated = self._evaluated, {}
         if not evaluated:
-            self._warn_of_no_accuracy(state)
+            self._warn_of_no_quality(state)
             return
-        accuracy = evaluated.get('eval', next(iter(evaluated.values())))
+        measured = evaluated.get('eval', next(iter(evaluated.values())))
         # Evaluation at an epoch's end runs after EPOCH_END, when the timestamp is in the next epoch already.
         within = int(state.timestamp.batch_in_epoch) > 0
         epoch = int(state.timestamp.epoch) - (not within)
         if within:
-            self._running.eval_accuracy = accuracy
+            self._running.eval_accuracy, self._running.eval_loss = measured.accuracy, measured.loss
         if epoch in self._epochs:
-            self._epochs[epoch].eval_accuracy = accuracy
+            self._epochs[epoch].eval_accuracy, self._epochs[epoch].eval_loss = measured.accuracy, measured.loss
             self._write(state)
 
-    def _warn_of_no_accuracy(self, state: State) -> None:
-        if self._accuracy_warned or dist.get_global_rank() != 0:
+    def _warn_of_no_quality(self, state: State) -> None:
+        if self._no_quality_warned or dist.get_global_rank() != 0:
             return
-        self._accuracy_warned = True
+        self._no_quality_warned = True
         names = ', '.join(dict.fromkeys(name for metrics in state.eval_metrics.values() for name in metrics)) or 'none'
         warnings.warn(
-            f'EfficiencyMonitor: no metric of the evaluation has a name that ends in Accuracy (there are: {names}); '
-            f'eval_accuracy in {SUMMARY} stays null',
+            f'EfficiencyMonitor: no metric of the evaluation has a name that ends in Accuracy or CrossEntropy (there are: {names}); '
+            f'eval_accuracy and eval_loss in {SUMMARY} stay null',
             stacklevel=2,
         )
 
@@ -247,6 +275,7 @@ class EfficiencyMonitor(Callback):
             selection_seconds=running.metrics.selection_seconds,
             samples_full=samples if full is None else round(full * share),
             cpu_seconds=running.cpu_seconds,
+            eval_loss=running.eval_loss,
         )
         self._epochs[entry.epoch] = entry
         self._peak_memory = max(self._peak_memory, _peak_memory_bytes(state))
@@ -268,6 +297,7 @@ class EfficiencyMonitor(Callback):
         epochs = list(self._epochs.values())
         seen, full = sum(entry.samples for entry in epochs), sum(entry.samples_full for entry in epochs)
         accuracies = [entry.eval_accuracy for entry in epochs if entry.eval_accuracy is not None]
+        losses = [entry.eval_loss for entry in epochs if entry.eval_loss is not None]
         return {
             'train_seconds': sum(entry.seconds for entry in epochs),
             'train_cpu_seconds': sum(entry.cpu_seconds for entry in epochs),
@@ -277,6 +307,7 @@ class EfficiencyMonitor(Callback):
             'saved_fraction': 1 - seen / full if full else 0.0,
             'selection_seconds': sum(entry.selection_seconds for entry in epochs),
             'eval_accuracy': accuracies[-1] if accuracies else None,
+            'eval_loss': losses[-1] if losses else None,
             'peak_memory_bytes': self._peak_memory,
         }
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from composer.utils import dist
 
-from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.monitor import SUMMARY, quality_text
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.faults import explain, print_any_text, said_by_another_rank, say_once
 from composer_effalgos.recipes.schema import Recipe, load_recipe
@@ -58,7 +58,7 @@ def summary_line(recipe: Recipe) -> str:
         recipe: The recipe of a run that has written its summary.
 
     Returns:
-        Accuracy, samples, seconds and the path of ``summary.json``.
+        Accuracy or held-out loss, samples, seconds and the path of ``summary.json``.
 
     Raises:
         InputError: The summary of a run that was finished before is missing or damaged.
@@ -66,9 +66,8 @@ def summary_line(recipe: Recipe) -> str:
     path = recipe.run_folder / SUMMARY
     try:
         totals = json.loads(read_text(path))['totals']
-        accuracy = 'no evaluation' if totals['eval_accuracy'] is None else f'accuracy {totals["eval_accuracy"]:.4f}'
         return (
-            f'{recipe.run_name}: {accuracy}, {totals["samples_seen"]} samples ({totals["saved_fraction"]:.1%} saved), '
+            f'{recipe.run_name}: {quality_text(totals)}, {totals["samples_seen"]} samples ({totals["saved_fraction"]:.1%} saved), '
             f'{totals["train_seconds"]:.1f} s of training; {path}'
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -20,7 +20,7 @@ from composer.models import ComposerClassifier
 from composer.optim import ConstantScheduler, LinearScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
 from composer_effalgos.monitor import EfficiencyMonitor
@@ -38,6 +38,7 @@ EPOCH_KEYS = [
     'eval_accuracy',
     'selection_seconds',
     'cpu_seconds',
+    'eval_loss',
 ]
 TOTAL_KEYS = [
     'train_seconds',
@@ -48,6 +49,7 @@ TOTAL_KEYS = [
     'saved_fraction',
     'selection_seconds',
     'eval_accuracy',
+    'eval_loss',
     'peak_memory_bytes',
 ]
 
@@ -365,19 +367,31 @@ def test_another_accuracy_serves_where_there_is_no_multiclass_accuracy(tmp_path)
     assert summary(tmp_path)['totals']['eval_accuracy'] == float(log.data['metrics/eval/TopTwoAccuracy'][-1][1])
 
 
-def test_no_accuracy_among_the_metrics_is_said_once(tmp_path):
+def test_the_cross_entropy_is_the_held_out_loss(tmp_path):
     module = torch.nn.Linear(6, 3)
     model = ComposerClassifier(module, num_classes=3, val_metrics=MetricCollection([CrossEntropy()]))
+    log = InMemoryLogger()
+    trainer(tmp_path, model=model, optimizers=torch.optim.SGD(module.parameters(), lr=0.1), max_duration='2ep', loggers=log).fit()
+    found = summary(tmp_path)
+    measured = [float(value) for _, value in log.data['metrics/eval/CrossEntropy']]
+    assert [entry['eval_loss'] for entry in found['epochs']] == measured
+    assert (found['totals']['eval_loss'], found['totals']['eval_accuracy']) == (measured[-1], None)
+
+
+def test_neither_accuracy_nor_loss_among_the_metrics_is_said_once(tmp_path):
+    module = torch.nn.Linear(6, 3)
+    model = ComposerClassifier(module, num_classes=3, val_metrics=MetricCollection([MulticlassF1Score(num_classes=3)]))
     run = trainer(tmp_path, model=model, optimizers=torch.optim.SGD(module.parameters(), lr=0.1), max_duration='2ep')
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         run.fit()
     said = [str(item.message) for item in caught if 'EfficiencyMonitor' in str(item.message)]
     assert said == [
-        'EfficiencyMonitor: no metric of the evaluation has a name that ends in Accuracy (there are: CrossEntropy); '
-        'eval_accuracy in summary.json stays null'
+        'EfficiencyMonitor: no metric of the evaluation has a name that ends in Accuracy or CrossEntropy (there are: MulticlassF1Score); '
+        'eval_accuracy and eval_loss in summary.json stay null'
     ]
-    assert summary(tmp_path)['totals']['eval_accuracy'] is None
+    totals = summary(tmp_path)['totals']
+    assert (totals['eval_accuracy'], totals['eval_loss']) == (None, None)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path):

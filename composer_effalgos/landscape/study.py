@@ -16,6 +16,7 @@ import torch
 from composer.core import Event, State
 from composer.devices import Device
 from composer.loggers import Logger
+from composer.models import ComposerClassifier
 from composer.utils import get_device
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def interpolate(
     weights = {'A': read_weights(a, 'checkpoint A'), 'B': read_weights(b, 'checkpoint B')}
     device = Component(f'{recipe.source}: device', get_device, {'device': recipe.trainer.get('device')}).build()
     train_set, test_set = build_split(_unaugmented(recipe), 'train'), build_split(recipe, 'eval')
-    model = device.module_to_device(_network(recipe, train_set.num_classes, device))
+    model = device.module_to_device(_network(recipe, train_set, device))
     solutions = {
         label: device.batch_to_device(_fitting(f'checkpoint {label}: {path}', weights[label], model, recipe))
         for label, path in (('A', a), ('B', b))
@@ -235,9 +236,11 @@ def _unaugmented(recipe: Recipe) -> Recipe:
     return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))
 
 
-def _network(recipe: Recipe, num_classes: int, device: Device) -> nn.Module:
+def _network(recipe: Recipe, dataset: Any, device: Device) -> nn.Module:
     """The network after the surgery of the recipe's Composer algorithms; ours change no layer."""
-    model = build_network(recipe, num_classes)
+    model = build_network(recipe, dataset)
+    if not isinstance(model, ComposerClassifier):
+        raise InputError(f'{recipe.source}: model.name: expected a classifier, got {recipe.model.name}')
     state = State(model=model, rank_zero_seed=recipe.seed, run_name=recipe.run_name, device=device)
     for component in recipe.algorithms:
         algorithm = component.build()

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets.registry import TEXT
 from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import autocast_forward, has_bf16
+from composer_effalgos.models.language import LANGUAGE_MODELS, build_language_model
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import Plan
 from composer_effalgos.recipes.checkpoints import check_loading, check_weights, checkpoint_folder, trainer_arguments
@@ -66,7 +68,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
 
     reproducibility.seed_all(recipe.seed)
-    model = build_network(recipe, train_set.num_classes)
+    model = build_network(recipe, train_set)
     optimizer = recipe.optimizer.build(model.parameters())
 
     precision = _precision(recipe, model, on_gpu=on_gpu)
@@ -163,23 +165,32 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
     )
 
 
-def build_network(recipe: Recipe, num_classes: int) -> ComposerClassifier:
+def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
     """Build a recipe's network, before any algorithm.
 
     Args:
         recipe: A checked recipe.
-        num_classes: Classes of the data set.
+        dataset: Its training split.
 
     Returns:
-        The network with its cross-entropy and accuracy.
+        A classifier with its cross-entropy and accuracy, or a language model with its own loss.
 
     Raises:
-        InputError: The network cannot be built, or has fewer outputs than the data set has classes.
+        InputError: The network cannot be built, does not read such data, or has fewer outputs than the data set has classes.
     """
-    settings = recipe.model
+    settings, num_classes = recipe.model, dataset.num_classes
+    reads_text = settings.name in LANGUAGE_MODELS
+    if reads_text != (recipe.dataset.name in TEXT):
+        fitting = f'one of images for {settings.name}' if not reads_text else f'one of text ({", ".join(TEXT)}) for {settings.name}'
+        raise InputError(f'{recipe.source}: dataset.name: expected {fitting}, got {recipe.dataset.name}')
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
     num_classes = settings.num_classes or num_classes
+    if reads_text:
+        if settings.pretrained:
+            raise InputError(f'{recipe.source}: model.pretrained: expected false for {settings.name}, got {settings.pretrained}')
+        arguments = {'seq_len': dataset.seq_len, **settings.options}
+        return Component(recipe.source, build_language_model, arguments).build(settings.name, num_classes)
     if num_classes < 2:
         raise InputError(f'{recipe.source}: dataset: has one class; a classifier needs at least two')
     component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})

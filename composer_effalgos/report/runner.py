@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.monitor import SUMMARY, quality_text
 from composer_effalgos.recipes.checkpoints import checkpoint_folder
 from composer_effalgos.report.runs import read_summary
 from composer_effalgos.report.sweep import Job
@@ -383,5 +383,6 @@ def _last_line(log: Path, returncode: int) -> str:
 
 def _result(job: Job) -> str:
     totals = read_summary(job.recipe.run_folder / SUMMARY)['totals']
-    accuracy = '' if totals['eval_accuracy'] is None else f'accuracy {totals["eval_accuracy"]:.4f}, '
-    return f'{job.recipe.run_name}: {accuracy}{totals["saved_fraction"]:.1%} saved, {totals["train_seconds"]:.1f} s of training'
+    return (
+        f'{job.recipe.run_name}: {quality_text(totals)}, {totals["saved_fraction"]:.1%} saved, {totals["train_seconds"]:.1f} s of training'
+    )

@@ -10,6 +10,7 @@ import xml.etree.ElementTree
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def two_solutions(write_recipe: Callable[..., Path]) -> tuple[Path, Path, Path]:
     for seed in (1, 2):
         torch.manual_seed(seed)
         files.append(recipe.with_name(f'{seed}.pt'))
-        torch.save(build_network(load_recipe(recipe), 4).module.state_dict(), files[-1])
+        torch.save(build_network(load_recipe(recipe), SimpleNamespace(num_classes=4)).module.state_dict(), files[-1])
     return recipe, *files
 
 

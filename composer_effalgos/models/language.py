@@ -1,0 +1,77 @@
+"""Small language models, from Hugging Face's configurations, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from composer.metrics import LanguageCrossEntropy
+from composer.models import HuggingFaceModel
+
+from composer_effalgos.recipes.arguments import check_arguments
+from composer_effalgos.utils.errors import InputError
+
+
+def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, heads: int = 4, dropout: float = 0.0) -> Any:
+    """GPT-2 (Radford et al. 2019) of any size; 175 thousand parameters where nothing is said, for bytes in sequences of 128.
+
+    Args:
+        num_classes: Size of the vocabulary.
+        seq_len: Longest sequence.
+        layers: Number of blocks.
+        width: Size of the embeddings.
+        heads: Attention heads of a block.
+        dropout: Share dropped of embeddings, attention and residuals.
+
+    Returns:
+        A ``transformers.GPT2LMHeadModel``.
+
+    Raises:
+        InputError: A size out of range, or ``transformers`` is not installed.
+    """
+    for name, value in (('layers', layers), ('width', width), ('heads', heads)):
+        if value < 1:
+            raise InputError(f'model.{name}: expected at least 1, got {value}')
+    if width % heads:
+        raise InputError(f'model.width: expected a multiple of the {heads} heads, got {width}')
+    if not 0 <= dropout < 1:
+        raise InputError(f'model.dropout: expected 0 to 1, got {dropout}')
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("model.name: gpt2 needs transformers; pip install 'mosaicml[nlp]'") from error
+    config = transformers.GPT2Config(
+        vocab_size=num_classes,
+        n_positions=seq_len,
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        attn_pdrop=dropout,
+        embd_pdrop=dropout,
+        resid_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+LANGUAGE_MODELS: Mapping[str, Callable[..., Any]] = {'gpt2': gpt2}
+"""Builders: ``(num_classes, seq_len, **options)``."""
+
+
+def build_language_model(name: str, num_classes: int, seq_len: int, **options: Any) -> HuggingFaceModel:
+    """Build a language model with its own next-token loss; its held-out cross-entropy is in nats a token.
+
+    Args:
+        name: One of :data:`LANGUAGE_MODELS`.
+        num_classes: Size of the vocabulary.
+        seq_len: Longest sequence.
+        **options: Arguments of the model's builder.
+
+    Raises:
+        InputError: An unknown option or one out of range.
+    """
+    options = check_arguments('model', LANGUAGE_MODELS[name], options, given=('num_classes', 'seq_len'))
+    model = LANGUAGE_MODELS[name](num_classes, seq_len, **options)
+    return HuggingFaceModel(model, use_logits=True, eval_metrics=[LanguageCrossEntropy()], shift_labels=True)
