@@ -242,7 +242,7 @@ def test_missing_data_is_refused(recipe_file, tmp_path, capfd, name):
 
 
 def test_a_missing_recipe_is_refused(tmp_path, capfd):
-    assert 'no such recipe' in refused(capfd, tmp_path / 'none.yaml')
+    assert 'expected a file, got none' in refused(capfd, tmp_path / 'none.yaml')
 
 
 def broken_images(recipe_file: Path, tmp_path: Path, loading: str) -> Path:

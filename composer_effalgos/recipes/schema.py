@@ -23,9 +23,9 @@ from composer_effalgos.recipes import components
 from composer_effalgos.recipes.arguments import check_arguments, check_type, describe, parameters, takes_time
 from composer_effalgos.recipes.components import Component, find
 from composer_effalgos.recipes.faults import blamed, explain, is_ours
-from composer_effalgos.recipes.settings import MOST_LEVELS, TOO_DEEP, read_settings
+from composer_effalgos.recipes.settings import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, read_settings
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
+from composer_effalgos.utils.text import did_you_mean, shown
 
 __all__ = [
     'DatasetRecipe',
@@ -161,7 +161,6 @@ NOT_FOR_RECIPES = {
 }  # fmt: skip
 _FLOAT32_MAX = 3.4e38
 _SCHEDULE_UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
-_LONGEST_TEXT = 4000  # a path's length on Linux
 _LONGEST_NAME = 200  # bytes; file systems take 255, and files get endings
 _LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # of schedules, which divide by them
 
@@ -248,7 +247,7 @@ def _dataset(key: str, settings: Any) -> DatasetRecipe:
     for name, (least, most) in limits.items():
         value = getattr(dataset, name)
         if value is not None and not least <= value <= most:
-            raise InputError(f'{key}.{name}: expected {least} to {most}, got {str(value)[:50]}')
+            raise InputError(f'{key}.{name}: expected {least} to {most}, got {shown(value)}')
     if dataset.prefetch_factor is not None and dataset.num_workers == 0:
         raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
     return dataset
@@ -341,10 +340,10 @@ def _check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             _check_values(f'{key}[{number}]', item, levels - 1)
-    elif isinstance(value, str) and ('\0' in value or len(value) > _LONGEST_TEXT or value.encode(errors='replace').decode() != value):
-        raise InputError(f'{key}: expected valid Unicode of at most {_LONGEST_TEXT} characters without null, got {value[:50]!r}')
+    elif isinstance(value, str) and ('\0' in value or len(value) > MOST_CHARACTERS or value.encode(errors='replace').decode() != value):
+        raise InputError(f'{key}: expected valid Unicode of at most {MOST_CHARACTERS} characters without null, got {shown(value)}')
     elif isinstance(value, (int, float)) and not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
-        raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {str(value)[:50]}')
+        raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {shown(value)}')
 
 
 def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:

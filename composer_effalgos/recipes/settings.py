@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +15,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text
-from composer_effalgos.utils.text import one_line
+from composer_effalgos.utils.files import check_file, read_text
+from composer_effalgos.utils.text import one_line, shown
 
-__all__ = ['MOST_LEVELS', 'SWEEPS', 'TOO_DEEP', 'list_recipes', 'merge_settings', 'read_settings', 'recipe_folder']
+__all__ = ['MOST_CHARACTERS', 'MOST_LEVELS', 'SWEEPS', 'TOO_DEEP', 'list_recipes', 'merge_settings', 'read_settings', 'recipe_folder']
 
 SWEEPS = 'sweeps'  # the folder of the sweeps, among those of the recipes
 MOST_LEVELS = 50
-_MOST_NODES = 100_000
+MOST_CHARACTERS = 4000  # of a value: a path's length on Linux
+_MOST_VALUES = 100_000
+_REFERENCE = re.compile(r'\$\{([^${}]*)\}')  # an interpolation that holds no other
 TOO_DEEP = f'expected at most {MOST_LEVELS} levels of nesting'
 
 
@@ -78,41 +82,65 @@ def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
         Plain data, interpolations resolved.
 
     Raises:
-        InputError: No such file, broken YAML, or an override that does not fit.
+        InputError: No such file, broken YAML, an override that does not fit, or settings that are too large.
     """
-    if not path.is_file():
-        raise InputError(f'{path}: no such recipe; give the path of a YAML file (effalgos recipes lists those at hand)')
+    check_file(path, 'give the path of a YAML file (effalgos recipes lists those at hand)')
     try:
         text = read_text(path)
-        document = yaml.compose(text, yaml.SafeLoader)
+        document = _checked_yaml(text)
         if not isinstance(document, yaml.MappingNode) or not document.value:
             raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
-        _check_size(document)
         config: Any = OmegaConf.create(text)
-    except yaml.MarkedYAMLError as error:
-        line = '' if error.problem_mark is None else f'line {error.problem_mark.line + 1}: '
-        raise InputError(f'{path}: {line}not valid YAML: {error.problem or one_line(error)}') from error
     except InputError:
         raise
-    except (yaml.YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
-        raise InputError(f'{path}: not a readable YAML file: {one_line(error)}') from error
-    except RecursionError as error:
-        raise InputError(f'{path}: {TOO_DEEP}') from error
+    except Exception as error:  # PyYAML lets through whatever its constructors raise
+        raise InputError(f'{path}: {_yaml_fault(error)}') from error
     return merge_settings(str(path), config, overrides, example='optimizer.lr=0.05')
 
 
-def _check_size(document: yaml.Node) -> None:
-    """Refuses YAML that is small as text and large as data, by anchors that refer to others, before anything copies it."""
-    nodes = [document]
+def _checked_yaml(text: str) -> yaml.Node | None:
+    """Parses YAML and refuses what is small as text and large as data, by anchors that refer to others, before anything copies it."""
+    document = yaml.compose(text, yaml.SafeLoader)
+    loader = yaml.SafeLoader('')
+    nodes = [] if document is None else [document]
     levels = count = 0
     while nodes:
         levels, count = levels + 1, count + len(nodes)
         if levels > MOST_LEVELS:
             raise ValueError(TOO_DEEP)
-        if count > _MOST_NODES:
-            raise ValueError(f'expected at most {_MOST_NODES} values')
+        if count > _MOST_VALUES:
+            raise ValueError(f'expected at most {_MOST_VALUES} values')
+        for node in nodes:
+            if isinstance(node, yaml.ScalarNode):
+                _check_scalar(node, loader)
         inner = itertools.chain.from_iterable(_inside(node) for node in nodes)
-        nodes = list(itertools.islice(inner, _MOST_NODES))
+        nodes = list(itertools.islice(inner, _MOST_VALUES))
+    return document
+
+
+def _check_scalar(node: yaml.ScalarNode, loader: yaml.SafeLoader) -> None:
+    line = node.start_mark.line + 1
+    if len(node.value) > MOST_CHARACTERS:
+        raise ValueError(f'line {line}: expected at most {MOST_CHARACTERS} characters in a value, got {len(node.value)}')
+    if node.tag == loader.resolve(yaml.ScalarNode, node.value, (True, False)):  # no tag was written
+        return
+    try:
+        loader.construct_object(node)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # KeyError, IndexError, AttributeError, ...
+        tag = node.tag.replace('tag:yaml.org,2002:', '!!')
+        raise ValueError(f'line {line}: expected text that fits its tag, got {tag} {shown(node.value)}') from error
+
+
+def _yaml_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return TOO_DEEP
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = '' if error.problem_mark is None else f'line {error.problem_mark.line + 1}: '
+        return f'{line}not valid YAML: {error.problem or one_line(error)}'
+    kind = '' if isinstance(error, (ValueError, yaml.YAMLError, OSError, OmegaConfBaseException)) else f'{type(error).__name__}: '
+    return f'not readable YAML: {kind}{one_line(error)}'
 
 
 def _inside(node: yaml.Node) -> Iterable[yaml.Node]:
@@ -134,24 +162,111 @@ def merge_settings(source: str, settings: Any, overrides: Sequence[str | Mapping
         Plain data, interpolations resolved.
 
     Raises:
-        InputError: An override that does not fit, or an interpolation that leads nowhere.
+        InputError: An override that does not fit, or an interpolation that leads nowhere or makes too much.
     """
     config: Any = settings
     for override in overrides:
-        if isinstance(override, str):
-            key, equals, _ = override.partition('=')
-            if not equals or not key.strip():
-                raise InputError(f'override {override!r}: expected key=value, e.g. {example}')
         try:
-            layer = OmegaConf.from_dotlist([override]) if isinstance(override, str) else OmegaConf.create(dict(override))
-            config = OmegaConf.merge(config, layer)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-            raise InputError(f'override {str(override)[:200]!r}: {one_line(error)}') from error
+            config = OmegaConf.merge(config, _layer(override, example))
+        except InputError:
+            raise
+        except Exception as error:  # as in read_settings
+            raise InputError(f'override {str(override)[:200]!r}: {_yaml_fault(error)}') from error
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+        config = OmegaConf.create(config)
+        _Interpolated(source, OmegaConf.to_container(config)).size(())
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(f'{source}: {one_line(error)}') from error
     except RecursionError as error:
         raise InputError(f'{source}: {TOO_DEEP}') from error
     assert isinstance(plain, dict)
     return typing.cast('dict[str, Any]', plain)
+
+
+def _layer(override: str | Mapping[str, Any], example: str) -> Any:
+    if not isinstance(override, str):
+        return OmegaConf.create(dict(override))
+    key, equals, value = override.partition('=')
+    if not equals or not key.strip():
+        raise InputError(f'override {override!r}: expected key=value, e.g. {example}')
+    _checked_yaml(value)
+    return OmegaConf.from_dotlist([override])
+
+
+class _Interpolated:
+    """How large settings become when their interpolations are resolved, found without resolving any.
+
+    References to references grow exponentially: ten lists of ten, each the one before ten times, are ten thousand million values.
+
+    Args:
+        source: Begins every message.
+        settings: Unresolved settings.
+    """
+
+    def __init__(self, source: str, settings: Any) -> None:
+        self._source = source
+        self._settings = settings
+        self._sizes: dict[tuple[Any, ...], int | None] = {}  # by path; None while it is being found
+
+    def size(self, path: tuple[Any, ...]) -> int:
+        """The values at and below a path, a text as one per hundred characters; never too few.
+
+        Raises:
+            InputError: It is too large, contains itself, or has interpolations within interpolations, whose keys nobody knows beforehand.
+        """
+        if path not in self._sizes:
+            self._sizes[path] = None
+            node = functools.reduce(lambda value, key: value[key], path, self._settings)
+            if isinstance(node, (dict, list)):
+                size = 1 + sum(self.size((*path, key)) for key in (node if isinstance(node, dict) else range(len(node))))
+            else:
+                size = 1 + self._of_text(path, node) if isinstance(node, str) else 1
+            if size > _MOST_VALUES:
+                raise InputError(f'{self._source}: {_dotted(path)}: expected at most {_MOST_VALUES} values from interpolation, got more')
+            self._sizes[path] = size
+        found = self._sizes[path]
+        if found is None:
+            raise InputError(f'{self._source}: {_dotted(path)}: expected no interpolation that contains itself')
+        return found
+
+    def _of_text(self, path: tuple[Any, ...], text: str) -> int:
+        references = _REFERENCE.findall(text)
+        if len(references) != text.count('${'):
+            raise InputError(f'{self._source}: {_dotted(path)}: expected interpolations such as ${{key}}, one not within another')
+        # oc.decode makes a list of a text
+        own = len(text) if any(':' in reference for reference in references) else len(text) // 100
+        return own + sum(self.size(target) for target in (self._target(path, reference) for reference in references) if target is not None)
+
+    def _target(self, path: tuple[Any, ...], reference: str) -> tuple[Any, ...] | None:
+        """Where ``key``, ``.sibling`` or ``resolver:key`` points to, as far as that can be told; None where nothing is there."""
+        key = reference.rpartition(':')[2].split(',')[0].strip(' \'"')
+        up = len(key) - len(key.lstrip('.'))
+        target: list[Any] = list(path[: max(len(path) - up, 0)]) if up else []
+        node = functools.reduce(lambda value, key: value[key], target, self._settings)
+        for name in filter(None, re.split(r'[.\[\]]', key)):
+            if isinstance(node, str):  # an interpolation itself: what it refers to, whole
+                break
+            found = _key(node, name)
+            if found is None:
+                return None
+            target.append(found)
+            node = node[found]
+        return tuple(target) if key else None
+
+
+def _key(node: Any, name: str) -> Any:
+    """The key of a mapping or the index of a list that a part of a reference names; None where there is none."""
+    if isinstance(node, dict) and name in node:
+        return name
+    try:
+        number = int(name)
+    except ValueError:
+        return None
+    if isinstance(node, dict):
+        return number if number in node else None
+    return number % len(node) if isinstance(node, list) and -len(node) <= number < len(node) else None
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return '.'.join(map(str, path))

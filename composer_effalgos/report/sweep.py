@@ -215,8 +215,6 @@ def load_sweep(path: str | Path) -> Sweep:
         InputError: No such file, broken YAML, an unknown key or a mistyped value.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f'{path}: no such sweep; give the path of a YAML file (effalgos recipes lists those at hand)')
     settings = read_settings(path)
     hints = {name: hint for name, hint in typing.get_type_hints(Sweep).items() if name not in ('name', 'path')}
     for key, value in settings.items():

@@ -45,6 +45,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_file(path: Path, hint: str) -> None:
+    """Refuses what is no regular file, before it is opened: a FIFO would be waited for, and a device may never end.
+
+    Args:
+        path: The file.
+        hint: What would be right, for the message.
+
+    Raises:
+        InputError: It is missing, or something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f'{path}: expected a file, got none ({reason}); {hint}') from error
+    if not stat.S_ISREG(mode):
+        raise InputError(f'{path}: expected a file, got {"a folder" if stat.S_ISDIR(mode) else "a device, FIFO or socket"}; {hint}')
+
+
 def read_text(path: Path, most: int = 2**24) -> str:
     """Reads a small text file that comes from elsewhere; as :func:`read_bytes`, with a ``ValueError`` where it is not UTF-8."""
     return read_bytes(path, most).decode('utf-8')

@@ -27,7 +27,10 @@ def one_line(error: object) -> str:
 
 def shown(value: Any) -> str:
     """A value from a file as it stands in a message: on one line, and not too long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = 'a number of more than 4300 digits'
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 

@@ -22,6 +22,7 @@ def odd_value(draw: random.Random) -> Any:
     """Plain data that seldom fits."""
     numbers = [None, True, -1, 0, 3, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float('nan'), float('inf')]
     texts = ['', ' ', '.', '..', '../../beside', '/dev/zero', 'a\0b', 'a\nb', '\x1b[31m', '\udc00', 'x' * 5000, 'pkl', '1' * 5000]
+    texts += ['${dataset}', '${']
     return draw.choice([*numbers, *texts, [], {}, [[]], {'': None}, deep(40)])
 
 

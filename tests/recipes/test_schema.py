@@ -1,4 +1,6 @@
+import contextlib
 import os
+import re
 import string
 from pathlib import Path
 
@@ -9,13 +11,16 @@ import torch
 from composer.algorithms import BlurPool, SqueezeExcite
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos import InfoBatch
 from composer_effalgos.recipes import components
 from composer_effalgos.recipes.schedulers import OneCycleScheduler
 from composer_effalgos.recipes.schema import OURS, load_recipe, parse_recipe
-from composer_effalgos.recipes.settings import list_recipes, recipe_folder
+from composer_effalgos.recipes.settings import _Interpolated, list_recipes, read_settings, recipe_folder
 from composer_effalgos.utils.errors import InputError
+from tests.fuzz.mutate import limit
 
 # The recipe in the documentation
 CIFAR = """
@@ -204,8 +209,8 @@ def test_every_algorithm_is_accepted_with_nothing_but_its_required_arguments():
 
 
 def test_a_missing_recipe(tmp_path):
-    for path in (tmp_path / 'none.yaml', tmp_path):
-        with pytest.raises(InputError, match='no such recipe'):
+    for path, got in ((tmp_path / 'none.yaml', r'none \(no such file or directory\)'), (tmp_path, 'a folder')):
+        with pytest.raises(InputError, match=f'expected a file, got {got}; give the path of a YAML file'):
             load_recipe(path)
 
 
@@ -214,7 +219,7 @@ def test_a_missing_recipe(tmp_path):
     [
         (b'seed: 1\nmodel: {name: x\nseed: 2\n', 'line 3: not valid YAML'),
         (b'seed: 1\nseed: 2\n', 'line 2: not valid YAML: found duplicate key'),
-        (b'\xff\xfe\x00\x81', 'not a readable YAML file'),
+        (b'\xff\xfe\x00\x81', 'not readable YAML'),
         (b'', 'expected keys and values'),
         (b'- a\n- b\n', 'expected keys and values'),
         (b'hello', 'expected keys and values'),
@@ -283,7 +288,7 @@ def test_zeros_that_mean_something(extra):
 def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'fifo.yaml')
     for path in (tmp_path / 'fifo.yaml', Path('/dev/zero')):
-        with pytest.raises(InputError, match='no such recipe'):
+        with pytest.raises(InputError, match='expected a file, got a device, FIFO or socket'):
             load_recipe(path)
 
 
@@ -299,3 +304,99 @@ def test_deep_overrides_are_one_line(recipe_file, override):
 def test_a_run_name_is_a_folders(run_name):
     with pytest.raises(InputError, match='run_name: expected '):
         parse_recipe(minimal(run_name=run_name))
+
+
+def growing(first: str, step: str, times: int = 40) -> str:
+    """A setting a0, and settings a1, a2, ... made by ``step``, where OLD is the one before."""
+    steps = [f'a{number}: {step.replace("OLD", f"a{number - 1}")}' for number in range(1, times)]
+    return '\n'.join([f'a0: {first}', *steps])
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        growing('[1, 1]', '[' + ', '.join(10 * ["'${OLD}'"]) + ']', times=10),
+        growing('x', "'" + 10 * '${OLD}' + "'", times=10),
+        growing('{x: 1}', "[{b: '${OLD}', c: ['${OLD}']}]"),
+        growing('1', "'${oc.create:[${OLD}, ${OLD}]}'"),
+        growing('{x: 1}', "{x: '${oc.select:OLD}', y: '${oc.dict.values:OLD}'}"),
+        growing('[1]', "['${..OLD}', '${OLD}']"),
+        "a: ['${b}', '${b}']\nb: ['${a}', '${a}']",
+        "a: {b: '${a}'}",
+        "k: a\na: 1\nb: '${${k}}'",
+    ],
+)
+def test_interpolation_makes_nothing_large(tmp_path, settings):
+    path = tmp_path / 'large.yaml'
+    path.write_text(settings + '\n')
+    with limit(20), pytest.raises(InputError) as caught:
+        read_settings(path)
+    assert re.match(
+        rf'{path}: [\w.]+: expected (at most 100000 values|no interpolation that contains|interpolations such)', str(caught.value)
+    )
+
+
+TEXTS = ['x', '${a}', '${b}', 'x ${a.b} ${c}', '${.a}', '${..b}', '${b[0]}', '${a.1}', '${c.-1}', '${oc.select:a}']
+
+
+@given(
+    st.recursive(
+        st.sampled_from([1, None, *TEXTS]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(['a', 'b', 1]), inner, max_size=3),
+        max_leaves=12,
+    ),
+    st.recursive(st.sampled_from(['y', '${a}', '${c}', 2.5]), lambda inner: st.lists(inner, max_size=3), max_leaves=5),
+)
+def test_the_size_of_what_interpolation_makes_is_no_underestimate(left, right):
+    """Against what OmegaConf makes, where it makes something."""
+    raw = {'a': left, 'b': right, 'c': ['${b}', left]}
+    try:
+        made = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    except (OmegaConfBaseException, RecursionError):
+        assume(False)
+    with contextlib.suppress(InputError):  # a reference through another one may look as if it contained itself
+        assert _Interpolated('recipe', raw).size(()) >= values(made)
+
+
+def values(tree: object) -> int:
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return 1 + sum(map(values, inner))
+
+
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [
+        ('!!bool foo', "line 3: expected text that fits its tag, got !!bool 'foo'"),
+        ('!!int ""', "got !!int ''"),
+        ('!!float ""', "got !!float ''"),
+        ('!!float x', "got !!float 'x'"),
+        ('!!timestamp foo', "got !!timestamp 'foo'"),
+        ('!!binary aGVsbG8=', "expected an integer, got b'hello' (bytes)"),
+        ('!!python/object:os.system x', 'could not determine a constructor for the tag'),
+        ('"\\UFFFFFFFF"', 'not readable YAML'),
+        ('0x' + 'f' * 20_000, 'expected at most 4000 characters in a value, got 20002'),
+        ('0x' + 'f' * 3900, 'seed: expected a finite number that fits into 32 bits, got a number of more than 4300 digits'),
+    ],
+)
+def test_odd_yaml(recipe_file, value, expected):
+    with pytest.raises(InputError) as in_override:
+        load_recipe(recipe_file, [f'seed={value}'])
+    recipe_file.write_text(CIFAR.replace('seed: 17', f'seed: {value}'))
+    with pytest.raises(InputError) as in_file:
+        load_recipe(recipe_file)
+    assert str(in_file.value).startswith(str(recipe_file))
+    for line in (str(in_override.value).replace('line 1', 'line 3'), str(in_file.value)):
+        assert expected in line
+        assert '\n' not in line
+
+
+def test_merge_keys_and_dates_are_read(tmp_path):
+    path = tmp_path / 'merged.yaml'
+    path.write_text('a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: 2020-13-45\n')
+    assert read_settings(path) == {'a': {'x': 1}, 'b': {'x': 1, 'y': 2}, 'c': '2020-13-45'}
+
+
+def test_a_loop_of_symlinks(tmp_path):
+    (tmp_path / 'loop.yaml').symlink_to('loop.yaml')
+    with pytest.raises(InputError, match=r'loop.yaml: expected a file, got none \(too many levels of symbolic links\)'):
+        load_recipe(tmp_path / 'loop.yaml')

@@ -83,7 +83,7 @@ def test_a_run_that_saves_can_be_resumed(write_sweep, tmp_path):
         ('methodes: {a: {}}', "methodes: unknown key; did you mean 'methods'"),
         ('methods: [a]', 'methods: expected'),
         ('methods: {a: {}}', r'a: no recipe'),
-        ('methods: {a: {recipe: nowhere.yaml}}', r'nowhere\.yaml: no such recipe'),
+        ('methods: {a: {recipe: nowhere.yaml}}', r'nowhere\.yaml: expected a file, got none'),
         ('recipe: small.yaml\nmethods: {a: {optimiser: {lr: 1}}}', "a: optimiser: unknown key; did you mean 'optimizer'"),
         ('recipe: small.yaml\nmethods: {a: 3}', 'a: expected'),
         ('recipe: small.yaml\nmethods: {a: {seeds: 3}}', 'a: seeds: expected a list'),
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named(write_sweep, tmp_path, text, message):
 def test_unknown_methods_and_files_are_named(write_sweep, tmp_path):
     with pytest.raises(InputError, match="no method 'b'; known: aaa"):
         load_sweep(write_sweep('recipe: small.yaml\nmethods: {aaa: {}}')).jobs(tmp_path, only=['b'])
-    with pytest.raises(InputError, match='no such sweep'):
+    with pytest.raises(InputError, match='expected a file, got none'):
         load_sweep(tmp_path / 'nowhere.yaml')
 
 
