@@ -1,8 +1,14 @@
-"""Trains a small GPT-2 on a StreamingDataset of tokens; run by tests in processes of its own, and killed by them."""
+"""Trains a small GPT-2 on a StreamingDataset of tokens; run by tests in processes of its own, and killed by them.
+
+One run on the ranks that a launcher started, or several runs, each on ranks forked from this process, which has imported everything once.
+"""
 
 import argparse
+import json
 import os
 import signal
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +74,16 @@ class Watch(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
+def train(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--folder', type=Path, required=True)
-    parser.add_argument('--remote', type=Path, required=True)
+    parser.add_argument('--remote', required=True)
     parser.add_argument('--algorithms', nargs='*', default=[])
     parser.add_argument('--workers', type=int, default=0)
     parser.add_argument('--kill-at', type=int)
     parser.add_argument('--duration', default='4ep')
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    os.environ['AWS_ACCESS_KEY_ID'] = f'rank{os.environ["RANK"]}'  # tells the server of an s3:// remote who asks
 
     known = {
         'infobatch': lambda: InfoBatch(0.5, delta=1.0),
@@ -86,7 +93,7 @@ def main() -> None:
     torch.manual_seed(0)
     size = {'n_positions': LENGTH, 'n_embd': 16, 'n_layer': 1, 'n_head': 2}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **size))
-    streams = [Counted(remote=str(options.remote), local=str(options.folder / 'local'))]
+    streams = [Counted(remote=options.remote, local=str(options.folder / 'local'))]
     dataset = Tokens(streams=streams, shuffle=True, shuffle_block_size=20, batch_size=6)
     watch = Watch(options.kill_at)
     trainer = Trainer(
@@ -102,8 +109,8 @@ def main() -> None:
         progress_bar=False,
         run_name='tokens',
         save_folder=str(options.folder / 'checkpoints'),
-        save_interval='1ba',
-        save_num_checkpoints_to_keep=3,
+        save_interval='5ba',
+        save_num_checkpoints_to_keep=1,
         autoresume=True,
     )
     trainer.fit()
@@ -114,5 +121,40 @@ def main() -> None:
     trainer.close()
 
 
+def fork(rank: int, ranks: int, port: int, arguments: list[str]) -> int:
+    """Starts one rank as a launcher would; its number."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        os.environ |= dict.fromkeys(('RANK', 'LOCAL_RANK'), str(rank)) | dict.fromkeys(('WORLD_SIZE', 'LOCAL_WORLD_SIZE'), str(ranks))
+        os.environ |= {'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+        train(arguments)
+        status = 0
+    finally:
+        sys.excepthook(*sys.exc_info()) if status else None
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(arguments: list[str], ranks: int = 2) -> bool:
+    """Trains on forked ranks; as soon as one of them fails the others are stopped. Whether all ended well."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    running = {fork(rank, ranks, port, arguments) for rank in range(ranks)}
+    well = True
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        well &= status == 0
+        for other in running if status else ():
+            os.kill(other, signal.SIGKILL)
+    return well
+
+
 if __name__ == '__main__':
-    main()
+    if 'RANK' in os.environ:
+        train(sys.argv[1:])
+    else:
+        print(json.dumps([run(json.loads(arguments)) for arguments in sys.argv[1:]]))
