@@ -36,7 +36,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     """The three methods on top of the paper's recipes."""
     interval = args.epochs // (args.growths + 1)
     if args.growths < 1 or interval < 1:
-        raise InputError(f'--growths: must be at least 1 and less than the {args.epochs} epochs, got {args.growths}')
+        raise InputError(f'--growths: expected at least 1 and less than the {args.epochs} epochs, got {args.growths}')
     times = [f'{interval * (number + 1)}ep' for number in range(args.growths)]
     on_gpu = args.device == 'gpu'
     dataset = {'path': str(args.data), 'batch_size': args.batch_size, 'eval_batch_size': 500, 'num_workers': args.workers}

@@ -206,7 +206,7 @@ def test_damaged_checkpoints(tmp_path):
         ('model.num_classes=3', 'model.num_classes: 3, but the data set has 4 classes'),
         ('model.name=resnet21_cifar', 'model.name'),
         ('optimizer.lr=-1', 'optimizer: Invalid learning rate'),
-        ('scheduler.max_lr=0', 'scheduler: max_lr: must be above 0, got 0'),
+        ('scheduler.max_lr=0', 'scheduler: max_lr: expected a number greater than 0, got 0'),
         ('algorithms.infobatch.prune_ratio=1.0', 'algorithms.infobatch: '),
         ('algorithms.adabatch.growth_factor=1', 'algorithms.adabatch: '),
         ('algorithms.swa.swa_start=soon', 'algorithms.swa: '),

@@ -93,7 +93,7 @@ class AdaBatch(Algorithm):
         check_number('growth_factor', growth_factor, above=1, most=_LARGEST_FACTOR)
         check_number('lr_factor', lr_factor, least=1 / _LARGEST_FACTOR, most=_LARGEST_FACTOR)
         if max_batch_size is not None and (isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1):
-            raise InputError(f'max_batch_size: must be a whole number of samples per rank, at least 1, got {max_batch_size!r}')
+            raise InputError(f'max_batch_size: expected a whole number of samples per rank, at least 1, got {max_batch_size!r}')
         if policy is not None and milestones is not None:
             raise InputError('policy: stands in place of milestones; give one of the two')
         _check_lr(lr, lr_factor, beta2)

@@ -66,7 +66,7 @@ class GradientNoise(Watching):
     def __init__(self, window: str | int | Time, measure_every: int, decay: float) -> None:
         check_number('decay', decay, least=0, below=1)
         if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 1:
-            raise InputError(f'measure_every: must be a whole number of batches, at least 1, got {measure_every!r}')
+            raise InputError(f'measure_every: expected a whole number of batches, at least 1, got {measure_every!r}')
         self.measure_every, self.decay = measure_every, decay
         self._hooks: list[Any] = []  # on the parameters, while a batch is measured
         super().__init__(window)

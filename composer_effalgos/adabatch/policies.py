@@ -59,7 +59,7 @@ class Milestones:
 
     def __init__(self, milestones: Sequence[str | int | Time]) -> None:
         if isinstance(milestones, str | Time) or not isinstance(milestones, Sequence):
-            raise InputError(f"milestones: must be a list of times such as ['20ep', '40ep'], got {milestones!r}")
+            raise InputError(f"milestones: expected a list of times such as ['20ep', '40ep'], got {milestones!r}")
         self.times = [parse_time(f'milestones[{i}]', milestone) for i, milestone in enumerate(milestones)]
 
     def __call__(self, progress: Progress) -> int:
@@ -85,7 +85,7 @@ class LossPlateau(Watching):
 
     def __init__(self, patience: int = 2, threshold: float = 0.01, window: str | int | Time = '1ep') -> None:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-            raise InputError(f'patience: must be a whole number of windows, at least 0, got {patience!r}')
+            raise InputError(f'patience: expected a whole number of windows, at least 0, got {patience!r}')
         check_number('threshold', threshold, least=0, most=LARGEST)
         self.patience, self.threshold = patience, threshold
         super().__init__(window)
@@ -149,7 +149,7 @@ def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy | SizePolicy:
     name = arguments.pop('name', None)
     if not isinstance(name, str) or name not in POLICIES:
         raise InputError(
-            f"policy: must be a function of the progress, or a policy's name, alone or with its arguments, got {given!r}; "
+            f"policy: expected a function of the progress, or a policy's name, alone or with its arguments, got {given!r}; "
             f'{did_you_mean(name, POLICIES)}'
         )
     try:

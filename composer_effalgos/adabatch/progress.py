@@ -87,9 +87,9 @@ def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = U
         else:
             time = Time.from_input(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: must be a time such as '20ep' (units {allowed}), got {value!r}") from error
+        raise InputError(f"{name}: expected a time such as '20ep' (units {allowed}), got {value!r}") from error
     if time.unit not in units or time.value <= 0:
-        raise InputError(f'{name}: must be a positive time in one of the units {allowed}, got {value!r}')
+        raise InputError(f'{name}: expected a positive time in one of the units {allowed}, got {value!r}')
     return time
 
 

@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.datasets.images import StoredImages, check_at_least, check_pixels, data_folder, decode_image, limited, open_image
+from composer_effalgos.datasets.images import (
+    MOST_SIDE,
+    StoredImages,
+    check_at_least,
+    check_pixels,
+    data_folder,
+    decode_image,
+    limited,
+    open_image,
+)
 from composer_effalgos.datasets.packed import Description, class_names, pipeline
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import one_line
@@ -194,7 +203,7 @@ def beton(
     Raises:
         InputError: Missing files or fields, a file that is cut off or of another data set than ``dataset.json`` describes.
     """
-    check_at_least(1, **({} if image_size is None else {'image_size': image_size}))
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
     folder = data_folder('beton', path, 'train.beton and eval.beton')
     file = folder / f'{split}.beton'
     reader = check_beton(file)

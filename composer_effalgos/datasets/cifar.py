@@ -12,7 +12,16 @@ import torchvision
 from torch import Tensor
 from torchvision import transforms
 
-from composer_effalgos.datasets.images import ImageArray, Pixels, check_at_least, data_folder, decode_image, limited, small_image_transform
+from composer_effalgos.datasets.images import (
+    MOST_SIDE,
+    ImageArray,
+    Pixels,
+    check_at_least,
+    data_folder,
+    decode_image,
+    limited,
+    small_image_transform,
+)
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
 from composer_effalgos.utils.errors import InputError
 
@@ -128,8 +137,8 @@ def _cifar(
     download: bool,
     cutout: int,
 ) -> ImageArray:
-    check_at_least(1, image_size=image_size)
-    check_at_least(0, cutout=cutout)
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
+    check_at_least(0, most=MOST_SIDE, cutout=cutout)
     train = split == 'train'
     limit = limit if train else None
     files = {name: Path(path or '', f'{name}.parquet').expanduser() for name in ('train', 'test')}

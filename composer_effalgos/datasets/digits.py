@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision import transforms
 
-from composer_effalgos.datasets.images import ImageArray, check_at_least, limited, small_image_transform
+from composer_effalgos.datasets.images import MOST_SIDE, ImageArray, check_at_least, limited, small_image_transform
 
 SIZE = 8
 EVAL_SAMPLES = 360
@@ -53,7 +53,7 @@ def digits(
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    check_at_least(1, image_size=image_size)
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
     data = load_digits()
     rows = np.arange(len(data.target))
     train_rows, eval_rows = train_test_split(rows, test_size=EVAL_SAMPLES, stratify=data.target, random_state=0)

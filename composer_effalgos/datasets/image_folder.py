@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from composer_effalgos.datasets.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MOST_SIDE,
     check_at_least,
     data_folder,
     decode_image,
@@ -94,8 +95,8 @@ def image_folder(
         InputError: Missing or empty folders, class folders that differ between the splits, an option out of range; when an item is read,
             a corrupt image.
     """
-    check_at_least(1, image_size=image_size)
-    check_at_least(0, padding=padding)
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
+    check_at_least(0, most=MOST_SIDE, padding=padding)
     if padding is not None and padding >= image_size:
         raise InputError(f'dataset.padding: expected less than image_size {image_size}, got {padding}: pixels are reflected once')
     folder = data_folder('image_folder', path, 'train/CLASS/ and val/CLASS/')

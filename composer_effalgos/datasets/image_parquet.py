@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.datasets.images import StoredImages, check_at_least, data_folder, large_image_transform, limited
+from composer_effalgos.datasets.images import MOST_SIDE, StoredImages, check_at_least, data_folder, large_image_transform, limited
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
 from composer_effalgos.utils.errors import InputError
 
@@ -73,7 +73,7 @@ def image_parquet(
     Raises:
         InputError: Missing files or columns, labels out of range, an option out of range; when an item is read, a corrupt image.
     """
-    check_at_least(1, image_size=image_size)
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
     folder = data_folder('image_parquet', path, 'train.parquet and test.parquet (or val.parquet)')
     train_file = folder / 'train.parquet'
     names = read_class_names(train_file, label_column)

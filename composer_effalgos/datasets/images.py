@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import one_line
 
@@ -35,6 +37,8 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
 
 MOST_PIXELS = 89_478_485
 """The largest image: 256 MiB of RGB, the size from which Pillow warns. A small file can hold a larger one and fill the memory."""
+
+MOST_SIDE = 8192  # in pixels, of the images that training is given
 
 
 class ImageArray(VisionDataset):
@@ -267,8 +271,7 @@ def limited(count: int, limit: int | None) -> Tensor:
     """
     if limit is None:
         return torch.arange(count)
-    if not 1 <= limit <= count:
-        raise InputError(f'dataset.limit: {limit} samples asked for; expected 1 to {count}, the number of training samples')
+    check_number('dataset.limit', limit, least=1, most=count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
@@ -293,12 +296,12 @@ def data_folder(name: str, path: str | None, contents: str) -> Path:
     return folder
 
 
-def check_at_least(minimum: int, **options: float | None) -> None:
-    """Hold numeric options against a lower bound; None passes.
+def check_at_least(minimum: float, *, most: float = math.inf, **options: float | None) -> None:
+    """Range checks for numeric options; None passes.
 
     Raises:
-        InputError: One is smaller; the message names it.
+        InputError: One is below ``minimum`` or above ``most``; the message names it.
     """
     for key, value in options.items():
-        if value is not None and value < minimum:
-            raise InputError(f'dataset.{key}: expected at least {minimum}, got {value}')
+        if value is not None:
+            check_number(f'dataset.{key}', value, least=minimum, most=most)

@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.datasets.images import StoredImages, check_at_least, check_pixels, data_folder, limited
+from composer_effalgos.datasets.images import MOST_SIDE, StoredImages, check_at_least, check_pixels, data_folder, limited
 from composer_effalgos.datasets.mds_index import COMPRESSIONS, INDEX, check_index
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
 from composer_effalgos.utils.errors import InputError
@@ -308,7 +308,7 @@ def mds(
     Raises:
         InputError: Missing shards or columns, shards cut off, data that differ from ``dataset.json`` or from ``remote``.
     """
-    check_at_least(1, **({} if image_size is None else {'image_size': image_size}))
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
     name = 'train' if split == 'train' else eval_folder
     if path is None or remote is None:
         folder = data_folder('mds', path, f'MDS shards in train/ and {eval_folder}/')

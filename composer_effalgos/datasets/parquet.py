@@ -15,11 +15,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from composer_effalgos.utils.checks import MOST_CLASSES
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, one_line
-
-MOST_CLASSES = 2**20
-"""Above all class counts in use: a label of 2**60 would otherwise ask for as many class names."""
 
 
 def read_images(file: Path, column: str) -> pa.ChunkedArray:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from composer_effalgos.datasets.images import check_at_least
+from composer_effalgos.datasets.images import MOST_SIDE, check_at_least
+from composer_effalgos.utils.checks import MOST_CLASSES
 
 GRID = 4
+MOST_SAMPLES = 10**8  # a sampler lists them all, in some 40 bytes each
 # The prototypes' stream, beside those of the two splits
 _STREAMS = {'train': 0, 'eval': 1, 'prototypes': 2}
 
@@ -87,6 +89,9 @@ def synthetic(
     Raises:
         InputError: An option out of range.
     """
-    check_at_least(1, num_samples=num_samples, eval_samples=eval_samples, num_classes=num_classes, image_size=image_size)
-    check_at_least(0, seed=seed, noise=noise)
+    check_at_least(1, most=MOST_SAMPLES, num_samples=num_samples, eval_samples=eval_samples)
+    check_at_least(1, most=MOST_CLASSES, num_classes=num_classes)
+    check_at_least(1, most=MOST_SIDE, image_size=image_size)
+    check_at_least(0, most=2**53, seed=seed)
+    check_at_least(0, most=1e6, noise=noise)
     return Synthetic(split, num_samples if split == 'train' else eval_samples, num_classes, image_size, seed, noise)

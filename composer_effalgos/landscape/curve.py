@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.checks import check_number
 
 # Images and labels that fit in memory: float [B, ...] and int64 [B]
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -48,8 +48,7 @@ def alphas(points: int = 25) -> list[float]:
     Raises:
         InputError: Fewer than 2 points, or more than anybody waits for.
     """
-    if not 2 <= points <= _MOST_POINTS:
-        raise InputError(f'points: expected 2 to {_MOST_POINTS}, got {points}')
+    check_number('points', points, least=2, most=_MOST_POINTS)
     coarse = {-1 + 3 * index / (points - 1) for index in range(points)}
     fine = {solution + offset / 32 for solution in (0, 1) for offset in (-2, -1, 0, 1, 2)}
     return sorted(coarse | fine)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from composer_effalgos.landscape.curve import Batches
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
 # Value and gradient of a function at a point
@@ -144,8 +145,7 @@ def sharpness(f: Objective, weights: Tensor, epsilon: float, *, basis: Tensor | 
 
     Source: arXiv 1609.04836, metric 2.1.
     """
-    if not epsilon > 0:
-        raise InputError(f'epsilon: must be above 0, got {epsilon}')
+    check_number('epsilon', epsilon, above=0)
     coordinates = weights if basis is None else torch.linalg.solve(basis.T @ basis, basis.T @ weights)
     half_widths = (epsilon * (coordinates.double().abs() + 1)).cpu().numpy()
 

@@ -31,6 +31,7 @@ from composer_effalgos.recipes.arguments import parameters
 from composer_effalgos.recipes.build import build_network, build_split
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 
@@ -217,15 +218,12 @@ def _checked(settings: Settings) -> list[float]:
     least = {'samples': 2, 'batch_size': 3, 'iterations': 1, 'sharpness_samples': 0, 'subspace': 0, 'seed': 0}
     for name, lowest in least.items():
         value = getattr(settings, name)
-        if value is not None and value < lowest:
-            raise InputError(f'{name}: expected at least {lowest}, got {value}')
-    if settings.iterations > _MOST_ITERATIONS:
-        raise InputError(f'iterations: expected at most {_MOST_ITERATIONS}, got {settings.iterations}')
+        if value is not None:
+            check_number(name, value, least=lowest, most=_MOST_ITERATIONS if name == 'iterations' else math.inf)
     if settings.sharpness_samples == 1:
         raise InputError('sharpness_samples: expected 0 (no sharpness) or at least 2, got 1')
     for epsilon in settings.epsilons:
-        if not 0 < epsilon < math.inf:
-            raise InputError(f'epsilon: must be above 0, got {epsilon}')
+        check_number('epsilon', epsilon, above=0)
     return alphas(settings.points)
 
 
@@ -264,8 +262,8 @@ def _fitting(source: str, weights: Mapping[str, Tensor], model: nn.Module, recip
 def _read(dataset: Dataset[Any], samples: int | None, settings: Settings, workers: int) -> tuple[Tensor, Tensor]:
     """Images and labels of a data set, or of some of its samples, in an order of their own."""
     count = len(dataset)  # type: ignore[arg-type]
-    if samples is not None and samples > count:
-        raise InputError(f'samples: {samples} asked for, but there are {count}')
+    if samples is not None:
+        check_number('samples', samples, least=1, most=count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))[:samples]
     loader = DataLoader(Subset(dataset, order.tolist()), batch_size=settings.batch_size, num_workers=workers)
     images, labels = zip(*loader, strict=True)

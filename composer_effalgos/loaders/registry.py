@@ -10,7 +10,7 @@ from composer_effalgos.datasets.beton import Beton
 from composer_effalgos.loaders.device import DeviceDataLoader
 from composer_effalgos.loaders.ffcv import FfcvDataLoader
 from composer_effalgos.plan import DataPath
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.checks import check_number
 
 
 def device(
@@ -48,8 +48,7 @@ def ffcv(
         num_workers: Threads that decode; at least one.
         batches_ahead: Batches decoded ahead.
     """
-    if batches_ahead < 1:
-        raise InputError(f'loader.batches_ahead: expected at least 1, got {batches_ahead}')
+    check_number('loader.batches_ahead', batches_ahead, least=1, most=1024)
     return FfcvDataLoader(
         dataset,
         batch_size=batch_size,

@@ -10,10 +10,12 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
 # Keras's, which the authors used
 _EPS = 1e-3
+_MOST_PIXELS = 1024  # of a side: the dense layers grow with its square
 
 
 def keskar_c1(num_classes: int, conv_stride: int = 1, image_size: int = 32) -> nn.Sequential:
@@ -30,7 +32,8 @@ def keskar_c1(num_classes: int, conv_stride: int = 1, image_size: int = 32) -> n
     Raises:
         InputError: A stride or size below 1.
     """
-    _check(conv_stride=conv_stride, image_size=image_size)
+    check_number('model.conv_stride', conv_stride, least=1, most=_MOST_PIXELS)
+    check_number('model.image_size', image_size, least=1, most=_MOST_PIXELS)
     side = image_size
     for stride in (conv_stride, 2, conv_stride, 2):
         side = (side - 1) // stride + 1
@@ -56,7 +59,7 @@ def keskar_c2(num_classes: int, image_size: int = 32) -> nn.Sequential:
     Raises:
         InputError: A size below 1.
     """
-    _check(image_size=image_size)
+    check_number('model.image_size', image_size, least=1, most=_MOST_PIXELS)
     layers: list[nn.Module] = []
     in_channels, side = 3, image_size
     for channels, depth, dropout in ((64, 2, 0.3), (128, 2, 0.4), (256, 3, 0.4), (512, 3, 0.4), (512, 3, 0.4)):
@@ -101,9 +104,3 @@ def _network(features: nn.Sequential, hidden: list[nn.Module], classifier: nn.Li
             assert module.bias is not None
             nn.init.zeros_(module.bias)
     return model
-
-
-def _check(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f'model.{name}: expected at least 1, got {size}')

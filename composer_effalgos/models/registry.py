@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from composer_effalgos.models import cifar, keskar
 from composer_effalgos.models.pretrained import load_file, load_weights
 from composer_effalgos.recipes.arguments import check_arguments
+from composer_effalgos.utils.checks import MOST_CLASSES, check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 
@@ -49,8 +50,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
     Raises:
         InputError: Unknown name or option, weights that cannot be had or do not fit.
     """
-    if num_classes < 1:
-        raise InputError(f'model.num_classes: expected at least 1, got {num_classes}')
+    check_number('model.num_classes', num_classes, least=1, most=MOST_CLASSES)
     library, plain_name = _find(name)
     if library == 'cifar' and pretrained is True:
         raise InputError(

@@ -42,7 +42,7 @@ def check_seed(seed: Any) -> None:
         InputError: Where it is neither ``None`` nor a whole number of at least 0.
     """
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise InputError(f'seed: must be a whole number of at least 0, got {seed!r}')
+        raise InputError(f'seed: expected a whole number of at least 0, got {seed!r}')
 
 
 def split_batches(

@@ -89,7 +89,7 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
         InputError: Where they have no numbers, or where it is not known which of them the loader reads, with the reason and the way out.
     """
     if not isinstance(loader, DataLoader):
-        raise InputError(f'train_dataloader: must be a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
+        raise InputError(f'train_dataloader: expected a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
     if not iterates_as_usual(loader):
         raise InputError(
             f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '

@@ -48,7 +48,7 @@ def prune(
     if scores.ndim != 1:
         raise InputError(f'scores: must have one dimension, got shape {tuple(scores.shape)}')
     if labels is not None and (labels.shape != scores.shape or labels.is_floating_point()):
-        raise InputError(f'labels: must be class indices of shape {tuple(scores.shape)}, got {labels.dtype} {tuple(labels.shape)}')
+        raise InputError(f'labels: expected class indices of shape {tuple(scores.shape)}, got {labels.dtype} {tuple(labels.shape)}')
     values = scores.detach().numpy()
     pairs = None if bands is None else checked_bands(bands)
     ratios = [prune_ratio] if pairs is None else [ratio for _, ratio in pairs]
@@ -154,7 +154,7 @@ def checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     try:
         pairs = [(quantile, ratio) for quantile, ratio in bands]
     except (TypeError, ValueError) as error:
-        raise InputError(f'bands: must be a list of (quantile, ratio) pairs, got {bands!r}') from error
+        raise InputError(f'bands: expected a list of (quantile, ratio) pairs, got {bands!r}') from error
     for number, (quantile, ratio) in enumerate(pairs):
         check_number(f'bands[{number}] ratio', ratio, least=0, below=1)
         check_number(f'bands[{number}] quantile', quantile, above=0, most=1)

@@ -73,7 +73,7 @@ class Pruning(Selector, Algorithm):
         check_number('delta', delta, least=0, most=1)
         check_seed(seed)
         if per_sample_loss is not None and not callable(per_sample_loss):
-            raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+            raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {per_sample_loss!r}')
         self.prune_ratio = prune_ratio
         self.delta = delta
         self.per_sample_loss = per_sample_loss
@@ -175,7 +175,7 @@ class Pruning(Selector, Algorithm):
             self._labels = torch.as_tensor(found)
             if self._labels.shape != (loader.num_samples,) or self._labels.is_floating_point():
                 got = f'{self._labels.dtype} {tuple(self._labels.shape)}'
-                raise InputError(f'labels: must be {loader.num_samples} class indices, got {got}')
+                raise InputError(f'labels: expected {loader.num_samples} class indices, got {got}')
 
     def begin(self, state: State) -> None:
         horizon, end = self._plan.horizon, self._last_pruned()

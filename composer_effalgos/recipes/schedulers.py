@@ -10,6 +10,7 @@ from composer.core import State, Time
 from composer.optim import ComposerScheduler
 from composer.optim.scheduler import _convert_time
 
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
 __all__ = ['OneCycleScheduler', 'one_cycle_lr']
@@ -92,12 +93,10 @@ class OneCycleScheduler(ComposerScheduler):
         t_max: str | Time = '1dur',
     ) -> None:
         for name, value in (('max_lr', max_lr), ('div_factor', div_factor), ('final_div_factor', final_div_factor)):
-            if not 0 < value < math.inf:
-                raise InputError(f'{name}: must be above 0, got {value}' if value <= 0 else f'{name}: must be finite, got {value}')
-        if not 0 <= pct_start <= 1:
-            raise InputError(f'pct_start: must be within [0, 1], got {pct_start}')
+            check_number(name, value, above=0)
+        check_number('pct_start', pct_start, least=0, most=1)
         if anneal_strategy not in ('cos', 'linear'):
-            raise InputError(f"anneal_strategy: must be 'cos' or 'linear', got {anneal_strategy!r}")
+            raise InputError(f"anneal_strategy: expected 'cos' or 'linear', got {anneal_strategy!r}")
         self.max_lr = max_lr
         self.shape: dict[str, Any] = {
             'pct_start': pct_start,

@@ -24,6 +24,7 @@ from composer_effalgos.recipes.arguments import check_arguments, check_type, des
 from composer_effalgos.recipes.components import Component, find
 from composer_effalgos.recipes.faults import blamed, explain, is_ours
 from composer_effalgos.recipes.settings import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, read_settings
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, shown
 
@@ -216,8 +217,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
         check_type(f'{source}: {key}', value, hints[key])
     plain.setdefault('run_name', run_name)
     _check_run_name(source, plain['run_name'])
-    if not 0 <= plain.get('seed', 0) < 2**32:
-        raise InputError(f'{source}: seed: expected 0 to 2**32 - 1, got {plain["seed"]}')
+    check_number(f'{source}: seed', plain.get('seed', 0), least=0, most=2**32 - 1)
     _check_duration(f'{source}: max_duration', plain['max_duration'])
     if plain.get('precision') is not None:
         find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
@@ -246,8 +246,8 @@ def _dataset(key: str, settings: Any) -> DatasetRecipe:
     limits = {'batch_size': (1, 2**40), 'eval_batch_size': (1, 2**40), 'num_workers': (0, 1024), 'prefetch_factor': (1, 1024)}
     for name, (least, most) in limits.items():
         value = getattr(dataset, name)
-        if value is not None and not least <= value <= most:
-            raise InputError(f'{key}.{name}: expected {least} to {most}, got {shown(value)}')
+        if value is not None:
+            check_number(f'{key}.{name}', value, least=least, most=most)
     if dataset.prefetch_factor is not None and dataset.num_workers == 0:
         raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
     return dataset

@@ -98,11 +98,11 @@ class SubsetSelection(Selector, Algorithm):
         check_number('kappa', kappa, least=0, below=1)
         check_seed(seed)
         if not isinstance(linear_layer, bool):
-            raise InputError(f'linear_layer: must be true or false, got {linear_layer!r}')
+            raise InputError(f'linear_layer: expected true or false, got {linear_layer!r}')
         if per_sample_loss is not None and not callable(per_sample_loss):
-            raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+            raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {per_sample_loss!r}')
         if val_dataloader is not None and not isinstance(val_dataloader, DataLoader | DataSpec):
-            raise InputError(f'val_dataloader: must be a torch.utils.data.DataLoader, got {type(val_dataloader).__name__}')
+            raise InputError(f'val_dataloader: expected a torch.utils.data.DataLoader, got {type(val_dataloader).__name__}')
         check_number('val_share', val_share, least=0, below=1)
         if val_share > 0 and (val_dataloader is not None or strategy == 'file'):
             other = 'strategy=file, whose samples are chosen already' if strategy == 'file' else 'val_dataloader, which does the same'

@@ -1,4 +1,4 @@
-"""Numbers held against the range that they belong to."""
+"""Range checks for numeric arguments."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import shown
 
-__all__ = ['LARGEST', 'Range', 'check_number']
+__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number']
 
 LARGEST = 1e12  # of step sizes, factors and the like: no sensible value is larger, and its square is still far from a float's end
+MOST_CLASSES = 2**20  # above all class counts in use; a label of 2**60 would ask for as many class names
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,17 @@ class Range:
 
     def __str__(self) -> str:
         """The range in words that follow ``a number``: ``in [0, 1)``, ``greater than 1``."""
-        low = f'({self.above:g}' if self.above > -math.inf else f'[{self.least:g}' if self.least > -math.inf else ''
-        high = f'{self.below:g})' if self.below < math.inf else f'{self.most:g}]' if self.most < math.inf else ''
+        low = f'({_bound(self.above)}' if self.above > -math.inf else f'[{_bound(self.least)}' if self.least > -math.inf else ''
+        high = f'{_bound(self.below)})' if self.below < math.inf else f'{_bound(self.most)}]' if self.most < math.inf else ''
         if low and high:
             return f'in {low}, {high}'
         bounds = {'greater than': self.above, 'at least': self.least, 'less than': self.below, 'at most': self.most}
-        return ' and '.join(f'{words} {bound:g}' for words, bound in bounds.items() if math.isfinite(bound)) or 'that is finite'
+        return ' and '.join(f'{words} {_bound(bound)}' for words, bound in bounds.items() if math.isfinite(bound)) or 'that is finite'
+
+
+def _bound(value: float) -> str:
+    short = f'{value:g}'
+    return short if float(short) == value else str(value)
 
 
 def check_number(
@@ -67,4 +74,4 @@ def check_number(
     """
     allowed = Range(above, least, below, most)
     if value not in allowed:
-        raise InputError(f'{name}: must be a number {allowed}, got {value!r}')
+        raise InputError(f'{name}: expected a number {allowed}, got {shown(value)}')

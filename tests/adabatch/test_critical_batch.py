@@ -114,7 +114,7 @@ def test_branches_off_a_checkpoint(recipe, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'window': '10ba'}, r'^--window: must be a positive time in one of the units'),
+        ({'window': '10ba'}, r'^--window: expected a positive time in one of the units'),
         ({'sizes': [16]}, r'^--size: expected at least two batch sizes'),
         ({'sizes': [0, 16]}, r'^--size: expected at least two batch sizes'),
         ({'tolerance': -1}, r'^--tolerance: '),

@@ -276,5 +276,5 @@ def test_the_norm_test_resumes(make_trainer, weights_of, tmp_path, workers):
 
 def test_refuses_an_eta_that_no_test_can_have():
     for eta in (0, 1, -1, math.nan):
-        with pytest.raises(InputError, match=r'^eta: must be a number'):
+        with pytest.raises(InputError, match=r'^eta: expected a number'):
             NormTest(eta)

@@ -230,7 +230,7 @@ def test_a_policy_that_does_not_count(make_trainer, answer):
 def test_one_policy_at_a_time():
     with pytest.raises(InputError, match='policy: stands in place of milestones'):
         AdaBatch(milestones=['1ep'], policy=Every('1ep'))
-    with pytest.raises(InputError, match=r'^policy: must be a function'):
+    with pytest.raises(InputError, match=r'^policy: expected a function'):
         AdaBatch(policy=3)
 
 
@@ -250,7 +250,7 @@ def test_one_policy_at_a_time():
     ],
 )
 def test_refuses_arguments(make, name):
-    with pytest.raises(InputError, match=f'^{name}: must be'):
+    with pytest.raises(InputError, match=f'^{name}: expected'):
         make()
 
 

@@ -171,7 +171,7 @@ def test_times_in_every_unit():
         ({'start': 32, 'stop': 32, 'over': '1ep'}, r'^schedule.increment: expected a divisor'),
         ({'start': 0, 'stop': 32, 'over': '1ep'}, r'^schedule.start: expected a whole number'),
         ({'start': 1, 'stop': 10**9, 'over': '1ep'}, r'^schedule.increment: expected at most 100000 steps'),
-        ({'start': 32, 'stop': 64, 'over': 'soon'}, r'^schedule.over: must be a time'),
+        ({'start': 32, 'stop': 64, 'over': 'soon'}, r'^schedule.over: expected a time'),
         ({'start': 32, 'stop': 64, 'over': '1ep', 'equal': 'steps'}, r"^schedule.equal: expected 'samples'"),
     ],
 )

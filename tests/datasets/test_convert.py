@@ -171,8 +171,8 @@ def test_killed_while_it_writes(kind, tmp_path):
         (['limit=['], "override 'limit=[': "),
         (['split=1'], "override 'split': digits is converted, both splits of it; options of digits are right"),
         (['name=1'], "override 'name': "),
-        (['--shard-mb', '1e12'], '--shard-mb: must be a number in [0.001, 4096), got 1000000000000.0'),
-        (['--shard-mb', 'nan'], '--shard-mb: must be a number in [0.001, 4096), got nan'),
+        (['--shard-mb', '1e12'], '--shard-mb: expected a number in [0.001, 4096), got 1000000000000.0'),
+        (['--shard-mb', 'nan'], '--shard-mb: expected a number in [0.001, 4096), got nan'),
     ],
 )
 def test_a_wrong_argument_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):

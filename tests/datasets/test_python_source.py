@@ -58,12 +58,12 @@ def test_batches_are_what_language_models_take():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'seq_len': 1}, r'dataset\.seq_len: expected at least 2'),
+        ({'seq_len': 1}, r'dataset\.seq_len: expected a number at least 2'),
         ({'seq_len': 10**9}, r'dataset\.seq_len: expected at most \d+, .* got 1000000000'),
         ({'limit': 0}, r'dataset\.limit'),
         ({'limit': 10**7}, r'dataset\.limit'),
-        ({'eval_samples': 0}, r'dataset\.eval_samples: expected at least 1'),
-        ({'seed': -1}, r'dataset\.seed: expected at least 0'),
+        ({'eval_samples': 0}, r'dataset\.eval_samples: expected a number at least 1'),
+        ({'seed': -1}, r'dataset\.seed: expected a number at least 0'),
         ({'seq_length': 5}, r"dataset\.seq_length: .*'seq_len'"),
     ],
 )

@@ -180,7 +180,7 @@ def test_other_weights_are_refused_on_one_line(
     ('settings', 'message'),
     [
         (Settings(points=1), 'points: '),
-        (Settings(samples=65), 'samples: 65 asked for, but there are 64'),
+        (Settings(samples=65), r'samples: expected a number in \[1, 64\], got 65'),
         (Settings(samples=0), 'samples: '),
         (Settings(sharpness_samples=-1), 'sharpness_samples: '),
         (Settings(batch_size=0), 'batch_size: '),

@@ -63,7 +63,8 @@ def test_options_reach_the_constructor() -> None:
         ({'name': 'resnet18', 'zero_init': True}, r"resnet18 refuses .*'zero_init'; did you mean 'zero_init_residual'"),
         ({'name': 'timm/resnet18', 'drop_rat': 0.1}, r"timm/resnet18 refuses .*'drop_rat'; did you mean 'drop_rate'"),
         ({'name': 'vit_b_16', 'image_size': 30}, r'vit_b_16 refuses'),
-        ({'name': 'resnet18_cifar', 'num_classes': 0}, r'model\.num_classes: expected at least 1'),
+        ({'name': 'resnet18_cifar', 'num_classes': 10**11}, r'model\.num_classes: expected .*, got 100000000000$'),
+        ({'name': 'resnet18_cifar', 'num_classes': 0}, r'model\.num_classes: expected a number in \[1, 1048576\]'),
         ({'name': 'resnet18_cifar', 'pretrained': True}, r'model\.pretrained: resnet18_cifar has no published weights'),
     ],
 )

@@ -168,5 +168,5 @@ def test_given_twice(make_trainer):
     ],
 )
 def test_refuses_arguments(arguments, name):
-    with pytest.raises(InputError, match=f'^{name}: must be'):
+    with pytest.raises(InputError, match=f'^{name}: expected'):
         InfoBatch(**arguments)

@@ -173,7 +173,7 @@ def test_classes_come_from_the_data_set(make_trainer, problem, kind):
     if kind == 'given':
         with pytest.raises(InputError, match=r'labels: the rule needs .* Plain has no targets; pass InfoBatch\(labels'):
             make_trainer([InfoBatch(class_balanced=True)], dataset=dataset).fit()
-        with pytest.raises(InputError, match='labels: must be 203 class indices'):
+        with pytest.raises(InputError, match='labels: expected 203 class indices'):
             make_trainer([InfoBatch(class_balanced=True, labels=[0, 1])], dataset=dataset).fit()
 
 
@@ -194,7 +194,7 @@ def test_refuses_bands(bands):
 
 @pytest.mark.parametrize(('arguments', 'name'), [({'score': 'loss2'}, 'score'), ({'score_decay': 1.0}, 'score_decay')])
 def test_refuses_scores(arguments, name):
-    with pytest.raises(InputError, match=f'^{name}: must be'):
+    with pytest.raises(InputError, match=f'^{name}: expected'):
         InfoBatch(**arguments)
 
 

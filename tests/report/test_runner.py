@@ -139,7 +139,7 @@ def test_at_the_deadline_all_that_run_are_stopped(sweep, tmp_path, fake, monkeyp
 
 @pytest.mark.parametrize('minutes', [float('nan'), float('inf'), -1.0])
 def test_a_limit_of_time_that_never_comes_is_refused(sweep, tmp_path, fake, minutes):
-    with pytest.raises(InputError, match='--minutes: must be a number at least 0'):
+    with pytest.raises(InputError, match='--minutes: expected a number at least 0'):
         run_sweep(sweep, tmp_path / 'out', minutes=minutes, console=quiet())
     assert fake() == []
 

@@ -212,16 +212,16 @@ def test_another_data_set_is_selected_from_anew(make_trainer, problem):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'strategy': 'glistr'}, '^strategy: .*glistr.*did you mean glister'),
+        ({'strategy': 'glistr'}, '^strategy: .*glistr.*did you mean .glister'),
         ({'backend': 'numpy'}, 'backend'),
-        ({'fraction': 0}, '^fraction: must be'),
-        ({'fraction': 1.5}, '^fraction: must be'),
-        ({'select_every': '100ba'}, '^select_every: must be'),
-        ({'kappa': 1.0}, '^kappa: must be'),
+        ({'fraction': 0}, '^fraction: expected'),
+        ({'fraction': 1.5}, '^fraction: expected'),
+        ({'select_every': '100ba'}, '^select_every: expected'),
+        ({'kappa': 1.0}, '^kappa: expected'),
         ({'selection_type': 'PerSample'}, 'selection_type'),
-        ({'val_dataloader': [1]}, '^val_dataloader: must be'),
-        ({'etta': 0.1}, '^etta: .*did you mean eta'),
-        ({'linear_layer': 'yes'}, '^linear_layer: must be'),
+        ({'val_dataloader': [1]}, '^val_dataloader: expected'),
+        ({'etta': 0.1}, '^etta: .*did you mean .eta'),
+        ({'linear_layer': 'yes'}, '^linear_layer: expected'),
     ],
 )
 def test_refuses_arguments(arguments, message):

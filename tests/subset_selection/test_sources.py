@@ -481,14 +481,14 @@ def test_a_language_model_is_told_what_works(fit, strategy):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'val_share': 1.0}, '^val_share: must be'),
+        ({'val_share': 1.0}, '^val_share: expected'),
         (
             {'val_share': 0.1, 'val_dataloader': DataLoader([1])},
             '^val_share: cannot be combined with val_dataloader',
         ),
         ({'strategy': 'forgetting'}, '^kappa: strategy forgetting counts'),
         ({'strategy': 'forgetting', 'kappa': 0.2, 'scores': [1, 2]}, '^scores: SubsetSelection counts the forgetting events itself'),
-        ({'per_sample_loss': 3}, '^per_sample_loss: must be callable'),
+        ({'per_sample_loss': 3}, '^per_sample_loss: expected callable'),
         ({'strategy': 'milo', 'exploration': 2}, '^exploration: '),
         ({'strategy': 'milo', 'phase': 'weighted-random'}, '^phase: SubsetSelection goes through both'),
         ({'class_balance': 'equal', 'selection_type': 'Supervised'}, '^class_balance: equal shares need'),

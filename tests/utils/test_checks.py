@@ -25,7 +25,7 @@ def test_numbers(value):
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf, 10**400, True, None, '1', [1], 1j])
 def test_what_is_no_finite_number(value):
-    with pytest.raises(InputError, match=r'^share: must be a number that is finite, got'):
+    with pytest.raises(InputError, match=r'^share: expected a number that is finite, got'):
         check_number('share', value)
 
 
@@ -39,5 +39,5 @@ def test_what_is_no_finite_number(value):
     ],
 )
 def test_the_message_says_the_range(bounds, words):
-    with pytest.raises(InputError, match=f"^share: must be a number {words}, got 'x'$"):
+    with pytest.raises(InputError, match=f"^share: expected a number {words}, got 'x'$"):
         check_number('share', 'x', **bounds)

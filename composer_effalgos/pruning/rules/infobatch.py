@@ -38,7 +38,7 @@ class InfoBatchRule(PruningRule):
     def __post_init__(self) -> None:
         check_number('score_decay', self.score_decay, least=0, below=1)
         if self.score_by not in ('loss', 'ema') and not callable(self.score_by):
-            raise InputError(f"score: must be 'loss', 'ema' or callable(outputs, batch) -> [B], got {self.score_by!r}")
+            raise InputError(f"score: expected 'loss', 'ema' or callable(outputs, batch) -> [B], got {self.score_by!r}")
         self.bands = None if self.bands is None else checked_bands(self.bands)
         self.decay = self.score_decay if self.score_by == 'ema' else 0.0
         self.uses_ratio, self.needs_labels = self.bands is None, self.class_balanced
