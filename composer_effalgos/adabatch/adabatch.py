@@ -13,11 +13,11 @@ from composer.loggers import Logger
 from composer_effalgos.adabatch.learning_rate import LR_RULES, lr_exponent, rescale_beta2, rescale_schedules, scale_learning_rate
 from composer_effalgos.adabatch.memory import MemorySearch
 from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_policy
-from composer_effalgos.adabatch.progress import Progress, progress_of
-from composer_effalgos.adabatch.schedules import ScheduleLike, SizePolicy, find_schedule
+from composer_effalgos.adabatch.schedules import LARGEST_SIZE, ScheduleLike, SizePolicy, find_schedule
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.plan import BatchSize, Plan
 from composer_effalgos.plan.clock import is_composer_schedule
+from composer_effalgos.plan.progress import Progress, progress_of
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
@@ -47,7 +47,7 @@ class AdaBatch(Algorithm):
         schedule: The batch sizes themselves, in place of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp
             (``{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see
             :func:`~composer_effalgos.adabatch.schedules.ramp`), or a function of the
-            :class:`~composer_effalgos.adabatch.progress.Progress` that gives a size. Sizes may shrink.
+            :class:`~composer_effalgos.plan.progress.Progress` that gives a size. Sizes may shrink.
         max_batch_size: Largest batch size per rank; a growth past it, or past the samples there are, does not happen.
         lr_factor: What the learning rate is multiplied by at each growth: 0.75 with factor 2 is the paper's, in place of a step decay of
             0.375; 1 grows instead of decaying; ``growth_factor`` is linear scaling.
@@ -273,10 +273,10 @@ class AdaBatch(Algorithm):
                 f' counts batches, got {size}; give the DataLoader the smallest size, or take a Composer schedule'
             )
 
-    def _limit(self) -> tuple[float, str]:
+    def _limit(self) -> tuple[int, str]:
         """The largest batch size per rank, and what sets it."""
         loader, available = self._plan.loader, self._plan.num_candidates
-        limit, why = math.inf, ''
+        limit, why = LARGEST_SIZE, 'the largest size there is'
         if available is not None:
             limit, why = max(loader.initial_batch_size, available // loader.world_size), f'the {available} samples there are'
         if self.max_batch_size is not None and self.max_batch_size < limit:
@@ -287,10 +287,8 @@ class AdaBatch(Algorithm):
         """The batch size per rank for what the policy asks, and how much of that the limits allow."""
         limit, _ = self._limit()
         if isinstance(self.policy, SizePolicy):
-            size = min(wanted, int(limit)) if limit < wanted else wanted
+            size = min(wanted, limit)
             return size, size
-        if limit == math.inf:
-            return self._grown(wanted), wanted
         fitting = min(wanted, math.ceil(math.log((limit + 1) / self._plan.loader.initial_batch_size, self.growth_factor)))
         while self._grown(fitting) > limit:
             fitting -= 1

@@ -16,8 +16,8 @@ from composer.loggers import Logger
 from matplotlib.figure import Figure
 
 from composer_effalgos.adabatch.adabatch import AdaBatch
-from composer_effalgos.adabatch.progress import parse_time, progress_of
 from composer_effalgos.plan import Plan
+from composer_effalgos.plan.progress import parse_time, progress_of
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe

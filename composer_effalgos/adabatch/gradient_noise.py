@@ -13,10 +13,10 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_effalgos.adabatch.progress import Progress
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.plan import Plan
+from composer_effalgos.plan.progress import Progress
 from composer_effalgos.utils.checks import LARGEST, check_number
 from composer_effalgos.utils.errors import InputError
 

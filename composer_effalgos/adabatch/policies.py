@@ -16,10 +16,10 @@ from composer.core import State, Time
 from composer.loggers import Logger
 
 from composer_effalgos.adabatch.gradient_noise import NoiseScale, NormTest
-from composer_effalgos.adabatch.progress import Progress, parse_time, times_passed
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.adabatch.watching import Watching
+from composer_effalgos.plan.progress import Progress, parse_time, times_passed
 from composer_effalgos.utils.checks import LARGEST, check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean

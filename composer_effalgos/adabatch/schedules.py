@@ -10,13 +10,13 @@ from typing import Any
 
 from composer.core import Time, TimeUnit
 
-from composer_effalgos.adabatch.progress import UNITS, Progress, parse_time, reached
+from composer_effalgos.plan.progress import UNITS, Progress, parse_time, reached
 from composer_effalgos.utils.errors import InputError
 
 _FORM = "'0:32 1ep:64 250ktok:96 2Mtok:256', pairs of a time and a batch size"
 _RAMP = "{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}"
 _UNITS = ', '.join(unit.value for unit in UNITS)
-_LARGEST_SIZE = 10**9
+LARGEST_SIZE = 10**9
 _MOST_STEPS = 100_000
 
 ScheduleLike = str | Mapping[str, Any] | Callable[[Progress], int | None]
@@ -119,8 +119,8 @@ def parse_steps(text: str) -> Steps:
         if not colon or not size_text.isascii() or not size_text.isdecimal():
             raise InputError(f'{where}: expected TIME:SIZE with a whole number of samples, such as 250ktok:96; the whole is {_FORM}')
         size = int(size_text[:12])
-        if not 1 <= size <= _LARGEST_SIZE or len(size_text) > 12:
-            raise InputError(f'{where}: expected a batch size from 1 to {_LARGEST_SIZE}, got {size_text[:20]}')
+        if not 1 <= size <= LARGEST_SIZE or len(size_text) > 12:
+            raise InputError(f'{where}: expected a batch size from 1 to {LARGEST_SIZE}, got {size_text[:20]}')
         if number == 1:
             if time_text not in ('0', *(f'0{unit.value}' for unit in UNITS)):
                 raise InputError(
@@ -162,8 +162,8 @@ def ramp(start: int, stop: int, over: str | int | Time, increment: int = 1, equa
         InputError: For an argument outside its range.
     """
     for name, value in (('start', start), ('stop', stop), ('increment', increment)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_SIZE:
-            raise InputError(f'schedule.{name}: expected a whole number of samples from 1 to {_LARGEST_SIZE}, got {value!r}; as in {_RAMP}')
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+            raise InputError(f'schedule.{name}: expected a whole number of samples from 1 to {LARGEST_SIZE}, got {value!r}; as in {_RAMP}')
     if equal not in ('samples', 'updates'):
         raise InputError(f"schedule.equal: expected 'samples' (as Megatron-LM) or 'updates' (as ModernBERT), got {equal!r}")
     length = parse_time('schedule.over', over)

@@ -8,8 +8,8 @@ from typing import Any
 from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
 
-from composer_effalgos.adabatch.progress import Progress
 from composer_effalgos.plan.clock import is_composer_schedule
+from composer_effalgos.plan.progress import Progress
 from composer_effalgos.utils.errors import InputError
 
 _MOST_GROWTHS = 10_000  # what a rate of 0 asks for; the samples there are, or max_batch_size, allow fewer

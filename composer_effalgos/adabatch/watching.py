@@ -8,7 +8,7 @@ from typing import Any
 from composer.core import Callback, State, Time
 from composer.loggers import Logger
 
-from composer_effalgos.adabatch.progress import Progress, parse_time, progress_of, times_passed
+from composer_effalgos.plan.progress import Progress, parse_time, progress_of, times_passed
 
 
 class Watching(Callback):

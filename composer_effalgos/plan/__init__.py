@@ -4,11 +4,12 @@ from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, class_labels
-from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss, per_sample_mean
+from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.paths import DataPath, Reading
 from composer_effalgos.plan.plan import Plan
 from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
 from composer_effalgos.plan.table import SampleRows, SampleTable
+from composer_effalgos.plan.token_loss import Tokens
 
 __all__ = [
     'BatchSize',
@@ -26,6 +27,8 @@ __all__ = [
     'SampleTable',
     'Selector',
     'Selectors',
+    'Tokens',
+    'Weigher',
     'WeightedLoss',
     'by_shard',
     'check_seed',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from composer.models import ComposerModel
@@ -16,9 +16,22 @@ from composer_effalgos.plan.outputs import NotReadableError, is_near, tensors_of
 from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
+from composer_effalgos.plan.token_loss import read_tokens
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['PerSampleLoss', 'WeightedLoss', 'per_sample_mean']
+__all__ = ['PerSampleLoss', 'Weigher', 'WeightedLoss', 'per_sample_mean']
+
+
+class Weigher(Protocol):
+    """Weighs the samples or tokens of a microbatch by their losses."""
+
+    by_token: ClassVar[bool]
+
+    def begun(self) -> bool:
+        """Whether there are weights now."""
+
+    def weigh(self, losses: Any, batch: Any) -> Tensor:
+        """Float ``[B]`` for losses ``[B]``, or ``[n]`` for :class:`~composer_effalgos.plan.token_loss.Tokens`."""
 
 
 class WeightedLoss:
@@ -49,6 +62,7 @@ class WeightedLoss:
     Attributes:
         subscribers: Called as ``subscriber(losses, where, outputs, batch)`` with detached float32 ``[B]`` and the slice of the rank's epoch
             that they fill.
+        weigher: Weighs each microbatch by its own losses, on top of the epoch's weights; ``None`` for no such weights.
     """
 
     def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None, *, user: str = 'InfoBatch') -> None:
@@ -59,6 +73,7 @@ class WeightedLoss:
         self._given = False
         self._form: Form = reduction_form(model, self.original) or ReadFromGraph(self.original)
         self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
+        self.weigher: Weigher | None = None
         self._weights: Tensor | None = None
         self._window: slice | None = None  # the batch's place in the rank's epoch, while it is trained on
         self._position = self._next_position = 0
@@ -147,12 +162,17 @@ class WeightedLoss:
             InputError: Where the batch held other samples than planned.
         """
         window, self._window = self._window, None
-        if window is not None and self._active and self._position != window.stop - window.start:
+        if window is not None and self._by_position and self._position != window.stop - window.start:
             self._wrong_size(self._position, window)
 
     @property
-    def _active(self) -> bool:
+    def _by_position(self) -> bool:
         return bool(self.subscribers) or self._weights is not None
+
+    @property
+    def _active(self) -> bool:
+        # a loss that cannot be weighed is refused at once, not at the end of a burn-in
+        return self._by_position or (self.weigher is not None and (self._check_due or self.weigher.begun()))
 
     def _wrong_size(self, seen: int, window: slice) -> None:
         raise InputError(
@@ -169,6 +189,10 @@ class WeightedLoss:
     def _refuse(self, reason: str) -> None:
         if self._given:
             raise InputError(f'per_sample_loss: {reason.removeprefix("per_sample_loss ")}')
+        if self.weigher is not None and self.weigher.by_token:
+            raise InputError(
+                f'{self.model_name}.loss: {reason}; take torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
+            )
         raise InputError(f'{self.model_name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,11 +200,18 @@ class WeightedLoss:
         # a run that broke off within a batch leaves its window behind, and another Trainer may go on with the model
         if self._window is None or not self._active or getattr(self._model, 'logger', None) is not self._logger:
             return own
+        if self.weigher is not None and not self._first_call:
+            raise InputError(
+                f'algorithms: {type(self.weigher).__name__} cannot be combined with a second loss for the same microbatch, as of MixUp and '
+                'CutMix with interpolate_loss=True; leave it False'
+            )
+        if self.weigher is not None and self.weigher.by_token:
+            return self._weigh_tokens(self.weigher, own, outputs, batch)
         with torch.no_grad():
             losses, shares = self._refusing(self._form.samples, own, outputs, batch)
         start = self._window.start + self._position
         where = slice(start, start + len(losses))
-        if where.stop > self._window.stop:
+        if where.stop > self._window.stop and self._by_position:
             self._wrong_size(self._position + len(losses), self._window)
         if self._check_due:
             self._check(own, outputs, batch)
@@ -189,14 +220,25 @@ class WeightedLoss:
             self._first_call = False
             for subscriber in self.subscribers:
                 subscriber(losses.detach().float(), where, outputs, batch)
-        if self._weights is None or not self._checked:  # unchecked: nothing has been finite yet
+        weights = None if self._weights is None else self._weights[where]
+        if self.weigher is not None and self.weigher.begun():
+            factors = self.weigher.weigh(losses, batch)
+            weights = factors if weights is None else weights * factors
+        if weights is None or not self._checked:  # unchecked: nothing has been finite yet
             return own
-        weights = self._weights[where]
         if self._read is None:
             shares = self._corrections(own, outputs, batch)
         elif not self._form.weigh(own, outputs, weights, self._hooked):
             self._weigh_gradients(outputs, weights)
         return with_added(own, [((weights - 1) * share).sum() for share in shares])
+
+    def _weigh_tokens(self, weigher: Weigher, own: Any, outputs: Any, batch: Any) -> Any:
+        """The loss with a weight for each token. What is read from its graph needs no check: it is linear in the tokens' losses."""
+        self._first_call = self._check_due = False
+        with torch.no_grad():
+            tokens = self._refusing(read_tokens, own, outputs)
+            added = tokens.weigh(weigher.weigh(tokens, batch)) if weigher.begun() else None
+        return own if added is None else with_added(own, [added])
 
     def _weigh_gradients(self, outputs: Any, weights: Tensor) -> None:
         """Has the backward pass multiply each sample's gradient at the outputs, once a microbatch."""

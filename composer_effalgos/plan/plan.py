@@ -43,7 +43,9 @@ class Plan(Callback):
         selectors: Choose the samples of each epoch.
         batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
         loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
+        by_position: Who names samples by their position in the batch.
         whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
+        exchanges: Whether an algorithm exchanges something over the ranks at every microbatch.
         may_lengthen: Whether :meth:`resize` may give an epoch more batches than it began with.
         horizon: How long the run is planned to be.
     """
@@ -56,10 +58,10 @@ class Plan(Callback):
         self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
-        self.whole_batches = self.may_lengthen = False
+        self.whole_batches = self.may_lengthen = self.exchanges = False
         self.clock = EpochClock()
         self.horizon = Horizon()
-        self._by_position: list[str] = []  # who names samples by their position in the batch
+        self.by_position: list[str] = []
         self._loaded: dict[str, Any] | None = None
         self._done: tuple[int, ...] = ()  # sizes of the batches that a resumed epoch had trained, left out of the loader's plan
         self._started = self._in_epoch = self._duration_warned = False
@@ -114,7 +116,7 @@ class Plan(Callback):
         if per_sample_loss is not None:
             self.loss.use(per_sample_loss)
         if by_position:
-            self._by_position.append(who)
+            self.by_position.append(who)
         return self.loss
 
     @property
@@ -270,9 +272,9 @@ class Plan(Callback):
 
     def _refuse(self, state: State) -> None:
         selective = [a for a in state.algorithms if isinstance(a, SelectiveBackprop)]
-        if selective and self._by_position:
+        if selective and self.by_position:
             raise InputError(
-                f'algorithms: SelectiveBackprop cannot be combined with {self._by_position[0]}: it drops samples from a '
+                f'algorithms: SelectiveBackprop cannot be combined with {self.by_position[0]}: it drops samples from a '
                 'loaded batch, so positions no longer name samples; remove one of the two'
             )
 
@@ -292,7 +294,7 @@ class Plan(Callback):
         given, before = state.dataloader, self._loader
         self._loader = planned_loader(
             given,
-            needs_numbers=[*self.selectors.names, *self._by_position],
+            needs_numbers=[*self.selectors.names, *self.by_position],
             max_batches=None if state.dataloader_len is None else int(state.dataloader_len),
             tail=self.tail,
             seed=state.rank_zero_seed,
@@ -315,21 +317,22 @@ class Plan(Callback):
     def in_step(self, state: State) -> bool:
         """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
 
-        FSDP does, DDP where an algorithm makes Composer look for unused parameters, and Composer itself where it looks for the microbatch
-        that fits, unless whole batches are tried.
+        FSDP does, DDP where an algorithm makes Composer look for unused parameters, Composer itself where it looks for the microbatch that
+        fits, unless whole batches are tried, and an algorithm where ``exchanges`` is set.
 
         Args:
             state: The trainer's state.
         """
         searches = state.auto_microbatching and not self.whole_batches
-        return dist.get_world_size() > 1 and (state.fsdp_enabled or searches or getattr(state.model, 'find_unused_parameters', False))
+        unused = getattr(state.model, 'find_unused_parameters', False)
+        return dist.get_world_size() > 1 and (state.fsdp_enabled or searches or unused or self.exchanges)
 
     def _current_batch_size(self) -> BatchSize:
         return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
 
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
-        if plan.kept_weights is not None and (self.loss is None or not self._by_position):
+        if plan.kept_weights is not None and (self.loss is None or not self.by_position):
             raise InputError(
                 "load_path: the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
                 'algorithms, or from a checkpoint saved at the end of an epoch'

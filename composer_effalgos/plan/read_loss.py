@@ -25,19 +25,40 @@ class _Elements(NamedTuple):
     total: Tensor | float  # what their mean divides by
 
 
-def _nll(node: Any) -> _Elements:
-    log_probabilities, target, weight = node._saved_self, node._saved_target, node._saved_weight
-    counted = target != _ignored(node)
+def token_losses(log_probabilities: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihoods of what a cross-entropy takes the mean of.
+
+    Args:
+        log_probabilities: Float ``[n, C]`` or ``[B, C, ...]``.
+        target: Class indices, int64, the same shape without ``C``.
+        ignore_index: The index that is left out.
+
+    Returns:
+        Losses, float32 or float64, 0 where left out; where they count, bool; and the targets, 0 where left out. All of one shape.
+    """
+    counted = target != ignore_index
     target = target.masked_fill(~counted, 0)
-    losses = -in_full(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1)) * counted
+    return -in_full(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1)) * counted, counted, target
+
+
+def node_token_losses(node: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`token_losses` of the node of a cross-entropy."""
+    ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch shows it without its sign
+    return token_losses(node._saved_self, node._saved_target, ignored)
+
+
+def _nll(node: Any) -> _Elements:
+    losses, counted, target = node_token_losses(node)
+    weight = node._saved_weight
     return _Elements(losses if weight is None else losses * weight[target], counted, node._saved_total_weight)
 
 
-def _ignored(node: Any) -> int:
-    return (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch shows it without its sign
+def is_cross_entropy(node: Any) -> bool:
+    """Whether a node took the mean of a cross-entropy over class indices."""
+    return _READERS.get(node.name()) is _nll
 
 
-def _weighing(target: Tensor, weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
+def weighing(target: Tensor, weights: Tensor) -> Callable[..., tuple[Tensor | None, ...]]:
     """A hook that multiplies the gradients of the targets' log-probabilities, the only ones that are not zero."""
 
     def weigh(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
@@ -77,19 +98,19 @@ _LINEAR |= {'ReshapeAlias', 'Select', 'Slice', 'Squeeze', 'Stack', 'Sub', 'Sum',
 _LINEAR |= {'Unsqueeze', 'View', 'Where'}
 
 
-class _Term(NamedTuple):
+class Term(NamedTuple):
     """One mean of elements in a loss."""
 
+    node: Any
     elements: _Elements
     coefficient: Tensor  # of the mean in the loss, one number; of each element where the node took no mean
     reduction: str
 
 
-class _Reading(NamedTuple):
+class GraphReading(NamedTuple):
     """What the graph of one loss shows."""
 
-    terms: list[_Term]
-    nodes: list[Any]  # that took the means
+    terms: list[Term]
     read: list[Edge]  # the outputs that the terms read
     rows: _Rows
     reads_parameters: bool
@@ -112,7 +133,7 @@ class ReadFromGraph:
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
         each = []
         for entry in entries_of(own):
-            reading = _read(entry, outputs)
+            reading = read_graph(entry, outputs)
             if reading is None:
                 each = [self._by_formula(own, outputs, batch)]
                 break
@@ -121,20 +142,20 @@ class ReadFromGraph:
 
     def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
         """Weighs plain cross-entropies where they begin their backward pass: one number a token, in place of all logits' gradients."""
-        readings = [_read(entry, outputs) for entry in entries_of(own)]
-        nodes = [(node, reading.rows) for reading in readings if reading for node in reading.nodes]
-        if not all(readings) or not all(_READERS.get(node.name()) is _nll for node, _ in nodes):
+        readings = [read_graph(entry, outputs) for entry in entries_of(own)]
+        nodes = [(term.node, reading.rows) for reading in readings if reading for term in reading.terms]
+        if not all(readings) or not all(is_cross_entropy(node) for node, _ in nodes):
             return False
         for node, rows in nodes:
             if node in done:
                 continue
             done.add(node)
-            target = node._saved_target
-            node.register_hook(_weighing(target.masked_fill(target == _ignored(node), 0).unsqueeze(1), rows.spread(weights, target)))
+            *_, target = node_token_losses(node)
+            node.register_hook(weighing(target.unsqueeze(1), rows.spread(weights, target)))
         return True
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
-        readings = [_read(entry, outputs) for entry in entries_of(own)]
+        readings = [read_graph(entry, outputs) for entry in entries_of(own)]
         with torch.enable_grad():
             shares = torch.stack(self.samples(own, outputs, batch).shares).sum(dim=0)
         if not all(readings):
@@ -174,7 +195,7 @@ def _is_reader(node: Any) -> bool:
     return node.name() in _READERS
 
 
-def _read(entry: Tensor, outputs: Any) -> _Reading | None:
+def read_graph(entry: Tensor, outputs: Any) -> GraphReading | None:
     """The terms of a loss; ``None`` where its graph shows none.
 
     Raises:
@@ -202,17 +223,17 @@ def _read(entry: Tensor, outputs: Any) -> _Reading | None:
         raise NotReadableError('it goes from the samples to their loss by more than a weighted mean')
     coefficients = pull(entry, ends)
     terms = [
-        _Term(_READERS[node.name()](node), coefficients[node, 0], ('none', 'mean', 'sum')[node._saved_reduction])
+        Term(node, _READERS[node.name()](node), coefficients[node, 0], ('none', 'mean', 'sum')[node._saved_reduction])
         for node in readers
         if (node, 0) in coefficients
     ]
     terms += [
-        _Term(_Elements(in_full(reader._saved_self).sum(dim=1), None, 1.0), coefficients[node, 0], 'none')
+        Term(node, _Elements(in_full(reader._saved_self).sum(dim=1), None, 1.0), coefficients[node, 0], 'none')
         for node, reader in sums
         if (node, 0) in coefficients
     ]
     reads_parameters = any(hasattr(node, 'variable') for node in behind.nodes)
-    return _Reading(terms, [node for node, _ in ends], read, _Rows(behind.nodes, read, outputs), reads_parameters)
+    return GraphReading(terms, read, _Rows(behind.nodes, read, outputs), reads_parameters)
 
 
 def _is_linear(node: Any) -> bool:
@@ -267,7 +288,7 @@ class _Rows:
         return spread.view(-1, *(1 for _ in like.shape[1:]))
 
 
-def _of_term(term: _Term, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _of_term(term: Term, rows: _Rows) -> tuple[Tensor, Tensor]:
     """Losses and shares of the samples, ``[B]`` each."""
     elements, coefficient = term.elements, term.coefficient
     if term.reduction == 'none':

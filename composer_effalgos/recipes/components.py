@@ -105,9 +105,10 @@ def _members(module: types.ModuleType, base: type, suffix: str = '') -> dict[str
 @functools.cache
 def algorithms() -> dict[str, type]:
     """Our algorithms and Composer's, by snake_case name."""
-    from composer_effalgos import AdaBatch, InfoBatch, Pruning, SubsetSelection
+    from composer_effalgos import ESLM, AdaBatch, InfoBatch, LinUpper, Pruning, SubsetSelection
 
     ours = {'infobatch': InfoBatch, 'pruning': Pruning, 'adabatch': AdaBatch, 'subset_selection': SubsetSelection}
+    ours |= {'lin_upper': LinUpper, 'eslm': ESLM}
     return _members(composer.algorithms, Algorithm) | ours
 
 

@@ -15,8 +15,8 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from composer_effalgos.adabatch.policies import parse_time
 from composer_effalgos.plan import Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_seed, stream_seed
+from composer_effalgos.plan.progress import parse_time
 from composer_effalgos.subset_selection.data_pass import DataPass, Found
 from composer_effalgos.subset_selection.sources import Occasion, make_source
 from composer_effalgos.utils.checks import check_number

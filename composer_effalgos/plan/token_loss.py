@@ -1,0 +1,134 @@
+"""A cross-entropy token by token, and weights for its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from composer_effalgos.plan.outputs import NotReadableError, entries_of, in_full
+from composer_effalgos.plan.read_loss import Term, is_cross_entropy, node_token_losses, read_graph, token_losses, weighing
+
+_FORWARD = (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default)
+_CHUNK = 2**24  # log-probabilities that an entropy is taken of at once
+
+
+class Tokens:
+    """The tokens of a loss that is one cross-entropy, and terms that do not read the outputs.
+
+    The loss is ``sum_t m_t l_t`` with the loss ``l_t`` of token ``t`` and its share ``m_t`` in the mean. Nothing is assumed about shifts,
+    ignored labels or class weights: all of it is read from the graph of the loss.
+
+    Args:
+        likelihood: The negative log-likelihood of the loss's graph.
+        smoothing: The parts of its graph that label smoothing adds.
+
+    Attributes:
+        likelihoods: Negative log-likelihoods, float32 or float64 ``[n]``; 0 where the label is ignored.
+        shares: ``m_t``, ``[n]``, in units in which they sum up to 1; 0 where the label is ignored.
+        losses: ``l_t``, ``[n]``: the likelihoods, unless the loss is smoothed or scaled.
+    """
+
+    def __init__(self, likelihood: Term, smoothing: list[Term]) -> None:
+        self._likelihood, self._smoothing = likelihood, smoothing
+        node = likelihood.node
+        losses, counted, self._targets = node_token_losses(node)
+        counts = counted.to(losses.dtype) if node._saved_weight is None else node._saved_weight[self._targets] * counted
+        coefficient = likelihood.coefficient.to(losses.dtype) * counts
+        if likelihood.reduction == 'mean':
+            coefficient = coefficient / node._saved_total_weight
+        self._amounts = coefficient * losses  # what each token adds to the loss
+        for term in smoothing:
+            self._amounts = self._amounts + term.coefficient.to(losses.dtype) * term.elements.losses
+        self.likelihoods = losses.flatten()
+        self.shares = (coefficient / coefficient.sum()).flatten()
+        self.losses = torch.where(self.shares == 0, 0, self._amounts.flatten() / self.shares)
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels, int64 ``[n]``; 0 where ignored."""
+        return self._targets.flatten()
+
+    def entropies(self) -> Tensor:
+        """The entropy of the prediction at each token, float ``[n]``."""
+        log_probabilities = self._likelihood.node._saved_self.detach()
+        rows = max(1, _CHUNK // max(1, log_probabilities[0].numel()))
+        parts = [-(in_full(part).exp() * in_full(part)).sum(dim=1) for part in log_probabilities.split(rows)]
+        return torch.cat(parts).flatten()
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        """Has the backward pass multiply each token's gradient by its weight.
+
+        Args:
+            weights: Float ``[n]``, without a graph.
+
+        Returns:
+            What the weights add to the value of the loss: ``sum_t (w_t - 1) m_t l_t``.
+        """
+        weights = weights.view_as(self._targets)
+
+        def weigh(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            return tuple(None if gradient is None else gradient * weights.to(gradient.dtype) for gradient in gradients)
+
+        self._likelihood.node.register_hook(weighing(self._targets.unsqueeze(1), weights))
+        for term in self._smoothing:
+            term.node.register_prehook(weigh)
+        return ((weights - 1) * self._amounts).sum()
+
+
+def read_tokens(own: Any, outputs: Any) -> Tokens:
+    """Reads a loss token by token from its graph.
+
+    Args:
+        own: What ``model.loss`` returned.
+        outputs: The model's outputs.
+
+    Raises:
+        NotReadableError: Where it is not one cross-entropy over class indices.
+    """
+    entries = entries_of(own)
+    reading = read_graph(entries[0], outputs) if len(entries) == 1 else None
+    if reading is None:
+        raise NotReadableError('its graph does not show one cross-entropy over tokens')
+    likelihoods = [term for term in reading.terms if is_cross_entropy(term.node)]
+    smoothing = [term for term in reading.terms if term.node.name() == 'SumBackward1']
+    if len(likelihoods) != 1 or len(likelihoods) + len(smoothing) != len(reading.terms):
+        raise NotReadableError(f'its tokens are those of one cross-entropy, and its graph shows {len(reading.terms)} terms')
+    return Tokens(likelihoods[0], smoothing)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the arguments of every negative log-likelihood that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _FORWARD:
+            self.seen.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def watched_tokens(compute: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """The tokens of a cross-entropy that is computed without a graph.
+
+    Args:
+        compute: Computes it.
+
+    Returns:
+        Negative log-likelihoods, float ``[n]``, and labels, int64 ``[n]``, as :class:`Tokens` has them.
+
+    Raises:
+        NotReadableError: Where it does not compute one cross-entropy.
+    """
+    with torch.no_grad(), _Watch() as watch:
+        compute()
+    if len(watch.seen) != 1:
+        raise NotReadableError(f'it computes {len(watch.seen)} cross-entropies over tokens, one is needed')
+    log_probabilities, target, _, _, ignore_index = watch.seen[0]
+    losses, _, targets = token_losses(log_probabilities, target, ignore_index)
+    return losses.flatten(), targets.flatten()

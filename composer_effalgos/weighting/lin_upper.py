@@ -1,0 +1,72 @@
+"""LinUpper: samples that are learnt already count less (Sow et al., ICLR 2025)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.core import State, Time
+from torch import Tensor
+
+from composer_effalgos.plan import PerSampleLoss
+from composer_effalgos.utils.checks import LARGEST, check_number
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.weighting.formulas import lin_upper
+from composer_effalgos.weighting.weighting import Weighting
+
+
+class LinUpper(Weighting):
+    """Weighs the samples of a batch by their losses: those with small losses count less, and from the middle of the range on all the same.
+
+    The weights have mean 1 and need no history, so it works on any loader, in a single pass over a stream too. It saves no time: it is
+    said to need fewer steps. The loss that is logged is the weighted one.
+
+    Runs on ``INIT``, ``FIT_START`` and, over several ranks with ``global_batch``, ``BEFORE_TRAIN_BATCH``.
+    Source: Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining", ICLR 2025, arXiv 2502.06733.
+
+    Args:
+        temperature: Of the softmax, greater than 0: samples in the upper half of the range count ``exp(1 / temperature)`` times as much as
+            the one with the smallest loss.
+        burn_in: Time at the beginning of the run in which all count the same: epochs, batches, samples, tokens or a share of the run;
+            ``None`` for none.
+        global_batch: Whether weights are relative to the samples of all ranks, as in the paper, or to those of each rank. In either case
+            to those of a microbatch.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample.
+
+    Raises:
+        InputError: For an argument outside its range; at ``FIT_START``, beside a pruning algorithm; in training, for a loss that has no
+            per-sample form.
+
+    Example:
+        >>> from composer import Trainer
+        >>> from composer_effalgos import LinUpper
+        >>> trainer = Trainer(model=model, train_dataloader=loader, max_duration='1ep', algorithms=[LinUpper()])  # doctest: +SKIP
+    """
+
+    by_token = False
+
+    def __init__(
+        self,
+        temperature: float = 0.4,
+        burn_in: str | int | Time | None = '0.05dur',
+        *,
+        global_batch: bool = False,
+        per_sample_loss: PerSampleLoss | None = None,
+    ) -> None:
+        check_number('temperature', temperature, least=0.01, most=LARGEST)
+        if per_sample_loss is not None and not callable(per_sample_loss):
+            raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        super().__init__(burn_in, global_batch=global_batch)
+        self.temperature, self.per_sample_loss = temperature, per_sample_loss
+
+    def __repr__(self) -> str:
+        burn_in = None if self.burn_in is None else self.burn_in.to_timestring()
+        return f'{type(self).__name__}(temperature={self.temperature}, burn_in={burn_in!r}, global_batch={self.global_batch})'
+
+    def _initialise(self, state: State, per_sample_loss: PerSampleLoss | None = None) -> None:
+        super()._initialise(state, self.per_sample_loss)
+
+    def weigh(self, losses: Tensor, batch: Any) -> Tensor:
+        (population,), mine = self._population(losses)
+        weights = lin_upper(population, self.temperature)
+        return torch.where(weights.isfinite().all(), weights, 1.0)[mine]
