@@ -24,6 +24,7 @@ from composer_effalgos.utils.text import one_line
 
 BEST = 3  # combinations that go into best.yaml
 _NEVER = 1e9  # seconds of a run that did not get there: more than any that did
+_FACTOR = 'seconds of the quickest combination without algorithms, over those of this one; above 1 it pays.'
 _REPEATS = 10  # suggestions in a row that are known already, before one is drawn at random from the rest
 
 
@@ -39,6 +40,7 @@ class Trial:
         accuracy: The best accuracy seen, in [0, 1]; None where none was measured.
         epochs: Epochs trained.
         stopped: Whether it was stopped because it had taken longer than the best one.
+        plain: Whether its recipe has no algorithms.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Trial:
     accuracy: float | None
     epochs: int
     stopped: bool
+    plain: bool
 
     @property
     def cost(self) -> float:
@@ -72,6 +75,9 @@ def run_search(
     Optuna's tree-structured Parzen estimator suggests combinations, the first choices of all axes to begin with. A run ends as soon as it
     is above the target, and as soon as it has taken as long as the best one so far: it cannot win any more. What has been trained is kept:
     the same call goes on, and a larger ``trials`` searches further. Times are compared, so nothing else should run on the machine.
+
+    Seconds to one accuracy rank as the equivalent-budget factor at that accuracy does: it is the quickest plain
+    combination's seconds, whatever its length, over those of the combination.
 
     ``search.json`` and ``search.md`` list the trials; ``best.yaml`` is a sweep of the first choices and the best combinations with three
     seeds, to confirm with ``effalgos bench`` what a single seed found.
@@ -222,7 +228,7 @@ def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
     accuracies = [entry['eval_accuracy'] for entry in summary['epochs'] if entry['eval_accuracy'] is not None]
     epochs = len(summary['epochs'])
     stopped = epoch is None and epochs < (job.epochs or epochs)
-    return Trial(job.method, choices, epoch, seconds, max(accuracies, default=None), epochs, stopped)
+    return Trial(job.method, choices, epoch, seconds, max(accuracies, default=None), epochs, stopped, plain=not job.recipe.algorithms)
 
 
 def _line(trial: Trial) -> str:
@@ -232,17 +238,26 @@ def _line(trial: Trial) -> str:
     return f'{trial.name}: {"slower than the best" if trial.stopped else "not there at the end"}, {accuracy}'
 
 
+def factor(trial: Trial, trials: Sequence[Trial]) -> float | None:
+    """What the quickest plain run needs for the target over what this one needs; above 1 the combination pays. None where unknown."""
+    plain = min((other.seconds for other in trials if other.plain and other.seconds is not None), default=None)
+    return None if plain is None or trial.seconds is None else plain / trial.seconds
+
+
 def _table(trials: Sequence[Trial], target: float) -> str:
     lines = [
-        f'| combination | s to {100 * target:g} % | epoch | best accuracy % | epochs trained | |',
-        '| --- | ---: | ---: | ---: | ---: | --- |',
+        f'| combination | s to {100 * target:g} % | factor | epoch | best accuracy % | epochs trained | |',
+        '| --- | ---: | ---: | ---: | ---: | ---: | --- |',
     ]
     for trial in sorted(trials, key=lambda trial: trial.cost):
         seconds, epoch = ('–', '–') if trial.seconds is None else (f'{trial.seconds:.1f}', trial.epoch)
         why = 'slower than the best, stopped' if trial.stopped else '' if trial.seconds is not None else 'not reached'
         accuracy = '–' if trial.accuracy is None else f'{100 * trial.accuracy:.2f}'
-        lines.append(f'| {trial.name} | {seconds} | {epoch} | {accuracy} | {trial.epochs} | {why} |')
-    return '\n'.join(lines) + '\n'
+        times = factor(trial, trials)
+        lines.append(
+            f'| {trial.name} | {seconds} | {"–" if times is None else f"{times:.2f}"} | {epoch} | {accuracy} | {trial.epochs} | {why} |'
+        )
+    return '\n'.join(lines) + f'\nFactor: {_FACTOR}\n'
 
 
 def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str]) -> None:
@@ -254,7 +269,12 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
         merged = OmegaConf.merge(*method.layers, OmegaConf.from_dotlist(list(overrides)))
         methods[name] = {'recipe': str(method.recipe.resolve()), **OmegaConf.to_container(merged)}  # type: ignore[dict-item]
     best = {'seeds': [17, 18, 19], 'targets': [target], 'methods': methods}
-    content = {'sweep': str(sweep.path), 'target': target, 'overrides': list(overrides), 'trials': [asdict(trial) for trial in order]}
+    content = {
+        'sweep': str(sweep.path),
+        'target': target,
+        'overrides': list(overrides),
+        'trials': [asdict(trial) | {'factor': factor(trial, trials)} for trial in order],
+    }
     title = f'# The combinations that a search found soonest at {100 * target:g} %, with three seeds'
     texts = {
         'search.json': json.dumps(content, indent=2) + '\n',

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from composer_effalgos import cli
 from composer_effalgos.report import load_sweep, run_search, run_sweep, runner
+from composer_effalgos.report.search import Trial, factor
 from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('optuna')
@@ -85,7 +86,7 @@ def test_the_whole_space_gives_the_best_of_all(space, tmp_path):
         assert trial['seconds'] is None or trial['epoch'] * batch == trial['seconds']
         if trial['seconds'] is None:  # it never gets there, or was cut off by a better one
             assert by_hand[batch, rate] is None or by_hand[batch, rate] >= trials[0]['seconds']
-    assert (out / 'search.md').read_text().splitlines()[2].startswith('| b16+r3 | 48.0 | 3 |')
+    assert (out / 'search.md').read_text().splitlines()[2].startswith('| b16+r3 | 48.0 | 1.00 | 3 |')
     # the first choices and the best three, ready for effalgos bench
     jobs = load_sweep(out / 'best.yaml').jobs(tmp_path / 'confirmed')
     names = list(dict.fromkeys(job.method for job in jobs))
@@ -93,6 +94,20 @@ def test_the_whole_space_gives_the_best_of_all(space, tmp_path):
     assert {job.recipe.seed for job in jobs} == {17, 18, 19}
     best = next(job.recipe.settings for job in jobs if job.method == 'b16+r3')
     assert (best['dataset']['batch_size'], best['optimizer']['lr'], best['max_duration']) == (16, 0.3, '6ep')
+
+
+def test_the_factor_is_against_the_quickest_plain_combination():
+    def trial(name, seconds, *, plain):
+        return Trial(name, {}, None if seconds is None else 1, seconds, 0.8, 6, stopped=False, plain=plain)
+
+    trials = [
+        trial('slow', 90.0, plain=True),
+        trial('quick', 60.0, plain=True),
+        trial('pruned', 40.0, plain=False),
+        trial('not there', None, plain=False),
+    ]
+    assert [factor(item, trials) for item in trials] == [60 / 90, 1.0, 1.5, None]
+    assert factor(trials[2], trials[2:]) is None, 'no plain run got there'
 
 
 def test_it_goes_on_where_it_stopped(space, tmp_path):
