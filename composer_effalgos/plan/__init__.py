@@ -2,7 +2,7 @@
 
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
-from composer_effalgos.plan.horizon import Horizon
+from composer_effalgos.plan.horizon import Budget, Horizon, check_budget
 from composer_effalgos.plan.loader import PlannedDataLoader, class_labels
 from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.paths import DataPath, Reading
@@ -13,6 +13,7 @@ from composer_effalgos.plan.token_loss import Tokens
 
 __all__ = [
     'BatchSize',
+    'Budget',
     'Choice',
     'DataPath',
     'EpochClock',
@@ -31,6 +32,7 @@ __all__ = [
     'Weigher',
     'WeightedLoss',
     'by_shard',
+    'check_budget',
     'check_seed',
     'class_labels',
     'per_sample_mean',

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from composer.core import State, Time, TimeUnit
+from composer.core import State, Time, Timestamp, TimeUnit
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from composer_effalgos.plan.loader import PlannedDataLoader
@@ -55,6 +55,7 @@ class EpochClock:
         self.batch_base = 0  # virtual batches, samples before the current epoch
         self.sample_base = 0
         self.batches_done = 0  # virtual batches of the current epoch that PyTorch schedulers were stepped for
+        self.budget: Time | None = None  # the length that schedules see in place of max_duration
         self._loader: PlannedDataLoader | None = None
         self._steps_seen: dict[int, int] = {}
 
@@ -103,29 +104,32 @@ class EpochClock:
         Args:
             state: The trainer's state.
         """
-        loader = self._loader
-        if loader is None or state.max_duration is None or state.max_duration.unit != TimeUnit.EPOCH:
+        loader, length = self._loader, state.max_duration
+        if loader is None or length is None or length.unit != TimeUnit.EPOCH:
             yield
             return
         real, real_len = state.timestamp, state._dataloader_len
-        if len(loader) == loader.full_batches and self.batch_base == int(real.batch - real.batch_in_epoch):
-            yield  # nothing was pruned so far: real time is virtual time
-            return
+        state.max_duration = length if self.budget is None else self.budget
+        # where nothing was pruned so far, real time is virtual time
+        if len(loader) != loader.full_batches or self.batch_base != int(real.batch - real.batch_in_epoch):
+            state.timestamp = self._virtual_timestamp(real, loader)
+            state._dataloader_len = Time(loader.full_batches, TimeUnit.BATCH)  # type: ignore[assignment]  # the setter would clip it to the planned epoch
+        try:
+            yield
+        finally:
+            state.timestamp, state._dataloader_len, state.max_duration = real, real_len, length
+
+    def _virtual_timestamp(self, real: Timestamp, loader: PlannedDataLoader) -> Timestamp:
         batch = self._virtual(int(real.batch_in_epoch))
         sample = min(batch * loader.initial_batch_size * loader.world_size, loader.full_samples)
         samples = self.sample_base + sample
-        state.timestamp = real.copy(
+        return real.copy(
             batch=self.batch_base + batch,
             batch_in_epoch=batch,
             sample=samples,
             sample_in_epoch=sample,
             token=round(int(real.token) * samples / max(1, int(real.sample))),  # tokens of skipped samples are unknown: in proportion
         )
-        state._dataloader_len = Time(loader.full_batches, TimeUnit.BATCH)  # type: ignore[assignment]  # the setter would clip it to the planned epoch
-        try:
-            yield
-        finally:
-            state.timestamp, state._dataloader_len = real, real_len
 
     def batch_end(self, state: State) -> None:
         """Steps PyTorch schedulers that were stepped once for this batch as often as the full epoch would have been.

@@ -2,7 +2,53 @@
 
 from __future__ import annotations
 
-from composer.core import State, Time
+from collections.abc import Mapping
+from typing import Literal
+
+from composer.core import State, Time, TimeUnit
+
+from composer_effalgos.utils.errors import InputError
+
+Budget = Literal['trained', 'full']
+"""What a ``max_duration`` in samples or batches counts: what is trained on, or what a run that prunes nothing would train."""
+
+
+def check_budget(budget: str) -> None:
+    """Refuses what is no :data:`Budget`.
+
+    Args:
+        budget: The argument.
+    """
+    if budget not in ('trained', 'full'):
+        raise InputError(f"budget: expected 'trained' or 'full', got {budget!r}")
+
+
+def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
+    """A time in epochs.
+
+    Args:
+        length: The time.
+        full: Samples and batches of a full epoch.
+
+    Raises:
+        InputError: Where that is no whole number of epochs.
+    """
+    if length.unit == TimeUnit.EPOCH:
+        return length
+    if length.unit not in full:
+        known = ' or '.join(unit.value for unit in (TimeUnit.EPOCH, *full))
+        raise InputError(
+            f"max_duration: expected {known} beside budget='full', got {length.to_timestring()!r}; how long a full epoch is in another "
+            'unit is not known beforehand'
+        )
+    size = full[length.unit]
+    epochs, rest = divmod(length.value, size)
+    if rest or not epochs:
+        raise InputError(
+            f"max_duration: expected whole epochs of {size}{length.unit.value} beside budget='full', got {length.to_timestring()!r}, "
+            f"{length.value / size:.3f} of them; give '{max(1, round(length.value / size))}ep'"
+        )
+    return Time(epochs, TimeUnit.EPOCH)
 
 
 class Horizon:
@@ -13,6 +59,7 @@ class Horizon:
 
     Attributes:
         end: The planned end, from ``FIT_START`` on.
+        budget: The ``max_duration`` that :meth:`convert` put epochs in the place of; ``None`` for none.
         extended: Whether the current ``fit`` began at or past the end that was planned before: how far the run will go is then unknown.
     """
 
@@ -20,6 +67,7 @@ class Horizon:
         self._given: Time | None = None  # the Trainer's max_duration
         self._fitted = False
         self.end: Time | None = None
+        self.budget: Time | None = None
         self.extended = False
 
     def after_load(self, state: State) -> None:
@@ -29,6 +77,26 @@ class Horizon:
             state: The trainer's state at ``AFTER_LOAD``.
         """
         self._given = state.max_duration
+
+    def convert(self, state: State, full: Mapping[TimeUnit, int]) -> None:
+        """Puts epochs in the place of a ``max_duration`` in samples or batches: as many as a run that prunes nothing would train.
+
+        Args:
+            state: The trainer's state at ``FIT_START``, before :meth:`fit_start`.
+            full: Samples and batches of a full epoch.
+
+        Raises:
+            InputError: Where that is no whole number of epochs.
+        """
+        length = state.max_duration
+        assert length is not None
+        if length.unit != TimeUnit.EPOCH:
+            self.budget = length
+        elif self.end is None or length != self.end:  # else fit() goes on
+            self.budget = None
+        state.max_duration = in_full_epochs(length, full)
+        if self._given is not None:
+            self._given = in_full_epochs(self._given, full)
 
     def fit_start(self, state: State, loaded: str | None = None) -> None:
         """Plans the end anew for this ``fit``.

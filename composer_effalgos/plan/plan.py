@@ -46,6 +46,7 @@ class Plan(Callback):
         by_position: Who names samples by their position in the batch.
         whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
         exchanges: Whether an algorithm exchanges something over the ranks at every microbatch.
+        full_budget: Whether ``max_duration`` in samples or batches is what a run that prunes nothing would train.
         may_lengthen: Whether :meth:`resize` may give an epoch more batches than it began with.
         horizon: How long the run is planned to be.
     """
@@ -58,7 +59,7 @@ class Plan(Callback):
         self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
-        self.whole_batches = self.may_lengthen = self.exchanges = False
+        self.whole_batches = self.may_lengthen = self.exchanges = self.full_budget = False
         self.clock = EpochClock()
         self.horizon = Horizon()
         self.by_position: list[str] = []
@@ -139,22 +140,16 @@ class Plan(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Installs the planned loader over the user's, or finds it there, and puts the schedules on the clock."""
         self._refuse(state)
-        self.horizon.fit_start(state, None if self._loaded is None else self._loaded.get('planned_end'))
         self.install(state)
+        if self.full_budget:
+            self._convert_budget(state)
+        self.horizon.fit_start(state, None if self._loaded is None else self._loaded.get('planned_end'))
         # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
         loader = self.loader
-        assert state.max_duration is not None
         if self.loss is not None:
             self.loss.begin_fit()
-        if state.max_duration.unit != TimeUnit.EPOCH and not self._duration_warned:
-            self._duration_warned = True
-            if self.selectors.prune:
-                warnings.warn(
-                    f'max_duration is {state.max_duration.to_timestring()!r}: with a run of fixed length pruned samples are replaced by '
-                    'further ones and save no time, and schedules run on real time; give max_duration in epochs to save any',
-                    stacklevel=2,
-                )
+        self._warn_of_duration(state)
         in_epoch = int(state.timestamp.batch_in_epoch)
         if int(state.timestamp.epoch) == 0 and in_epoch == 0:
             self.clock.load_state_dict({'batch_base': 0, 'sample_base': 0})
@@ -174,6 +169,26 @@ class Plan(Callback):
             loader.plan = None
         self._loaded, self._started = None, True
         self.clock.start(state, loader)
+
+    def _convert_budget(self, state: State) -> None:
+        full = {TimeUnit.SAMPLE: self.loader.full_samples}
+        if self.batch_size is None:  # else there is no telling how many batches a full epoch would have
+            full[TimeUnit.BATCH] = self.loader.full_batches
+        self.horizon.convert(state, full)
+        self.clock.budget = self.horizon.budget
+
+    def _warn_of_duration(self, state: State) -> None:
+        length = state.max_duration
+        assert length is not None
+        if length.unit == TimeUnit.EPOCH or self._duration_warned or not self.selectors.prune:
+            return
+        self._duration_warned = True
+        warnings.warn(
+            f'max_duration is {length.to_timestring()!r}: with a run of fixed length pruned samples are replaced by further ones and save '
+            'no time, and schedules run on real time; give '
+            f"{self.selectors.names[-1]}(budget='full'), or max_duration in epochs, to save any",
+            stacklevel=2,
+        )
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Plans the epoch from what the selectors choose."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from composer_effalgos.plan import PerSampleLoss
+from composer_effalgos.plan import Budget, PerSampleLoss
 from composer_effalgos.pruning.pruning import Pruning
 from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
 from composer_effalgos.utils.checks import check_number
@@ -36,6 +36,9 @@ class InfoBatch(Pruning):
         bands: Quantile thresholds in place of the mean, see :func:`~composer_effalgos.functional.prune`.
         class_balanced: Whether every class is pruned by its own mean (or quantiles), so that no class is pruned away.
         labels: Class indices of the training samples, ``[N]``, for ``class_balanced``; ``None`` to read the dataset's ``targets``.
+        budget: What a ``max_duration`` in samples or batches counts: ``'trained'``, what is trained on, so that pruning saves no time; or
+            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs, and AdaBatch
+            beside it allows samples alone.
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
@@ -58,10 +61,13 @@ class InfoBatch(Pruning):
         bands: Sequence[tuple[float, float]] | None = None,
         class_balanced: bool = False,
         labels: Sequence[int] | Tensor | None = None,
+        budget: Budget = 'trained',
     ) -> None:
         check_number('prune_ratio', prune_ratio, least=0, below=1)
         rule = InfoBatchRule(score, score_decay, bands, class_balanced)
-        super().__init__(rule, prune_ratio=prune_ratio, delta=delta, per_sample_loss=per_sample_loss, seed=seed, labels=labels)
+        super().__init__(
+            rule, prune_ratio=prune_ratio, delta=delta, per_sample_loss=per_sample_loss, seed=seed, labels=labels, budget=budget
+        )
         self.score, self.score_decay, self.bands, self.class_balanced = score, score_decay, rule.bands, class_balanced
 
     def __repr__(self) -> str:

@@ -13,7 +13,19 @@ from composer.core import Algorithm, Event, State, TimeUnit
 from composer.loggers import Logger
 from torch import Tensor
 
-from composer_effalgos.plan import Choice, PerSampleLoss, Plan, SampleRows, SampleTable, Selector, check_seed, class_labels, stream_seed
+from composer_effalgos.plan import (
+    Budget,
+    Choice,
+    PerSampleLoss,
+    Plan,
+    SampleRows,
+    SampleTable,
+    Selector,
+    check_budget,
+    check_seed,
+    class_labels,
+    stream_seed,
+)
 from composer_effalgos.pruning.prune import finite_mean
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
 from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, find_rule
@@ -43,6 +55,9 @@ class Pruning(Selector, Algorithm):
             model's loss stays what is trained on; see :class:`~composer_effalgos.plan.WeightedLoss`.
         seed: Seeds the draws; ``None`` for the trainer's seed.
         labels: Class indices of the training samples, ``[N]``; ``None`` to read the dataset's ``targets`` where the rule needs them.
+        budget: What a ``max_duration`` in samples or batches counts: ``'trained'``, what is trained on, so that pruning saves no time; or
+            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs, and AdaBatch
+            beside it allows samples alone.
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
@@ -67,6 +82,7 @@ class Pruning(Selector, Algorithm):
         per_sample_loss: PerSampleLoss | None = None,
         seed: int | None = None,
         labels: Sequence[int] | Tensor | None = None,
+        budget: Budget = 'trained',
     ) -> None:
         self.rule = find_rule(rule)
         self._ratio: Callable[[float], float] = ratio_schedule(prune_ratio)
@@ -74,11 +90,13 @@ class Pruning(Selector, Algorithm):
         check_seed(seed)
         if per_sample_loss is not None and not callable(per_sample_loss):
             raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        check_budget(budget)
         self.prune_ratio = prune_ratio
         self.delta = delta
         self.per_sample_loss = per_sample_loss
         self.seed = seed
         self.labels = labels
+        self.budget = budget
         self.samples_saved = 0
         self.epochs_pruned = 0
         self._loaded: dict[str, Any] | None = None
@@ -152,6 +170,7 @@ class Pruning(Selector, Algorithm):
     def _initialise(self, state: State) -> None:
         self._plan, self._state = Plan.of(state), state
         self._plan.selectors.add(self)
+        self._plan.full_budget |= self.budget == 'full'
         self._table = SampleTable(self._plan, self.rule.history, self.rule.decay)
         self.samples_saved = self.epochs_pruned = 0
         self._open_ended, self._said = False, set()

@@ -15,7 +15,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from composer_effalgos.plan import Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_seed, stream_seed
+from composer_effalgos.plan import Budget, Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_budget, check_seed, stream_seed
 from composer_effalgos.plan.progress import parse_time
 from composer_effalgos.subset_selection.data_pass import DataPass, Found
 from composer_effalgos.subset_selection.sources import Occasion, make_source
@@ -58,6 +58,9 @@ class SubsetSelection(Selector, Algorithm):
         per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. Gradients are those of
             it; the model's loss stays what is trained on.
         seed: Seeds the selections; ``None`` for the trainer's seed.
+        budget: What a ``max_duration`` in samples or batches counts: ``'trained'``, what is trained on, so that a subset saves no time; or
+            ``'full'``, what a run on all samples would train. It must then be a whole number of full epochs, and AdaBatch
+            beside it allows samples alone.
         **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
             ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the
             selections that are made by stochastic greedy.
@@ -92,11 +95,13 @@ class SubsetSelection(Selector, Algorithm):
         val_share: float = 0.0,
         per_sample_loss: PerSampleLoss | None = None,
         seed: int | None = None,
+        budget: Budget = 'trained',
         **strategy_options: Any,
     ) -> None:
         check_number('fraction', fraction, above=0, most=1)
         check_number('kappa', kappa, least=0, below=1)
         check_seed(seed)
+        check_budget(budget)
         if not isinstance(linear_layer, bool):
             raise InputError(f'linear_layer: expected true or false, got {linear_layer!r}')
         if per_sample_loss is not None and not callable(per_sample_loss):
@@ -122,6 +127,7 @@ class SubsetSelection(Selector, Algorithm):
         self.val_share = val_share
         self.per_sample_loss = per_sample_loss
         self.seed = seed
+        self.budget = budget
         self.strategy_options = strategy_options
         self._state: State | None = None  # from INIT on
         self._held_out: Tensor | None = None  # ascending
@@ -220,6 +226,7 @@ class SubsetSelection(Selector, Algorithm):
     def _initialise(self, state: State, logger: Logger) -> None:
         self._plan, self._state, self._logger = Plan.of(state), state, logger
         self._plan.selectors.add(self)
+        self._plan.full_budget |= self.budget == 'full'
         self._indices = self._weights = self._held_out = self._rest = None
         self._failure_warned = False
         by_position = self._source.weighted or self._source.by_position
