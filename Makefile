@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
 OUT ?= runs/demo
+DATA ?= data
 BENCH_OUT ?= runs/digits
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv chromium demo bench notebooks docs test test-slow lint clean
+.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -35,6 +36,10 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/effalgos bench yamls/sweeps/digits.yaml --out $(BENCH_OUT)
+
+# All that needs a GPU, in portions; again until it ends with status 0. DATA: the folder of CIFAR-10.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --data $(DATA) --minutes 9
 
 # For the test of the report in a browser, on Debian and its like; without it that test is skipped.
 chromium:
