@@ -17,7 +17,7 @@ from composer_effalgos.datasets.convert import convert as write_converted
 from composer_effalgos.recipes.faults import explain, print_any_text
 from composer_effalgos.recipes.schema import DatasetRecipe, load_recipe
 from composer_effalgos.recipes.settings import SWEEPS, list_recipes, recipe_folder
-from composer_effalgos.report import Outcome, run_search, run_sweep, write_report
+from composer_effalgos.report import Outcome, run_search, run_sweep, show_frontier, write_report
 from composer_effalgos.subset_selection.select_to_file import select_to_file
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
@@ -68,6 +68,41 @@ def bench(
         ranks=ranks,
         fresh=fresh,
         keep_checkpoints=keep_checkpoints,
+    )
+    _exit(outcome)
+
+
+@app.command()
+def frontier(
+    sweep: Annotated[Path, typer.Argument(help='A YAML file with plain runs of several lengths; or a folder of finished runs.')],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')] = None,
+    out: Annotated[Path | None, typer.Option(help='Folder for the runs and the report; runs/<name of the sweep> by default.')] = None,
+    by: Annotated[
+        str | None, typer.Option(help='A budget is: cpu_seconds (by default on a CPU), seconds (elsewhere), samples or steps.')
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="In place of the sweep's seeds; may be given several times.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help='Train this method alone; may be given several times.')] = None,
+    minutes: Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')] = None,
+    jobs: Annotated[int, typer.Option(min=1, help='Runs side by side, each with one thread.')] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help='Processes a run, one a GPU.')] = 1,
+) -> None:
+    """Does a method pay? Train a sweep, or what is left of it, and set each method against plain training of the same budget."""
+    if sweep.is_dir():
+        if overrides or out or seed or only or minutes is not None:
+            raise InputError(f'{sweep}: expected a sweep, got a folder of runs; nothing is trained for it: give --by alone')
+        show_frontier(sweep, by)
+        return
+    outcome = run_sweep(
+        sweep,
+        out,
+        overrides or (),
+        seeds=seed or (),
+        only=only or (),
+        at_once=jobs,
+        minutes=minutes,
+        ranks=ranks,
+        equal_budget=True,
+        by=by,
     )
     _exit(outcome)
 

@@ -1,6 +1,7 @@
 """Sweeps of runs, their results and the report."""
 
-from composer_effalgos.report.bench import run_sweep
+from composer_effalgos.report.bench import run_sweep, show_frontier
+from composer_effalgos.report.frontier import Frontier, frontier
 from composer_effalgos.report.page import write_report
 from composer_effalgos.report.runner import Outcome, run_jobs
 from composer_effalgos.report.runs import Run, read_runs, read_summary
@@ -9,11 +10,13 @@ from composer_effalgos.report.sweep import Job, Sweep, load_sweep
 from composer_effalgos.report.table import Row, markdown_table, note, rich_table, table_rows
 
 __all__ = [
+    'Frontier',
     'Job',
     'Outcome',
     'Row',
     'Run',
     'Sweep',
+    'frontier',
     'load_sweep',
     'markdown_table',
     'note',
@@ -23,6 +26,7 @@ __all__ = [
     'run_jobs',
     'run_search',
     'run_sweep',
+    'show_frontier',
     'table_rows',
     'write_report',
 ]

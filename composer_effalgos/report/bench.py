@@ -1,18 +1,23 @@
-"""``effalgos bench``: a sweep trained, its table printed, its results and its report written."""
+"""``effalgos bench`` and ``effalgos frontier``: a sweep trained, its table printed, its results and its report written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from rich.console import Console
 
+from composer_effalgos.report.frontier import UNITS, Frontier, frontier, is_finished, plain_lengths
+from composer_effalgos.report.frontier_table import terminal, write_frontier
 from composer_effalgos.report.page import write_report
 from composer_effalgos.report.results import write_results
 from composer_effalgos.report.runner import Outcome, finished, run_jobs
-from composer_effalgos.report.runs import read_runs
-from composer_effalgos.report.sweep import load_sweep
+from composer_effalgos.report.runs import Run, read_runs
+from composer_effalgos.report.sweep import Job, Sweep, load_sweep
 from composer_effalgos.report.table import note, rich_table, table_rows
+from composer_effalgos.utils.errors import InputError
 
 
 def run_sweep(
@@ -27,6 +32,8 @@ def run_sweep(
     ranks: int = 1,
     fresh: bool = False,
     keep_checkpoints: bool = False,
+    equal_budget: bool = False,
+    by: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Trains a sweep, or what is left of it, prints its table, and writes its results and its report.
@@ -42,6 +49,9 @@ def run_sweep(
         ranks: Processes a run.
         fresh: Train everything anew.
         keep_checkpoints: Whether finished runs keep their checkpoints.
+        equal_budget: Set every method against plain runs of the same budget, see :mod:`composer_effalgos.report.frontier`; runs of earlier
+            calls count too.
+        by: What a budget is; see :func:`composer_effalgos.report.frontier.frontier`.
         console: Where progress and table go; the standard output when None.
 
     Returns:
@@ -54,14 +64,21 @@ def run_sweep(
     sweep = load_sweep(path)
     out = Path('runs') / sweep.name if out is None else Path(out)
     jobs = sweep.jobs(out, overrides, seeds=seeds, only=only)  # every recipe is checked before the first run
+    if equal_budget:
+        _check_frontier(sweep, sweep.jobs(out, overrides), by)
+    _say_what_is_left([job for job in jobs if fresh or not finished(job)], out, console)
     outcome = run_jobs(
         jobs, out, at_once=at_once, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
     )
+    about = {'sweep': str(path), 'overrides': list(overrides), 'failed': outcome.failures, 'pending': outcome.pending}
     names = {job.recipe.run_name for job in jobs if finished(job)}
-    if names:
+    if equal_budget:
+        found = _frontier_so_far(sweep, out, by, console)
+        if found is not None:
+            _show_frontier(found, out, about, console)
+    elif names:
         ours = [run for run in read_runs(out)[0] if run.summary['run_name'] in names]
         rows = table_rows(ours, sweep.targets)
-        about = {'sweep': str(path), 'overrides': list(overrides), 'failed': outcome.failures, 'pending': outcome.pending}
         write_results(rows, out, targets=sweep.targets, about=about)
         report = write_report(out, targets=sweep.targets)
         console.print()
@@ -70,5 +87,72 @@ def run_sweep(
         console.print(note(rows, brief=True), style='dim')
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)
     if outcome.pending:
-        console.print(f'{len(outcome.pending)} runs are left; the same command goes on', highlight=False)
+        _say_what_is_left([job for job in jobs if job.recipe.run_name in outcome.pending], out, console)
+        console.print('The same command goes on.', highlight=False)
     return outcome
+
+
+def show_frontier(folder: str | Path, by: str | None = None, *, console: Console | None = None) -> None:
+    """Prints and writes the frontier of the finished runs in a folder, and its report.
+
+    Args:
+        folder: The runs' folder.
+        by: What a budget is; see :func:`composer_effalgos.report.frontier.frontier`.
+        console: Where the table goes; the standard output when None.
+
+    Raises:
+        InputError: The runs are no frontier, or the folder cannot be written.
+    """
+    folder, console = Path(folder), console or Console()
+    runs, problems = read_runs(folder)
+    found = frontier([run for run in runs if is_finished(folder, run)], str(folder), by)
+    unfinished = [run.summary['run_name'] for run in runs if not is_finished(folder, run)]
+    for line in [*problems, *(f'{name}: not finished, left out' for name in unfinished)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _show_frontier(found, folder, {}, console)
+
+
+def _check_frontier(sweep: Sweep, jobs: Sequence[Job], by: str | None) -> None:
+    """What would make the runs useless, before the first of them is trained."""
+    if by is not None and by not in UNITS:
+        raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
+    recipes = {job.method: job.recipe.settings for job in jobs}
+    plain_lengths(list(recipes.items()), str(sweep.path))
+
+
+def _frontier_so_far(sweep: Sweep, out: Path, by: str | None, console: Console) -> Frontier | None:
+    """The frontier of the finished runs of a sweep; None, and why, where there are not enough of them yet."""
+    try:
+        methods = sweep.all_methods()
+        runs = [run for run in read_runs(out)[0] if run.method in methods and is_finished(out, run)]
+        return frontier(runs, str(out), by)
+    except InputError as error:
+        console.print(f'No frontier yet: {error}', highlight=False, markup=False, soft_wrap=True)
+        return None
+
+
+def _show_frontier(found: Frontier, out: Path, about: dict[str, Any], console: Console) -> None:
+    write_frontier(found, out, about)
+    report = write_report(out, equal_budget=found)
+    console.print()
+    console.print(terminal(found))
+    console.print()
+    console.print(f'Picture: {out / "frontier.svg"}. Report: {report}', soft_wrap=True, markup=False, highlight=False)
+
+
+def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
+    """How many runs, and how many hours they take by the pace of those that are done."""
+    if not jobs or not out.is_dir():
+        return
+    try:
+        done = read_runs(out)[0]
+    except InputError:
+        return
+    hours = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs) / 3600
+    console.print(f'{len(jobs)} runs are left, some {hours:.1f} hours of training one after the other', highlight=False)
+
+
+def _epoch_seconds(method: str, done: Sequence[Run]) -> float:
+    """Mean over the runs of the method, else over all."""
+    own = [run for run in done if run.method == method] or done
+    return fmean(run.summary['totals']['train_seconds'] / len(run.summary['epochs']) for run in own)

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
+from scipy.stats import chi2
 
 from composer_effalgos.utils.errors import InputError
 
 _GRID = 512  # points of the curve between the shortest and the longest plain run
 _DRAWS = 4000
+_OTHERS = 4  # degrees of freedom that the spread of all other cells counts for in that of one
+_ENDS = (0.025, 0.975)
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class Cell:
     """
 
     name: str
-    budget: np.ndarray
-    quality: np.ndarray
+    budget: Array
+    quality: Array
 
 
 @dataclass(frozen=True)
@@ -54,75 +60,190 @@ class Factor:
     most: float
 
     def __str__(self) -> str:
-        return f'{self._text(self.value)} ({self._text(self.low)} to {self._text(self.high)})'
+        return f'{self.text(self.value)} ({self.text(self.low)} to {self.text(self.high)})'
 
-    def _text(self, factor: float) -> str:
+    def text(self, factor: float) -> str:
+        """The value or an end of the interval; what lies beyond the plain runs as a bound."""
         return f'< {self.least:.2f}' if factor == 0 else f'> {self.most:.2f}' if np.isinf(factor) else f'{factor:.2f}'
 
+    @property
+    def verdict(self) -> str:
+        """What follows, in words: the interval decides, and a bound where it ends beyond the plain runs."""
+        low = self.most if np.isinf(self.low) else self.low
+        high = self.least if self.high == 0 else self.high
+        if low > 1:
+            return 'pays'
+        if high < 1:
+            return 'train shorter instead'
+        if np.isinf(self.value):
+            return 'not resolved: better than the longest plain run; train a longer one'
+        if self.value == 0:
+            return 'not resolved: worse than the shortest plain run; train a shorter one'
+        return 'not resolved'
 
-def equivalent_budget(baseline: Sequence[Cell], method: Cell, *, seed: int = 0) -> Factor:
-    """Sets a method against the curve of plain runs.
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality against budget of plain runs, with its 95 % band at each budget.
+
+    Attributes:
+        budget: Budgets from the shortest to the longest length, float ``[G]``.
+        quality: The curve, float ``[G]``.
+        low: Lower edge of the band.
+        high: Upper edge.
+    """
+
+    budget: Array
+    quality: Array
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods set against plain runs.
+
+    Attributes:
+        curve: The plain runs'.
+        factors: One for each method.
+        quality: Mean quality with its 95 % interval of each cell, the plain ones first, float ``[cells, 3]``: mean, low, high.
+    """
+
+    curve: Curve
+    factors: list[Factor]
+    quality: Array
+
+
+def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0) -> Comparison:
+    """Sets methods against the curve of plain runs.
 
     The curve goes through the mean qualities of the plain lengths, made monotone (the average of their running maximum and of the running
-    minimum from the other end), as a monotone cubic (PCHIP) in the logarithm of the budget. The interval is a parametric bootstrap: the
-    spread between seeds, pooled over all lengths, is drawn from its scaled inverse chi-squared distribution and every mean from a normal
-    distribution with it, which holds its level with three seeds, where resampling three runs does not.
+    minimum from the other end), as a monotone cubic (PCHIP) in the logarithm of the budget.
+
+    The intervals are a parametric bootstrap, which holds its level with three seeds, where resampling three runs does not: each cell's mean
+    quality and mean logarithm of the budget are drawn from normal distributions, the spreads between seeds from scaled inverse chi-squared
+    ones. The spread of a cell is its own, moderated by those of the others.
 
     Args:
-        baseline: Plain runs at two lengths or more.
-        method: The method's runs at one length.
+        baseline: Plain runs at two lengths or more, in any order.
+        methods: Runs of a method at one length each.
         seed: Of the bootstrap.
 
     Returns:
-        The factor.
+        The curve and the factors.
 
     Raises:
-        InputError: Where there are fewer than two plain lengths, or no length with two seeds.
+        InputError: There are fewer than two plain lengths, or two of the same budget, or no cell with two seeds.
     """
-    cells = sorted(baseline, key=lambda cell: float(cell.budget.mean()))
-    x = np.log([cell.budget.mean() for cell in cells])
-    if len(cells) < 2 or np.any(np.diff(x) <= 0):
-        raise InputError(f'baseline: expected runs of at least two lengths, got {[cell.name for cell in cells]}; four or more show a curve')
-    everything = [*cells, method]
-    freedom = sum(len(cell.quality) - 1 for cell in everything)
-    if freedom == 0:
-        raise InputError('seeds: expected at least two seeds of some length, got one of each; three of every length are right')
-    spread = np.sqrt(sum(((cell.quality - cell.quality.mean()) ** 2).sum() for cell in everything) / freedom)
-
+    plain = sorted(baseline, key=lambda cell: float(np.log(cell.budget).mean()))
+    cells = [*plain, *methods]
+    x = np.array([np.log(cell.budget).mean() for cell in cells])
+    lengths = x[: len(plain)]
+    if len(plain) < 2 or np.any(np.diff(lengths) <= 0):
+        names = ', '.join(cell.name for cell in plain) or 'none'
+        raise InputError(f'baseline: expected plain runs of at least two lengths, got {names}; four or more show a curve')
     rng = np.random.default_rng(seed)
-    scale = spread * np.sqrt(freedom / rng.chisquare(freedom, _DRAWS))
-    scale = np.concatenate([[0.0], scale])  # the first column is the estimate itself
-    means = np.array([[cell.quality.mean()] for cell in everything])
-    counts = np.array([[len(cell.quality)] for cell in everything])
-    drawn = means + rng.standard_normal((len(everything), len(scale))) * scale / np.sqrt(counts)
-    budgets = _inverse(x, drawn[:-1], drawn[-1])
-    own = float(method.budget.mean())
-    factors = budgets / own
-    # an interval's ends are draws, not averages of two: those beyond the curve are 0 or inf
-    low, high = np.quantile(factors[1:], [0.025, 0.975], method='inverted_cdf')
-    shortest, longest = np.exp(x[[0, -1]])
-    return Factor(float(factors[0]), float(low), float(high), float(shortest / own), float(longest / own))
+    means = np.array([[cell.quality.mean()] for cell in cells])
+    quality = means + _errors([cell.quality for cell in cells], rng)
+    logs = [np.log(cell.budget) for cell in cells]
+    # what is exact, such as the samples of a plain run, says nothing about the spread of the others
+    shifts = np.zeros_like(quality)
+    noisy = [number for number, values in enumerate(logs) if len(values) == 1 or np.ptp(values) > 0]
+    if any(len(logs[number]) > 1 for number in noisy):
+        shifts[noisy] = _errors([logs[number] for number in noisy], rng)
+
+    curves = _Curves(lengths, quality[: len(plain)], shifts[: len(plain)])
+    ends = np.exp(lengths[[0, -1]])
+    factors = []
+    for number in range(len(plain), len(cells)):
+        own = np.exp(x[number])
+        found = curves.budget(quality[number]) / np.exp(x[number] + shifts[number])
+        # the ends of the interval are draws, not averages of two: those beyond the curve are 0 or inf
+        low, high = np.quantile(found[1:], _ENDS, method='inverted_cdf')
+        factors.append(Factor(float(found[0]), float(low), float(high), float(ends[0] / own), float(ends[1] / own)))
+    intervals = np.quantile(quality[:, 1:], _ENDS, axis=1).T
+    return Comparison(curves.band(), factors, np.hstack([means, intervals]))
 
 
-def _inverse(x: np.ndarray, quality: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The least budget at which each curve reaches a quality.
+def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:
+    """Draws of the errors of cells' means, ``[cells, 1 + draws]``; the first column is 0: the estimate itself."""
+    variance, freedom = _moderated(values)
+    counts = np.array([len(own) for own in values])
+    scale = np.sqrt(variance * freedom / counts)[:, None] / np.sqrt(rng.chisquare(freedom[:, None], (len(values), _DRAWS)))
+    return np.hstack([np.zeros((len(values), 1)), scale * rng.standard_normal((len(values), _DRAWS))])
+
+
+def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
+    """Variances between seeds: each cell's own, and the median of the others as a prior of four degrees of freedom.
+
+    Two degrees of freedom of three seeds say little; all cells pooled would hide that a method is noisier than plain training, and let one
+    such method widen every interval. Mixing the two is the moderated variance of Smyth (2004), with the weight of the others fixed.
+
+    Args:
+        values: The runs' values of each cell.
+
+    Returns:
+        The variances and their degrees of freedom, ``[cells]`` each.
+
+    Raises:
+        InputError: No cell has two runs.
+    """
+    own = np.array([len(cell) - 1 for cell in values], float)
+    squares = np.array([((cell - cell.mean()) ** 2).sum() for cell in values])
+    others = own.sum() - own
+    prior = np.minimum(others, _OTHERS)
+    freedom = prior + own
+    if not freedom.all():
+        raise InputError('seeds: expected at least two seeds of some method, got one of each; give three or more')
+    several = own > 0
+    typical = squares[several] / chi2.median(own[several])  # each exceeds the true variance as often as not
+    places = np.cumsum(several) - 1
+    common = np.array(
+        [
+            np.median(np.delete(typical, places[number]) if several[number] else typical) if prior[number] else 0.0
+            for number in range(len(values))
+        ]
+    )
+    return (prior * common + squares) / freedom, freedom
+
+
+class _Curves:
+    """Draws of the plain runs' curve.
 
     Args:
         x: Logarithms of the plain budgets, ascending, ``[L]``.
-        quality: Mean qualities of each curve at them, ``[L, D]``.
-        wanted: A quality for each curve, ``[D]``.
-
-    Returns:
-        Budgets ``[D]``; 0 below the curve, inf above it.
+        quality: Mean qualities at them, ``[L, D]``; the first draw is the estimate.
+        shifts: Errors of ``x``, ``[L, D]``.
     """
-    up = np.maximum.accumulate(quality)
-    down = np.minimum.accumulate(quality[::-1])[::-1]
-    grid = np.linspace(x[0], x[-1], _GRID)
-    curve = np.maximum.accumulate(PchipInterpolator(x, (up + down) / 2)(grid))  # of rounding
-    after = (curve < wanted).sum(axis=0)  # grid points below the quality
-    column = np.arange(len(wanted))
-    inside = after.clip(1, _GRID - 1)
-    low, high = curve[inside - 1, column], curve[inside, column]
-    rise = np.where(high > low, high - low, 1.0)
-    found = np.exp(grid[inside - 1] + (grid[1] - grid[0]) * ((wanted - low) / rise).clip(0, 1))
-    return np.where(wanted < curve[0], 0.0, np.where(wanted > curve[-1], np.inf, found))
+
+    def __init__(self, x: Array, quality: Array, shifts: Array) -> None:
+        up = np.maximum.accumulate(quality)
+        down = np.minimum.accumulate(quality[::-1])[::-1]
+        self._grid = np.linspace(x[0], x[-1], _GRID)
+        self._curve = np.maximum.accumulate(PchipInterpolator(x, (up + down) / 2)(self._grid))  # of rounding
+        # The curve is one of the lengths; what a length cost is drawn beside it, and in between in proportion
+        right = np.searchsorted(x, self._grid).clip(1, len(x) - 1)
+        share = ((self._grid - x[right - 1]) / (x[right] - x[right - 1]))[:, None]
+        self._places = self._grid[:, None] + (1 - share) * shifts[right - 1] + share * shifts[right]
+
+    def budget(self, wanted: Array) -> Array:
+        """The least budget at which each draw reaches a quality.
+
+        Args:
+            wanted: A quality for each draw, ``[D]``.
+
+        Returns:
+            Budgets ``[D]``; 0 below the curve, inf above it.
+        """
+        curve, column = self._curve, np.arange(len(wanted))
+        inside = (curve < wanted).sum(axis=0).clip(1, _GRID - 1)
+        low, high = curve[inside - 1, column], curve[inside, column]
+        share = ((wanted - low) / np.where(high > low, high - low, 1.0)).clip(0, 1)
+        found = np.exp((1 - share) * self._places[inside - 1, column] + share * self._places[inside, column])
+        return np.where(wanted < curve[0], 0.0, np.where(wanted > curve[-1], np.inf, found))
+
+    def band(self) -> Curve:
+        """The estimate and the band about it."""
+        drawn = [np.interp(self._grid, place, curve) for place, curve in zip(self._places.T[1:], self._curve.T[1:], strict=True)]
+        low, high = np.quantile(drawn, _ENDS, axis=0)
+        return Curve(np.exp(self._grid), self._curve[:, 0], low, high)

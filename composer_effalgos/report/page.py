@@ -11,8 +11,11 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from composer_effalgos.report.charts import charts, published_for
+from composer_effalgos.report.frontier import Frontier, frontier, is_finished
+from composer_effalgos.report.frontier_figure import chart
+from composer_effalgos.report.frontier_table import LEGEND, cells_of, header, markdown
 from composer_effalgos.report.results import read_targets
-from composer_effalgos.report.runs import read_runs
+from composer_effalgos.report.runs import Run, read_runs
 from composer_effalgos.report.table import Row, columns, markdown_table, note, table_rows
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
@@ -20,7 +23,9 @@ from composer_effalgos.utils.files import whole_file
 log = logging.getLogger(__name__)
 
 
-def write_report(runs_dir: str | Path, out: str | Path | None = None, *, targets: Sequence[float] = ()) -> Path:
+def write_report(
+    runs_dir: str | Path, out: str | Path | None = None, *, targets: Sequence[float] = (), equal_budget: Frontier | None = None
+) -> Path:
     """Writes the report on every run in a folder, or on one run: an HTML page, and its table as Markdown beside it.
 
     The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. A ``summary.json`` that
@@ -30,6 +35,7 @@ def write_report(runs_dir: str | Path, out: str | Path | None = None, *, targets
         runs_dir: The runs' ``save_folder``: one folder a run, each with its ``summary.json``; or a run's own folder.
         out: Path of the page, ending in ``.html``; ``report.html`` in ``runs_dir`` when None. The Markdown goes beside it, as ``.md``.
         targets: Accuracies in [0, 1] whose first epoch the table gives; where there are none, those of the folder's ``results.json``.
+        equal_budget: The frontier to show; when None, that of the finished runs where there are plain ones of several lengths.
 
     Returns:
         The path of the page.
@@ -46,7 +52,8 @@ def write_report(runs_dir: str | Path, out: str | Path | None = None, *, targets
     for problem in problems:
         log.warning('%s', problem)
     rows = table_rows(runs, targets or read_targets(Path(runs_dir)))
-    pages = {out: _html(rows, problems), out.with_suffix('.md'): _markdown(rows, problems)}
+    equal_budget = equal_budget or _frontier(runs, Path(runs_dir))
+    pages = {out: _html(rows, problems, equal_budget), out.with_suffix('.md'): _markdown(rows, problems, equal_budget)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in pages.items():
@@ -71,8 +78,18 @@ def _stacks(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return list(stacks.items())
 
 
-def _html(rows: Sequence[Row], problems: Sequence[str]) -> str:
+def _frontier(runs: Sequence[Run], folder: Path) -> Frontier | None:
+    try:
+        return frontier([run for run in runs if is_finished(folder, run)], str(folder))
+    except InputError:  # most folders hold runs of one length
+        return None
+
+
+def _html(rows: Sequence[Row], problems: Sequence[str], equal_budget: Frontier | None) -> str:
     shown = columns(rows)
+    frontier_table = None
+    if equal_budget is not None:
+        frontier_table = [header(equal_budget), *(cells_of(equal_budget, point) for point in equal_budget.points)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('composer_effalgos.report', '.'), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -80,7 +97,10 @@ def _html(rows: Sequence[Row], problems: Sequence[str]) -> str:
         columns=[column.title for column in shown],
         note=note(rows),
         rows=[[(column.text(row), column.value(row)) for column in shown] for row in rows],
-        charts=charts(rows),
+        charts=([] if equal_budget is None else [chart(equal_budget)]) + charts(rows),
+        frontier=frontier_table,
+        frontier_notes=[] if equal_budget is None else equal_budget.notes,
+        frontier_legend=LEGEND,
         published=published_for(rows),
         stacks=_stacks(rows),
         runs=[(run.summary['run_name'], json.dumps(run.summary['recipe'], indent=2)) for row in rows for run in row.runs],
@@ -90,7 +110,8 @@ def _html(rows: Sequence[Row], problems: Sequence[str]) -> str:
     )
 
 
-def _markdown(rows: Sequence[Row], problems: Sequence[str]) -> str:
+def _markdown(rows: Sequence[Row], problems: Sequence[str], equal_budget: Frontier | None) -> str:
     stacks = ''.join(f'- {words}: {len(methods)} method(s)\n' for words, methods in _stacks(rows))
     left_out = ''.join(f'- {problem}\n' for problem in problems)
-    return f'{markdown_table(rows)}\n{note(rows)}\n\n{stacks}' + (f'\nLeft out:\n\n{left_out}' if problems else '')
+    beside = '' if equal_budget is None else f'\nEqual budgets:\n\n{markdown(equal_budget)}'
+    return f'{markdown_table(rows)}\n{note(rows)}\n\n{stacks}{beside}' + (f'\nLeft out:\n\n{left_out}' if problems else '')

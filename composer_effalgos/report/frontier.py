@@ -1,0 +1,293 @@
+"""The frontier of a sweep: quality against budget of plain runs of several lengths, and every method beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from composer.core import TimeUnit, ensure_time
+
+from composer_effalgos.recipes.components import algorithms
+from composer_effalgos.report.equal_budget import Cell, Curve, Factor, compare
+from composer_effalgos.report.runner import FINISHED
+from composer_effalgos.report.runs import Run
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import plain
+
+TIMES = {'cpu_seconds': 'CPU seconds', 'seconds': 'seconds'}
+UNITS = {**TIMES, 'samples': 'samples', 'steps': 'steps'}
+LENGTHS, SEEDS = 4, 3  # fewer are said
+MOST_LEFT = 0.1  # of the highest learning rate a sample: more at the end is no schedule that has decayed
+
+# What is not the data itself; and data sets whose name alone does not say which data they hold
+_BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
+_BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
+_READERS: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
+    'cpu_seconds': lambda summary: summary['totals'].get('train_cpu_seconds'),
+    'seconds': lambda summary: summary['totals']['train_seconds'],
+    'samples': lambda summary: summary['totals']['samples_seen'],
+    'steps': lambda summary: sum(epoch['batches'] for epoch in summary['epochs']),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one length.
+
+    Attributes:
+        method: Its name.
+        plain: Whether it is one of the plain runs.
+        seeds: Of its runs.
+        quality: Mean accuracy in [0, 1], or held-out loss in nats, at the end of the runs.
+        sd: Sample standard deviation of it over the seeds; None for a single run.
+        low: Lower end of the mean's 95 % interval.
+        high: Upper end.
+        budgets: Mean of what a run spent, by unit.
+        factors: The equivalent-budget factor by unit; empty for plain runs.
+    """
+
+    method: str
+    plain: bool
+    seeds: list[int]
+    quality: float
+    sd: float | None
+    low: float
+    high: float
+    budgets: dict[str, float]
+    factors: dict[str, Factor]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Plain runs and methods at their budgets.
+
+    Attributes:
+        by: The unit of the budget that the verdicts are by, a key of :data:`UNITS`.
+        units: Those of the table.
+        is_loss: Whether quality is a held-out loss, lower is better, and not an accuracy.
+        points: The plain runs by length, then the methods.
+        curve: The plain runs' curve, quality as in the points.
+        notes: What to know before reading it, a sentence each.
+    """
+
+    by: str
+    units: list[str]
+    is_loss: bool
+    points: list[Point]
+    curve: Curve
+    notes: list[str]
+
+
+def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontier:
+    """Sets the methods among runs against the plain ones.
+
+    Plain are those without an algorithm of this package and without SelectiveBackprop, alike but for their length; where several groups
+    of runs are such (other batch sizes), the one with the most lengths, and of these one with ``baseline`` in its names.
+
+    Args:
+        runs: Finished runs.
+        source: Where they are from; begins a message.
+        by: What a budget is for the verdicts, a key of :data:`UNITS`. None for CPU seconds of runs on a CPU, seconds of others.
+
+    Returns:
+        The frontier.
+
+    Raises:
+        InputError: There are not two plain lengths, or no method, or the runs are of several datasets, machines, or without what is asked.
+    """
+    if by is not None and by not in UNITS:
+        raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
+    runs, is_loss, notes = _with_quality(runs, source)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.method, run.settings], sort_keys=True), []).append(run)
+    cells = list(groups.values())
+    _check_alike(cells, source)
+    chosen = plain_lengths([(group[0].method, group[0].summary['recipe']) for group in cells], source)
+    baseline = sorted((cells[number] for number in chosen), key=lambda group: np.mean([_READERS['samples'](run.summary) for run in group]))
+    methods = [group for number, group in enumerate(cells) if number not in chosen]
+    by, units = _units(runs, by)
+    ordered = [*baseline, *methods]
+    sign = -1 if is_loss else 1
+    compared = {}
+    for unit in units:
+        found = [_cell(group, unit, is_loss=is_loss) for group in ordered]
+        compared[unit] = compare(found[: len(baseline)], found[len(baseline) :])
+    points = []
+    for number, group in enumerate(ordered):
+        cell = _cell(group, by, is_loss=is_loss)
+        mean, *ends = (sign * value for value in compared[by].quality[number])
+        points.append(
+            Point(
+                method=cell.name,
+                plain=number < len(baseline),
+                seeds=[run.summary['seed'] for run in group],
+                quality=float(mean),
+                sd=float(cell.quality.std(ddof=1)) if len(group) > 1 else None,
+                low=float(min(ends)),
+                high=float(max(ends)),
+                budgets={unit: float(_cell(group, unit, is_loss=is_loss).budget.mean()) for unit in units},
+                factors={unit: compared[unit].factors[number - len(baseline)] for unit in units if number >= len(baseline)},
+            )
+        )
+    curve = compared[by].curve
+    if is_loss:
+        curve = Curve(curve.budget, -curve.quality, -curve.high, -curve.low)
+    return Frontier(by, units, is_loss, points, curve, [*notes, *_notes(ordered, baseline)])
+
+
+def is_finished(folder: Path, run: Run) -> bool:
+    """Whether a run has come to its end: a sweep has marked it, or it has all the epochs of its recipe.
+
+    Args:
+        folder: The folder of the runs.
+        run: A run in it.
+    """
+    if (folder / run.folder / FINISHED).exists():
+        return True
+    duration = _duration(run.summary['recipe'])
+    return duration is not None and duration.unit == TimeUnit.EPOCH and len(run.summary['epochs']) >= int(duration)
+
+
+def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> list[int]:
+    """Which of some methods are the plain runs of several lengths.
+
+    Args:
+        methods: Names and recipes.
+        source: Begins a message.
+
+    Returns:
+        Their positions.
+
+    Raises:
+        InputError: There is none, one length alone, or two of the same length; or every method is plain.
+    """
+    families: dict[str, list[int]] = {}
+    for number, (_, recipe) in enumerate(methods):
+        if is_plain(recipe):
+            families.setdefault(json.dumps(_without_length(recipe), sort_keys=True), []).append(number)
+    hint = 'add plain runs of other lengths, such as baseline+15ep: {max_duration: 15ep}, four in all'
+    if not families:
+        raise InputError(f'{source}: expected a baseline, runs without an algorithm that saves training, got none; {hint}')
+
+    def fitness(family: list[int]) -> tuple[int, bool]:
+        return len({str(_duration(methods[number][1])) for number in family}), any('baseline' in methods[number][0] for number in family)
+
+    family = max(families.values(), key=fitness)
+    lengths: dict[str, str] = {}
+    for number in family:
+        name, recipe = methods[number]
+        other = lengths.setdefault(str(_duration(recipe)), name)
+        if other != name:
+            raise InputError(f'{source}: expected one plain run of a length, got {other} and {name}, alike but for what does not count')
+    if len(lengths) < 2:
+        raise InputError(f'{source}: expected a baseline of at least two lengths, got {", ".join(lengths.values())} alone; {hint}')
+    if len(family) == len(methods):
+        raise InputError(f'{source}: expected methods beside the baseline, got plain runs alone')
+    return family
+
+
+def is_plain(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe has none of the algorithms that change what a run trains on, or in which batches."""
+    named = recipe.get('algorithms') or {}
+    known = {plain(name): item for name, item in algorithms().items()}
+    known |= {plain(item.__name__): item for item in algorithms().values()}
+    for name in named:
+        item = known.get(plain(str(name)))
+        if item is None or item.__module__.startswith('composer_effalgos.') or item.__name__ == 'SelectiveBackprop':
+            return False
+    return True
+
+
+def _without_length(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What plain runs of several lengths have in common; times within a schedule follow the length."""
+    kept = {key: recipe.get(key) for key in ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')}
+    if isinstance(kept['scheduler'], dict):
+        scheduler = kept['scheduler']
+        kept['scheduler'] = {key: value for key, value in scheduler.items() if key == 'name' or isinstance(value, int | float)}
+    return kept
+
+
+def _duration(recipe: Mapping[str, Any]) -> Any:
+    duration = recipe.get('max_duration')
+    return None if duration is None else ensure_time(duration, TimeUnit.EPOCH)
+
+
+def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, list[str]]:
+    """The runs that have an accuracy, or where none has one a held-out loss; and who has not."""
+    for key, is_loss in (('eval_accuracy', False), ('eval_loss', True)):
+        found = [run for run in runs if run.summary['totals'].get(key) is not None]
+        if found:
+            missing = [run.summary['run_name'] for run in runs if run not in found]
+            what = 'held-out loss' if is_loss else 'accuracy'
+            return found, is_loss, [f'Left out, without {what}: {", ".join(missing)}.'] if missing else []
+    raise InputError(f'{source}: expected finished runs with an accuracy or a held-out loss, got {len(runs)} without; see eval_interval')
+
+
+def _check_alike(cells: Sequence[Sequence[Run]], source: str) -> None:
+    """One dataset, one kind of machine: nothing else has a budget or a quality in common."""
+
+    def data(run: Run) -> str:
+        dataset = run.summary['recipe'].get('dataset')
+        dataset = dataset if isinstance(dataset, dict) else {}
+        kept = {key: value for key, value in dataset.items() if key not in _BATCHING}
+        if dataset.get('name') in _BY_PATH:
+            kept['path'] = dataset.get('path')
+        return ', '.join(f'{key}={value}' for key, value in sorted(kept.items()))
+
+    parts: list[tuple[str, Callable[[Run], str]]] = [
+        ('dataset', data),
+        ('kind of machine', lambda run: f'{run.summary["device"]} with {run.summary["world_size"]} rank(s)'),
+    ]
+    for what, of in parts:
+        found: dict[str, str] = {}
+        for group in cells:
+            for run in group:
+                found.setdefault(of(run), run.summary['run_name'])
+        if len(found) > 1:
+            names = '; '.join(f'{value or "none"} ({name})' for value, name in found.items())
+            raise InputError(f'{source}: expected runs on one {what}, got {names}; give each a folder of its own')
+
+
+def _units(runs: Sequence[Run], by: str | None) -> tuple[str, list[str]]:
+    """What a budget is, and the columns of the table."""
+    lacking = [run.summary['run_name'] for run in runs if not run.summary['totals'].get('train_cpu_seconds')]
+    if by == 'cpu_seconds' and lacking:
+        raise InputError(f'--by: expected CPU seconds in every summary, got none in {lacking[0]} (an older version); give --by seconds')
+    time = by if by in TIMES else 'seconds' if lacking or runs[0].summary['device'] != 'cpu' else 'cpu_seconds'
+    return by or time, [time, 'samples', 'steps']
+
+
+def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
+    budgets = np.array([_READERS[unit](run.summary) for run in group], float)
+    if not (budgets > 0).all():
+        raise InputError(f'{group[0].summary["run_name"]}: expected {UNITS[unit]} above 0 in its summary, got {budgets.min():g}')
+    totals = [run.summary['totals'] for run in group]
+    quality = [-total['eval_loss'] if is_loss else total['eval_accuracy'] for total in totals]
+    return Cell(group[0].method, budgets, np.array(quality, float))
+
+
+def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) -> list[str]:
+    notes = []
+    if len(baseline) < LENGTHS:
+        notes.append(f'{len(baseline)} plain lengths: between them the curve is little more than a guess; {LENGTHS} or more show its form.')
+    few = [group[0].method for group in cells if len(group) < SEEDS]
+    if few:
+        notes.append(f'Fewer than {SEEDS} seeds: {", ".join(few)}.')
+    high = [group[0].method for group in cells if any(_last_share(run) > MOST_LEFT for run in group)]
+    if high:
+        notes.append(
+            f'The last learning rate is above {MOST_LEFT:.0%} of the highest (for the same batch size) in {", ".join(high)}: '
+            'a run whose schedule has not decayed is worse than one of its length can be.'
+        )
+    return notes
+
+
+def _last_share(run: Run) -> float:
+    """The last learning rate a sample over the highest; a batch that grows is a learning rate that falls."""
+    rates = [epoch['lr'] / max(epoch['batch_size'], 1) for epoch in run.summary['epochs']]
+    return float(rates[-1] / max(rates)) if len(rates) > 1 and max(rates) > 0 else 0.0

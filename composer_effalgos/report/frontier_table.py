@@ -1,0 +1,132 @@
+"""A frontier as a table, for the terminal and in Markdown, and as files for other tools."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from composer_effalgos.report.frontier import UNITS, Frontier, Point
+from composer_effalgos.report.frontier_figure import draw
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import whole_file
+
+NAME = 'frontier'
+
+
+def header(found: Frontier) -> list[str]:
+    """The columns of the table."""
+    budgets = [UNITS[unit] for unit in found.units]
+    quality = 'held-out loss (perplexity)' if found.is_loss else 'accuracy %'
+    return ['method', 'seeds', quality, *budgets, *(f'factor by {name}' for name in budgets), f'verdict by {UNITS[found.by]}']
+
+
+def cells_of(found: Frontier, point: Point) -> list[str]:
+    """The table's cells for a point, as :func:`header` has them."""
+    scale, digits = (1, 3) if found.is_loss else (100, 2)
+    quality = f'{scale * point.quality:.{digits}f}' + ('' if point.sd is None else f' ± {scale * point.sd:.{digits}f}')
+    if found.is_loss:
+        quality += f' ({math.exp(min(point.quality, 700)):.2f})'
+    budgets = [f'{point.budgets[unit]:,.0f}' for unit in found.units]
+    factors = [str(point.factors[unit]) if unit in point.factors else '–' for unit in found.units]
+    verdict = point.factors[found.by].verdict if point.factors else 'baseline'
+    return [point.method, str(len(point.seeds)), quality, *budgets, *factors, verdict]
+
+
+LEGEND = (
+    'Factor: the budget that plain training needs for the same quality, over what the method spent, with its 95 % interval. '
+    'Above 1 the method pays; below 1 a shorter plain run is as good for less. “>” and “<”: beyond the longest or shortest plain run.'
+)
+
+
+def markdown(found: Frontier) -> str:
+    """The table as Markdown, with what it means and the notes below it."""
+    columns = header(found)
+    rows = [columns, ['---', *['---:'] * (len(columns) - 2), '---'], *(cells_of(found, point) for point in found.points)]
+    table = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+    return f'{table}\n{LEGEND}\n' + ''.join(f'\n- {note}' for note in found.notes) + ('\n' if found.notes else '')
+
+
+def as_rows(found: Frontier) -> list[dict[str, Any]]:
+    """One flat record a point, for CSV and JSON: a factor beyond the plain runs is null, and its text says which way."""
+    quality = 'eval_loss' if found.is_loss else 'eval_accuracy'
+    rows = []
+    for point in found.points:
+        row: dict[str, Any] = {'method': point.method, 'plain': point.plain, 'seeds': ' '.join(map(str, point.seeds))}
+        row |= {quality: point.quality, 'sd': point.sd, 'low': point.low, 'high': point.high} | point.budgets
+        for unit in found.units:
+            factor = point.factors.get(unit)
+            for name, value in asdict(factor).items() if factor else dict.fromkeys(('value', 'low', 'high', 'least', 'most')).items():
+                row[f'factor_{unit}_{name}'] = None if value is None or value == 0 or math.isinf(value) else value
+            row[f'factor_{unit}'] = None if factor is None else str(factor)
+        row['verdict'] = point.factors[found.by].verdict if point.factors else 'baseline'
+        rows.append(row)
+    return rows
+
+
+def terminal(found: Frontier) -> Group:
+    """The same for a terminal, without the budgets."""
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    titles = header(found)
+    shown = [number for number in range(len(titles)) if not 3 <= number < 3 + len(found.units)]
+    for number in shown:
+        justify: Literal['left', 'right'] = 'left' if number in (0, len(titles) - 1) else 'right'
+        table.add_column(titles[number], justify=justify, overflow='fold', no_wrap=number == 0)
+    for point in found.points:
+        cells = cells_of(found, point)
+        table.add_row(*(Text(cells[number]) for number in shown))
+    return Group(table, Text(), Text(LEGEND, style='dim'), *(Text(f'- {note}') for note in found.notes))
+
+
+def write_frontier(found: Frontier, out: Path, about: Mapping[str, Any], name: str = NAME) -> None:
+    """Writes the table as ``frontier.csv``, ``.json`` and ``.md``, and the picture as ``.svg`` and ``.png``.
+
+    Args:
+        found: The frontier.
+        out: The folder.
+        about: What else to say at the top of the JSON.
+        name: Of the files.
+
+    Raises:
+        InputError: ``out`` cannot be written.
+    """
+    rows = as_rows(found)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    content = {**about, **as_json(found)}
+    texts = {'csv': table.getvalue(), 'json': json.dumps(content, indent=2, allow_nan=False) + '\n', 'md': markdown(found)}
+    try:
+        for ending, text in texts.items():
+            with whole_file(out / f'{name}.{ending}') as unfinished:
+                unfinished.write_text(text, encoding='utf-8', errors='replace')
+        write_figure(found, out, name)
+    except OSError as error:
+        raise InputError(f'{out}: the frontier cannot be written ({error.strerror})') from error
+
+
+def as_json(found: Frontier) -> dict[str, Any]:
+    """What ``frontier.json`` holds: points as in the CSV, the curve and the notes."""
+    curve = {key: [float(f'{number:.6g}') for number in value] for key, value in vars(found.curve).items()}
+    return {'by': found.by, 'notes': found.notes, 'points': as_rows(found), 'curve': curve}
+
+
+def write_figure(found: Frontier, out: Path, name: str) -> None:
+    """Writes the picture as ``NAME.svg`` and ``NAME.png``."""
+    figure = draw(found)
+    with matplotlib.rc_context({'svg.hashsalt': NAME, 'svg.fonttype': 'none'}):  # the same numbers give the same file
+        for ending, metadata in (('svg', {'Date': None}), ('png', {})):
+            with whole_file(out / f'{name}.{ending}') as unfinished:
+                figure.savefig(unfinished, format=ending, dpi=120, metadata=metadata)

@@ -1,0 +1,243 @@
+import csv
+import json
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from composer_effalgos import cli
+from composer_effalgos.report import load_sweep, read_runs, write_report
+from composer_effalgos.report.frontier import frontier, is_finished, is_plain, plain_lengths
+from composer_effalgos.report.frontier_figure import chart
+from composer_effalgos.report.frontier_table import markdown, write_frontier
+from composer_effalgos.report.runner import FINISHED
+from composer_effalgos.train import train
+from composer_effalgos.utils.errors import InputError
+
+
+@pytest.fixture
+def write_frontier_runs(write_run, tmp_path):
+    """Plain runs of 2, 4 and 8 epochs and a method of 4 on 70 of 100 samples; accuracies rise by 5 points a doubling."""
+
+    def write(seeds=(17, 18, 19), lengths=(2, 4, 8), factor=1.0, loss=False, **changes):
+        def one(name, seed, epochs, samples, accuracy, algorithms):
+            settings = {'max_duration': f'{epochs}ep', 'algorithms': algorithms} | changes.get('settings', {})
+            accuracies = (0.1,) * (epochs - 1) + (accuracy,)
+            folder = write_run(f'{name}_seed{seed}', seed, accuracies, samples, samples / 50, **{**changes, 'settings': settings})
+            path = folder / 'summary.json'
+            summary = json.loads(path.read_text())
+            summary['totals']['train_cpu_seconds'] = samples * epochs / 60
+            for epoch in summary['epochs']:
+                epoch['batch_size'] = 10
+            summary['epochs'][-1]['lr'] = 1e-5
+            if loss:
+                summary['totals'] |= {'eval_loss': 3 - accuracy, 'eval_accuracy': None}
+            path.write_text(json.dumps(summary))
+
+        for number, seed in enumerate(seeds):
+            noise = 1e-3 * (number - 1)
+            for epochs in lengths:
+                one(f'baseline+{epochs}ep', seed, epochs, 100, 0.6 + 0.05 * math.log2(epochs) + noise, {})
+            accuracy = 0.6 + 0.05 * math.log2(0.7 * 4 * factor) + noise
+            one('infobatch+4ep', seed, 4, 70, accuracy, {'infobatch': {}})
+        return tmp_path / 'runs'
+
+    return write
+
+
+def found(folder, by=None):
+    return frontier(read_runs(folder)[0], 'runs', by)
+
+
+@pytest.mark.parametrize('loss', [False, True])
+def test_the_factor_by_each_budget(write_frontier_runs, tmp_path, loss):
+    result = found(write_frontier_runs(factor=1.3, loss=loss))
+    assert (result.by, result.units, result.is_loss, result.notes) == (
+        'cpu_seconds',
+        ['cpu_seconds', 'samples', 'steps'],
+        loss,
+        ['3 plain lengths: between them the curve is little more than a guess; 4 or more show its form.'],
+    )
+    assert [(point.method, point.plain) for point in result.points] == [
+        *((f'baseline+{epochs}ep', True) for epochs in (2, 4, 8)),
+        ('infobatch+4ep', False),
+    ]
+    own = result.points[-1]
+    for unit in result.units:  # straight in the logarithm, so the curve is exact
+        assert own.factors[unit].value == pytest.approx(1.3, rel=1e-3)
+        assert own.factors[unit].low < 1.3 < own.factors[unit].high
+    assert own.budgets == pytest.approx({'cpu_seconds': 280 / 60, 'samples': 280, 'steps': 28})
+    assert own.low < own.quality < own.high
+    assert found(tmp_path / 'runs', 'samples').by == 'samples'
+
+
+def test_what_is_plain():
+    assert is_plain({})
+    assert is_plain({'algorithms': {'blurpool': {}, 'channels_last': None}})
+    for name in ('infobatch', 'InfoBatch', 'pruning', 'adabatch', 'subset_selection', 'selective_backprop', 'of_another_version'):
+        assert not is_plain({'algorithms': {'blurpool': {}, name: {}}})
+
+
+def test_plain_runs_are_alike_but_for_their_length():
+    def recipe(epochs, batch=128, **more):
+        scheduler = {'name': 'one_cycle', 'max_lr': 0.1, 't_warmup': f'{epochs}ba'}
+        return {'max_duration': f'{epochs}ep', 'dataset': {'batch_size': batch}, 'scheduler': scheduler, **more}
+
+    methods = [
+        ('small', recipe(4, 16)),
+        ('short', recipe(2)),
+        ('random', recipe(4, algorithms={'pruning': {}})),
+        ('long', recipe(8, run_name='long')),
+        ('baseline_of_large_batches', recipe(4, 512)),
+    ]
+    assert plain_lengths(methods, 's') == [1, 3]
+    # the name decides between two groups of as many lengths
+    assert plain_lengths([*methods, ('baseline+2', recipe(2, 512))], 's') == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ('methods', 'message'),
+    [
+        ([('a', {'algorithms': {'infobatch': {}}, 'max_duration': 4})], 'expected a baseline, runs without an algorithm.*got none'),
+        ([('a', {'algorithms': {'infobatch': {}}, 'max_duration': 4}), ('b', {'max_duration': 4})], 'at least two lengths, got b alone'),
+        ([('a', {'max_duration': 4}), ('b', {'max_duration': 8})], 'methods beside the baseline, got plain runs alone'),
+        (
+            [('a', {'max_duration': 4}), ('b', {'max_duration': '4ep'}), ('c', {'max_duration': 8})],
+            'one plain run of a length, got a and b',
+        ),
+    ],
+)
+def test_what_is_no_frontier_is_named(methods, message):
+    with pytest.raises(InputError, match=f'^sweep: .*{message}'):
+        plain_lengths(methods, 'sweep')
+
+
+def test_mixed_runs_and_runs_of_an_older_version_are_named(write_frontier_runs, write_run):
+    folder = write_frontier_runs()
+    with pytest.raises(InputError, match=r"--by: expected one of cpu_seconds, seconds, samples, steps, got 'hours'"):
+        found(folder, 'hours')
+    write_run('old_seed17', settings={'max_duration': '3ep', 'algorithms': {'infobatch': {}}})
+    assert found(folder).by == 'seconds'  # the old one has no CPU time
+    with pytest.raises(InputError, match=r'--by: expected CPU seconds in every summary, got none in old_seed17'):
+        found(folder, 'cpu_seconds')
+    write_run('other_seed17', dataset='cifar10')
+    with pytest.raises(InputError, match=r'one dataset, got name=digits \(.*\); name=cifar10 \(other_seed17\)'):
+        found(folder)
+
+
+def test_mixed_machines_are_named(write_frontier_runs, write_run):
+    folder = write_frontier_runs()
+    write_run('other_seed17', device='NVIDIA H100')
+    with pytest.raises(InputError, match=r'one kind of machine, got cpu with 1 rank\(s\) .*NVIDIA H100'):
+        found(folder)
+
+
+def test_what_makes_a_frontier_weak_is_said(write_frontier_runs, write_run):
+    folder = write_frontier_runs(seeds=(17, 18))
+    write_run('flat+3ep_seed17', settings={'max_duration': '3ep', 'algorithms': {'pruning': {}}})
+    write_run('blind+3ep_seed17', accuracies=(None, None), settings={'max_duration': '3ep', 'algorithms': {'pruning': {}}})
+    notes = found(folder).notes
+    assert notes[0] == 'Left out, without accuracy: blind+3ep_seed17.'
+    few = {'baseline+2ep', 'baseline+4ep', 'baseline+8ep', 'flat+3ep', 'infobatch+4ep'}
+    assert set(notes[2].removeprefix('Fewer than 3 seeds: ').rstrip('.').split(', ')) == few
+    assert len(notes) == 3  # the batch of the fixture's runs grows fourfold as the learning rate falls to a third
+    path = next(folder.glob('*/summary.json'))
+    summary = json.loads(path.read_text())
+    summary['epochs'][-1]['lr'] = 0.05
+    path.write_text(json.dumps(summary))
+    assert 'The last learning rate is above 10% of the highest' in found(folder).notes[-1]
+
+
+def test_a_run_is_finished_by_its_mark_or_its_epochs(write_run, tmp_path):
+    write_run('whole_seed17', settings={'max_duration': '3ep'})
+    write_run('part_seed17', settings={'max_duration': 4})
+    write_run('marked_seed17', settings={'max_duration': '90ba'})
+    folder = tmp_path / 'runs'
+    runs = {run.method: run for run in read_runs(folder)[0]}
+    (folder / runs['marked'].folder / FINISHED).touch()
+    assert {name for name, run in runs.items() if is_finished(folder, run)} == {'whole', 'marked'}
+
+
+@pytest.mark.parametrize('loss', [False, True])
+def test_the_files_and_the_report_say_the_same(write_frontier_runs, loss):
+    folder = write_frontier_runs(factor=1.3, loss=loss)
+    result = found(folder)
+    write_frontier(result, folder, {'sweep': 's.yaml'})
+    with (folder / 'frontier.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    content = json.loads((folder / 'frontier.json').read_text())
+    text = markdown(result)
+    assert (folder / 'frontier.md').read_text() == text
+    assert [row['method'] for row in rows] == [point['method'] for point in content['points']]
+    own = content['points'][-1]
+    assert float(rows[-1]['factor_samples_value']) == own['factor_samples_value'] == pytest.approx(1.3, rel=1e-3)
+    assert own['factor_samples'] in text
+    assert own['verdict'] == 'pays'
+    assert ('perplexity' in text) == loss
+    ElementTree.parse(folder / 'frontier.svg')
+    assert (folder / 'frontier.png').read_bytes()[1:4] == b'PNG'
+    page = write_report(folder).read_text()
+    assert own['factor_samples'] in page
+    assert 'Does it pay?' in page
+    drawn = chart(result)
+    assert [len(trace['x']) for trace in drawn['traces'][2:]] == [3, 1]
+    scale = 1 if loss else 100
+    assert drawn['traces'][3]['y'] == pytest.approx([scale * result.points[-1].quality], rel=1e-5)
+
+
+def test_beyond_the_plain_runs_a_number_is_null_and_the_text_a_bound(write_frontier_runs, tmp_path):
+    result = found(write_frontier_runs(factor=9.0))
+    write_frontier(result, tmp_path, {})
+    own = json.loads((tmp_path / 'frontier.json').read_text())['points'][-1]
+    assert own['factor_samples_value'] is None
+    assert own['factor_samples'].startswith('> 2.86')  # 800 / 280
+    assert own['verdict'] == 'pays'
+
+
+SWEEP = """
+recipe: digits/digits_baseline.yaml
+settings:
+  model: {name: resnet20_cifar, num_classes: 10}
+  dataset: {batch_size: 48, limit: 96}
+methods:
+  baseline+1ep: {max_duration: 1ep, seeds: [17, 18]}
+  baseline+2ep: {max_duration: 2ep}
+  infobatch+2ep: {max_duration: 2ep, algorithms: {infobatch: {}}}
+"""
+
+
+def test_a_sweep_from_the_command_line(tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / 'tiny.yaml', tmp_path / 'out'
+    path.write_text(SWEEP)
+    monkeypatch.setenv('COLUMNS', '200')
+
+    def run(*arguments):
+        monkeypatch.setattr('sys.argv', ['effalgos', 'frontier', str(path), '--out', str(out), *arguments])
+        try:
+            status = cli.main()
+        except SystemExit as exited:
+            status = exited.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    status, text, error = run('--minutes', '0')
+    assert (status, error) == (3, '')
+    assert 'No frontier yet' in text
+    for job in load_sweep(path).jobs(out):
+        train(job.recipe)
+        (job.recipe.run_folder / FINISHED).touch()
+    status, text, _ = run()
+    assert status == 0
+    assert 'infobatch+2ep' in text
+    assert 'Fewer than 3 seeds: baseline+1ep, baseline+2ep, infobatch+2ep.' in text
+    points = json.loads((out / 'frontier.json').read_text())['points']
+    assert [point['method'] for point in points] == ['baseline+1ep', 'baseline+2ep', 'infobatch+2ep']
+    assert [point['samples'] for point in points[:2]] == [96, 192]
+    assert 'Does it pay?' in (out / 'report.html').read_text()
+
+    status, _, error = run('--by', 'hours')
+    assert (status, error.count('\n')) == (2, 1)
+    path.write_text(SWEEP.replace('baseline+2ep: {max_duration: 2ep}', 'baseline+2ep: {max_duration: 1ep}'))
+    status, _, error = run()
+    assert status == 2
+    assert 'expected one plain run of a length, got baseline+1ep and baseline+2ep' in error
