@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = f'![Quality over budget: the curve of plain runs with its 95 % band, and each method]({args.name}.svg)\n\n'
     results = as_json(found) | {'runs': summaries}
     record.write(args.out, args.name, results, f'{picture}{text}\n{args.note}', title='Equivalent-budget factors')
-    write_figure(found, args.out, args.name)
+    write_figure(found, args.out, args.name, ['svg'])
     return 0
 
 

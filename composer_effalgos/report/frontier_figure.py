@@ -15,6 +15,7 @@ from composer_effalgos.report.frontier import UNITS, Frontier, Point
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 _SYMBOLS = ('circle', 'square', 'triangle-up', 'diamond', 'triangle-down', 'cross', 'x', 'star')  # plotly's names of the same
 _GREY = COLORS[0]
+TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in a decade
 
 
 def draw(found: Frontier) -> Figure:
@@ -39,7 +40,7 @@ def draw(found: Frontier) -> Figure:
         bars = [[scale * (point.quality - point.low) for point in points], [scale * (point.high - point.quality) for point in points]]
         axes.errorbar(places, heights, yerr=bars, label=name, zorder=2 if points[0].plain else 3, **style)
     axes.set_xscale('log')
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=TICKS))
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=f'{UNITS[found.by]} of training', ylabel=_quality(found))
@@ -66,7 +67,7 @@ def chart(found: Frontier) -> dict[str, Any]:
             + (f'<br>factor {html.escape(str(point.factors[found.by]))}<br>{point.factors[found.by].verdict}' if point.factors else '')
             for point in points
         ]
-        line = {'color': _color(number), 'width': 1.5, 'dash': 'dot'}
+        line = {'color': _color(number), 'width': 1.5, 'dash': 'solid' if points[0].plain else 'dot'}
         bars = {
             'array': _rounded([scale * (point.high - point.quality) for point in points]),
             'arrayminus': _rounded([scale * (point.quality - point.low) for point in points]),
@@ -92,11 +93,18 @@ def chart(found: Frontier) -> dict[str, Any]:
         'title': f'Quality by budget ({UNITS[found.by]})',
         'x': f'{UNITS[found.by]} of training',
         'y': _quality(found),
-        'xaxis': {'type': 'log', 'dtick': 'D2'},
+        'xaxis': {'type': 'log', 'tickvals': (ticks := _ticks(found)), 'ticktext': [f'{tick:,.6g}' for tick in ticks]},
         'yaxis': {'rangemode': 'normal'},
         'traces': traces,
         'legend': True,
     }
+
+
+def _ticks(found: Frontier) -> list[float]:
+    """Round budgets from the smallest to the largest point."""
+    budgets = [point.budgets[found.by] for point in found.points]
+    ticks = [share * 10.0**power for power in range(-4, 16) for share in TICKS]
+    return [tick for tick in ticks if min(budgets) / 1.2 < tick < max(budgets) * 1.2]
 
 
 def _families(found: Frontier) -> list[tuple[str, list[Point]]]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ def header(found: Frontier) -> list[str]:
     """The columns of the table."""
     budgets = [UNITS[unit] for unit in found.units]
     quality = 'held-out loss (perplexity)' if found.is_loss else 'accuracy %'
-    return ['method', 'seeds', quality, *budgets, *(f'factor by {name}' for name in budgets), f'verdict by {UNITS[found.by]}']
+    return ['method', 'seeds', quality, f'verdict by {UNITS[found.by]}', *(f'factor by {name}' for name in budgets), *budgets]
 
 
 def cells_of(found: Frontier, point: Point) -> list[str]:
@@ -41,7 +41,7 @@ def cells_of(found: Frontier, point: Point) -> list[str]:
     budgets = [f'{point.budgets[unit]:,.0f}' for unit in found.units]
     factors = [str(point.factors[unit]) if unit in point.factors else '–' for unit in found.units]
     verdict = point.factors[found.by].verdict if point.factors else 'baseline'
-    return [point.method, str(len(point.seeds)), quality, *budgets, *factors, verdict]
+    return [point.method, str(len(point.seeds)), quality, verdict, *factors, *budgets]
 
 
 LEGEND = (
@@ -53,7 +53,7 @@ LEGEND = (
 def markdown(found: Frontier) -> str:
     """The table as Markdown, with what it means and the notes below it."""
     columns = header(found)
-    rows = [columns, ['---', *['---:'] * (len(columns) - 2), '---'], *(cells_of(found, point) for point in found.points)]
+    rows = [columns, ['---', '---:', '---:', '---', *['---:'] * (len(columns) - 4)], *(cells_of(found, point) for point in found.points)]
     table = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
     return f'{table}\n{LEGEND}\n' + ''.join(f'\n- {note}' for note in found.notes) + ('\n' if found.notes else '')
 
@@ -78,14 +78,12 @@ def as_rows(found: Frontier) -> list[dict[str, Any]]:
 def terminal(found: Frontier) -> Group:
     """The same for a terminal, without the budgets."""
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    titles = header(found)
-    shown = [number for number in range(len(titles)) if not 3 <= number < 3 + len(found.units)]
-    for number in shown:
-        justify: Literal['left', 'right'] = 'left' if number in (0, len(titles) - 1) else 'right'
-        table.add_column(titles[number], justify=justify, overflow='fold', no_wrap=number == 0)
+    shown = 4 + len(found.units)
+    for number, title in enumerate(header(found)[:shown]):
+        justify: Literal['left', 'right'] = 'left' if number in (0, 3) else 'right'
+        table.add_column(title, justify=justify, overflow='fold', no_wrap=number == 0)
     for point in found.points:
-        cells = cells_of(found, point)
-        table.add_row(*(Text(cells[number]) for number in shown))
+        table.add_row(*map(Text, cells_of(found, point)[:shown]))
     return Group(table, Text(), Text(LEGEND, style='dim'), *(Text(f'- {note}') for note in found.notes))
 
 
@@ -123,10 +121,10 @@ def as_json(found: Frontier) -> dict[str, Any]:
     return {'by': found.by, 'notes': found.notes, 'points': as_rows(found), 'curve': curve}
 
 
-def write_figure(found: Frontier, out: Path, name: str) -> None:
+def write_figure(found: Frontier, out: Path, name: str, endings: Sequence[str] = ('svg', 'png')) -> None:
     """Writes the picture as ``NAME.svg`` and ``NAME.png``."""
     figure = draw(found)
     with matplotlib.rc_context({'svg.hashsalt': NAME, 'svg.fonttype': 'none'}):  # the same numbers give the same file
-        for ending, metadata in (('svg', {'Date': None}), ('png', {})):
+        for ending in endings:
             with whole_file(out / f'{name}.{ending}') as unfinished:
-                figure.savefig(unfinished, format=ending, dpi=120, metadata=metadata)
+                figure.savefig(unfinished, format=ending, dpi=120, metadata={'Date': None} if ending == 'svg' else {})
