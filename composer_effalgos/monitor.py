@@ -21,6 +21,7 @@ from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
 
 from composer_effalgos.plan import EpochMetrics, Plan
+from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 
@@ -123,6 +124,8 @@ class EfficiencyMonitor(Callback):
         InputError: If ``recipe`` has no JSON form, or, at the start of the run, if the summary's folder cannot be written.
     """
 
+    _state: State  # from INIT on
+
     def __init__(self, recipe: dict[str, Any] | None = None, save_folder: str | os.PathLike[str] = 'runs') -> None:
         try:
             self.recipe = json.loads(json.dumps(recipe or {}))
@@ -139,14 +142,16 @@ class EfficiencyMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._count_cpu()
-        return {
+        saved = {
             'epochs': [asdict(entry) for entry in self._epochs.values()],
             'running': asdict(self._running),
             'peak_memory': self._peak_memory,
             'scores': [asdict(entry) for entry in self._scores.values()],
         }
+        return pack(self._state, saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = unpack(state)
         self._epochs = {entry['epoch']: _Epoch(**entry) for entry in state['epochs']}
         running = dict(state['running'])
         metrics = EpochMetrics(**running.pop('metrics', None) or running.pop('facts', {}))  # 'facts' in older checkpoints
@@ -155,6 +160,7 @@ class EfficiencyMonitor(Callback):
         self._scores = {entry['epoch']: _Scores(**entry) for entry in state['scores']}
 
     def init(self, state: State, logger: Logger) -> None:
+        self._state = state
         if dist.get_global_rank() == 0:
             folder = self._folder(state)
             try:

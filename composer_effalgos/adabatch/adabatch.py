@@ -10,7 +10,14 @@ from typing import Any
 from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 
-from composer_effalgos.adabatch.learning_rate import LR_RULES, lr_exponent, rescale_beta2, rescale_schedules, scale_learning_rate
+from composer_effalgos.adabatch.learning_rate import (
+    LR_RULES,
+    lr_exponent,
+    note_originals,
+    rescale_beta2,
+    rescale_schedules,
+    scale_learning_rate,
+)
 from composer_effalgos.adabatch.memory import MemorySearch
 from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_policy
 from composer_effalgos.adabatch.schedules import LARGEST_SIZE, ScheduleLike, SizePolicy, find_schedule
@@ -35,7 +42,8 @@ class AdaBatch(Algorithm):
     Without ``device_train_microbatch_size`` the microbatch grows with the batch. Where it does not fit on the device, the batch is trained
     again in microbatches of the last size that did, and gradients are accumulated from then on.
 
-    Runs on ``INIT``, ``FIT_START``, ``BEFORE_DATALOADER``, ``BATCH_START``, ``BEFORE_TRAIN_BATCH``, ``BATCH_END`` and ``FIT_END``.
+    Runs on ``INIT``, ``BEFORE_LOAD``, ``FIT_START``, ``BEFORE_DATALOADER``, ``BATCH_START``, ``BEFORE_TRAIN_BATCH``, ``BATCH_END`` and
+    ``FIT_END``.
     Source: Devarakonda et al., "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks", arXiv 1712.02029; Smith et al., "Don't
     Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
 
@@ -147,6 +155,7 @@ class AdaBatch(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         return event in (
             Event.INIT,
+            Event.BEFORE_LOAD,
             Event.FIT_START,
             Event.BEFORE_DATALOADER,
             Event.BATCH_START,
@@ -158,6 +167,8 @@ class AdaBatch(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
             self._initialise(state, logger)
+        elif event == Event.BEFORE_LOAD:
+            note_originals(state, beta2=self.beta2 == 'rescale')
         elif event == Event.FIT_START:
             self._start(state)
         elif event == Event.BEFORE_DATALOADER:

@@ -40,6 +40,21 @@ def lr_exponent(rule: str, state: State) -> float:
     raise InputError(f"lr: expected 'sqrt', 'linear' or 'none' with the optimizer {name}, which 'auto' does not know, got 'auto'")
 
 
+def note_originals(state: State, *, beta2: bool) -> None:
+    """Notes what is scaled later where checkpoints keep it, with the schedules and the parameter groups.
+
+    Sharded checkpoints are loaded into what is there before: an entry that appears with the first growth would not be read.
+
+    Args:
+        state: The trainer's state at ``BEFORE_LOAD``.
+        beta2: Whether the optimizer's ``beta2`` is scaled too.
+    """
+    for scheduler in state.schedulers:
+        scheduler.adabatch_lr_scale = getattr(scheduler, 'adabatch_lr_scale', 1.0)  # type: ignore[attr-defined]
+    if beta2:
+        rescale_beta2(state, 1.0)
+
+
 def scale_learning_rate(state: State, factor: float) -> None:
     """Multiplies the learning rates in use, not those that schedules start from."""
     for group in _groups(state):

@@ -20,6 +20,7 @@ from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
+from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import InputError
 
 _ENDLESS = 2**62  # batches: the loader itself ends the epoch
@@ -51,6 +52,8 @@ class Plan(Callback):
         horizon: How long the run is planned to be.
     """
 
+    _state: State  # from INIT on
+
     def __init__(self, tail: Tail = 'shared') -> None:
         if tail not in ('shared', 'half'):
             raise InputError(f"tail: expected 'shared' or 'half', got {tail!r}")
@@ -81,6 +84,7 @@ class Plan(Callback):
         if plan is None:
             plan = cls()
             state.callbacks.append(plan)
+        plan._state = state
         return plan
 
     @classmethod
@@ -132,6 +136,10 @@ class Plan(Callback):
         return self.loader.num_samples if self.selectors.candidates is None else len(self.selectors.candidates)
 
     # ------------------------------------------------------------------ events
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Notes the state, where the plan is one of the user's callbacks."""
+        self._state = state
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Notes how long the Trainer is to train."""
@@ -257,15 +265,17 @@ class Plan(Callback):
 
         A resumed run saves what the run that was never stopped saves: the whole epoch, the batches trained before the resume included.
         """
-        if self._loader is None:
-            return {}
+        saved = {} if self._loader is None else self._saved(self._loader)
+        return pack(self._state, saved)
+
+    def _saved(self, loader: PlannedDataLoader) -> dict[str, Any]:
         assert self.horizon.end is not None
-        plan = self.loader.plan if self._in_epoch else None
+        plan = loader.plan if self._in_epoch else None
         saved: dict[str, Any] = {
             'clock': self.clock.state_dict(),
-            'num_samples': self.loader.num_samples,
+            'num_samples': loader.num_samples,
             'planned_end': self.horizon.end.to_timestring(),
-            'metrics': asdict(self.loader.metrics),
+            'metrics': asdict(loader.metrics),
             'plan': None,
         }
         if plan is not None:
@@ -275,13 +285,13 @@ class Plan(Callback):
                 'sizes': torch.tensor((*self._done, *plan.sizes)),
                 'start': plan.start - sum(self._done),
                 'first_batch': plan.first_batch - len(self._done),
-                'world_size': self.loader.world_size,
+                'world_size': loader.world_size,
             }
         return saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps what :meth:`state_dict` gave until ``FIT_START``, when the loader is there to check it against."""
-        self._loaded = state or None
+        self._loaded = unpack(state) or None
 
     # ------------------------------------------------------------------ parts
 

@@ -26,6 +26,7 @@ from composer_effalgos.plan import (
     class_labels,
     stream_seed,
 )
+from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.pruning.prune import finite_mean
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
 from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, find_rule
@@ -143,10 +144,12 @@ class Pruning(Selector, Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         # every rank saves together, so within an epoch the scores can be exchanged here
-        saved = {} if self._table is None else self._table.state_dict(self._state)
-        return {**super().state_dict(), **saved, 'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned}
+        saved: dict[str, Any] = {} if self._table is None else self._table.state_dict(self._state)
+        saved = {**super().state_dict(), **saved, 'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned}
+        return pack(self._state, saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = unpack(state)
         self.samples_saved = state['samples_saved']
         self.epochs_pruned = state.get('epochs_pruned', int(self.samples_saved > 0))
         if 'scores' in state:  # of a version that saved NaN for samples without a score

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from composer_effalgos.plan import Budget, Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_budget, check_seed, stream_seed
 from composer_effalgos.plan.progress import parse_time
+from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.subset_selection.data_pass import DataPass, Found
 from composer_effalgos.subset_selection.sources import Occasion, make_source
 from composer_effalgos.utils.checks import check_number
@@ -213,10 +214,12 @@ class SubsetSelection(Selector, Algorithm):
         return self._indices, self.weights
 
     def state_dict(self) -> dict[str, Any]:
-        saved = {'indices': self._indices, 'weights': self._weights, 'held_out': self._held_out}
-        return {**super().state_dict(), **saved, 'source': self._source.state_dict(self._state)}
+        saved: dict[str, Any] = {'indices': self._indices, 'weights': self._weights, 'held_out': self._held_out}
+        saved = {**super().state_dict(), **saved, 'source': self._source.state_dict(self._state)}
+        return saved if self._state is None else pack(self._state, saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = unpack(state)
         self._indices, self._weights, self._held_out = (
             None if state.get(name) is None else state[name].cpu() for name in ('indices', 'weights', 'held_out')
         )

@@ -82,6 +82,5 @@ def test_beta2_keeps_its_half_life_in_samples(make_trainer, tmp_path, weights_of
 
 
 def test_beta2_of_an_optimizer_without_one(make_trainer):
-    trainer = make_trainer([AdaBatch(schedule=SCHEDULE, beta2='rescale')])
     with pytest.raises(InputError, match=r"^beta2: expected 'keep' with SGD, which has no beta2, got 'rescale'$"):
-        trainer.fit()
+        make_trainer([AdaBatch(schedule=SCHEDULE, beta2='rescale')])
