@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor
 from torchvision import transforms
 
+from composer_effalgos.datasets.altered import long_tail, noisy_labels
 from composer_effalgos.datasets.images import (
     MOST_SIDE,
     ImageArray,
@@ -26,6 +27,7 @@ from composer_effalgos.datasets.parquet import read_class_names, read_images, re
 from composer_effalgos.utils.errors import InputError
 
 SIZE = 32
+MOST_IMBALANCE = 1e6
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def cifar10(
     limit: int | None = None,
     download: bool = False,
     cutout: int = 0,
+    label_noise: float = 0.0,
+    imbalance: float = 1.0,
+    label_seed: int = 0,
 ) -> ImageArray:
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 10 classes.
 
@@ -93,11 +98,15 @@ def cifar10(
         download: Let torchvision fetch what ``path`` lacks. Where several processes share ``path``, build in one of them first.
         cutout: Blank a square of so many pixels a side in each training image (DeVries and Taylor 2017 take 16); 0 for none. A part of
             ``augment``.
+        label_noise: Share of the training labels that are replaced by another class, exactly; each other class is as likely.
+        imbalance: Size of the first class over that of the last in the training set; those between fall exponentially.
+        label_seed: Decides which labels are wrong and which samples the classes keep.
 
     Raises:
         InputError: Missing, corrupt or mislabelled data; an option out of range.
     """
-    return _cifar(_CIFAR10, split, path, augment, image_size, limit, download, cutout)
+    altered = _Altered(limit, label_noise, imbalance, label_seed)
+    return _cifar(_CIFAR10, split, path, augment, image_size, altered, download, cutout)
 
 
 def cifar100(
@@ -109,6 +118,9 @@ def cifar100(
     limit: int | None = None,
     download: bool = False,
     cutout: int = 0,
+    label_noise: float = 0.0,
+    imbalance: float = 1.0,
+    label_seed: int = 0,
 ) -> ImageArray:
     """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 100 classes.
 
@@ -120,11 +132,39 @@ def cifar100(
         limit: As for :func:`cifar10`.
         download: As for :func:`cifar10`.
         cutout: As for :func:`cifar10`.
+        label_noise: As for :func:`cifar10`.
+        imbalance: As for :func:`cifar10`.
+        label_seed: As for :func:`cifar10`.
 
     Raises:
         InputError: Missing, corrupt or mislabelled data; an option out of range.
     """
-    return _cifar(_CIFAR100, split, path, augment, image_size, limit, download, cutout)
+    altered = _Altered(limit, label_noise, imbalance, label_seed)
+    return _cifar(_CIFAR100, split, path, augment, image_size, altered, download, cutout)
+
+
+@dataclass(frozen=True)
+class _Altered:
+    """What becomes of a training set: a part of it, classes out of balance, wrong labels, in this order."""
+
+    limit: int | None = None
+    label_noise: float = 0.0
+    imbalance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, most=1, label_noise=self.label_noise)
+        check_at_least(1, most=MOST_IMBALANCE, imbalance=self.imbalance)
+        check_at_least(0, label_seed=self.seed)
+
+    def rows(self, targets: Tensor, num_classes: int) -> Tensor:
+        """The samples to take."""
+        rows = limited(len(targets), self.limit)
+        return rows if self.imbalance == 1 else rows[long_tail(targets[rows], num_classes, self.imbalance, self.seed)]
+
+    def labels(self, targets: Tensor, num_classes: int) -> Tensor:
+        """The labels of those that were taken."""
+        return noisy_labels(targets, num_classes, self.label_noise, self.seed) if self.label_noise else targets
 
 
 def _cifar(
@@ -133,30 +173,31 @@ def _cifar(
     path: str | None,
     augment: bool,
     image_size: int,
-    limit: int | None,
+    altered: _Altered,
     download: bool,
     cutout: int,
 ) -> ImageArray:
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     check_at_least(0, most=MOST_SIDE, cutout=cutout)
     train = split == 'train'
-    limit = limit if train else None
+    altered = altered if train else _Altered()
     files = {name: Path(path or '', f'{name}.parquet').expanduser() for name in ('train', 'test')}
     if path is not None and all(file.is_file() for file in files.values()):
-        images, targets, classes = _from_parquet(kind, files['train'], files['train' if train else 'test'], limit)
+        images, targets, classes = _from_parquet(kind, files['train'], files['train' if train else 'test'], altered)
     else:
-        images, targets, classes = _from_torchvision(kind, path, train, limit, download)
+        images, targets, classes = _from_torchvision(kind, path, train, altered, download)
+    targets = altered.labels(targets, kind.num_classes)
     transform = cifar_transform(kind.name, split, augment=augment, image_size=image_size, cutout=cutout)
     return ImageArray(images, targets, classes, transform)
 
 
-def _from_parquet(kind: _Cifar, train_file: Path, file: Path, limit: int | None) -> tuple[np.ndarray, Tensor, list[str]]:
+def _from_parquet(kind: _Cifar, train_file: Path, file: Path, altered: _Altered) -> tuple[np.ndarray, Tensor, list[str]]:
     classes = read_class_names(train_file, 'label') or [str(index) for index in range(kind.num_classes)]
     if len(classes) != kind.num_classes:
         raise InputError(f'{train_file}: its schema names {len(classes)} classes; expected {kind.num_classes} for {kind.name}')
     targets = read_labels(file, 'label', kind.num_classes)
     encoded = read_images(file, 'image')
-    rows = limited(len(targets), limit)
+    rows = altered.rows(targets, kind.num_classes)
     images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
     for image, row in zip(images, rows.tolist(), strict=True):
         decoded = decode_image(encoded[row].as_py(), f'{file}: row {row}')
@@ -167,7 +208,7 @@ def _from_parquet(kind: _Cifar, train_file: Path, file: Path, limit: int | None)
 
 
 def _from_torchvision(
-    kind: _Cifar, path: str | None, train: bool, limit: int | None, download: bool
+    kind: _Cifar, path: str | None, train: bool, altered: _Altered, download: bool
 ) -> tuple[np.ndarray, Tensor, list[str]]:
     contents = f'train.parquet and test.parquet, or with {kind.source.base_folder} (torchvision; `download: true` fetches it)'
     if not (download and path is not None):
@@ -177,5 +218,6 @@ def _from_torchvision(
     except (RuntimeError, OSError) as error:
         reason = ' '.join(str(error).split())
         raise InputError(f'dataset.path: {path}: no usable {kind.name} ({reason}); expected a folder with {contents}') from error
-    rows = limited(len(data), limit)
-    return data.data[rows.numpy()], torch.tensor(data.targets)[rows], list(data.classes)
+    targets = torch.tensor(data.targets)
+    rows = altered.rows(targets, kind.num_classes)
+    return data.data[rows.numpy()], targets[rows], list(data.classes)

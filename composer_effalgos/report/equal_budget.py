@@ -20,6 +20,7 @@ from composer_effalgos.utils.errors import InputError
 _GRID = 512  # points of the curve between the shortest and the longest plain run
 _DRAWS = 4000
 _OTHERS = 4  # degrees of freedom that the spread of all other cells counts for in that of one
+_MOST_SHIFT = 9.0  # of a logarithm: with one degree of freedom some draws would overflow
 _ENDS = (0.025, 0.975)
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,8 +48,8 @@ class Factor:
     Attributes:
         value: The factor; 0 where the method is worse than the shortest plain run, inf where it is better than the longest: the curve is
             not extrapolated.
-        low: Lower end of the interval, in the same way.
-        high: Upper end.
+        low: Lower end of the interval, in the same way; 0 where there is one seed of everything, and no spread is known.
+        high: Upper end; inf likewise.
         least: The smallest factor that can be measured: the shortest plain budget over the method's.
         most: The largest: the longest plain budget over the method's.
     """
@@ -133,7 +134,7 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
         The curve and the factors.
 
     Raises:
-        InputError: There are fewer than two plain lengths, or two of the same budget, or no cell with two seeds.
+        InputError: There are fewer than two plain lengths, or two of the same budget.
     """
     plain = sorted(baseline, key=lambda cell: float(np.log(cell.budget).mean()))
     cells = [*plain, *methods]
@@ -143,6 +144,7 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
         names = ', '.join(cell.name for cell in plain) or 'none'
         raise InputError(f'baseline: expected plain runs of at least two lengths, got {names}; four or more show a curve')
     rng = np.random.default_rng(seed)
+    repeated = any(len(cell.quality) > 1 for cell in cells)
     means = np.array([[cell.quality.mean()] for cell in cells])
     quality = means + _errors([cell.quality for cell in cells], rng)
     logs = [np.log(cell.budget) for cell in cells]
@@ -150,7 +152,7 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
     shifts = np.zeros_like(quality)
     noisy = [number for number, values in enumerate(logs) if len(values) == 1 or np.ptp(values) > 0]
     if any(len(logs[number]) > 1 for number in noisy):
-        shifts[noisy] = _errors([logs[number] for number in noisy], rng)
+        shifts[noisy] = _errors([logs[number] for number in noisy], rng).clip(-_MOST_SHIFT, _MOST_SHIFT)
 
     curves = _Curves(lengths, quality[: len(plain)], shifts[: len(plain)])
     ends = np.exp(lengths[[0, -1]])
@@ -159,7 +161,7 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
         own = np.exp(x[number])
         found = curves.budget(quality[number]) / np.exp(x[number] + shifts[number])
         # the ends of the interval are draws, not averages of two: those beyond the curve are 0 or inf
-        low, high = np.quantile(found[1:], _ENDS, method='inverted_cdf')
+        low, high = np.quantile(found[1:], _ENDS, method='inverted_cdf') if repeated else (0.0, np.inf)
         factors.append(Factor(float(found[0]), float(low), float(high), float(ends[0] / own), float(ends[1] / own)))
     intervals = np.quantile(quality[:, 1:], _ENDS, axis=1).T
     return Comparison(curves.band(), factors, np.hstack([means, intervals]))
@@ -167,6 +169,8 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
 
 def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:
     """Draws of the errors of cells' means, ``[cells, 1 + draws]``; the first column is 0: the estimate itself."""
+    if all(len(own) == 1 for own in values):
+        return np.zeros((len(values), 2))  # no spread is known
     variance, freedom = _moderated(values)
     counts = np.array([len(own) for own in values])
     scale = np.sqrt(variance * freedom / counts)[:, None] / np.sqrt(rng.chisquare(freedom[:, None], (len(values), _DRAWS)))
@@ -180,21 +184,16 @@ def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
     such method widen every interval. Mixing the two is the moderated variance of Smyth (2004), with the weight of the others fixed.
 
     Args:
-        values: The runs' values of each cell.
+        values: The runs' values of each cell, of one cell at least two.
 
     Returns:
         The variances and their degrees of freedom, ``[cells]`` each.
-
-    Raises:
-        InputError: No cell has two runs.
     """
     own = np.array([len(cell) - 1 for cell in values], float)
     squares = np.array([((cell - cell.mean()) ** 2).sum() for cell in values])
     others = own.sum() - own
     prior = np.minimum(others, _OTHERS)
     freedom = prior + own
-    if not freedom.all():
-        raise InputError('seeds: expected at least two seeds of some method, got one of each; give three or more')
     several = own > 0
     typical = squares[several] / chi2.median(own[several])  # each exceeds the true variance as often as not
     places = np.cumsum(several) - 1

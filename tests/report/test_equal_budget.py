@@ -144,6 +144,12 @@ def test_too_little_to_say_anything_is_refused():
     baseline, method = cells(np.random.default_rng(9), 1.0, noise=0.01)
     with pytest.raises(InputError, match='at least two lengths'):
         factor_of(baseline[:1], method)
+
+
+def test_one_seed_of_everything_gives_a_factor_and_no_interval():
+    baseline, method = cells(np.random.default_rng(9), 1.2, noise=0)
     one = [Cell(c.name, c.budget[:1], c.quality[:1]) for c in [*baseline, method]]
-    with pytest.raises(InputError, match='at least two seeds'):
-        factor_of(one[:-1], one[-1])
+    found = factor_of(one[:-1], one[-1])
+    assert found.value == pytest.approx(1.2, rel=0.02)
+    assert (found.low, found.high) == (0, np.inf)
+    assert found.verdict == 'not resolved'
