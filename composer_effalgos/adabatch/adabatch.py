@@ -20,8 +20,9 @@ from composer_effalgos.adabatch.learning_rate import (
 )
 from composer_effalgos.adabatch.memory import MemorySearch
 from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_policy
-from composer_effalgos.adabatch.schedules import LARGEST_SIZE, ScheduleLike, SizePolicy, find_schedule
+from composer_effalgos.adabatch.schedules import ScheduleLike, SizePolicy, find_schedule
 from composer_effalgos.adabatch.seesaw import Seesaw
+from composer_effalgos.adabatch.sizes import Size, Sizes
 from composer_effalgos.plan import BatchSize, Plan
 from composer_effalgos.plan.clock import is_composer_schedule
 from composer_effalgos.plan.progress import Progress, progress_of
@@ -129,12 +130,12 @@ class AdaBatch(Algorithm):
             self.lr, self.policy.growth_factor = lr or 'auto', growth_factor
         if isinstance(self.policy, SizePolicy) and max_batch_size is not None and max(self.policy.known_sizes, default=0) > max_batch_size:
             raise InputError(f'max_batch_size: expected at least the {max(self.policy.known_sizes)} of the schedule, got {max_batch_size}')
+        self._sizes = Sizes(self.policy, growth_factor, max_batch_size, over_ranks=global_sizes)
         self._reset()
 
     def _reset(self) -> None:
-        self._growths = 0  # that the policy has asked for
+        self._size = Size()  # of the last batch
         self._lr_scale = 1.0  # what the learning rate has been multiplied by
-        self._capped = False  # whether the last batch was smaller than asked for
         self._memory = MemorySearch()
 
     def __repr__(self) -> str:
@@ -178,15 +179,16 @@ class AdaBatch(Algorithm):
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._memory.before_batch(state)
         elif event == Event.BATCH_END:
-            self._memory.after_batch(state, self._plan, self._smallest)
+            self._memory.after_batch(state, self._plan, self._sizes.smallest(self._plan.loader))
         else:
             self._memory.stop(state, self._plan)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), 'growths': self._growths, 'lr_scale': self._lr_scale, 'fits': self._memory.fits}
+        return {**super().state_dict(), 'growths': self._size.asked, 'lr_scale': self._lr_scale, 'fits': self._memory.fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._growths, self._lr_scale, self._memory.fits = state['growths'], state['lr_scale'], state['fits']
+        self._size = Size(asked=state['growths'])
+        self._lr_scale, self._memory.fits = state['lr_scale'], state['fits']
 
     # ------------------------------------------------------------------ when
 
@@ -204,30 +206,24 @@ class AdaBatch(Algorithm):
 
     def _start(self, state: State) -> None:
         if int(state.timestamp.batch) == 0:
-            self._growths = 0
+            self._size = Size()
         self._memory.fit_start(state)
         if self.lr is not None:
             lr_exponent(self.lr, state)  # refuses an unknown optimizer now
         rescale_schedules(state, self._lr_scale)
 
-    def _wanted(self, progress: Progress) -> int:
-        """What the policy asks for: samples per rank from a schedule; else growths, never fewer than before."""
-        wanted = self.policy(progress)
-        if isinstance(self.policy, SizePolicy):
-            return self._plan.loader.initial_batch_size if wanted is None else self._per_rank(wanted)
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
-            raise InputError(
-                f'policy: must give how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}'
-            )
-        return wanted if isinstance(self.policy, Seesaw) else max(self._growths, wanted)
+    def _size_at(self, progress: Progress) -> Size:
+        return self._sizes.at(progress, self._plan.loader, self._plan.num_candidates, self._size.asked)
 
     def _batch_sizes(self) -> BatchSize:
         """The plan asks for this epoch's batch sizes, as far as the policy knows them beforehand."""
-        self._check_known_sizes()
-        state = self._state
+        state, loader = self._state, self._plan.loader
+        self._sizes.check_known(loader)
+        for size in self._sizes.known:
+            self._check_schedulers(self._sizes.per_rank(size, loader.world_size))
         batch = int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
         sample = int(state.timestamp.sample) - int(state.timestamp.sample_in_epoch)
-        return lambda b, s: self._fitting(self._wanted(progress_of(state, batch + b, sample + s)))[0]
+        return lambda b, s: self._size_at(progress_of(state, batch + b, sample + s)).samples
 
     def _ask(self, state: State) -> None:
         """Before a batch is fetched: is what was planned what the policy wants now?"""
@@ -240,39 +236,14 @@ class AdaBatch(Algorithm):
             raise InputError(
                 f'{self._when()}: counts tokens, but the batches have none; give samples, or get_num_tokens_in_batch in a DataSpec'
             )
-        wanted = self._wanted(progress)
-        if not isinstance(self.policy, SizePolicy):
-            self._growths = wanted
-        size, fitting = self._fitting(wanted)
-        if fitting < wanted and not self._capped:
-            self._warn(wanted, size, fitting)
-        self._capped = fitting < wanted
-        if plan.sizes[batch - plan.first_batch] != size * self._plan.loader.world_size:
+        size, before = self._size_at(progress), self._size
+        self._size = size
+        if size.refused and not before.refused:
+            warnings.warn(f'AdaBatch: {size.refused}', stacklevel=2)
+        if plan.sizes[batch - plan.first_batch] != size.samples * self._plan.loader.world_size:
             self._plan.resize(state)
 
-    # ------------------------------------------------------------------ how far
-
-    def _per_rank(self, size: int) -> int:
-        world_size = self._plan.loader.world_size
-        if self.global_sizes and size % world_size:
-            raise InputError(
-                f'schedule: expected global sizes that {world_size} ranks can share, got {size}; give multiples of {world_size}'
-            )
-        return size // world_size if self.global_sizes else size
-
-    def _check_known_sizes(self) -> None:
-        """Refuses a schedule with sizes that the data set, the ranks or the schedulers do not allow."""
-        loader = self._plan.loader
-        if loader.num_samples is None and self.max_batch_size is None and isinstance(self.policy, Seesaw):
-            raise InputError('max_batch_size: expected one beside seesaw with data of unknown length; the batch would grow without end')
-        for place, size in enumerate(self.policy.known_sizes if isinstance(self.policy, SizePolicy) else (), 1):
-            per_rank = self._per_rank(size)
-            if loader.num_samples is not None and per_rank * loader.world_size > loader.num_samples:
-                most = loader.num_samples if self.global_sizes else loader.num_samples // loader.world_size
-                raise InputError(
-                    f'schedule: size {place}: expected at most {most}, with {loader.num_samples} samples in the data set, got {size}'
-                )
-            self._check_schedulers(per_rank)
+    # ------------------------------------------------------------------ what follows the size
 
     def _check_schedulers(self, size: int) -> None:
         """Refuses batches smaller than the loader's beside schedulers that the clock can step more often than once a batch, not less."""
@@ -284,57 +255,21 @@ class AdaBatch(Algorithm):
                 f' counts batches, got {size}; give the DataLoader the smallest size, or take a Composer schedule'
             )
 
-    def _limit(self) -> tuple[int, str]:
-        """The largest batch size per rank, and what sets it."""
-        loader, available = self._plan.loader, self._plan.num_candidates
-        limit, why = LARGEST_SIZE, 'the largest size there is'
-        if available is not None:
-            limit, why = max(loader.initial_batch_size, available // loader.world_size), f'the {available} samples there are'
-        if self.max_batch_size is not None and self.max_batch_size < limit:
-            limit, why = max(loader.initial_batch_size, self.max_batch_size), f'max_batch_size {self.max_batch_size}'
-        return limit, why
-
-    def _fitting(self, wanted: int) -> tuple[int, int]:
-        """The batch size per rank for what the policy asks, and how much of that the limits allow."""
-        limit, _ = self._limit()
-        if isinstance(self.policy, SizePolicy):
-            size = min(wanted, limit)
-            return size, size
-        fitting = min(wanted, math.ceil(math.log((limit + 1) / self._plan.loader.initial_batch_size, self.growth_factor)))
-        while self._grown(fitting) > limit:
-            fitting -= 1
-        return self._grown(fitting), fitting
-
-    def _grown(self, growths: int) -> int:
-        return round(self._plan.loader.initial_batch_size * self.growth_factor**growths)
-
-    def _warn(self, wanted: int, size: int, fitting: int) -> None:
-        larger = wanted if isinstance(self.policy, SizePolicy) else self._grown(fitting + 1)
-        warnings.warn(
-            f'AdaBatch: growing to {larger} samples per rank would pass {self._limit()[1]}; the batch stays at {size}', stacklevel=2
-        )
-
-    @property
-    def _smallest(self) -> int:
-        """The smallest batch size per rank of the run."""
-        known = self.policy.known_sizes if isinstance(self.policy, SizePolicy) else ()
-        return min([self._plan.loader.initial_batch_size, *map(self._per_rank, known)])
-
     def _resize(self, state: State, logger: Logger) -> None:
         """Before a batch: the learning rate, microbatch and loader follow the batch size."""
-        loader = self._plan.loader
-        size, fitting = self._fitting(self._wanted(progress_of(state)))
+        loader, at = self._plan.loader, self._size_at(progress_of(state))
+        size = at.samples
         if size != loader.batch_size:
             self._check_schedulers(size)
         ratio = size / loader.initial_batch_size
-        scale = self._scale(fitting) if self.lr is None else ratio ** lr_exponent(self.lr, state)
+        scale = self._scale(at.growths) if self.lr is None else ratio ** lr_exponent(self.lr, state)
         if scale != self._lr_scale:
             scale_learning_rate(state, scale / self._lr_scale)
             rescale_schedules(state, scale, now=False)
             self._lr_scale = scale
         if size != loader.batch_size:
             loader.set_batch_size(size)
-        if self._memory.resize(state, self._plan, size, self._smallest):
+        if self._memory.resize(state, self._plan, size, self._sizes.smallest(loader)):
             if self.beta2 == 'rescale':
                 rescale_beta2(state, ratio)
             logger.log_metrics({'adabatch/batch_size': size * loader.world_size, 'adabatch/lr_scale': scale})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 from composer_effalgos import AdaBatch, InputError
+from composer_effalgos.adabatch.sizes import Size, Sizes
 from composer_effalgos.plan import Plan
 
 
@@ -142,22 +143,19 @@ def test_limits_stop_the_growth_with_one_warning(make_trainer):
 
 
 @settings(max_examples=15)
-@given(st.floats(1.1, 5), st.integers(1, 3), st.none() | st.integers(16, 300))
-def test_sizes_never_shrink_nor_pass_a_limit(factor, interval, limit):
-    algorithm = AdaBatch(factor, f'{interval}ep', max_batch_size=limit)
-
+@given(st.floats(1.1, 5), st.none() | st.integers(16, 300))
+def test_sizes_never_shrink_nor_pass_a_limit(factor, limit):
     class Loader:
         initial_batch_size, num_samples, world_size = 16, 203, 1
 
-    class PlanLike:
-        loader, num_candidates = Loader, 203
-
-    algorithm._plan = PlanLike
-    grown = [algorithm._fitting(g) for g in range(8)]
-    assert grown[0] == (16, 0)
-    assert [size for size, _ in grown] == sorted(size for size, _ in grown)
-    assert all(size <= max(16, min(203, limit or 203)) for size, _ in grown)
-    assert all(size == round(16 * factor**fitting) for size, fitting in grown)
+    most = max(16, min(203, limit or 203))
+    grown = [Sizes(lambda progress, g=g: g, factor, limit, over_ranks=False).at(None, Loader, 203, 0) for g in range(8)]
+    assert grown[0] == Size(16)
+    assert [size.samples for size in grown] == sorted(size.samples for size in grown)
+    assert all(size.samples == round(16 * factor**size.growths) <= most for size in grown)
+    # the next growth would pass the limit just where this one was refused
+    assert all(bool(size.refused) == (size.growths < asked) for asked, size in enumerate(grown))
+    assert all(round(16 * factor ** (size.growths + 1)) > most for size in grown if size.refused)
 
 
 def test_says_what_it_is():

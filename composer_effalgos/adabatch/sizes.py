@@ -1,0 +1,119 @@
+"""Batch sizes: what a policy asks for, as far as data, ranks and ``max_batch_size`` allow."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from composer_effalgos.adabatch.policies import Policy
+from composer_effalgos.adabatch.schedules import LARGEST_SIZE, SizePolicy
+from composer_effalgos.adabatch.seesaw import Seesaw
+from composer_effalgos.plan import PlannedDataLoader
+from composer_effalgos.plan.progress import Progress
+from composer_effalgos.utils.errors import InputError
+
+
+class Size(NamedTuple):
+    """A batch size.
+
+    Attributes:
+        samples: Samples per rank.
+        asked: Growths that the policy has asked for; 0 for a schedule.
+        growths: Growths that the limits allow; 0 for a schedule.
+        refused: Where the limits allow less than was asked for, why; else empty.
+    """
+
+    samples: int = 0
+    asked: int = 0
+    growths: int = 0
+    refused: str = ''
+
+
+class Sizes:
+    """Batch sizes per rank.
+
+    Args:
+        policy: Asks for growths, or for sizes.
+        growth_factor: What a growth multiplies the size by.
+        max_batch_size: Largest size per rank; ``None`` for no limit.
+        over_ranks: Whether a schedule's sizes are over all ranks.
+    """
+
+    def __init__(self, policy: Policy | SizePolicy, growth_factor: float, max_batch_size: int | None, *, over_ranks: bool) -> None:
+        self._policy, self._factor, self._most, self._over_ranks = policy, growth_factor, max_batch_size, over_ranks
+
+    def at(self, progress: Progress, loader: PlannedDataLoader, available: int | None, asked: int) -> Size:
+        """The batch size at a point of the run.
+
+        Args:
+            progress: The point.
+            loader: The planned loader.
+            available: Samples that there are, over all ranks; ``None`` where that is not known.
+            asked: Growths that were asked for before.
+        """
+        wanted, initial = self._policy(progress), loader.initial_batch_size
+        limit, why = self._limit(loader, available)
+        if isinstance(self._policy, SizePolicy):
+            size = initial if wanted is None else self.per_rank(wanted, loader.world_size)
+            return Size(min(size, limit), refused=_refusal(size, why, limit) if size > limit else '')
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
+            raise InputError(
+                f'policy: must give how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}'
+            )
+        wanted = wanted if isinstance(self._policy, Seesaw) else max(asked, wanted)
+        growths = min(wanted, math.ceil(math.log((limit + 1) / initial, self._factor)))
+        while round(initial * self._factor**growths) > limit:
+            growths -= 1
+        size, next_size = (round(initial * self._factor**number) for number in (growths, growths + 1))
+        return Size(size, wanted, growths, _refusal(next_size, why, size) if growths < wanted else '')
+
+    def smallest(self, loader: PlannedDataLoader) -> int:
+        """The smallest batch size per rank of the run, as far as that is known."""
+        return min([loader.initial_batch_size, *(self.per_rank(size, loader.world_size) for size in self.known)])
+
+    @property
+    def known(self) -> list[int]:
+        """Every size that a schedule may give, as far as that is known."""
+        return list(self._policy.known_sizes) if isinstance(self._policy, SizePolicy) else []
+
+    def check_known(self, loader: PlannedDataLoader) -> None:
+        """Refuses a schedule with sizes that the data set or the ranks do not allow.
+
+        Args:
+            loader: The planned loader.
+        """
+        if loader.num_samples is None and self._most is None and isinstance(self._policy, Seesaw):
+            raise InputError('max_batch_size: expected one beside seesaw with data of unknown length; the batch would grow without end')
+        for place, size in enumerate(self.known, 1):
+            per_rank = self.per_rank(size, loader.world_size)
+            if loader.num_samples is not None and per_rank * loader.world_size > loader.num_samples:
+                most = loader.num_samples if self._over_ranks else loader.num_samples // loader.world_size
+                raise InputError(
+                    f'schedule: size {place}: expected at most {most}, with {loader.num_samples} samples in the data set, got {size}'
+                )
+
+    def per_rank(self, size: int, world_size: int) -> int:
+        """A schedule's size, per rank.
+
+        Args:
+            size: As the schedule has it.
+            world_size: Number of ranks.
+        """
+        if self._over_ranks and size % world_size:
+            raise InputError(
+                f'schedule: expected global sizes that {world_size} ranks can share, got {size}; give multiples of {world_size}'
+            )
+        return size // world_size if self._over_ranks else size
+
+    def _limit(self, loader: PlannedDataLoader, available: int | None) -> tuple[int, str]:
+        """The largest batch size per rank, and what sets it."""
+        limit, why = LARGEST_SIZE, 'the largest size there is'
+        if available is not None:
+            limit, why = max(loader.initial_batch_size, available // loader.world_size), f'the {available} samples there are'
+        if self._most is not None and self._most < limit:
+            limit, why = max(loader.initial_batch_size, self._most), f'max_batch_size {self._most}'
+        return limit, why
+
+
+def _refusal(larger: int, why: str, size: int) -> str:
+    return f'growing to {larger} samples per rank would pass {why}; the batch stays at {size}'
