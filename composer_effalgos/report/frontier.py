@@ -16,10 +16,12 @@ from composer_effalgos.report.equal_budget import Cell, Curve, Factor, compare
 from composer_effalgos.report.runner import FINISHED
 from composer_effalgos.report.runs import Run
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import plain
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line, plain
 
 TIMES = {'cpu_seconds': 'CPU seconds', 'seconds': 'seconds'}
 UNITS = {**TIMES, 'samples': 'samples', 'steps': 'steps'}
+COST = '.cost.json'  # beside a file that an algorithm reads: what it took to make it, by unit
 LENGTHS, SEEDS = 4, 3  # fewer are said
 MOST_LEFT = 0.1  # of the highest learning rate a sample: more at the end is no schedule that has decayed
 
@@ -263,12 +265,51 @@ def _units(runs: Sequence[Run], by: str | None) -> tuple[str, list[str]]:
 
 
 def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
-    budgets = np.array([_READERS[unit](run.summary) for run in group], float)
+    budgets = np.array([spent(run, unit) for run in group], float)
     if not (budgets > 0).all():
         raise InputError(f'{group[0].summary["run_name"]}: expected {UNITS[unit]} above 0 in its summary, got {budgets.min():g}')
     totals = [run.summary['totals'] for run in group]
     quality = [-total['eval_loss'] if is_loss else total['eval_accuracy'] for total in totals]
     return Cell(group[0].method, budgets, np.array(quality, float))
+
+
+def spent(run: Run, unit: str) -> float | None:
+    """What a run took, and what the files took to make that its algorithms read (a model trained on held-out data, a subset).
+
+    Args:
+        run: The run.
+        unit: A key of :data:`UNITS`.
+
+    Returns:
+        Its budget; None where the summary has no such number.
+
+    Raises:
+        InputError: The cost of a file is no number.
+    """
+    own = _READERS[unit](run.summary)
+    return None if own is None else own + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
+
+
+def _files(run: Run) -> list[Path]:
+    """The files that the run's algorithms read."""
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, dict | list):
+            return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
+        return [value] if isinstance(value, str) else []
+
+    found = [Path(text) for text in strings(run.summary['recipe'].get('algorithms')) if Path(text).suffix]
+    return [path for path in dict.fromkeys(found) if path.is_file() or Path(f'{path}{COST}').is_file()]
+
+
+def _cost(path: Path) -> dict[str, float] | None:
+    try:
+        cost = json.loads(read_text(Path(f'{path}{COST}')))
+        return {unit: float(cost[unit]) for unit in UNITS}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path}{COST}: expected a number for each of {", ".join(UNITS)}, got {one_line(error)}') from error
 
 
 def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) -> list[str]:
@@ -278,6 +319,12 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
     few = [group[0].method for group in cells if len(group) < SEEDS]
     if few:
         notes.append(f'Fewer than {SEEDS} seeds: {", ".join(few)}.')
+    files = dict.fromkeys(path for group in cells for path in _files(group[0]))
+    counted, unknown = ([str(path) for path in files if (_cost(path) is None) == missing] for missing in (False, True))
+    if counted:
+        notes.append(f'What it took to make {", ".join(counted)} is in the budgets of the runs that read it.')
+    if unknown:
+        notes.append(f'What it took to make {", ".join(unknown)} is not in the budgets: there is no {unknown[0]}{COST}.')
     high = [group[0].method for group in cells if any(_last_share(run) > MOST_LEFT for run in group)]
     if high:
         notes.append(

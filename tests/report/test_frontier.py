@@ -148,6 +148,30 @@ def test_what_makes_a_frontier_weak_is_said(write_frontier_runs, write_run):
     assert 'The last learning rate is above 10% of the highest' in found(folder).notes[-1]
 
 
+def test_what_a_file_took_to_make_is_in_the_budget(write_frontier_runs, write_run, tmp_path):
+    folder = write_frontier_runs()
+    file = tmp_path / 'irreducible.npy'
+    file.touch()
+    rule = {'name': 'rho', 'irreducible': str(file)}
+    write_run('rho+3ep_seed17', samples=70, settings={'max_duration': '3ep', 'algorithms': {'pruning': {'rule': rule}}})
+
+    def rho():
+        result = found(folder, 'samples')
+        return next(point for point in result.points if point.method == 'rho+3ep').budgets['samples'], result.notes
+
+    samples, notes = rho()
+    assert samples == 210
+    assert f'What it took to make {file} is not in the budgets: there is no {file}.cost.json.' in notes
+    cost = tmp_path / 'irreducible.npy.cost.json'
+    cost.write_text(json.dumps({'cpu_seconds': 9, 'seconds': 10, 'samples': 150, 'steps': 15}))
+    samples, notes = rho()
+    assert samples == 360
+    assert f'What it took to make {file} is in the budgets of the runs that read it.' in notes
+    cost.write_text('{"samples": 3}')
+    with pytest.raises(InputError, match=r'irreducible\.npy\.cost\.json: expected a number for each of cpu_seconds, seconds'):
+        rho()
+
+
 def test_a_run_is_finished_by_its_mark_or_its_epochs(write_run, tmp_path):
     write_run('whole_seed17', settings={'max_duration': '3ep'})
     write_run('part_seed17', settings={'max_duration': 4})
