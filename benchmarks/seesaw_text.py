@@ -63,7 +63,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     seesaw = {'policy': 'seesaw', 'max_batch_size': args.batch_size * args.growth}
     fixed = {'dataset': {'batch_size': larger}, 'optimizer': {'lr': args.lr * math.sqrt(larger / args.batch_size)}}
     methods = {'cosine': {}, 'seesaw': {'algorithms': {'adabatch': seesaw}}, 'fixed': fixed}
-    methods = {name: {'recipe': 'text/python_source_gpt_cpu.yaml'} | method for name, method in methods.items()}
+    methods = {name: {'recipe': 'text/python_source_gpt_cpu.yaml'} | methods[name] for name in args.methods}
     return Sweep('seesaw_text', Path('seesaw_text'), seeds=args.seeds, settings=settings, methods=methods)
 
 
@@ -108,7 +108,7 @@ def markdown(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what the command line says and writes ``seesaw_text_<device>.{json,md}``.
+    """Trains what the command line says and writes ``<name>_<device>.{json,md}``.
 
     Returns:
         The exit status: 0 when every run is done, 3 when the time was over before, 2 for bad input, 1 where a run failed.
@@ -121,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--growth', type=int, default=4, help='largest batch over the first one')
     parser.add_argument('--lr', type=float, default=3e-3)
     parser.add_argument('--seeds', type=int, nargs='+', default=[17, 18, 19, 20, 21])
+    parser.add_argument('--methods', nargs='+', choices=list(NAMES), default=list(NAMES))
     parser.add_argument('--minutes', type=float, help='stop after so many')
+    parser.add_argument('--name', default='seesaw_text', help='of the result')
     parser.add_argument('--note', default='', help='words below the table')
     parser.add_argument('--out', type=Path, default=Path('runs/seesaw_text'), help='folder of the runs')
     parser.add_argument('--results', type=Path, default=Path('benchmarks/results'), help='folder for the table')
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = ('run_name', 'seed', 'device', 'world_size', 'versions', 'epochs', 'totals')  # the recipe holds paths of this machine
         results = {'runs': [{key: run[key] for key in kept} for method in runs.values() for run in method.values()]}
         text = f'{about}\n\n{markdown(runs)}\n{args.note}'
-        written = record.write(args.results, f'seesaw_text_{args.device}', results, text, title='Seesaw against cosine on text')
+        written = record.write(args.results, f'{args.name}_{args.device}', results, text, title='Seesaw against cosine on text')
         print(written.read_text('utf-8'))
     return outcome.status
 

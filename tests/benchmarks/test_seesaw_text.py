@@ -12,6 +12,7 @@ def summary(seed: int, loss: float, batches: list[int], sizes: list[int]) -> dic
 
 def arguments(**more) -> SimpleNamespace:
     settings = {'device': 'cpu', 'epochs': 4, 'samples': 4096, 'batch_size': 16, 'growth': 4, 'lr': 3e-3, 'seeds': [17, 18]}
+    settings |= {'methods': ['cosine', 'seesaw', 'fixed']}
     return SimpleNamespace(**(settings | more))
 
 
