@@ -2,27 +2,7 @@ import json
 import math
 
 
-def write_run(folder, method, seed, accuracy, epochs, algorithms):
-    """A finished run of ``epochs`` epochs of 100 samples."""
-    name = f'{method}_seed{seed}'
-    entry = {'seconds': 2.0, 'samples': 100, 'batches': 10, 'batch_size': 10, 'selection_seconds': 0.0, 'eval_accuracy': None}
-    totals = {'train_seconds': 2.0 * epochs, 'train_cpu_seconds': 1.0 * epochs, 'samples_seen': 100 * epochs, 'samples_full': 100 * epochs}
-    totals |= {'samples_saved': 0, 'saved_fraction': 0.0, 'selection_seconds': 0.0, 'eval_accuracy': accuracy, 'peak_memory_bytes': 1}
-    summary = {
-        'run_name': name,
-        'recipe': {'max_duration': f'{epochs}ep', 'algorithms': algorithms},
-        'seed': seed,
-        'world_size': 1,
-        'device': 'cpu',
-        'versions': {},
-        'epochs': [entry | {'epoch': epoch, 'lr': 1 - epoch / epochs} for epoch in range(epochs)],
-        'totals': totals,
-    }
-    (folder / name).mkdir(parents=True)
-    (folder / name / 'summary.json').write_text(json.dumps(summary))
-
-
-def test_finished_runs_of_several_folders_are_recorded(script, tmp_path, capsys):
+def test_finished_runs_of_several_folders_are_recorded(script, write_run, tmp_path, capsys):
     for seed in (17, 18, 19):
         for epochs in (8, 16, 32, 64):
             write_run(tmp_path / 'a', f'baseline+{epochs}ep', seed, 0.1 * math.log2(epochs) + 0.001 * (seed - 18), epochs, {})
@@ -42,7 +22,7 @@ def test_finished_runs_of_several_folders_are_recorded(script, tmp_path, capsys)
     assert capsys.readouterr().err == ''
 
 
-def test_runs_without_a_baseline_are_refused_in_one_line(script, tmp_path, capsys):
+def test_runs_without_a_baseline_are_refused_in_one_line(script, write_run, tmp_path, capsys):
     module = script('frontier')
     assert module.main([str(tmp_path), '--name', 'x', '--out', str(tmp_path)]) == 2
     write_run(tmp_path / 'a', 'method+16ep', 17, 0.5, 16, {'infobatch': {}})
@@ -50,3 +30,26 @@ def test_runs_without_a_baseline_are_refused_in_one_line(script, tmp_path, capsy
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert 'expected a baseline' in lines[1]
+
+
+def test_the_map_has_a_cell_for_each_size_and_length(script, write_run, tmp_path, capsys):
+    factors = {(100, 16): 1.5, (100, 32): 1.25, (400, 16): 0.8, (400, 32): 1.0}
+    for seed in (17, 18, 19):
+        noise = 1e-4 * (seed - 18)
+        for size in (100, 400):
+            folder = tmp_path / str(size)
+            for epochs in (8, 16, 32, 64):
+                write_run(folder, f'baseline+{epochs}ep', seed, 0.1 * math.log2(epochs) + noise, epochs, {}, samples=size)
+            for epochs in (16, 32):
+                accuracy = 0.1 * math.log2(epochs * factors[size, epochs]) + noise
+                write_run(folder, f'infobatch+{epochs}ep', seed, accuracy, epochs, {'infobatch': {}}, samples=size)
+    folders = [str(tmp_path / str(size)) for size in (100, 400)]
+    module = script('frontier_map')
+    assert module.main([*folders, '--name', 'map', '--by', 'samples', '--out', str(tmp_path)]) == 0
+    cells = json.loads((tmp_path / 'map.json').read_text())['cells']
+    assert {(cell['size'], cell['epochs']): round(cell['value'], 2) for cell in cells} == factors
+    assert [cell['verdict'] for cell in cells] == ['pays', 'pays', 'train shorter instead', 'not resolved']
+    svg = (tmp_path / 'map.svg').read_text()
+    assert all(cell['text'].split(' ')[0] in svg for cell in cells)
+    assert module.main([*folders, '--method', 'seta', '--out', str(tmp_path)]) == 2
+    assert '--method' in capsys.readouterr().err
