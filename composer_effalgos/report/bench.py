@@ -148,8 +148,9 @@ def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
         done = read_runs(out)[0]
     except InputError:
         return
-    hours = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs) / 3600
-    console.print(f'{len(jobs)} runs are left, some {hours:.1f} hours of training one after the other', highlight=False)
+    seconds = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs)
+    time = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{seconds / 60:.1f} minutes'
+    console.print(f'{len(jobs)} runs are left, some {time} of training one after the other', highlight=False)
 
 
 def _epoch_seconds(method: str, done: Sequence[Run]) -> float:

@@ -77,9 +77,9 @@ class Factor:
         if high < 1:
             return 'train shorter instead'
         if np.isinf(self.value):
-            return 'not resolved: better than the longest plain run; train a longer one'
+            return 'not resolved: needs a longer plain run'
         if self.value == 0:
-            return 'not resolved: worse than the shortest plain run; train a shorter one'
+            return 'not resolved: needs a shorter plain run'
         return 'not resolved'
 
 

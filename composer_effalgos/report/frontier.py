@@ -108,7 +108,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     for run in runs:
         groups.setdefault(json.dumps([run.method, run.settings], sort_keys=True), []).append(run)
     cells = list(groups.values())
-    _check_alike(cells, source)
+    _check_machine(runs, source)
     chosen = plain_lengths([(group[0].method, group[0].summary['recipe']) for group in cells], source)
     baseline = sorted((cells[number] for number in chosen), key=lambda group: np.mean([_READERS['samples'](run.summary) for run in group]))
     methods = [group for number, group in enumerate(cells) if number not in chosen]
@@ -166,8 +166,9 @@ def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str)
         Their positions.
 
     Raises:
-        InputError: There is none, one length alone, or two of the same length; or every method is plain.
+        InputError: There is none, one length alone, or two of the same length; or every method is plain; or they train on different data.
     """
+    _check_data(methods, source)
     families: dict[str, list[int]] = {}
     for number, (_, recipe) in enumerate(methods):
         if is_plain(recipe):
@@ -230,29 +231,31 @@ def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, li
     raise InputError(f'{source}: expected finished runs with an accuracy or a held-out loss, got {len(runs)} without; see eval_interval')
 
 
-def _check_alike(cells: Sequence[Sequence[Run]], source: str) -> None:
-    """One dataset, one kind of machine: nothing else has a budget or a quality in common."""
-
-    def data(run: Run) -> str:
-        dataset = run.summary['recipe'].get('dataset')
+def _check_data(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> None:
+    """Raises unless all train on the same data: otherwise no quality compares."""
+    found: dict[str, str] = {}
+    for name, recipe in methods:
+        dataset = recipe.get('dataset')
         dataset = dataset if isinstance(dataset, dict) else {}
         kept = {key: value for key, value in dataset.items() if key not in _BATCHING}
         if dataset.get('name') in _BY_PATH:
             kept['path'] = dataset.get('path')
-        return ', '.join(f'{key}={value}' for key, value in sorted(kept.items()))
+        found.setdefault(', '.join(f'{key}={value}' for key, value in sorted(kept.items())), name)
+    _check_one('dataset', found, source)
 
-    parts: list[tuple[str, Callable[[Run], str]]] = [
-        ('dataset', data),
-        ('kind of machine', lambda run: f'{run.summary["device"]} with {run.summary["world_size"]} rank(s)'),
-    ]
-    for what, of in parts:
-        found: dict[str, str] = {}
-        for group in cells:
-            for run in group:
-                found.setdefault(of(run), run.summary['run_name'])
-        if len(found) > 1:
-            names = '; '.join(f'{value or "none"} ({name})' for value, name in found.items())
-            raise InputError(f'{source}: expected runs on one {what}, got {names}; give each a folder of its own')
+
+def _check_machine(runs: Sequence[Run], source: str) -> None:
+    """Raises unless all ran on one kind of machine: otherwise no budget compares."""
+    found: dict[str, str] = {}
+    for run in runs:
+        found.setdefault(f'{run.summary["device"]} with {run.summary["world_size"]} rank(s)', run.summary['run_name'])
+    _check_one('kind of machine', found, source)
+
+
+def _check_one(what: str, found: Mapping[str, str], source: str) -> None:
+    if len(found) > 1:
+        names = '; '.join(f'{value or "none"} ({name})' for value, name in found.items())
+        raise InputError(f'{source}: expected runs on one {what}, got {names}; give each a folder of its own')
 
 
 def _units(runs: Sequence[Run], by: str | None) -> tuple[str, list[str]]:

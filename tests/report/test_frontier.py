@@ -121,7 +121,7 @@ def test_mixed_runs_and_runs_of_an_older_version_are_named(write_frontier_runs, 
     with pytest.raises(InputError, match=r'--by: expected CPU seconds in every summary, got none in old_seed17'):
         found(folder, 'cpu_seconds')
     write_run('other_seed17', dataset='cifar10')
-    with pytest.raises(InputError, match=r'one dataset, got name=digits \(.*\); name=cifar10 \(other_seed17\)'):
+    with pytest.raises(InputError, match=r'one dataset, got name=digits \(.*\); name=cifar10 \(other\)'):
         found(folder)
 
 
@@ -259,6 +259,11 @@ def test_a_sweep_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert [point['samples'] for point in points[:2]] == [96, 192]
     assert 'Does it pay?' in (out / 'report.html').read_text()
 
+    path.write_text(SWEEP.replace('infobatch: {}}', 'infobatch: {}}, dataset: {limit: 48}'))
+    status, _, error = run()
+    assert status == 2
+    assert 'expected runs on one dataset, got limit=96, name=digits (baseline+1ep); limit=48, name=digits (infobatch+2ep)' in error
+    path.write_text(SWEEP)
     status, _, error = run('--by', 'hours')
     assert (status, error.count('\n')) == (2, 1)
     path.write_text(SWEEP.replace('baseline+2ep: {max_duration: 2ep}', 'baseline+2ep: {max_duration: 1ep}'))
