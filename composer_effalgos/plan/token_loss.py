@@ -44,7 +44,8 @@ class Tokens:
         for term in smoothing:
             self._amounts = self._amounts + term.coefficient.to(losses.dtype) * term.elements.losses
         self.likelihoods = losses.flatten()
-        self.shares = (coefficient / coefficient.sum()).flatten()
+        # a microbatch may have no label at all
+        self.shares = (coefficient / coefficient.sum().clamp(min=torch.finfo(coefficient.dtype).tiny)).flatten()
         self.losses = torch.where(self.shares == 0, 0, self._amounts.flatten() / self.shares)
 
     @property

@@ -152,6 +152,21 @@ def test_eslm_trains_as_a_plain_loop(make_trainer, weights_of, sentences, kind, 
     assert torch.allclose(weights_of(trainer), plain_loop(Language(), sentences, eslm_loss(0.4, **options), part=part), atol=1e-5)
 
 
+def test_a_microbatch_without_a_label_adds_nothing(make_trainer, weights_of, sentences):
+    sentences.labels[::2] = -100
+
+    def fixed(logits, labels):
+        return shifted(logits, labels, reduction='sum') / 30
+
+    def loss_of(model, batch):
+        losses = token_losses(model(batch), batch['labels'])[batch['labels'][:, 1:].reshape(-1) != -100]
+        chosen = kept(losses.detach(), 0.4) if len(losses) else losses > 0
+        return (losses * chosen).sum() * (len(losses) / chosen.sum().clamp(min=1)) / 30
+
+    trainer = fit(make_trainer, [ESLM(0.4)], Language(fixed), sentences, device_train_microbatch_size=1)
+    assert torch.allclose(weights_of(trainer), plain_loop(Language(), sentences, loss_of, part=1), atol=1e-5)
+
+
 def test_eslm_by_entropy(make_trainer, weights_of, sentences):
     def entropy(model, batch, losses, logits):
         probabilities = logits[:, :-1].softmax(dim=-1).reshape(-1, WORDS)
