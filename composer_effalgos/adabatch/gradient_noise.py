@@ -50,9 +50,10 @@ class GradientNoise(Watching):
     Every ``measure_every`` batches the squared norms of the gradients of the batch's parts (microbatches, ranks) and of the whole batch
     give unbiased estimates of noise and signal; both are averaged exponentially. Subclasses decide at the end of each window.
 
-    A batch that has one part only, on one rank without microbatches, is trained on in two halves when it is measured. The norms stay on
-    the device: nothing waits for it but the decision at the end of a window. They are taken from the gradients before gradients are
-    clipped and without the loss scale of mixed precision.
+    A batch that has one part only, on one rank without microbatches, is trained on in two halves when it is measured. Under FSDP, whose
+    ranks hold shards of the gradient, a part is a microbatch over all ranks, and a copy of the shard is kept while a batch is measured.
+    The norms stay on the device: nothing waits for it but the decision at the end of a window. They are taken from the gradients before
+    gradients are clipped and without the loss scale of mixed precision.
 
     Args:
         window: Time between decisions: epochs, batches, samples, tokens or a share of the run.
@@ -69,6 +70,7 @@ class GradientNoise(Watching):
             raise InputError(f'measure_every: expected a whole number of batches, at least 1, got {measure_every!r}')
         self.measure_every, self.decay = measure_every, decay
         self._hooks: list[Any] = []  # on the parameters, while a batch is measured
+        self._measuring = False
         super().__init__(window)
 
     def _reset(self) -> None:
@@ -94,8 +96,11 @@ class GradientNoise(Watching):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         super().fit_start(state, logger)
-        if state.fsdp_enabled:
-            raise InputError(f'policy: {type(self).__name__} needs whole gradients, FSDP shards them; use DDP, or another policy')
+        strategy = str(getattr(state.fsdp_config, 'sharding_strategy', '')) if state.fsdp_enabled else 'FULL_SHARD'
+        if strategy not in ('FULL_SHARD', 'SHARD_GRAD_OP'):
+            raise InputError(
+                f"policy: {type(self).__name__} expected FULL_SHARD or SHARD_GRAD_OP as FSDP's strategy, got {strategy}; take DDP"
+            )
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Begins a measurement."""
@@ -110,16 +115,20 @@ class GradientNoise(Watching):
         mine = loader.batch_slice(batch)
         self._rank_samples, self._batch_size = mine.stop - mine.start, size
         self._halved = self._given = part
-        if size == self._rank_samples <= part:  # one part
-            if size < 2:
-                return
-            self._halved = state.device_train_microbatch_size = (size + 1) // 2
+        one_part = self._rank_samples <= part and (size == self._rank_samples or state.fsdp_enabled)
+        if one_part and self._rank_samples < 2:
+            return
+        if one_part:
+            self._halved = state.device_train_microbatch_size = (self._rank_samples + 1) // 2
         self._measurement: Tensor | None = None
-        self._hooks = [p.register_hook(self._see) for p in state.model.parameters() if p.requires_grad]
+        self._measuring = True
+        if not state.fsdp_enabled:
+            self._hooks = [p.register_hook(self._see) for p in state.model.parameters() if p.requires_grad]
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Begins it anew where a batch is replayed."""
         self._norms: list[Tensor] = []
+        self._shards: list[Tensor | None] = []  # this rank's shards of the gradient before this microbatch
         self._seen = self._parts = 0
         self._weighted_squares: Any = 0.0
 
@@ -129,11 +138,14 @@ class GradientNoise(Watching):
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Takes the norms of a microbatch, and after the last one those of the batch."""
-        if not self._hooks:
+        if not self._measuring:
             return
         part = min(int(state.device_train_microbatch_size), self._rank_samples - self._seen)  # type: ignore[arg-type]
         self._seen += part
         self._parts += 1
+        if state.fsdp_enabled:
+            self._see_shards(state, part)
+            return
         # Composer weights a microbatch's loss by its share of the ranks' mean batch: this makes its gradient a mean over samples again
         weight = (self._batch_size / dist.get_world_size()) ** 2 / part
         self._weighted_squares = self._weighted_squares + _sum_of_squares(self._norms) * weight
@@ -144,25 +156,44 @@ class GradientNoise(Watching):
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
         self._measurement = torch.stack([self._weighted_squares, _sum_of_squares(norms)]) / _loss_scale(state) ** 2
 
+    def _see_shards(self, state: State, part: int) -> None:
+        """This rank's share of the norms of a microbatch over all ranks: what it added to the sharded gradient."""
+        gradients = [p.grad for p in state.model.parameters()]
+        before = self._shards or [None] * len(gradients)
+        added = [g if b is None else g - b for g, b in zip(gradients, before, strict=True) if g is not None]
+        # Composer weights the microbatch by its share of the batch, FSDP takes the mean over the ranks
+        weight = self._batch_size**2 / (part * dist.get_world_size())
+        device = next(state.model.parameters()).device
+        self._weighted_squares = self._weighted_squares + _sum_of_squares([torch.linalg.vector_norm(g) for g in added], device) * weight
+        if self._seen < self._rank_samples:
+            self._shards = [None if g is None else g.clone() for g in gradients]
+            return
+        square = _sum_of_squares([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None], device)
+        self._measurement = torch.stack([self._weighted_squares, square]) / _loss_scale(state) ** 2
+        self._shards = []
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._hooks:
+        if self._measuring:
             for hook in self._hooks:
                 hook.remove()
-            self._hooks = []
+            self._hooks, self._measuring = [], False
             if state.device_train_microbatch_size == self._halved:  # else it did not fit on the device
                 state.device_train_microbatch_size = self._given
-            self._average()
+            self._average(sharded=state.fsdp_enabled)
         super().batch_end(state, logger)
 
-    def _average(self) -> None:
+    def _average(self, *, sharded: bool) -> None:
         if self._measurement is None:
             raise InputError(
                 f"policy: {type(self).__name__} saw no gradient summed over the ranks; use ddp_sync_strategy 'single_auto_sync'"
             )
         weighted_squares, square = self._measurement
-        over_ranks = torch.stack([weighted_squares, torch.full_like(weighted_squares, self._parts)])
+        over_ranks = torch.stack([weighted_squares, torch.full_like(weighted_squares, self._parts), square])
         dist.all_reduce(over_ranks)
-        measured = torch.stack(noise_and_signal(over_ranks[0], square, over_ranks[1], self._batch_size))
+        weighted_squares, parts, square = over_ranks[0], over_ranks[1], over_ranks[2] if sharded else square
+        if sharded:  # a part is a microbatch over all ranks
+            parts = parts / dist.get_world_size()
+        measured = torch.stack(noise_and_signal(weighted_squares, square, parts, self._batch_size))
         before = torch.zeros_like(measured) if self._averages is None else self._averages.to(measured.device)
         # mixed precision overflows now and then
         self._averages = torch.where(measured.isfinite().all(), self.decay * before + (1 - self.decay) * measured, before)
@@ -264,8 +295,8 @@ class NormTest(GradientNoise, SizePolicy):
             self.size = math.ceil(min(noise / allowed, LARGEST))
 
 
-def _sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(norms)).square().sum()
+def _sum_of_squares(norms: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    return torch.stack(list(norms)).square().sum() if norms else torch.zeros((), device=device)
 
 
 def _loss_scale(state: State) -> Tensor | float:

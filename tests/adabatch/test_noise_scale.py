@@ -126,7 +126,7 @@ def test_what_overflows_does_not_count(make_trainer, distance, points):
     measure(make_trainer, distance, points(100, 4), torch.ones(4), policy)
     before = policy._averages
     policy._measurement = torch.tensor([math.inf, 1.0])
-    policy._average()
+    policy._average(sharded=False)
     assert torch.equal(policy._averages, before)
 
 
@@ -176,12 +176,13 @@ def test_the_equations_of_the_paper(sizes, seed):
 
 def test_refuses_what_it_cannot_see():
     policy = NoiseScale()
-    state = SimpleNamespace(fsdp_enabled=True, timestamp=SimpleNamespace(batch=0))
-    with pytest.raises(InputError, match='FSDP'):
+    fsdp = SimpleNamespace(sharding_strategy='HYBRID_SHARD')
+    state = SimpleNamespace(fsdp_enabled=True, fsdp_config=fsdp, timestamp=SimpleNamespace(batch=0))
+    with pytest.raises(InputError, match=r"^policy: NoiseScale expected FULL_SHARD or SHARD_GRAD_OP as FSDP's strategy, got HYBRID_SHARD"):
         policy.fit_start(state, None)
     policy._measurement = None
     with pytest.raises(InputError, match='ddp_sync_strategy'):
-        policy._average()
+        policy._average(sharded=False)
 
 
 @pytest.mark.distributed

@@ -1,14 +1,21 @@
-"""InfoBatch and AdaBatch under Composer's FSDP, with gloo on a CPU: kept samples, sizes, and resumption from sharded checkpoints."""
+"""Composer's FSDP with gloo on a CPU: kept samples, batch sizes, resumption from sharded checkpoints, and the gradient's noise."""
 
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'train_fsdp.py'
+SCRIPTS = Path(__file__).parents[1] / 'scripts'
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_trained_and_resumed_on_two_ranks(launch):
-    status, said = launch(str(SCRIPT), '--device', 'cpu', ranks=2)
+    status, said = launch(str(SCRIPTS / 'train_fsdp.py'), '--device', 'cpu', ranks=2)
+    assert status == 0, said[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_noise_and_signal_are_those_of_whole_gradients(launch):
+    status, said = launch(str(SCRIPTS / 'noise_under_fsdp.py'), ranks=2)
     assert status == 0, said[-6000:]
