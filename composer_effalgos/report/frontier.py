@@ -25,6 +25,8 @@ COST = '.cost.json'  # beside a file that an algorithm reads: what it took to ma
 LENGTHS, SEEDS = 4, 3  # fewer are said
 MOST_LEFT = 0.1  # of the highest learning rate a sample: more at the end is no schedule that has decayed
 
+# What a training is, but for its length
+_TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')
 # What is not the data itself; and data sets whose name alone does not say which data they hold
 _BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
 _BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
@@ -104,10 +106,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     if by is not None and by not in UNITS:
         raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
     runs, is_loss, notes = _with_quality(runs, source)
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps([run.method, run.settings], sort_keys=True), []).append(run)
-    cells = list(groups.values())
+    cells = _cells(runs, source)
     _check_machine(runs, source)
     chosen = plain_lengths([(group[0].method, group[0].summary['recipe']) for group in cells], source)
     baseline = sorted((cells[number] for number in chosen), key=lambda group: np.mean([_READERS['samples'](run.summary) for run in group]))
@@ -140,6 +139,19 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     if is_loss:
         curve = Curve(curve.budget, -curve.quality, -curve.high, -curve.low)
     return Frontier(by, units, is_loss, points, curve, [*notes, *_notes(ordered, baseline)])
+
+
+def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
+    """The runs that differ in the seed alone; where they save, log and evaluate does not count."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        recipe = run.summary['recipe']
+        key = json.dumps([run.method, str(_duration(recipe)), _training(recipe)], sort_keys=True)
+        group = groups.setdefault(key, [])
+        if run.summary['seed'] in [other.summary['seed'] for other in group]:
+            raise InputError(f'{source}: expected each run once, got two of {run.method} with seed {run.summary["seed"]}; remove one')
+        group.append(run)
+    return list(groups.values())
 
 
 def is_finished(folder: Path, run: Run) -> bool:
@@ -184,9 +196,10 @@ def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str)
     lengths: dict[str, str] = {}
     for number in family:
         name, recipe = methods[number]
-        other = lengths.setdefault(str(_duration(recipe)), name)
-        if other != name:
+        other = lengths.get(length := str(_duration(recipe)))
+        if other is not None:
             raise InputError(f'{source}: expected one plain run of a length, got {other} and {name}, alike but for what does not count')
+        lengths[length] = name
     if len(lengths) < 2:
         raise InputError(f'{source}: expected a baseline of at least two lengths, got {", ".join(lengths.values())} alone; {hint}')
     if len(family) == len(methods):
@@ -206,9 +219,17 @@ def is_plain(recipe: Mapping[str, Any]) -> bool:
     return True
 
 
+def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run, but for its length and where its data lie."""
+    kept = {key: recipe.get(key) for key in _TRAINING}
+    if isinstance(kept['dataset'], dict):
+        kept['dataset'] = {key: value for key, value in kept['dataset'].items() if key != 'path'}
+    return kept
+
+
 def _without_length(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What plain runs of several lengths have in common; times within a schedule follow the length."""
-    kept = {key: recipe.get(key) for key in ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')}
+    kept = _training(recipe)
     if isinstance(kept['scheduler'], dict):
         scheduler = kept['scheduler']
         kept['scheduler'] = {key: value for key, value in scheduler.items() if key == 'name' or isinstance(value, int | float)}

@@ -125,6 +125,20 @@ def test_mixed_runs_and_runs_of_an_older_version_are_named(write_frontier_runs, 
         found(folder)
 
 
+def test_the_same_run_twice_is_named_and_where_it_was_saved_does_not_count(write_frontier_runs, write_run):
+    folder = write_frontier_runs(seeds=(17, 18))
+    cells = len(found(folder).points)
+    path = next(path for path in folder.glob('*/summary.json') if 'baseline+4ep_seed18' in path.read_text())
+    summary = json.loads(path.read_text())
+    summary['recipe'] |= {'save_interval': '2ep', 'eval_interval': '4ep'}
+    path.write_text(json.dumps(summary))
+    assert len(found(folder).points) == cells
+    summary['recipe']['seed'] = summary['seed'] = 17
+    path.write_text(json.dumps(summary | {'run_name': 'baseline+4ep_seed17'}))
+    with pytest.raises(InputError, match=r'each run once, got two of baseline\+4ep with seed 17'):
+        found(folder)
+
+
 def test_mixed_machines_are_named(write_frontier_runs, write_run):
     folder = write_frontier_runs()
     write_run('other_seed17', device='NVIDIA H100')
