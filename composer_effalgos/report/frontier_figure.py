@@ -43,7 +43,7 @@ def draw(found: Frontier) -> Figure:
     axes.xaxis.set_major_locator(LogLocator(subs=TICKS))
     axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel=f'{UNITS[found.by]} of training', ylabel=_quality(found))
+    axes.set(xlabel=f'training budget, {UNITS[found.by]}', ylabel=_quality(found))
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(color='0.9', linewidth=0.6)
     axes.set_axisbelow(True)
@@ -91,7 +91,7 @@ def chart(found: Frontier) -> dict[str, Any]:
         )
     return {
         'title': f'Quality by budget ({UNITS[found.by]})',
-        'x': f'{UNITS[found.by]} of training',
+        'x': f'training budget, {UNITS[found.by]}',
         'y': _quality(found),
         'xaxis': {'type': 'log', 'tickvals': (ticks := _ticks(found)), 'ticktext': [f'{tick:,.6g}' for tick in ticks]},
         'yaxis': {'rangemode': 'normal'},
