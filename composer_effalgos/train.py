@@ -11,6 +11,7 @@ from composer.utils import dist
 
 from composer_effalgos.monitor import SUMMARY, quality_text
 from composer_effalgos.recipes.build import build_trainer
+from composer_effalgos.recipes.checkpoints import loading
 from composer_effalgos.recipes.faults import explain, print_any_text, said_by_another_rank, say_once
 from composer_effalgos.recipes.schema import Recipe, load_recipe
 from composer_effalgos.utils.errors import InputError
@@ -27,6 +28,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         InputError: The recipe, its data or its checkpoint is at fault.
     """
+    loaded = loading(recipe)
     trainer = build_trainer(recipe)
     state = trainer.state
     assert state.max_duration is not None, 'every recipe has one'
@@ -40,7 +42,7 @@ def train(recipe: Recipe) -> None:
                 'choose another run_name, or set save_overwrite=true or autoresume=true'
             ) from error
         except Exception as error:
-            refused = recipe.refused(error)
+            refused = (loaded and loaded.refused(error)) or recipe.refused(error)
             if refused is None:
                 raise
             raise refused from error

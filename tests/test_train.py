@@ -178,8 +178,10 @@ def test_no_room_for_the_first_checkpoint(recipe_file, tmp_path, capfd):
 
 def test_damaged_checkpoints(tmp_path):
     path = tmp_path / 'good.pt'
-    torch.save({'state': {'x': torch.arange(1000.0)}}, path)
-    check_checkpoint('load_path', path)
+    torch.save({'state': {'model': {'x': torch.arange(1000.0)}}}, path)
+    check_checkpoint('load_path', path, weights_only=True)
+    with pytest.raises(InputError, match=r'state\.optimizers is missing'):
+        check_checkpoint('load_path', path)
     content = path.read_bytes()
     middle = len(content) // 2
     damaged = {
@@ -197,6 +199,64 @@ def test_damaged_checkpoints(tmp_path):
         check_checkpoint('load_path', bad)
     with pytest.raises(InputError, match='no such checkpoint'):
         check_checkpoint('load_path', tmp_path / 'none.pt')
+
+
+def without(mapping: dict, name: str) -> None:
+    del mapping[name]
+
+
+EDITS = {
+    'state.model is of type int': lambda content: content['state'].update(model=3),
+    'is no tensor': lambda content: content['state']['model'].update(x=3),
+    'state.optimizers is of type list': lambda content: content['state'].update(optimizers=[]),
+    'state.optimizers is missing': lambda content: without(content['state'], 'optimizers'),
+    'state.algorithms is of type int': lambda content: content['state'].update(algorithms=1),
+    'state.algorithms: names and states are not in pairs': lambda content: content['state'].update(algorithms=[1]),
+    'rng is no list': lambda content: content.update(rng=3),
+    "has no 'state'": lambda content: content.update(state=3),
+    'state.timestamp is missing': lambda content: without(content['state'], 'timestamp'),
+    'state.timestamp has no Timestamp': lambda content: content['state'].update(timestamp={}),
+    'state.timestamp: epoch is -1': lambda content: content['state']['timestamp']['Timestamp'].update(epoch=-1),
+    "state.timestamp: batch is 'x'": lambda content: content['state']['timestamp']['Timestamp'].update(batch='x'),
+    'state.timestamp: more in the epoch': lambda content: content['state']['timestamp']['Timestamp'].update(batch_in_epoch=9),
+}
+
+
+def test_edited_checkpoints_are_refused(recipe_file, tmp_path, capfd):
+    saving = [str(recipe_file), 'save_interval=1ep', 'algorithms.infobatch.delta=1.0']
+    assert main([*saving, 'max_duration=1ep']) == 0
+    good, edited = tmp_path / 'runs' / 'small' / 'checkpoints' / 'ep1-ba4-rank0.pt', tmp_path / 'edited.pt'
+    check_checkpoint('load_path', good)
+    for expected, edit in EDITS.items():
+        content = torch.load(good, weights_only=False)
+        edit(content)
+        torch.save(content, edited)
+        with pytest.raises(InputError, match=f'^load_path: {edited}: .*{expected}'):
+            check_checkpoint('load_path', edited)
+
+    capfd.readouterr()
+    monitor = torch.load(good, weights_only=False)['state']['callbacks']['EfficiencyMonitor']
+    epochs = [monitor['epochs'][0] | {'samples': 'many'}]
+    for expected, state in {
+        'epochs: expected list, got None': {},
+        "samples: expected int, got 'many'": monitor | {'epochs': epochs},
+    }.items():
+        content = torch.load(good, weights_only=False)
+        content['state']['callbacks']['EfficiencyMonitor'] = state
+        torch.save(content, edited)
+        line = refused(capfd, *saving, 'run_name=other', f'load_path={edited}')
+        assert line.startswith(f'error: {recipe_file}: load_path: ')
+        assert expected in line
+
+    other_data = 'dataset.num_samples=80', 'autoresume=true'
+    line = refused(capfd, *saving, *other_data, 'max_duration=2ep')
+    assert line.startswith(f'error: {recipe_file}: autoresume: ')
+
+
+@pytest.mark.parametrize('path', ['{x}', '{', '{0}'])
+def test_unknown_placeholders_in_load_path_are_refused(recipe_file, capfd, path):
+    recipe_file.write_text(recipe_file.read_text() + f"load_path: '{path}'\n")
+    assert f'{recipe_file}: load_path: expected a path with no other braces' in refused(capfd, recipe_file)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +289,7 @@ def test_a_network_for_images_of_another_size_is_refused(recipe_file, capfd):
 
 def test_a_schedules_time_below_a_batch_is_refused(recipe_file, capfd):
     recipe_file.write_text(re.sub('scheduler:.*', 'scheduler: {name: step, step_size: 0.001dur}', recipe_file.read_text()))
-    assert 'scheduler: one of its times (step_size=0.001dur) is less than a batch of this run' in refused(capfd, recipe_file)
+    assert 'scheduler: expected times of at least a batch of this run, got step_size=0.001dur' in refused(capfd, recipe_file)
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'image_folder', 'image_parquet'])

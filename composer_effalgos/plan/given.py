@@ -16,7 +16,7 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, split_batch
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.samples import Samples, StreamedSamples, is_streaming, iterates_as_usual, samples_of
 from composer_effalgos.plan.streams import BatchStream, WorkerStream
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.errors import CheckpointError, InputError
 
 _HORIZON = 256  # batches that a stream of unknown length is planned ahead, and as many again as there were
 
@@ -245,8 +245,8 @@ class StreamLoader(PlannedDataLoader):
         self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool
     ) -> tuple[EpochPlan, tuple[int, ...]]:
         if world_size != self.world_size:
-            raise InputError(
-                f'load_path: a stream without sample numbers is resumed within an epoch on as many ranks, expected {world_size}, got '
+            raise CheckpointError(
+                f'a stream without sample numbers is resumed within an epoch on as many ranks, expected {world_size}, got '
                 f'{self.world_size}; resume from a checkpoint saved at the end of an epoch'
             )
         self._sizes = batch_size
@@ -298,8 +298,8 @@ class StreamLoader(PlannedDataLoader):
         epoch = int(state.timestamp.epoch)
         if state.dataset_resumption.pop('train', False):
             if int(state.timestamp.batch_in_epoch):
-                raise InputError(
-                    f'load_path: {type(self.dataset).__name__} resumes by itself, which is not exact where batches have had several sizes; '
+                raise CheckpointError(
+                    f'{type(self.dataset).__name__} resumes by itself, which is not exact where batches have had several sizes; '
                     'resume from a checkpoint saved at the end of an epoch'
                 )
         elif self._stream.keeps_dataset:

@@ -21,7 +21,7 @@ from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.errors import CheckpointError, InputError
 
 _ENDLESS = 2**62  # batches: the loader itself ends the epoch
 
@@ -328,8 +328,8 @@ class Plan(Callback):
         )
         self.loader.catch_up(state)
         if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
-            raise InputError(
-                f'load_path: the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
+            raise CheckpointError(
+                f'the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
                 f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
             )
         if before is not None and self.loader.reads_as(before):  # an epoch that is under way goes on with its plan
@@ -358,8 +358,8 @@ class Plan(Callback):
     def _take(self, plan: EpochPlan, state: State) -> None:
         loader = self.loader
         if plan.kept_weights is not None and (self.loss is None or not self.by_position):
-            raise InputError(
-                "load_path: the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
+            raise CheckpointError(
+                "the checkpoint's epoch is weighted by algorithms that this run does not have; resume with the same "
                 'algorithms, or from a checkpoint saved at the end of an epoch'
             )
         loader.set_plan(plan, int(state.timestamp.epoch), self._done)
@@ -388,8 +388,8 @@ class Plan(Callback):
         elif self._started:  # fit() was given another loader within an epoch
             plan, world_size, self._done = self._plan_epoch(state), loader.world_size, ()
         else:
-            raise InputError(
-                'load_path: the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '
+            raise CheckpointError(
+                'the checkpoint was saved within an epoch by a run without these algorithms; resume from one saved at the end '
                 'of an epoch, or load_weights_only=True'
             )
         self.selectors.resume(int(state.timestamp.epoch))

@@ -31,7 +31,7 @@ from composer_effalgos.pruning.prune import finite_mean
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
 from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, find_rule
 from composer_effalgos.utils.checks import check_number
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.errors import CheckpointError, InputError
 
 _STREAM = 10  # of random numbers, see stream_seed
 
@@ -158,8 +158,8 @@ class Pruning(Selector, Algorithm):
             state = {'history': history, 'scored': scored, 'offered': scored, 'trained': scored.int()}
         if 'history' in state:
             if len(state['history']) != self.rule.history:
-                raise InputError(
-                    f'load_path: the checkpoint keeps {len(state["history"])} scores of each sample, this rule needs {self.rule.history}; '
+                raise CheckpointError(
+                    f'the checkpoint keeps {len(state["history"])} scores of each sample, this rule needs {self.rule.history}; '
                     'resume with the same rule, or load_weights_only=True'
                 )
             self._known().load_state_dict(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from composer import Trainer
@@ -21,12 +20,10 @@ from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.language import LANGUAGE_MODELS, build_language_model
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import Plan
-from composer_effalgos.recipes.checkpoints import check_loading, check_weights, checkpoint_folder, trainer_arguments
+from composer_effalgos.recipes.checkpoints import checkpoint_folder, loading, trainer_arguments
 from composer_effalgos.recipes.components import Component
-from composer_effalgos.recipes.faults import blamed
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import one_line
 
 __all__ = ['build_network', 'build_split', 'build_trainer']
 
@@ -51,7 +48,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
     if dist.get_world_size() > 1:
         dist.initialize_dist(device, recipe.trainer.get('dist_timeout', 300.0))
     on_gpu = device.name == 'gpu'
-    loads = check_loading(recipe)
+    loaded = loading(recipe)
+    if loaded is not None:
+        loaded.check()
     saves = 'save_interval' in recipe.trainer or recipe.trainer.get('autoresume', False)
 
     algorithms = [component.build() for component in recipe.algorithms]
@@ -71,7 +70,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     model = build_network(recipe, train_set)
     optimizer = recipe.optimizer.build(model.parameters())
 
-    precision = _precision(recipe, model, on_gpu=on_gpu)
+    arguments = trainer_arguments(recipe) | {'precision': _precision(recipe, model, on_gpu=on_gpu)}
     try:
         trainer = Trainer(
             model=model,
@@ -85,28 +84,30 @@ def build_trainer(recipe: Recipe) -> Trainer:
             max_duration=recipe.max_duration,
             run_name=recipe.run_name,
             seed=recipe.seed,
-            precision=precision,
-            **trainer_arguments(recipe),
             save_folder=str(checkpoint_folder(recipe)) if saves else None,
+            **arguments,
         )
-    except ZeroDivisionError as error:
-        if recipe.scheduler is None:
-            raise
-        times = ', '.join(f'{name}={value}' for name, value in recipe.scheduler.kwargs.items())
-        raise InputError(
-            f'{recipe.scheduler.key}: one of its times ({times}) is less than a batch of this run; longer ones are right'
-        ) from error
     except Exception as error:
-        refused = recipe.refused(error)
+        refused = None if loaded is None else loaded.refused(error, model)
+        refused = refused or _too_short(recipe, error) or recipe.refused(error)
         if refused is None:
             raise
-        if loads and isinstance(error, (KeyError, RuntimeError)) and blamed(error, recipe.components) is None:
-            # Composer finds out parameter by parameter, some of them only in the optimizer's state
-            raise InputError(f'{recipe.source}: the checkpoint is of another model: {one_line(error)[:200]}') from error
         raise refused from error
-    if recipe.trainer.get('load_path') and not recipe.trainer.get('load_ignore_keys'):
-        check_weights(trainer, f'{recipe.source}: load_path', Path(recipe.trainer['load_path']))
+    if loaded is not None:
+        try:
+            loaded.check_weights(trainer.state.model)
+        except InputError:
+            trainer.close()
+            raise
     return trainer
+
+
+def _too_short(recipe: Recipe, error: Exception) -> InputError | None:
+    """Composer divides by a schedule's times in batches."""
+    if recipe.scheduler is None or not isinstance(error, ZeroDivisionError):
+        return None
+    times = ', '.join(f'{name}={value}' for name, value in recipe.scheduler.kwargs.items())
+    return InputError(f'{recipe.scheduler.key}: expected times of at least a batch of this run, got {times}')
 
 
 def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import datetime
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer
 from composer.utils import dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_effalgos.models.pretrained import differences
+from composer_effalgos.recipes.faults import modules
 from composer_effalgos.recipes.schema import Recipe
-from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import one_line
+from composer_effalgos.utils.errors import CheckpointError, InputError
+from composer_effalgos.utils.text import one_line, shown
 
-__all__ = ['check_checkpoint', 'check_loading', 'check_weights', 'checkpoint_folder', 'trainer_arguments']
+__all__ = ['Loading', 'check_checkpoint', 'checkpoint_folder', 'loading', 'only_weights', 'trainer_arguments']
+
+# What of a checkpoint a run goes on with. Composer passes over what is missing: the run would begin anew there without a word.
+_STATE: dict[str, type | tuple[type, ...]] = {
+    'model': dict,
+    'optimizers': dict,
+    'schedulers': dict,
+    'algorithms': (list, dict),
+    'callbacks': dict,
+    'timestamp': dict,
+    'rank_zero_seed': int,
+}
+_COUNTS = ('epoch', 'batch', 'sample', 'token', 'batch_in_epoch', 'sample_in_epoch', 'token_in_epoch')
+_LOADERS = ('composer.utils.checkpoint', 'composer.utils.file_helpers', 'composer.utils.object_store')
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:
@@ -47,27 +63,108 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     return arguments
 
 
-def check_loading(recipe: Recipe) -> bool:
-    """Whether this run loads a checkpoint, after a look at the file."""
-    load_path = recipe.trainer.get('load_path')
-    if load_path is not None and '://' not in load_path and '{' not in load_path:
-        check_checkpoint(f'{recipe.source}: load_path', Path(load_path))
+@dataclass(frozen=True)
+class Loading:
+    """A checkpoint that a run begins with.
+
+    Attributes:
+        key: Where the recipe says so, e.g. ``recipe.yaml: load_path``; begins every message.
+        path: The file, or its address.
+        weights_only: Whether nothing but the weights is loaded.
+        partly: Whether the recipe leaves some of it out.
+    """
+
+    key: str
+    path: str
+    weights_only: bool = False
+    partly: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it can be looked at before Composer loads it."""
+        return '://' not in self.path and not self.path.startswith('dbfs:')
+
+    def check(self) -> None:
+        """Looks at the file, where it is here; raises as :func:`check_checkpoint`."""
+        if self.is_local:
+            check_checkpoint(self.key, Path(self.path), weights_only=self.weights_only)
+
+    def refused(self, error: Exception, model: nn.Module | None = None) -> InputError | None:
+        """What loading it, or going on with it, led to, as bad input.
+
+        Args:
+            error: What was raised.
+            model: The network; what in the file does not fit it is named.
+
+        Returns:
+            The error; None where it is not about the checkpoint.
+        """
+        if isinstance(error, CheckpointError):
+            return InputError(f'{self.key}: {error.reason}')
+        if isinstance(error, MemoryError) or not any(module.startswith(_LOADERS) for module in modules(error)):
+            return None
+        other = '' if model is None or not self.is_local else self._differences(model)
+        kind = '' if isinstance(error, (InputError, ValueError, RuntimeError)) else f'{type(error).__name__}: '
+        reason = f'of another model ({other})' if other else f'not one that this run can go on with ({kind}{one_line(error)[:300]})'
+        return InputError(f'{self.key}: {self.path}: the checkpoint is {reason}')
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Composer loads what fits and leaves the rest as it was: weights of another network must not pass for this one's.
+
+        Args:
+            model: The network, after every change that algorithms make to it.
+
+        Raises:
+            InputError: They are.
+        """
+        other = self._differences(model) if self.is_local and not self.partly else ''
+        if other:
+            raise InputError(f'{self.key}: {self.path}: the checkpoint is of another model ({other})')
+
+    def _differences(self, model: nn.Module) -> str:
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        return differences(model.state_dict(), _content(Path(self.path))['state']['model'])
+
+
+def loading(recipe: Recipe) -> Loading | None:
+    """The checkpoint that a run begins with.
+
+    Args:
+        recipe: A checked recipe.
+
+    Returns:
+        The one of autoresume where there is one, else that of ``load_path``; None where there is neither.
+
+    Raises:
+        InputError: ``load_path`` holds unknown placeholders.
+    """
     latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
-    resumes = recipe.trainer.get('autoresume', False) and latest.exists()
-    if resumes:
-        check_checkpoint(f'{recipe.source}: autoresume', latest)
-    return resumes or load_path is not None
+    load_path = recipe.trainer.get('load_path')
+    if recipe.trainer.get('autoresume', False) and latest.exists():
+        return Loading(f'{recipe.source}: autoresume', str(latest))
+    if load_path is not None:
+        try:
+            path = load_path.format(run_name=recipe.run_name, rank=0, local_rank=0, node_rank=0)
+        except (LookupError, ValueError, AttributeError) as error:
+            raise InputError(
+                f'{recipe.source}: load_path: expected a path with no other braces than {{run_name}}, {{rank}}, {{local_rank}} and '
+                f'{{node_rank}}, got {shown(load_path)}'
+            ) from error
+        partly = bool(recipe.trainer.get('load_ignore_keys')) or recipe.trainer.get('load_strict_model_weights') is False
+        return Loading(f'{recipe.source}: load_path', path, bool(recipe.trainer.get('load_weights_only', False)), partly)
+    return None
 
 
-def check_checkpoint(key: str, path: Path) -> None:
+def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> None:
     """See that a file is a whole checkpoint of Composer's.
 
     Args:
         key: Where the recipe says so; begins the error message.
         path: The file.
+        weights_only: Whether nothing but the weights is wanted.
 
     Raises:
-        InputError: The file is missing, cut off, or something else.
+        InputError: The file is missing, cut off, or something else; or it lacks what a run goes on with.
     """
     if not path.is_file():
         raise InputError(f'{key}: {path}: no such checkpoint')
@@ -79,20 +176,59 @@ def check_checkpoint(key: str, path: Path) -> None:
     if damaged is not None:
         raise InputError(f'{key}: {path}: damaged checkpoint (in {damaged})')
     try:
-        # The checksums are right; Composer reads it in the same way, and mmap leaves the tensors on the disk
-        content = torch.load(path, map_location='cpu', mmap=True, weights_only=False)
+        content = _content(path)
     except Exception as error:  # there is no end to what damaged bytes lead to
         raise InputError(f'{key}: {path}: not a checkpoint ({one_line(error)[:200]})') from error
-    if not isinstance(content, dict) or 'state' not in content:
-        raise InputError(f"{key}: {path}: not a checkpoint of Composer's (it has no 'state'); expected one that this training wrote")
+    wrong = _wrong(content, weights_only=weights_only)
+    if wrong:
+        raise InputError(f"{key}: {path}: not a checkpoint of Composer's to go on from: {wrong}; expected one that this training wrote")
 
 
-def check_weights(trainer: Trainer, key: str, path: Path) -> None:
-    """Composer loads what fits and leaves the rest as it was: weights of another network must not pass for this one's."""
-    model = trainer.state.model
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    content = torch.load(path, map_location='cpu', mmap=True, weights_only=False)  # as Composer has just read it
-    found = differences(model.state_dict(), content['state'].get('model', {}))
-    if found:
-        trainer.close()
-        raise InputError(f'{key}: {path}: the checkpoint is of another model ({found})')
+def only_weights(path: Path) -> bool:
+    """Whether a checkpoint was saved with ``save_weights_only``; raises what ``torch.load`` does.
+
+    Args:
+        path: The file; what it holds was found harmless before.
+    """
+    content = _content(path)
+    state = content.get('state') if isinstance(content, dict) else None
+    return isinstance(state, dict) and set(state) == {'model'}
+
+
+def _content(path: Path) -> Any:
+    # The checksums are right; Composer reads it in the same way, and mmap leaves the tensors on the disk
+    return torch.load(path, map_location='cpu', mmap=True, weights_only=False)
+
+
+def _wrong(content: Any, *, weights_only: bool) -> str:
+    """What a checkpoint lacks, or has of the wrong type; empty where all is well."""
+    state = content.get('state') if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        return "it has no 'state'"
+    for name in ('model',) if weights_only else _STATE:
+        if not isinstance(state.get(name), _STATE[name]):
+            return f'state.{name} is {f"of type {type(state[name]).__name__}" if name in state else "missing"}'
+    odd = [name for name, value in state['model'].items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
+    if odd:
+        return f'state.model: {shown(odd[0])} is no tensor'
+    if weights_only:
+        return ''
+    pairs = state['algorithms'].items() if isinstance(state['algorithms'], dict) else state['algorithms']
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        return 'state.algorithms: names and states are not in pairs'
+    ranks = content.get('rng')
+    if not isinstance(ranks, list) or not ranks or not all(isinstance(rank, dict) for rank in ranks):
+        return 'rng is no list of random states'
+    return _wrong_time(state['timestamp'].get('Timestamp'))
+
+
+def _wrong_time(timestamp: Any) -> str:
+    if not isinstance(timestamp, dict):
+        return 'state.timestamp has no Timestamp'
+    for name in (*_COUNTS, *timestamp):
+        value = timestamp.get(name)
+        good = isinstance(value, datetime.timedelta) if str(name).endswith('_wct') else type(value) is int and 0 <= value < 2**63
+        if not good:
+            return f'state.timestamp: {name} is {shown(value)}'
+    ahead = [name for name in ('batch', 'sample', 'token') if timestamp[f'{name}_in_epoch'] > timestamp[name]]
+    return f'state.timestamp: more in the epoch than in all of {ahead[0]}' if ahead else ''

@@ -21,7 +21,7 @@ from composer_effalgos.utils.text import one_line
 if TYPE_CHECKING:
     from composer_effalgos.recipes.components import Component
 
-__all__ = ['blamed', 'explain', 'is_ours', 'print_any_text', 'said_by_another_rank', 'say_once']
+__all__ = ['blamed', 'explain', 'is_ours', 'modules', 'print_any_text', 'said_by_another_rank', 'say_once']
 
 _LESS_MEMORY = 'too little memory; smaller sizes need less'
 # PyTorch raises these as plain RuntimeErrors
@@ -66,8 +66,8 @@ def print_any_text() -> None:
 
 def is_ours(error: BaseException) -> bool:
     """Whether the code that raised an error is this package's; what others raise is mostly about the arguments that they were given."""
-    modules = _modules(error)
-    return bool(modules) and modules[0].split('.')[0] == __name__.split('.')[0]
+    names = modules(error)
+    return bool(names) and names[0].split('.')[0] == __name__.split('.')[0]
 
 
 def blamed(error: BaseException, components: Iterable[Component]) -> Component | None:
@@ -82,12 +82,12 @@ def blamed(error: BaseException, components: Iterable[Component]) -> Component |
         what has called the Trainer: an optimizer's step runs the whole forward pass.
     """
     targets = {getattr(item.target, 'func', item.target).__module__: item for item in components}
-    called = itertools.takewhile(lambda module: module != 'composer.trainer.trainer', _modules(error))
+    called = itertools.takewhile(lambda module: module != 'composer.trainer.trainer', modules(error))
     return next((targets[module] for module in called if module in targets), None)
 
 
-def _modules(error: BaseException) -> list[str]:
-    """The modules in a traceback, the innermost first."""
+def modules(error: BaseException) -> list[str]:
+    """The names of the modules in an error's traceback, the innermost first."""
     return [frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
 
 

@@ -11,7 +11,7 @@ from composer.utils import dist
 
 from composer_effalgos.models.pretrained import read_checkpoint
 from composer_effalgos.recipes.build import build_trainer
-from composer_effalgos.recipes.checkpoints import check_checkpoint
+from composer_effalgos.recipes.checkpoints import check_checkpoint, only_weights
 from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.subset_selection import SubsetSelection
 from composer_effalgos.subset_selection.subset_file import write_subset
@@ -46,8 +46,9 @@ def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path
     arguments = {name: value for name, value in recipe.trainer.items() if name != 'autoresume' and not name.startswith('save_')}
     if checkpoint is not None:
         read_checkpoint(checkpoint, '--checkpoint')  # refuses a file with code in it before anything reads it as Composer does
-        check_checkpoint('--checkpoint', checkpoint)
-        arguments['load_path'] = str(checkpoint)
+        weights_only = arguments.get('load_weights_only', False) or only_weights(checkpoint)
+        check_checkpoint('--checkpoint', checkpoint, weights_only=weights_only)
+        arguments |= {'load_path': str(checkpoint), 'load_weights_only': weights_only}
     with tempfile.TemporaryDirectory() as folder:  # for what a training would leave there
         trainer = build_trainer(replace(recipe, trainer=arguments, callbacks=[], loggers=[], save_folder=folder))
         (algorithm,) = (item for item in trainer.state.algorithms if isinstance(item, SubsetSelection))

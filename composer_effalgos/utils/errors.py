@@ -1,4 +1,4 @@
-"""The one exception type for input that a user can mend."""
+"""The exception type for input that a user can mend, and the one of checkpoints."""
 
 from composer_effalgos.utils.text import one_line
 
@@ -14,3 +14,15 @@ class InputError(ValueError):
     def line(self) -> str:
         """The message; from a DataLoader worker it comes as a traceback that ends in it."""
         return one_line(str(self).strip().rpartition('InputError: ')[2])
+
+
+class CheckpointError(InputError):
+    """A checkpoint that a run cannot go on with.
+
+    Args:
+        reason: What is wrong and what would be right. The message begins with ``load_path``; a recipe may have another key for it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f'load_path: {reason}')
+        self.reason = reason
