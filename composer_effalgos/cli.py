@@ -21,6 +21,10 @@ from composer_effalgos.report import Outcome, run_search, run_sweep, show_fronti
 from composer_effalgos.subset_selection.select_to_file import select_to_file
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import one_line
+
+# click's ClickException, of which newer versions of typer have a copy
+_CommandError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
 
 app = typer.Typer(name='effalgos', no_args_is_help=True, add_completion=False)
 
@@ -254,14 +258,21 @@ def main() -> int:
     """Run the command line; bad input is one line on stderr and exit status 2."""
     print_any_text()
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)  # the exit status of typer.Exit; commands return nothing
+    except typer.Abort:
+        return 130  # older typer's KeyboardInterrupt
+    except _CommandError as error:
+        if type(error).__name__ == 'NoArgsIsHelpError':
+            error.show()
+        else:
+            print(f'error: {one_line(error.format_message())}', file=sys.stderr)
+        return error.exit_code
     except Exception as error:
         explained = explain(error)
         if explained is None or '--traceback' in sys.argv[1:2]:
             raise
         print(f'error: {explained[0]}', file=sys.stderr)
         return explained[1]
-    return 0
 
 
 if __name__ == '__main__':

@@ -8,11 +8,8 @@ import platform
 import resource
 import sys
 import time
-import types
-import typing
 import warnings
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,12 @@ from composer.utils import dist
 
 from composer_effalgos.plan import EpochMetrics, Plan
 from composer_effalgos.plan.sharded import pack, unpack
-from composer_effalgos.utils.errors import CheckpointError, InputError
+from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
-from composer_effalgos.utils.text import shown
+from composer_effalgos.utils.restore import check_entries, restored
 
 SUMMARY = 'summary.json'
 SCORE_EDGES = np.logspace(-6, 2, 65)  # of the histogram's bins: eight a factor of ten; the first and the last take what lies beyond
-
-_Record = typing.TypeVar('_Record')
 
 
 @dataclass
@@ -81,27 +76,6 @@ class _Scores:
     epoch: int
     mean: float
     counts: list[int]
-
-
-def _checked(saved: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's entries, where they are of these types; a whole number passes for a float."""
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"EfficiencyMonitor's state: expected a mapping, got {shown(saved)}")
-    for name, kind in kinds.items():
-        plain = typing.get_origin(kind) if isinstance(kind, types.GenericAlias) else kind
-        value = saved.get(name)
-        if not isinstance(value, plain) and not (type(value) is int and isinstance(0.0, plain)):
-            raise CheckpointError(f"EfficiencyMonitor's state: {name}: expected {getattr(kind, '__name__', kind)}, got {shown(value)}")
-    return saved
-
-
-def _restored(kind: type[_Record], saved: Any) -> _Record:
-    """A dataclass from a checkpoint; older checkpoints lack the fields that have a default."""
-    defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}  # type: ignore[arg-type]
-    entries = defaults | saved if isinstance(saved, dict) else saved
-    hints = typing.get_type_hints(kind)
-    checked = _checked(entries, {name: hint for name, hint in hints.items() if name != 'metrics'})
-    return kind(**{name: value for name, value in checked.items() if name in hints})
 
 
 def quality_text(totals: dict[str, Any]) -> str:
@@ -178,13 +152,13 @@ class EfficiencyMonitor(Callback):
         return pack(self._state, saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = _checked(unpack(state), {'epochs': list, 'running': dict, 'peak_memory': int, 'scores': list})
-        self._epochs = {entry.epoch: entry for entry in (_restored(_Epoch, saved) for saved in state['epochs'])}
+        state = check_entries(unpack(state), {'epochs': list, 'running': dict, 'peak_memory': int, 'scores': list})
+        self._epochs = {entry.epoch: entry for entry in (restored(_Epoch, saved) for saved in state['epochs'])}
         running = dict(state['running'])
-        metrics = _restored(EpochMetrics, running.pop('metrics', None) or running.pop('facts', {}))  # 'facts' in older checkpoints
-        self._running = _restored(_Running, running | {'metrics': metrics})
+        metrics = restored(EpochMetrics, running.pop('metrics', None) or running.pop('facts', {}))  # 'facts' in older checkpoints
+        self._running = restored(_Running, running | {'metrics': metrics})
         self._peak_memory = state['peak_memory']
-        self._scores = {entry.epoch: entry for entry in (_restored(_Scores, saved) for saved in state['scores'])}
+        self._scores = {entry.epoch: entry for entry in (restored(_Scores, saved) for saved in state['scores'])}
 
     def init(self, state: State, logger: Logger) -> None:
         self._state = state

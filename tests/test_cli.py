@@ -41,6 +41,32 @@ def test_an_unknown_command_is_refused(monkeypatch, capsys):
     assert 'recipies' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('argv', 'named'),
+    [
+        (('bench', 'x.yaml', '--jobs', '0'), '--jobs'),
+        (('search', 'x.yaml', '--trials', 'x'), '--trials'),
+        (('check-data', 'x', '--workers', '-1'), '--workers'),
+        (('bench',), 'sweep'),
+        (('bench', 'x.yaml', '--job', '1'), '--job'),
+    ],
+)
+def test_a_bad_option_is_one_line(monkeypatch, capsys, argv, named):
+    assert run(monkeypatch, *argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith('error: ')
+    assert named in captured.err.lower()
+    assert captured.err.count('\n') == 1
+    assert captured.out == ''
+
+
+def test_help_is_help(monkeypatch, capsys):
+    assert run(monkeypatch, '--help') == 0
+    assert 'check-data' in capsys.readouterr().out
+    run(monkeypatch)
+    assert 'check-data' in ''.join(capsys.readouterr())
+
+
 def test_the_module_is_the_console_script(tmp_path):
     result = subprocess.run(
         [sys.executable, '-m', 'composer_effalgos.cli', 'recipes', str(tmp_path)], capture_output=True, text=True, check=False

@@ -271,6 +271,8 @@ def test_unknown_placeholders_in_load_path_are_refused(recipe_file, capfd, path)
         ('algorithms.adabatch.growth_factor=1', 'algorithms.adabatch: '),
         ('algorithms.swa.swa_start=soon', 'algorithms.swa: '),
         ('device=tpux', 'device: '),
+        ('save_folder=s3://bucket/runs', 'save_folder: expected a folder of this machine'),
+        ('load_path=hf://x', 'load_path: hf://x: '),
         ('load_path=none.pt', 'load_path: none.pt: no such checkpoint'),
         ('device_train_microbatch_size=auto', 'device_train_microbatch_size'),
         ('algorithms={subset_selection: {fracton: 0.3}}', 'fracton'),

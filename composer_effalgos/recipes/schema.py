@@ -6,6 +6,7 @@ The schema is this module's dataclasses for what is ours, and the signatures of 
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -217,6 +218,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
         check_type(f'{source}: {key}', value, hints[key])
     plain.setdefault('run_name', run_name)
     _check_run_name(source, plain['run_name'])
+    _check_save_folder(source, plain.get('save_folder', ''))
     check_number(f'{source}: seed', plain.get('seed', 0), least=0, most=2**32 - 1)
     _check_duration(f'{source}: max_duration', plain['max_duration'])
     if plain.get('precision') is not None:
@@ -375,6 +377,11 @@ def _check_run_name(source: str, run_name: str) -> None:
             f'{source}: run_name: expected a plain folder name of at most {_LONGEST_NAME} bytes, got {run_name[:80]!r} '
             f'({len(run_name)} characters)'
         )
+
+
+def _check_save_folder(source: str, folder: str) -> None:
+    if re.match(r'[A-Za-z][A-Za-z0-9+.-]*:/', folder):  # Path makes one slash of two
+        raise InputError(f'{source}: save_folder: expected a folder of this machine, got the address {shown(folder)}; copy the run there')
 
 
 def _check_duration(key: str, duration: str | int) -> None:

@@ -33,6 +33,12 @@ from composer_effalgos.recipes.settings import read_settings, recipe_folder
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 
+# What a sweep sets itself in every recipe
+_PLACED = {
+    'run_name': 'expected no such key in a sweep, which names its runs by method and seed; rename the method',
+    'save_folder': 'expected no such key in a sweep; give the folder with --out',
+    'seed': 'expected no such key in a sweep; give seeds: [...], or --seed',
+}
 MOST_RUNS = 10_000  # of a sweep or search: more is a slip, and takes minutes to write down alone
 
 
@@ -146,8 +152,11 @@ class Sweep:
             The run, its recipe checked.
 
         Raises:
-            InputError: The recipe is missing or wrong.
+            InputError: The recipe is missing or wrong, or something on top of it sets what the sweep sets.
         """
+        for key in _PLACED:
+            if any(key in layer for layer in method.layers) or any(item.split('=')[0].strip() == key for item in overrides):
+                raise InputError(f'{self.path}: {name}: {key}: {_PLACED[key]}')
         run_name = f'{name}_seed{seed}'
         # Not part of what is compared. One who gives save_interval wants a run that was stopped to go on from there.
         placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}

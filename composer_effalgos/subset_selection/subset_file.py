@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from composer_effalgos.plan import class_labels
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ['SubsetFile', 'labels_digest', 'read_subset', 'write_subset']
 
 _KEY = b'composer_effalgos.subset'
+
+_HEAVIEST = 3.4e38  # about what float32 holds
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,11 @@ def read_subset(path: Path) -> SubsetFile:
         raise InputError(f'path: {path}: index {values[counts.argmax()]} is there {counts.max()} times; every sample once is right')
     weight = np.ones(len(index), np.float32)
     if 'weight' in names:
-        weight = _column(path, table, 'weight', 'numbers').astype(np.float32)
-    wrong = ~(np.isfinite(weight) & (weight >= 0))
+        weight = _column(path, table, 'weight', 'numbers').astype(np.float64)
+    wrong = ~((weight >= 0) & (weight <= _HEAVIEST))
     if wrong.any():
-        raise InputError(f'path: {path}: row {int(wrong.argmax())}: weight {weight[wrong][0]}; a number from 0 is right')
+        check_number(f'path: {path}: row {int(wrong.argmax())}: weight', float(weight[wrong][0]), least=0, most=_HEAVIEST)
+    weight = weight.astype(np.float32)
     if not weight.any():
         raise InputError(f'path: {path}: all weights are 0; at least one above 0 is right')
     order = index.argsort()

@@ -86,6 +86,9 @@ def test_a_run_that_saves_can_be_resumed(write_sweep, tmp_path):
         ('methods: {a: {recipe: nowhere.yaml}}', r'nowhere\.yaml: expected a file, got none'),
         ('recipe: small.yaml\nmethods: {a: {optimiser: {lr: 1}}}', "a: optimiser: unknown key; did you mean 'optimizer'"),
         ('recipe: small.yaml\nmethods: {a: 3}', 'a: expected'),
+        ('recipe: small.yaml\nmethods: {a: {run_name: x}}', 'a: run_name: expected no such key in a sweep'),
+        ('recipe: small.yaml\nsettings: {save_folder: x}\nmethods: {a: {}}', 'a: save_folder: .* --out'),
+        ('recipe: small.yaml\nmethods: {a: {seed: 3}}', 'a: seed: .* --seed'),
         ('recipe: small.yaml\nmethods: {a: {seeds: 3}}', 'a: seeds: expected a list'),
         ('recipe: small.yaml\nmethods: {x: {}}\nmatrix: {axis: {x: {seed: 1}}}', 'x: two methods'),
         ('recipe: small.yaml\nmatrix: {axis: [x]}', r'matrix\.axis: expected a mapping'),
@@ -99,6 +102,11 @@ def test_what_is_wrong_is_named(write_sweep, tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         load_sweep(write_sweep(text)).jobs(tmp_path)
     assert '\n' not in str(error.value)
+
+
+def test_overrides_do_not_rename_runs(write_sweep, tmp_path):
+    with pytest.raises(InputError, match='a: run_name: expected no such key in a sweep'):
+        load_sweep(write_sweep('recipe: small.yaml\nmethods: {a: {}}')).jobs(tmp_path, ['run_name=x'])
 
 
 def test_unknown_methods_and_files_are_named(write_sweep, tmp_path):

@@ -302,7 +302,8 @@ def test_files_of_others_need_no_weights_and_no_metadata(fit, tmp_path):
         ({'index': [3, -1]}, 'row 1: index -1'),
         ({'index': [3, 4, 3]}, 'index 3 is there 2 times'),
         ({'index': [3], 'weight': ['a']}, "column 'weight' is .*string"),
-        ({'index': [3, 4], 'weight': [1.0, -1.0]}, 'row 1: weight -1.0'),
+        ({'index': [3, 4], 'weight': [1.0, -1.0]}, r'row 1: weight: expected a number in .*, got -1.0'),
+        ({'index': [3, 4], 'weight': [1.0, 1e300]}, r'row 1: weight: expected a number in .*, got 1e\+300'),
         ({'index': [3, 4], 'weight': [0.0, 0.0]}, 'all weights are 0'),
     ],
 )
