@@ -239,12 +239,12 @@ def check_data(
 def convert(
     source: Annotated[str, typer.Argument(help='A recipe, or the name of a data set.')],
     overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings of either, e.g. path=data.')] = None,
-    to: Annotated[str, typer.Option(help='ffcv or mds.')] = ...,  # type: ignore[assignment]
+    to: Annotated[str, typer.Option(help='ffcv or mds for images, mds or tokens for text.')] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help='Folder to write into.')] = ...,  # type: ignore[assignment]
     shard_mb: Annotated[float, typer.Option(help='Size of an MDS shard, in units of 2^20 bytes, below 4096.')] = 64,
     shuffle: Annotated[int | None, typer.Option(min=0, help='Write training samples in the random order of this seed.')] = None,
 ) -> None:
-    """Write a data set as ffcv's .beton files or as MDS shards."""
+    """Write a data set as ffcv's .beton files, as MDS shards or as files of tokens (train.bin, val.bin)."""
     check_number('--shard-mb', shard_mb, least=0.001, below=4096)
     typer.echo(write_converted(source, overrides or (), to, out, shard_bytes=int(shard_mb * 2**20), shuffle=shuffle))
 

@@ -121,7 +121,7 @@ def test_algorithms_import_what_the_base_installation_has():
 
 def test_everything_imported_is_declared():
     for path in PACKAGE.rglob('*.py'):
-        known = declared('recipes', 'search', 'ffcv', 'streaming', 'cords') | WITHOUT_DEPENDENCIES
+        known = declared('recipes', 'text', 'search', 'ffcv', 'streaming', 'cords') | WITHOUT_DEPENDENCIES
         assert third_party(imported(path, on_import=False)) <= known, path
         assert third_party(imported(path, on_import=True)) <= declared('recipes'), path  # the rest is imported where it is used
 

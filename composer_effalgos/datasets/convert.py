@@ -1,4 +1,4 @@
-"""Write a data set as ffcv's ``.beton`` files or as MDS shards: ``effalgos convert``.
+"""Write a data set as ffcv's ``.beton`` files, as MDS shards or as files of tokens: ``effalgos convert``.
 
 Pixels are stored as the data set holds them: encoded files stay as they are, decoded images are stored without loss. What is there under
 its final name is whole: the rest is written beside it, under a name that begins with a dot, and the next attempt removes it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.mds import LABELS
 from composer_effalgos.datasets.mds_index import INDEX
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
+from composer_effalgos.datasets.registry import TEXT
+from composer_effalgos.datasets.text import TOKENIZER
+from composer_effalgos.datasets.tokens import META, Meta, write_tokens
 from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.recipes.settings import merge_settings
 from composer_effalgos.utils.errors import InputError
@@ -39,8 +43,8 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     Args:
         source: A recipe's file, or the name of a data set.
         overrides: ``key=value`` settings: of the recipe, or options of the data set.
-        to: ``'ffcv'`` or ``'mds'``.
-        out: Folder to write into; ``train`` and ``eval`` (``.beton`` files, or folders of shards) must not be in it.
+        to: ``'ffcv'`` or ``'mds'`` for images, ``'mds'`` or ``'tokens'`` for text.
+        out: Folder to write into; ``train`` and ``eval`` (``val`` for text) with the format's ending must not be in it.
         shard_bytes: Size at which a new shard begins, 1 to 2**32 - 1 (MDS counts in 32 bits).
         shuffle: Write the training samples in a random order drawn with this seed, so that each shard holds all classes; ``None`` keeps
             the order.
@@ -51,14 +55,19 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     Raises:
         InputError: Unknown names, data that cannot be read, output that is there or cannot be written.
     """
-    if to not in FORMATS:
-        raise InputError(f'--to: {to!r} is no format; {did_you_mean(to, FORMATS)}')
-    write, ending = FORMATS[to]
-    targets = {split: out / f'{split}{ending}' for split in SPLITS}
+    if to not in {**FORMATS, **TEXT_FORMATS}:
+        raise InputError(f'--to: {to!r} is no format; {did_you_mean(to, {**FORMATS, **TEXT_FORMATS})}')
+    name, settings = _source(source, overrides)
+    formats: Mapping[str, tuple[Callable[..., None], str]] = TEXT_FORMATS if name in TEXT else FORMATS
+    if to not in formats:
+        raise InputError(f'--to: expected {" or ".join(formats)} for {name}, got {to}')
+    write, ending = formats[to]
+    targets = {split: out / f'{"val" if split == "eval" and name in TEXT else split}{ending}' for split in SPLITS}
     for target in targets.values():
         if target.exists():
             raise InputError(f'{target} is there already; remove it or give another --out')
-    name, settings = _source(source, overrides)
+    if name in TEXT:
+        return _convert_text(source, name, settings, to, targets, shard_bytes, shuffle)
     datasets = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
     if not hasattr(datasets['train'], 'stored'):
         raise InputError(f'{source}: {name} holds no images: it makes them when they are read, so there is nothing to convert')
@@ -85,6 +94,40 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     except OSError as error:
         raise InputError(f'{error.filename or out}: {error.strerror or one_line(error)}; nothing unfinished was kept') from error
     return f'{out}: {len(orders["train"])} training and {len(orders["eval"])} evaluation samples of {source} as {to}'
+
+
+def _convert_text(
+    source: str, name: str, settings: dict[str, Any], to: str, targets: Mapping[str, Path], shard_bytes: int, shuffle: int | None
+) -> str:
+    """Writes both splits of token sequences, with ``meta.json``, and ``tokenizer.json`` where there is one."""
+    datasets: dict[str, Any] = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
+    orders: dict[str, np.ndarray] = {split: np.arange(len(dataset)) for split, dataset in datasets.items()}
+    if shuffle is not None:
+        orders['train'] = np.random.default_rng(shuffle).permutation(orders['train'])
+    vocab_size, out = datasets['train'].num_classes, targets['train'].parent
+    counts = {target.stem: len(datasets[split]) * datasets[split].seq_len for split, target in targets.items()}
+    meta = Meta(vocab_size, counts, name)
+    if Meta.read(out) not in (None, meta):
+        raise InputError(f'{out / META} describes other data; give another --out')
+    read_from = getattr(datasets['train'], 'source', None)
+    tokenizer = read_from.with_name(TOKENIZER) if isinstance(read_from, Path) else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for split, target in targets.items():
+            sequences: Iterable[np.ndarray] = map(datasets[split].stored, orders[split].tolist())
+            if sys.stdout.isatty():
+                sequences = track(sequences, split, total=len(orders[split]), transient=True)
+            with whole_file(target, 'unfinished') as unfinished:
+                TEXT_FORMATS[to][0](unfinished, sequences, vocab_size, shard_bytes)
+        with whole_file(out / META, 'unfinished') as unfinished:
+            unfinished.write_text(meta.text(), encoding='utf-8')
+        if tokenizer is not None and tokenizer.is_file():
+            with whole_file(out / TOKENIZER, 'unfinished') as unfinished:
+                shutil.copyfile(tokenizer, unfinished)
+    except OSError as error:
+        raise InputError(f'{error.filename or out}: {error.strerror or one_line(error)}; nothing unfinished was kept') from error
+    total = sum(counts.values())
+    return f'{out}: {len(orders["train"])} training and {len(orders["eval"])} evaluation sequences of {source} as {to}, {total} tokens'
 
 
 def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -142,11 +185,7 @@ def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> Non
         InputError: mosaicml-streaming is missing.
         OSError: The disk is full, or cannot be written.
     """
-    try:
-        from streaming import MDSWriter
-    except ImportError as error:
-        raise InputError('--to mds needs mosaicml-streaming; `make setup` installs it') from error
-    writer = MDSWriter(out=str(folder), columns={'image': 'bytes', 'label': 'int'}, size_limit=shard_bytes)
+    writer = _mds_writer(folder, {'image': 'bytes', 'label': 'int'}, shard_bytes)
     try:
         for image, label in samples:
             writer.write({'image': image if isinstance(image, bytes) else _as_png(image), 'label': label})
@@ -155,6 +194,40 @@ def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> Non
         writer.executor.shutdown()
     np.save(folder / LABELS, np.array(samples.labels, dtype=np.int64))
     assert (folder / INDEX).exists()
+
+
+def write_mds_tokens(folder: Path, sequences: Iterable[np.ndarray], vocab_size: int, shard_bytes: int) -> None:
+    """Write MDS shards with the column ``tokens`` (int32), one sequence a sample, as llm-foundry does.
+
+    Args:
+        folder: A new folder.
+        sequences: int64 ``[T]`` each.
+        vocab_size: Tokens are below this.
+        shard_bytes: Size at which a new shard begins.
+
+    Raises:
+        InputError: mosaicml-streaming is missing.
+        OSError: The disk is full, or cannot be written.
+    """
+    writer = _mds_writer(folder, {'tokens': 'ndarray:int32'}, shard_bytes)
+    try:
+        for sequence in sequences:
+            writer.write({'tokens': sequence.astype(np.int32)})
+        writer.finish()
+    finally:
+        writer.executor.shutdown()
+
+
+def _write_flat(file: Path, sequences: Iterable[np.ndarray], vocab_size: int, shard_bytes: int) -> None:
+    write_tokens(file, sequences, vocab_size)
+
+
+def _mds_writer(folder: Path, columns: dict[str, str], shard_bytes: int) -> Any:
+    try:
+        from streaming import MDSWriter
+    except ImportError as error:
+        raise InputError('--to mds needs mosaicml-streaming; `make setup` installs it') from error
+    return MDSWriter(out=str(folder), columns=columns, size_limit=shard_bytes)
 
 
 def _as_png(image: np.ndarray) -> bytes:
@@ -212,3 +285,7 @@ def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
 
 
 FORMATS: Mapping[str, tuple[Callable[[Path, Samples, int], None], str]] = {'ffcv': (write_beton, '.beton'), 'mds': (write_mds, '')}
+TEXT_FORMATS: Mapping[str, tuple[Callable[[Path, Iterable[np.ndarray], int, int], None], str]] = {
+    'mds': (write_mds_tokens, ''),
+    'tokens': (_write_flat, '.bin'),
+}

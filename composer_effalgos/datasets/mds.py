@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +34,7 @@ class Shards:
     Args:
         folder: The split's folder on this machine.
         remote: Its place in a remote folder, of any kind that mosaicml-streaming knows; ``None`` where all shards must be here.
-        image_column: Column of the images: encoded, or of one of MDS's image types.
-        label_column: Column of the labels: integers.
+        columns: The columns to read, by the option that names them, each with MDS's types that it may be of.
 
     Attributes:
         starts: First sample of each shard, int64 ``[S]``.
@@ -45,7 +44,7 @@ class Shards:
         InputError: No index, a broken one, one that is not the remote folder's or that lacks the columns.
     """
 
-    def __init__(self, folder: Path, remote: str | None = None, *, image_column: str = 'image', label_column: str = 'label') -> None:
+    def __init__(self, folder: Path, remote: str | None, columns: Mapping[str, tuple[str, Sequence[str]]]) -> None:
         try:
             from streaming.base.format import reader_from_json
         except ImportError as error:
@@ -68,7 +67,7 @@ class Shards:
             raise InputError(
                 f'{file}: not an index of MDS shards ({one_line(error)[:200]}); effalgos convert or MDSWriter writes one'
             ) from error
-        self._pil = [self._choose(shard, image_column, label_column) for shard in self.shards]
+        self._pil = [self._choose(shard, columns) for shard in self.shards]
         sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         if not sizes.sum():
             raise InputError(f'{file}: has no samples; expected at least one')
@@ -98,21 +97,25 @@ class Shards:
             raise InputError(f'{self._file(shard)}: sample {place} cannot be read ({reason}); the shard is damaged') from error
         return sample
 
-    def _choose(self, shard: Any, image_column: str, label_column: str) -> str | None:
-        """Has no column decoded but the label's, and the image's where it is an array; gives the image's where it is MDS's type ``pil``.
+    def _choose(self, shard: Any, columns: Mapping[str, tuple[str, Sequence[str]]]) -> str | None:
+        """Has no column decoded but those of numbers and arrays; gives that of MDS's type ``pil``.
 
         The type ``jpeg`` would open any image that Pillow knows; all others are of no use here.
         """
         encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-        for key, column, known in (('image_column', image_column, _IMAGES), ('label_column', label_column, _LABELS)):
+        kept, pil = set(), None
+        for key, (column, known) in columns.items():
             if column not in encodings:
                 raise InputError(f'dataset.{key}: {self.folder} has no column {column!r}; it has {", ".join(sorted(encodings))[:200]}')
-            if encodings[column].partition(':')[0] not in known:
+            kind = encodings[column].partition(':')[0]
+            if kind not in known:
                 wanted = ', '.join(known)
                 raise InputError(f'dataset.{key}: expected a column of type {wanted}, got {column!r} of type {shown(encodings[column])}')
-        kept = {label_column} | ({image_column} if encodings[image_column].startswith('ndarray') else set())
+            if kind in ('ndarray', *_LABELS):
+                kept.add(column)
+            pil = column if kind == 'pil' else pil
         shard.column_encodings = [encoding if column in kept else 'bytes' for column, encoding in encodings.items()]
-        return image_column if encodings[image_column] == 'pil' else None
+        return pil
 
     def _file(self, shard: int) -> Path:
         return self.folder / self.shards[shard].raw_data.basename
@@ -316,7 +319,7 @@ def mds(
         folder = Path(path).expanduser()
         fetch(remote.rstrip('/'), folder, DESCRIPTION, optional=True)
     place = None if remote is None else f'{remote.rstrip("/")}/{name}'
-    shards = Shards(folder / name, place, image_column=image_column, label_column=label_column)
+    shards = Shards(folder / name, place, {'image_column': (image_column, _IMAGES), 'label_column': (label_column, _LABELS)})
     description = Description.read(folder)
     targets = _labels(shards, description is not None, label_column)
     source = shards.folder if description is None else shards.folder / LABELS

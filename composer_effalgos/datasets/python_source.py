@@ -1,4 +1,4 @@
-"""The source code of Python's standard library as sequences of bytes: text that is there without a download."""
+"""The source code of Python's standard library: text that is there without a download."""
 
 from __future__ import annotations
 
@@ -13,81 +13,142 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from composer_effalgos.datasets.images import check_at_least, limited
+from composer_effalgos.datasets.images import check_at_least
+from composer_effalgos.datasets.sequences import TokenSequences, chosen
+from composer_effalgos.datasets.text import Coding, text_sequences
 from composer_effalgos.utils.errors import InputError
 
-VOCABULARY = 256
 HELD_OUT = 10  # one file in so many
 
 # Distributions put these into packages of their own, or patch them
 _OMITTED = frozenset({'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'sysconfig', 'test', 'tkinter', 'turtledemo', 'venv'})
 
 
-class ByteSequences(Dataset[dict[str, Tensor]]):
-    """Text as sequences of bytes of one length, for causal language models.
-
-    Args:
-        sequences: uint8 ``[N, T]``.
-    """
-
-    num_classes = VOCABULARY
-
-    def __init__(self, sequences: np.ndarray) -> None:
-        self.sequences = sequences
-        self.seq_len = sequences.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
-        return {'input_ids': tokens, 'labels': tokens}
-
-
 def python_source(
     split: Literal['train', 'eval'],
     path: str | None = None,
     *,
+    tokenizer: Coding = 'bytes',
+    vocab_size: int | None = None,
     seq_len: int = 128,
     limit: int | None = None,
     eval_samples: int | None = 1024,
     seed: int = 0,
-) -> ByteSequences:
+) -> TokenSequences:
     """The modules of the running Python's standard library, tests and installed packages left out: some 9 MB.
 
     One file in ten is held out. The files of each split follow each other in a random order and are cut into sequences that do not
-    overlap. The same version of Python, ``seed`` and ``seq_len`` give the same sequences on every machine: modules that distributions
-    patch or package separately are left out.
+    overlap. The same version of Python and the same options give the same sequences on every machine: modules that distributions patch or
+    package separately are left out.
 
     Args:
         split: ``'train'`` or ``'eval'``.
         path: Ignored: the files are those of the running Python.
-        seq_len: Bytes in a sequence.
+        tokenizer: ``'bytes'``, or ``'bpe'``: an encoding trained on the training split (some 8 s) and kept in
+            ``~/.cache/composer_effalgos``.
+        vocab_size: Of ``'bpe'``: 257 to 65,536; null for 1,024.
+        seq_len: Tokens in a sequence.
         limit: Train on so many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on so many, chosen likewise; null for all.
+        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
         seed: Decides which files are held out, and their order.
 
     Raises:
         InputError: An option out of range, or a Python without its source code.
     """
-    check_at_least(2, seq_len=seq_len)
-    check_at_least(1, eval_samples=eval_samples)
     check_at_least(0, seed=seed)
-    files = _files()
-    order = np.random.default_rng(seed).permutation(len(files))
-    held_out = len(files) // HELD_OUT
-    chosen = order[held_out:] if split == 'train' else order[:held_out]
-    text = np.frombuffer(b''.join(files[number] for number in chosen), np.uint8)
-    count = len(text) // seq_len
-    if count == 0:
-        raise InputError(f'dataset.seq_len: expected at most {len(text)}, the bytes of the {split} split, got {seq_len}')
-    rows = limited(count, limit if split == 'train' else None if eval_samples is None else min(eval_samples, count))
-    return ByteSequences(text[: count * seq_len].reshape(count, seq_len)[rows.numpy()])
+    files = list(_files().values())
+    numbers = _split_of(len(files), seed)
+    documents = {name: [files[number] for number in members] for name, members in numbers.items()}
+    options = {'seq_len': seq_len, 'limit': limit, 'eval_samples': eval_samples}
+    return text_sequences(documents, 'python_source', split, tokenizer=tokenizer, vocab_size=vocab_size, **options)  # type: ignore[arg-type]
+
+
+class Snippets(Dataset[dict[str, Tensor]]):
+    """Sequences of bytes with a class each; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]`` and a number.
+
+    Args:
+        sequences: uint8 ``[N, T]``.
+        targets: int64 ``[N]``.
+        classes: Class names.
+    """
+
+    vocab_size = 256
+
+    def __init__(self, sequences: np.ndarray, targets: Tensor, classes: list[str]) -> None:
+        self.sequences, self.targets, self.classes = sequences, targets, classes
+        self.num_classes, self.seq_len = len(classes), sequences.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {'input_ids': torch.from_numpy(self.sequences[index].astype(np.int64)), 'labels': self.targets[index]}
+
+
+def python_packages(
+    split: Literal['train', 'eval'],
+    path: str | None = None,
+    *,
+    seq_len: int = 128,
+    num_packages: int = 6,
+    limit: int | None = None,
+    eval_samples: int | None = None,
+    seed: int = 0,
+) -> Snippets:
+    """Which package of the standard library is this piece of source from? Equally many pieces of each of the largest packages.
+
+    One file in ten of each package is held out. The pieces do not overlap.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        path: Ignored: the files are those of the running Python.
+        seq_len: Bytes in a piece.
+        num_packages: Classes: the packages with most files.
+        limit: Train on so many pieces, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+        seed: Decides which files are held out, and which pieces stand for a package that has more than others.
+
+    Raises:
+        InputError: An option out of range, or a Python without its source code.
+    """
+    check_at_least(2, seq_len=seq_len, num_packages=num_packages)
+    check_at_least(0, seed=seed)
+    packages: dict[str, list[bytes]] = {}
+    for name, content in _files().items():
+        if '/' in name:
+            packages.setdefault(name.partition('/')[0], []).append(content)
+    large = sorted(name for name, files in packages.items() if len(files) >= HELD_OUT)
+    if num_packages > len(large):
+        raise InputError(
+            f'dataset.num_packages: expected at most {len(large)}, the packages of {HELD_OUT} files and more, got {num_packages}'
+        )
+    classes = sorted(sorted(large, key=lambda name: -len(packages[name]))[:num_packages])
+    pieces = [_pieces(packages[name], split, seq_len, seed) for name in classes]
+    fewest = min(map(len, pieces))
+    if fewest == 0:
+        raise InputError(f'dataset.seq_len: expected less, a package has no file of so many bytes in the {split} split, got {seq_len}')
+    rng = np.random.default_rng(seed)
+    sequences = np.concatenate([found[np.sort(rng.permutation(len(found))[:fewest])] for found in pieces])
+    rows = chosen(len(sequences), split, limit, eval_samples)
+    return Snippets(sequences[rows.numpy()], torch.arange(num_packages).repeat_interleave(fewest)[rows], classes)
+
+
+def _pieces(files: list[bytes], split: str, seq_len: int, seed: int) -> np.ndarray:
+    """The pieces of a split's files, uint8 ``[N, seq_len]``; what is left at the end of a file is left out."""
+    numbers = _split_of(len(files), seed)['train' if split == 'train' else 'val']
+    text = b''.join(files[number][: len(files[number]) // seq_len * seq_len] for number in numbers)
+    return np.frombuffer(text, np.uint8).reshape(-1, seq_len)
+
+
+def _split_of(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Numbers of files in a random order: one in ten is held out."""
+    order = np.random.default_rng(seed).permutation(count)
+    return {'train': order[count // HELD_OUT :], 'val': order[: count // HELD_OUT]}
 
 
 @functools.cache
-def _files() -> list[bytes]:
-    """The files' contents, in the order of their paths."""
+def _files() -> dict[str, bytes]:
+    """The files' contents by their paths, in the order of these."""
     folder = Path(sysconfig.get_path('stdlib'))
     wanted = sys.stdlib_module_names - _OMITTED
     paths = {
@@ -97,4 +158,4 @@ def _files() -> list[bytes]:
     }
     if len(paths) < HELD_OUT:
         raise InputError(f'dataset.name: python_source: no source code in {folder}; expected the .py files of the standard library')
-    return [(folder / path).read_bytes() for path in sorted(paths, key=Path.as_posix)]
+    return {path.as_posix(): (folder / path).read_bytes() for path in sorted(paths, key=Path.as_posix)}

@@ -13,8 +13,11 @@ from composer_effalgos.datasets.digits import digits
 from composer_effalgos.datasets.image_folder import image_folder
 from composer_effalgos.datasets.image_parquet import image_parquet
 from composer_effalgos.datasets.mds import mds
-from composer_effalgos.datasets.python_source import python_source
+from composer_effalgos.datasets.mds_tokens import mds_tokens
+from composer_effalgos.datasets.python_source import python_packages, python_source
 from composer_effalgos.datasets.synthetic import synthetic
+from composer_effalgos.datasets.text import text_files
+from composer_effalgos.datasets.tokens import tokens
 from composer_effalgos.recipes.arguments import check_arguments
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
@@ -30,11 +33,17 @@ DATASETS: Mapping[str, Callable[..., Dataset[Any]]] = {
     'image_folder': image_folder,
     'image_parquet': image_parquet,
     'mds': mds,
+    'mds_tokens': mds_tokens,
+    'python_packages': python_packages,
     'python_source': python_source,
     'synthetic': synthetic,
+    'text_files': text_files,
+    'tokens': tokens,
 }
-TEXT = ('python_source',)
+TEXT = ('mds_tokens', 'python_source', 'text_files', 'tokens')
 """Those that hold text: ``{'input_ids', 'labels'}``, int64 ``[T]``, for language models; ``num_classes`` is the size of the vocabulary."""
+LABELLED_TEXT = ('python_packages',)
+"""Those that hold text with one class a sample, for classifiers of text: ``{'input_ids', 'labels'}``, int64 ``[T]`` and a number."""
 
 
 def build_dataset(name: str, split: Split, *, path: str | None = None, **options: Any) -> Dataset[Any]:
@@ -43,13 +52,13 @@ def build_dataset(name: str, split: Split, *, path: str | None = None, **options
     Args:
         name: One of :data:`DATASETS`.
         split: ``'train'`` (with random augmentation, unless the option ``augment`` is false) or ``'eval'``.
-        path: Folder of the data; ``digits``, ``python_source`` and ``synthetic`` need none and ignore it.
+        path: Folder of the data; ``digits``, ``python_packages``, ``python_source`` and ``synthetic`` need none and ignore it.
         **options: Options of that data set, see its builder in :data:`DATASETS`.
 
     Returns:
         A map-style data set of ``(image, label)``: float32 ``[3, H, W]``, normalised, and ``int``; with the attributes ``targets``
-        (int64 ``[N]``), ``classes`` (names) and ``num_classes``; or text, see :data:`TEXT`. Random augmentation draws from torch's
-        global generator and from nothing else.
+        (int64 ``[N]``), ``classes`` (names) and ``num_classes``; or text, see :data:`TEXT` and :data:`LABELLED_TEXT`. Random
+        augmentation draws from torch's global generator and from nothing else.
 
     Raises:
         InputError: Unknown name or option, missing or empty folder, columns or files that are not there, labels out of range.

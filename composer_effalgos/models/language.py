@@ -1,13 +1,15 @@
-"""Small language models, from Hugging Face's configurations, with random weights."""
+"""Language models and classifiers of text by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from composer.metrics import LanguageCrossEntropy
+from composer.metrics import CrossEntropy, LanguageCrossEntropy
 from composer.models import HuggingFaceModel
+from torchmetrics.classification import MulticlassAccuracy
 
+from composer_effalgos.models.huggingface import hf_causal_lm, hf_sequence_classification
 from composer_effalgos.recipes.arguments import check_arguments
 from composer_effalgos.utils.errors import InputError
 
@@ -39,7 +41,7 @@ def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, he
     try:
         import transformers
     except ImportError as error:
-        raise InputError("model.name: gpt2 needs transformers; pip install 'mosaicml[nlp]'") from error
+        raise InputError("model.name: gpt2 needs transformers; pip install 'composer-effalgos[text]'") from error
     config = transformers.GPT2Config(
         vocab_size=num_classes,
         n_positions=seq_len,
@@ -56,8 +58,11 @@ def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, he
     return transformers.GPT2LMHeadModel(config)
 
 
-LANGUAGE_MODELS: Mapping[str, Callable[..., Any]] = {'gpt2': gpt2}
-"""Builders: ``(num_classes, seq_len, **options)``."""
+LANGUAGE_MODELS: Mapping[str, Callable[..., Any]] = {'gpt2': gpt2, 'hf_causal_lm': hf_causal_lm}
+"""Builders: ``(num_classes, seq_len, **options)``; ``num_classes`` is the size of the vocabulary."""
+
+TEXT_CLASSIFIERS: Mapping[str, Callable[..., Any]] = {'hf_sequence_classification': hf_sequence_classification}
+"""Builders: ``(num_classes, seq_len, vocab_size, **options)``."""
 
 
 def build_language_model(name: str, num_classes: int, seq_len: int, **options: Any) -> HuggingFaceModel:
@@ -75,3 +80,22 @@ def build_language_model(name: str, num_classes: int, seq_len: int, **options: A
     options = check_arguments('model', LANGUAGE_MODELS[name], options, given=('num_classes', 'seq_len'))
     model = LANGUAGE_MODELS[name](num_classes, seq_len, **options)
     return HuggingFaceModel(model, use_logits=True, eval_metrics=[LanguageCrossEntropy()], shift_labels=True)
+
+
+def build_text_classifier(name: str, num_classes: int, seq_len: int, vocab_size: int, **options: Any) -> HuggingFaceModel:
+    """Build a classifier of texts with its own loss; it is evaluated by cross-entropy in nats a sample and by accuracy.
+
+    Args:
+        name: One of :data:`TEXT_CLASSIFIERS`.
+        num_classes: Number of classes.
+        seq_len: Longest sequence.
+        vocab_size: Size of the vocabulary.
+        **options: Arguments of the model's builder.
+
+    Raises:
+        InputError: An unknown option or one out of range.
+    """
+    options = check_arguments('model', TEXT_CLASSIFIERS[name], options, given=('num_classes', 'seq_len', 'vocab_size'))
+    model = TEXT_CLASSIFIERS[name](num_classes, seq_len, vocab_size, **options)
+    metrics = [CrossEntropy(), MulticlassAccuracy(num_classes=num_classes, average='micro')]
+    return HuggingFaceModel(model, use_logits=True, eval_metrics=metrics, shift_labels=False)

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
 from composer_effalgos.datasets import build_dataset
-from composer_effalgos.datasets.registry import TEXT
+from composer_effalgos.datasets.registry import LABELLED_TEXT, TEXT
 from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import autocast_forward, has_bf16
-from composer_effalgos.models.language import LANGUAGE_MODELS, build_language_model
+from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS, build_language_model, build_text_classifier
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import Plan
 from composer_effalgos.recipes.checkpoints import checkpoint_folder, loading, trainer_arguments
@@ -174,29 +174,42 @@ def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
         dataset: Its training split.
 
     Returns:
-        A classifier with its cross-entropy and accuracy, or a language model with its own loss.
+        A classifier of images or texts with its cross-entropy and accuracy, or a language model with its own loss.
 
     Raises:
         InputError: The network cannot be built, does not read such data, or has fewer outputs than the data set has classes.
     """
     settings, num_classes = recipe.model, dataset.num_classes
-    reads_text = settings.name in LANGUAGE_MODELS
-    if reads_text != (recipe.dataset.name in TEXT):
-        fitting = f'one of images for {settings.name}' if not reads_text else f'one of text ({", ".join(TEXT)}) for {settings.name}'
-        raise InputError(f'{recipe.source}: dataset.name: expected {fitting}, got {recipe.dataset.name}')
+    _check_kind(recipe)
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
     num_classes = settings.num_classes or num_classes
-    if reads_text:
-        if settings.pretrained:
-            raise InputError(f'{recipe.source}: model.pretrained: expected false for {settings.name}, got {settings.pretrained}')
-        arguments = {'seq_len': dataset.seq_len, **settings.options}
-        return Component(recipe.source, build_language_model, arguments).build(settings.name, num_classes)
+    if settings.name in LANGUAGE_MODELS or settings.name in TEXT_CLASSIFIERS:
+        return _text_model(recipe, dataset, num_classes)
     if num_classes < 2:
         raise InputError(f'{recipe.source}: dataset: has one class; a classifier needs at least two')
     component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})
     train_metrics = None if settings.train_metrics else MetricCollection([])  # None: Composer's default, accuracy
     return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes, train_metrics=train_metrics)
+
+
+def _check_kind(recipe: Recipe) -> None:
+    """Refuses a model for data of another kind."""
+    name, data = recipe.model.name, recipe.dataset.name
+    text, labelled = name in LANGUAGE_MODELS, name in TEXT_CLASSIFIERS
+    if text != (data in TEXT) or labelled != (data in LABELLED_TEXT):
+        kind = f'text ({", ".join(TEXT)})' if text else f'text with classes ({", ".join(LABELLED_TEXT)})' if labelled else 'images'
+        raise InputError(f'{recipe.source}: dataset.name: expected one of {kind} for {name}, got {data}')
+
+
+def _text_model(recipe: Recipe, dataset: Any, num_classes: int) -> ComposerModel:
+    """A language model, or a classifier of texts."""
+    settings = recipe.model
+    arguments = {'seq_len': dataset.seq_len, **settings.options, **({'pretrained': settings.pretrained} if settings.pretrained else {})}
+    if settings.name in LANGUAGE_MODELS:
+        return Component(recipe.source, build_language_model, arguments).build(settings.name, num_classes)
+    arguments['vocab_size'] = dataset.vocab_size
+    return Component(recipe.source, build_text_classifier, arguments).build(settings.name, num_classes)
 
 
 def _precision(recipe: Recipe, model: ComposerModel, *, on_gpu: bool) -> str | None:

@@ -19,7 +19,7 @@ from composer.core import Precision, Time, TimeUnit, ensure_time
 from composer_effalgos.datasets import DATASETS
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
-from composer_effalgos.models.language import LANGUAGE_MODELS
+from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS
 from composer_effalgos.recipes import components
 from composer_effalgos.recipes.arguments import check_arguments, check_type, describe, parameters, takes_time
 from composer_effalgos.recipes.components import Component, find
@@ -227,7 +227,13 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     loader = settings.get('loader')
     return Recipe(
         dataset=_dataset(f'{source}: dataset', settings['dataset']),
-        model=_section(ModelRecipe, f'{source}: model', settings['model'], {**MODELS, **LANGUAGE_MODELS}, given=('num_classes', 'seq_len')),
+        model=_section(
+            ModelRecipe,
+            f'{source}: model',
+            settings['model'],
+            {**MODELS, **LANGUAGE_MODELS, **TEXT_CLASSIFIERS},
+            given=('num_classes', 'seq_len', 'vocab_size'),
+        ),
         optimizer=_named(f'{source}: optimizer', 'optimizer', settings['optimizer'], components.optimizers(), given=('params',)),
         scheduler=_scheduler(f'{source}: scheduler', settings.get('scheduler')),
         loader=None if loader is None else _loader(f'{source}: loader', loader),

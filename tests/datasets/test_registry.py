@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.convert import convert
-from composer_effalgos.datasets.registry import TEXT
+from composer_effalgos.datasets.registry import LABELLED_TEXT, TEXT
 from composer_effalgos.utils.errors import InputError
 
-IMAGES = [name for name in DATASETS if name not in TEXT]
+IMAGES = [name for name in DATASETS if name not in (*TEXT, *LABELLED_TEXT)]
 
 
 @pytest.fixture

@@ -1,0 +1,97 @@
+"""Token sequences of one length, for language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from composer_effalgos.datasets.images import check_at_least, limited
+from composer_effalgos.utils.errors import InputError
+
+
+class TokenSequences(Dataset[dict[str, Tensor]]):
+    """Sequences of tokens; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]``, labels unshifted as Hugging Face's models take them.
+
+    Args:
+        sequences: Integers ``[N, T]``; may be mapped from a file.
+        num_classes: Size of the vocabulary.
+        source: Where they come from; begins the error message.
+    """
+
+    def __init__(self, sequences: np.ndarray, num_classes: int, source: str | Path = 'tokens') -> None:
+        self.sequences, self.num_classes, self.source = sequences, num_classes, source
+        self.seq_len = sequences.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def stored(self, index: int) -> np.ndarray:
+        """A sequence, int64 ``[T]``.
+
+        Raises:
+            InputError: A token is beyond the vocabulary.
+        """
+        tokens = self.sequences[index].astype(np.int64)
+        check_vocabulary(tokens, self.num_classes, f'{self.source}: sequence {index}')
+        return tokens
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.from_numpy(self.stored(index))
+        return {'input_ids': tokens, 'labels': tokens}
+
+
+def check_vocabulary(tokens: np.ndarray, num_classes: int, source: str) -> None:
+    """Refuse a token that the model has no embedding for.
+
+    Raises:
+        InputError: One is not in ``[0, num_classes)``.
+    """
+    wrong = tokens[(tokens < 0) | (tokens >= num_classes)]
+    if len(wrong):
+        raise InputError(
+            f'{source}: expected tokens from 0 to {num_classes - 1}, got {wrong[0]}; set dataset.vocab_size and the type of a token as '
+            'they were written'
+        )
+
+
+def cut(
+    tokens: np.ndarray,
+    num_classes: int,
+    split: str,
+    *,
+    seq_len: int,
+    limit: int | None,
+    eval_samples: int | None,
+    source: str | Path = 'tokens',
+) -> TokenSequences:
+    """Cut a text into sequences that do not overlap.
+
+    Args:
+        tokens: ``[M]``, one document after the other.
+        num_classes: Size of the vocabulary.
+        split: ``'train'`` or ``'eval'``.
+        seq_len: Tokens in a sequence.
+        limit: Train on so many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most so many, chosen likewise; ``None`` for all.
+        source: Where the text comes from, for messages.
+
+    Raises:
+        InputError: An option out of range, or fewer tokens than a sequence takes.
+    """
+    check_at_least(2, seq_len=seq_len)
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise InputError(f'dataset.seq_len: expected at most {len(tokens)}, the tokens of the {split} split, got {seq_len}')
+    sequences = tokens[: count * seq_len].reshape(count, seq_len)
+    rows = chosen(count, split, limit, eval_samples)
+    return TokenSequences(sequences if len(rows) == count else sequences[rows.numpy()], num_classes, source)
+
+
+def chosen(count: int, split: str, limit: int | None, eval_samples: int | None) -> Tensor:
+    """The samples of a split: ``limit`` of the training split, at most ``eval_samples`` of the other; int64, ascending."""
+    check_at_least(1, eval_samples=eval_samples)
+    return limited(count, limit if split == 'train' else None if eval_samples is None else min(eval_samples, count))

@@ -1,0 +1,143 @@
+"""Tokens in flat files, as nanoGPT writes them: ``train.bin`` and ``val.bin``, one unsigned integer a token and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from composer_effalgos.datasets.images import check_at_least, data_folder
+from composer_effalgos.datasets.sequences import TokenSequences, cut
+from composer_effalgos.recipes.arguments import check_type
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line
+
+META = 'meta.json'
+LARGEST_VOCABULARY = 2**32
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What ``meta.json`` says about tokens that this package wrote; nanoGPT has nothing of the kind, or a pickle, which is not read.
+
+    Attributes:
+        vocab_size: Tokens are below this.
+        tokens: The number of tokens in each split.
+        source: What they were made from.
+    """
+
+    vocab_size: int
+    tokens: dict[str, int]
+    source: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Meta | None:
+        """Read the description in a folder; ``None`` where there is none.
+
+        Raises:
+            InputError: It is there and is not one.
+        """
+        file = folder / META
+        if not file.exists():
+            return None
+        try:
+            found = json.loads(read_text(file))
+            for key, kind in {'vocab_size': int, 'tokens': dict[str, int], 'source': str}.items():
+                check_type(key, found[key], kind)
+            meta = cls(**found)
+            if not 2 <= meta.vocab_size <= LARGEST_VOCABULARY:
+                raise ValueError(f'vocab_size: expected 2 to 2**32, got {meta.vocab_size}')
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(
+                f'{file}: not a description of tokens ({one_line(error)[:200]}); write them again, or remove it and set dataset.vocab_size'
+            ) from error
+        return meta
+
+    def text(self) -> str:
+        """The description as it is written."""
+        return json.dumps(asdict(self), indent=2) + '\n'
+
+
+def token_type(vocab_size: int) -> str:
+    """The narrower of nanoGPT's types that holds a vocabulary."""
+    return 'uint16' if vocab_size <= 2**16 else 'uint32'
+
+
+def write_tokens(file: Path, parts: Iterable[np.ndarray], vocab_size: int) -> int:
+    """Write a flat file of tokens.
+
+    Args:
+        file: A new file.
+        parts: Integers ``[M]`` each, in ``[0, vocab_size)``.
+        vocab_size: Decides the type.
+
+    Returns:
+        The number of tokens.
+    """
+    count = 0
+    with file.open('wb') as out:
+        for part in parts:
+            out.write(part.astype(np.dtype(token_type(vocab_size)).newbyteorder('<')).tobytes())
+            count += len(part)
+    return count
+
+
+def tokens(
+    split: Literal['train', 'eval'],
+    path: str | None,
+    *,
+    seq_len: int = 1024,
+    vocab_size: int | None = None,
+    dtype: Literal['uint16', 'uint32'] | None = None,
+    limit: int | None = None,
+    eval_samples: int | None = None,
+) -> TokenSequences:
+    """Tokens in ``path/train.bin`` and ``path/val.bin``, mapped into memory and cut into sequences that do not overlap.
+
+    nanoGPT's ``prepare.py`` writes such files, and so does ``effalgos convert --to tokens``, with ``meta.json`` beside them.
+
+    Args:
+        split: ``'train'`` or ``'eval'`` (``val.bin``).
+        path: Folder of the files.
+        seq_len: Tokens in a sequence.
+        vocab_size: Tokens are below this: 50257 for GPT-2's. Null: as ``meta.json`` says.
+        dtype: Type of a token in the files. Null: ``uint32`` where the vocabulary in ``meta.json`` needs it, else ``uint16``.
+        limit: Train on so many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+
+    Raises:
+        InputError: No such file, one that is cut off or of another type, no ``vocab_size``, a token beyond it (when it is read).
+    """
+    folder = data_folder('tokens', path, 'train.bin and val.bin')
+    meta = Meta.read(folder)
+    if vocab_size is None and meta is None:
+        raise InputError(f'dataset.vocab_size: missing, and {folder} has no {META}; expected the size of the vocabulary, 50257 for GPT-2')
+    size = meta.vocab_size if vocab_size is None and meta is not None else vocab_size
+    assert size is not None
+    check_at_least(2, vocab_size=size)
+    kind = np.dtype(dtype or ('uint16' if meta is None else token_type(meta.vocab_size))).newbyteorder('<')
+    name = 'train' if split == 'train' else 'val'
+    found = _mapped(folder / f'{name}.bin', kind)
+    expected = None if meta is None else meta.tokens.get(name)
+    if expected is not None and expected != len(found):
+        raise InputError(f'{folder / name}.bin: {len(found)} tokens of {kind.name}, {META} says {expected}: cut off, or of other data')
+    return cut(found, size, split, seq_len=seq_len, limit=limit, eval_samples=eval_samples, source=folder / f'{name}.bin')
+
+
+def _mapped(file: Path, kind: np.dtype) -> np.ndarray:
+    if not file.is_file():
+        raise InputError(f'{file}: no such file; expected tokens as nanoGPT writes them, or as effalgos convert --to tokens does')
+    size = file.stat().st_size
+    if size == 0 or size % kind.itemsize:
+        raise InputError(
+            f'{file}: {size} bytes, expected a multiple of {kind.itemsize} ({kind.name}): cut off, or of another dataset.dtype'
+        )
+    try:
+        return np.memmap(file, kind, 'r')
+    except OSError as error:
+        raise InputError(f'{file}: cannot be read ({one_line(error)})') from error
