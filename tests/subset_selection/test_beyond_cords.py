@@ -241,11 +241,11 @@ def test_equal_shares_add_up_and_differ_by_one_where_the_class_goes(counts, shar
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'strategy': 'el2n', 'keep': 'best'}, 'keep: got .best.; .*highest, lowest'),
+        ({'strategy': 'el2n', 'keep': 'best'}, 'keep: got .best.; did you mean .lowest.'),
         ({'strategy': 'el2n', 'skip': 1.0}, r'skip: got 1.0; a number in \[0, 1\)'),
         ({'strategy': 'el2n', 'backend': 'cords'}, 'backend: cords has no strategy el2n; backend=torch'),
         ({'strategy': 'selcon'}, 'backend: torch has no strategy selcon; backend=cords'),
-        ({'strategy': 'k-centre'}, 'did you mean k-center'),
+        ({'strategy': 'k-centre'}, 'did you mean .k-center.'),
         ({'strategy': 'herding', 'features': 'pixels'}, 'features: got'),
         ({'strategy': 'milo', 'phase': 'first'}, 'phase: got'),
         ({'strategy': 'forgetting'}, 'scores: missing'),
