@@ -162,7 +162,7 @@ def weights_of() -> Callable[[Trainer], torch.Tensor]:
     return lambda trainer: torch.cat([value.flatten().double() for value in trainer.state.model.state_dict().values()])
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def launch() -> Callable[..., tuple[int, str]]:
     """Runs a script on ranks, by one launcher or by one a node as on several machines; gives the exit status and what was said."""
 
