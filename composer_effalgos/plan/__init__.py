@@ -6,6 +6,7 @@ from composer_effalgos.plan.horizon import Budget, Horizon, check_budget
 from composer_effalgos.plan.loader import PlannedDataLoader, class_labels
 from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.paths import DataPath, Reading
+from composer_effalgos.plan.per_sample import check_per_sample_loss
 from composer_effalgos.plan.plan import Plan
 from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
 from composer_effalgos.plan.table import SampleRows, SampleTable
@@ -33,6 +34,7 @@ __all__ = [
     'WeightedLoss',
     'by_shard',
     'check_budget',
+    'check_per_sample_loss',
     'check_seed',
     'class_labels',
     'per_sample_mean',

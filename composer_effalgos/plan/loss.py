@@ -13,7 +13,7 @@ from torch import Tensor
 
 from composer_effalgos.plan.graph import OpaqueGraphError, edge_of
 from composer_effalgos.plan.outputs import NotReadableError, is_near, tensors_of, total_of, with_added
-from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, per_sample_mean, reduction_form
+from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
 from composer_effalgos.plan.token_loss import read_tokens
@@ -208,7 +208,8 @@ class WeightedLoss:
         if self.weigher is not None and self.weigher.by_token:
             return self._weigh_tokens(self.weigher, own, outputs, batch)
         with torch.no_grad():
-            losses, shares = self._refusing(self._form.samples, own, outputs, batch)
+            samples: Samples = self._refusing(self._form.samples, own, outputs, batch)
+        losses, shares = samples.losses, samples.shares
         start = self._window.start + self._position
         where = slice(start, start + len(losses))
         if where.stop > self._window.stop and self._by_position:
@@ -228,7 +229,9 @@ class WeightedLoss:
             return own
         if self._read is None:
             shares = self._corrections(own, outputs, batch)
-        elif not self._form.weigh(own, outputs, weights, self._hooked):
+        elif samples.weigh is not None:
+            samples.weigh(weights, self._hooked)
+        else:
             self._weigh_gradients(outputs, weights)
         return with_added(own, [((weights - 1) * share).sum() for share in shares])
 

@@ -13,9 +13,20 @@ from torch import Tensor, nn
 from composer_effalgos.plan.graph import edge_of, walk
 from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, in_full, tensors_of, total_of
 from composer_effalgos.plan.probe import Probe
+from composer_effalgos.utils.errors import InputError
 
 PerSampleLoss = Callable[[Any, Any], Any]
 """``(outputs, batch) -> losses``: float ``[B, ...]``, reduced to ``[B]`` by the mean over all other dimensions."""
+
+
+def check_per_sample_loss(given: Any) -> None:
+    """Refuses what is no :data:`PerSampleLoss`; None passes.
+
+    Args:
+        given: The argument ``per_sample_loss``.
+    """
+    if given is not None and not callable(given):
+        raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {given!r}')
 
 
 def per_sample_mean(losses: Tensor) -> Tensor:
@@ -36,6 +47,8 @@ class Samples(NamedTuple):
 
     losses: Tensor  # [B], as it is per sample
     shares: list[Tensor]  # [B] each: what it adds to each of the losses that the model returns, or to their sum
+    # weighs the gradients, but for what is in the set already, where there is a cheaper way than at the outputs
+    weigh: Callable[[Tensor, set[Any]], None] | None = None
 
 
 class Form(Protocol):
@@ -46,9 +59,6 @@ class Form(Protocol):
 
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
         """With the shares in ``own``, the model's loss for this batch."""
-
-    def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
-        """Weighs the gradients of this loss, but for what is ``done``, where there is a cheaper way than at the outputs; or says no."""
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         """For a check."""
@@ -79,9 +89,6 @@ class Called:
         # whatever the mean is taken over (class weights, ignored labels, a scale), it is found anew in every batch
         pairs = zip(each, entries, strict=True)
         return Samples(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
-
-    def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
-        return False
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         with torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import UserDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -131,28 +132,16 @@ class ReadFromGraph:
         return self.samples(self.original(outputs, batch), outputs, batch).losses
 
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
-        each = []
+        each: list[tuple[Tensor, Tensor]] = []
+        nodes: list[tuple[Any, _Rows]] = []
         for entry in entries_of(own):
             reading = read_graph(entry, outputs)
             if reading is None:
-                each = [self._by_formula(own, outputs, batch)]
-                break
+                return _samples([self._by_formula(own, outputs, batch)])
             each.append(_summed([_of_term(term, reading.rows) for term in reading.terms]))
-        return Samples(torch.stack([losses for losses, _ in each]).sum(dim=0), [shares for _, shares in each])
-
-    def weigh(self, own: Any, outputs: Any, weights: Tensor, done: set[Any]) -> bool:
-        """Weighs plain cross-entropies where they begin their backward pass: one number a token, in place of all logits' gradients."""
-        readings = [read_graph(entry, outputs) for entry in entries_of(own)]
-        nodes = [(term.node, reading.rows) for reading in readings if reading for term in reading.terms]
-        if not all(readings) or not all(is_cross_entropy(node) for node, _ in nodes):
-            return False
-        for node, rows in nodes:
-            if node in done:
-                continue
-            done.add(node)
-            *_, target = node_token_losses(node)
-            node.register_hook(weighing(target.unsqueeze(1), rows.spread(weights, target)))
-        return True
+            nodes += [(term.node, reading.rows) for term in reading.terms]
+        plain = all(is_cross_entropy(node) for node, _ in nodes)
+        return _samples(each)._replace(weigh=functools.partial(_weigh, nodes) if plain else None)
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         readings = [read_graph(entry, outputs) for entry in entries_of(own)]
@@ -185,6 +174,20 @@ class ReadFromGraph:
                     "it takes no reduction='none', and neither its graph nor the usual formulas show the samples' losses"
                 )
         return candidates[self._formula]()
+
+
+def _samples(each: Sequence[tuple[Tensor, Tensor]]) -> Samples:
+    return Samples(torch.stack([losses for losses, _ in each]).sum(dim=0), [shares for _, shares in each])
+
+
+def _weigh(nodes: Sequence[tuple[Any, _Rows]], weights: Tensor, done: set[Any]) -> None:
+    """Weighs plain cross-entropies where they begin their backward pass: one number a token, in place of all logits' gradients."""
+    for node, rows in nodes:
+        if node in done:
+            continue
+        done.add(node)
+        *_, target = node_token_losses(node)
+        node.register_hook(weighing(target.unsqueeze(1), rows.spread(weights, target)))
 
 
 def _positions(outputs: Any) -> dict[Edge, int]:

@@ -22,6 +22,7 @@ from composer_effalgos.plan import (
     SampleTable,
     Selector,
     check_budget,
+    check_per_sample_loss,
     check_seed,
     class_labels,
     stream_seed,
@@ -89,8 +90,7 @@ class Pruning(Selector, Algorithm):
         self._ratio: Callable[[float], float] = ratio_schedule(prune_ratio)
         check_number('delta', delta, least=0, most=1)
         check_seed(seed)
-        if per_sample_loss is not None and not callable(per_sample_loss):
-            raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        check_per_sample_loss(per_sample_loss)
         check_budget(budget)
         self.prune_ratio = prune_ratio
         self.delta = delta

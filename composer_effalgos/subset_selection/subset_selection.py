@@ -15,7 +15,18 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from composer_effalgos.plan import Budget, Choice, PerSampleLoss, Plan, Selector, WeightedLoss, check_budget, check_seed, stream_seed
+from composer_effalgos.plan import (
+    Budget,
+    Choice,
+    PerSampleLoss,
+    Plan,
+    Selector,
+    WeightedLoss,
+    check_budget,
+    check_per_sample_loss,
+    check_seed,
+    stream_seed,
+)
 from composer_effalgos.plan.progress import parse_time
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.subset_selection.data_pass import DataPass, Found
@@ -105,8 +116,7 @@ class SubsetSelection(Selector, Algorithm):
         check_budget(budget)
         if not isinstance(linear_layer, bool):
             raise InputError(f'linear_layer: expected true or false, got {linear_layer!r}')
-        if per_sample_loss is not None and not callable(per_sample_loss):
-            raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        check_per_sample_loss(per_sample_loss)
         if val_dataloader is not None and not isinstance(val_dataloader, DataLoader | DataSpec):
             raise InputError(f'val_dataloader: expected a torch.utils.data.DataLoader, got {type(val_dataloader).__name__}')
         check_number('val_share', val_share, least=0, below=1)

@@ -8,9 +8,8 @@ import torch
 from composer.core import State, Time
 from torch import Tensor
 
-from composer_effalgos.plan import PerSampleLoss
+from composer_effalgos.plan import PerSampleLoss, check_per_sample_loss
 from composer_effalgos.utils.checks import LARGEST, check_number
-from composer_effalgos.utils.errors import InputError
 from composer_effalgos.weighting.formulas import lin_upper
 from composer_effalgos.weighting.weighting import Weighting
 
@@ -54,8 +53,7 @@ class LinUpper(Weighting):
         per_sample_loss: PerSampleLoss | None = None,
     ) -> None:
         check_number('temperature', temperature, least=0.01, most=LARGEST)
-        if per_sample_loss is not None and not callable(per_sample_loss):
-            raise InputError(f'per_sample_loss: must be callable(outputs, batch) -> [B], got {per_sample_loss!r}')
+        check_per_sample_loss(per_sample_loss)
         super().__init__(burn_in, global_batch=global_batch)
         self.temperature, self.per_sample_loss = temperature, per_sample_loss
 
