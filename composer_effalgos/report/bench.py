@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from composer_effalgos.report.frontier import UNITS, Frontier, frontier, is_finished, plain_lengths
+from composer_effalgos.report.frontier import Frontier, check_unit, frontier, is_finished, plain_lengths
 from composer_effalgos.report.frontier_table import terminal, write_frontier
 from composer_effalgos.report.page import write_report
 from composer_effalgos.report.results import write_results
@@ -114,8 +114,7 @@ def show_frontier(folder: str | Path, by: str | None = None, *, console: Console
 
 def _check_frontier(sweep: Sweep, jobs: Sequence[Job], by: str | None) -> None:
     """What would make the runs useless, before the first of them is trained."""
-    if by is not None and by not in UNITS:
-        raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
+    check_unit(by)
     recipes = {job.method: job.recipe.settings for job in jobs}
     plain_lengths(list(recipes.items()), str(sweep.path))
 

@@ -103,8 +103,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     Raises:
         InputError: There are not two plain lengths, or no method, or the runs are of several datasets, machines, or without what is asked.
     """
-    if by is not None and by not in UNITS:
-        raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
+    check_unit(by)
     runs, is_loss, notes = _with_quality(runs, source)
     cells = _cells(runs, source)
     _check_machine(runs, source)
@@ -114,13 +113,11 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     by, units = _units(runs, by)
     ordered = [*baseline, *methods]
     sign = -1 if is_loss else 1
-    compared = {}
-    for unit in units:
-        found = [_cell(group, unit, is_loss=is_loss) for group in ordered]
-        compared[unit] = compare(found[: len(baseline)], found[len(baseline) :])
+    found = {unit: [_cell(group, unit, is_loss=is_loss) for group in ordered] for unit in units}
+    compared = {unit: compare(own[: len(baseline)], own[len(baseline) :]) for unit, own in found.items()}
     points = []
     for number, group in enumerate(ordered):
-        cell = _cell(group, by, is_loss=is_loss)
+        cell = found[by][number]
         mean, *ends = (sign * value for value in compared[by].quality[number])
         points.append(
             Point(
@@ -131,7 +128,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
                 sd=float(cell.quality.std(ddof=1)) if len(group) > 1 else None,
                 low=float(min(ends)),
                 high=float(max(ends)),
-                budgets={unit: float(_cell(group, unit, is_loss=is_loss).budget.mean()) for unit in units},
+                budgets={unit: float(own[number].budget.mean()) for unit, own in found.items()},
                 factors={unit: compared[unit].factors[number - len(baseline)] for unit in units if number >= len(baseline)},
             )
         )
@@ -139,6 +136,16 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     if is_loss:
         curve = Curve(curve.budget, -curve.quality, -curve.high, -curve.low)
     return Frontier(by, units, is_loss, points, curve, [*notes, *_notes(ordered, baseline)])
+
+
+def check_unit(by: str | None) -> None:
+    """Refuses what is no unit of a budget; None passes.
+
+    Raises:
+        InputError: It is not a key of :data:`UNITS`.
+    """
+    if by is not None and by not in UNITS:
+        raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
 
 
 def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
