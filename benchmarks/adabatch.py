@@ -15,18 +15,16 @@ On a GPU, with the images of CIFAR-10 decoded in its memory:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import compared
 import record
 
-from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.report.runner import finished, run_jobs
-from composer_effalgos.report.sweep import Job, Sweep
+from composer_effalgos.report.sweep import Sweep
 from composer_effalgos.utils.errors import InputError
 
 NAMES = {'small': 'fixed small batch', 'adabatch': 'AdaBatch', 'large': 'fixed large batch'}
@@ -63,16 +61,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     return Sweep('adabatch', Path('adabatch'), seeds=args.seeds, settings=settings, methods=methods)
 
 
-def read(jobs: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
-    """The summaries of the runs that are done, by method."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
-    for job in jobs:
-        if finished(job):
-            found[job.method].append(json.loads((job.recipe.run_folder / SUMMARY).read_text(encoding='utf-8')))
-    return found
-
-
-def markdown(runs: dict[str, list[dict[str, Any]]], settings: str) -> str:
+def markdown(runs: compared.Runs, settings: str) -> str:
     """The tables: what each method cost and reached, and the seconds of its epochs by batch size."""
     small = runs['small']
     rows = []
@@ -118,22 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--lr', type=float, default=0.05, help='learning rate that all begin with')
     parser.add_argument('--seeds', type=int, nargs='+', default=[17])
     parser.add_argument('--workers', type=int, default=0, help='loader processes')
-    parser.add_argument('--minutes', type=float, help='stop after so many')
-    parser.add_argument('--out', type=Path, default=Path('runs/adabatch'), help='folder of the runs')
-    parser.add_argument('--results', type=Path, default=Path('benchmarks/results'), help='folder for the tables')
-    parser.add_argument(
-        '--set', dest='overrides', action='append', default=[], metavar='key=value', help='a setting on top of every recipe'
-    )
+    compared.add_arguments(parser, 'adabatch')
     args = parser.parse_args(argv)
-    try:
-        jobs = make_sweep(args).jobs(args.out, args.overrides)
-        outcome = run_jobs(jobs, args.out, minutes=args.minutes)
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
+    trained = compared.train(make_sweep, args)
+    if trained is None:
         return 2
-    for failure in outcome.failures:
-        print(f'error: {failure}', file=sys.stderr)
-    runs = read(jobs)
+    outcome, runs = trained
     if any(runs.values()):
         images = 'all images' if args.samples is None else f'{args.samples:,} images'
         settings = (

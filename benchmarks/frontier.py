@@ -20,8 +20,6 @@ from composer_effalgos.report.frontier import UNITS, is_finished
 from composer_effalgos.report.frontier_table import as_json, markdown, write_figure
 from composer_effalgos.utils.errors import InputError
 
-KEPT = ('run_name', 'seed', 'device', 'world_size', 'versions', 'epochs', 'totals')  # the recipe holds paths of this machine
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Records the finished runs of one or several folders.
@@ -44,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     text = markdown(found)
     print(text)
-    summaries = [{key: run.summary[key] for key in KEPT} for run in runs]
     picture = f'![Quality over budget: the curve of plain runs with its 95 % band, and each method]({args.name}.svg)\n\n'
-    results = as_json(found) | {'runs': summaries}
+    results = as_json(found) | {'runs': [record.without_paths(run.summary) for run in runs]}
     record.write(args.out, args.name, results, f'{picture}{text}\n{args.note}', title='Equivalent-budget factors')
     write_figure(found, args.out, args.name, ['svg'])
     return 0

@@ -44,6 +44,11 @@ def environment() -> dict[str, Any]:
     return {'date': datetime.date.today().isoformat(), 'command': command, 'hardware': hardware, 'versions': versions}
 
 
+def without_paths(summary: dict[str, Any]) -> dict[str, Any]:
+    """A run's summary without its recipe, which holds paths of this machine."""
+    return {key: summary[key] for key in ('run_name', 'seed', 'device', 'world_size', 'versions', 'epochs', 'totals')}
+
+
 def write(out: Path, name: str, results: dict[str, Any], markdown: str, *, title: str) -> Path:
     """Writes ``name.json`` and ``name.md``.
 

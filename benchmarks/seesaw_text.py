@@ -18,20 +18,18 @@ On a GPU, 30 million parameters in bfloat16::
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import compared
 import numpy as np
 import record
 from scipy import stats
 
-from composer_effalgos.monitor import SUMMARY
-from composer_effalgos.report.runner import finished, run_jobs
-from composer_effalgos.report.sweep import Job, Sweep
+from composer_effalgos.report.sweep import Sweep
 from composer_effalgos.utils.errors import InputError
 
 NAMES = {'cosine': 'cosine', 'seesaw': 'Seesaw', 'fixed': 'cosine, larger batch'}
@@ -67,16 +65,6 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     return Sweep('seesaw_text', Path('seesaw_text'), seeds=args.seeds, settings=settings, methods=methods)
 
 
-def read(jobs: Sequence[Job]) -> dict[str, dict[int, dict[str, Any]]]:
-    """The summaries of the runs that are done, by method and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in NAMES}
-    for job in jobs:
-        if finished(job):
-            summary = json.loads((job.recipe.run_folder / SUMMARY).read_text(encoding='utf-8'))
-            found[job.method][summary['seed']] = summary
-    return found
-
-
 def interval(differences: Sequence[float]) -> str:
     """Mean and 95 % interval of paired differences, by Student's t."""
     mean = float(np.mean(differences))
@@ -86,21 +74,20 @@ def interval(differences: Sequence[float]) -> str:
     return f'{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]'
 
 
-def markdown(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
+def markdown(runs: compared.Runs) -> str:
     """A row a method; differences are seed by seed from the plain cosine."""
     rows = []
+    cosine = {run['seed']: run['totals']['eval_loss'] for run in runs.get('cosine', [])}
     for method, name in NAMES.items():
-        own = runs[method]
+        own = runs.get(method, [])
         if not own:
             continue
-        losses = [run['totals']['eval_loss'] for run in own.values()]
-        steps = np.mean([sum(epoch['batches'] for epoch in run['epochs']) for run in own.values()])
-        batches = [epoch['batch_size'] for run in own.values() for epoch in run['epochs']]
-        seconds = np.mean([run['totals']['train_cpu_seconds'] for run in own.values()])
+        losses = [run['totals']['eval_loss'] for run in own]
+        steps = np.mean([sum(epoch['batches'] for epoch in run['epochs']) for run in own])
+        batches = [epoch['batch_size'] for run in own for epoch in run['epochs']]
+        seconds = np.mean([run['totals']['train_cpu_seconds'] for run in own])
         spread = f' ± {np.std(losses, ddof=1):.4f}' if len(losses) > 1 else ''
-        pairs = [
-            run['totals']['eval_loss'] - runs['cosine'][seed]['totals']['eval_loss'] for seed, run in own.items() if seed in runs['cosine']
-        ]
+        pairs = [run['totals']['eval_loss'] - cosine[run['seed']] for run in own if run['seed'] in cosine]
         batch = f'{min(batches)}' if min(batches) == max(batches) else f'{min(batches)} to {max(batches)}'
         difference = '' if method == 'cosine' or not pairs else interval(pairs)
         rows.append([name, len(own), batch, f'{steps:,.0f}', f'{seconds:.1f}', f'{np.mean(losses):.4f}{spread}', difference])
@@ -122,31 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--lr', type=float, default=3e-3)
     parser.add_argument('--seeds', type=int, nargs='+', default=[17, 18, 19, 20, 21])
     parser.add_argument('--methods', nargs='+', choices=list(NAMES), default=list(NAMES))
-    parser.add_argument('--minutes', type=float, help='stop after so many')
     parser.add_argument('--name', default='seesaw_text', help='of the result')
     parser.add_argument('--note', default='', help='words below the table')
-    parser.add_argument('--out', type=Path, default=Path('runs/seesaw_text'), help='folder of the runs')
-    parser.add_argument('--results', type=Path, default=Path('benchmarks/results'), help='folder for the table')
-    parser.add_argument(
-        '--set', dest='overrides', action='append', default=[], metavar='key=value', help='a setting on top of every recipe'
-    )
+    compared.add_arguments(parser, 'seesaw_text')
     args = parser.parse_args(argv)
-    try:
-        jobs = make_sweep(args).jobs(args.out, args.overrides)
-        outcome = run_jobs(jobs, args.out, minutes=args.minutes)
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
+    trained = compared.train(make_sweep, args)
+    if trained is None:
         return 2
-    for failure in outcome.failures:
-        print(f'error: {failure}', file=sys.stderr)
-    runs = read(jobs)
+    outcome, runs = trained
     if any(runs.values()):
         about = (
             f'Sequences of 128 bytes, {args.samples:,} an epoch, {args.epochs} epochs; AdamW {args.lr:g}, warm-up and cosine to zero. '
             f'Not yet done: {", ".join(outcome.pending) or "nothing"}.'
         )
-        kept = ('run_name', 'seed', 'device', 'world_size', 'versions', 'epochs', 'totals')  # the recipe holds paths of this machine
-        results = {'runs': [{key: run[key] for key in kept} for method in runs.values() for run in method.values()]}
+        results = {'runs': [record.without_paths(run) for method in runs.values() for run in method]}
         text = f'{about}\n\n{markdown(runs)}\n{args.note}'
         written = record.write(args.results, f'{args.name}_{args.device}', results, text, title='Seesaw against cosine on text')
         print(written.read_text('utf-8'))

@@ -26,6 +26,16 @@ from composer_effalgos.utils.text import one_line
 # click's ClickException, of which newer versions of typer have a copy
 _CommandError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
 
+# of several commands
+Overrides = Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')]
+Out = Annotated[Path | None, typer.Option(help='Folder for the runs and the report; runs/<name of the sweep> by default.')]
+Seeds = Annotated[list[int] | None, typer.Option(help="In place of the sweep's seeds; may be given several times.")]
+Only = Annotated[list[str] | None, typer.Option(help='Train this method alone; may be given several times.')]
+Minutes = Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')]
+Jobs = Annotated[int, typer.Option(min=1, help='Runs side by side, each with one thread.')]
+Ranks = Annotated[int, typer.Option(min=1, help='Processes a run, one a GPU.')]
+Fresh = Annotated[bool, typer.Option('--fresh', help='Train everything anew.')]
+
 app = typer.Typer(name='effalgos', no_args_is_help=True, add_completion=False)
 
 
@@ -50,14 +60,14 @@ def demo(out: Annotated[Path, typer.Option(help='Folder for the runs and the rep
 @app.command()
 def bench(
     sweep: Annotated[Path, typer.Argument(help='A YAML file; effalgos recipes lists those that come with the project.')],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')] = None,
-    out: Annotated[Path | None, typer.Option(help='Folder for the runs and the report; runs/<name of the sweep> by default.')] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="In place of the sweep's seeds; may be given several times.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help='Train this method alone; may be given several times.')] = None,
-    minutes: Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')] = None,
-    jobs: Annotated[int, typer.Option(min=1, help='Runs side by side, each with one thread.')] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help='Processes a run, one a GPU.')] = 1,
-    fresh: Annotated[bool, typer.Option('--fresh', help='Train everything anew.')] = False,
+    overrides: Overrides = None,
+    out: Out = None,
+    seed: Seeds = None,
+    only: Only = None,
+    minutes: Minutes = None,
+    jobs: Jobs = 1,
+    ranks: Ranks = 1,
+    fresh: Fresh = False,
     keep_checkpoints: Annotated[bool, typer.Option('--keep-checkpoints', help='Keep the checkpoints of finished runs.')] = False,
 ) -> None:
     """Train a sweep, or what is left of it; write results.csv, results.json, report.html and report.md."""
@@ -79,16 +89,16 @@ def bench(
 @app.command()
 def frontier(
     sweep: Annotated[Path, typer.Argument(help='A YAML file with plain runs of several lengths; or a folder of finished runs.')],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')] = None,
-    out: Annotated[Path | None, typer.Option(help='Folder for the runs and the report; runs/<name of the sweep> by default.')] = None,
+    overrides: Overrides = None,
+    out: Out = None,
     by: Annotated[
         str | None, typer.Option(help='A budget is: cpu_seconds (by default on a CPU), seconds (elsewhere), samples or steps.')
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="In place of the sweep's seeds; may be given several times.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help='Train this method alone; may be given several times.')] = None,
-    minutes: Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')] = None,
-    jobs: Annotated[int, typer.Option(min=1, help='Runs side by side, each with one thread.')] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help='Processes a run, one a GPU.')] = 1,
+    seed: Seeds = None,
+    only: Only = None,
+    minutes: Minutes = None,
+    jobs: Jobs = 1,
+    ranks: Ranks = 1,
 ) -> None:
     """Does a method pay? Train a sweep, or what is left of it, and set each method against plain training of the same budget."""
     if sweep.is_dir():
@@ -114,13 +124,13 @@ def frontier(
 @app.command()
 def search(
     sweep: Annotated[Path, typer.Argument(help='A YAML file with search: axes.')],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help='Folder for the runs; runs/<name of the sweep> by default.')] = None,
     target: Annotated[float | None, typer.Option(help="The accuracy to reach; the last of the sweep's targets by default.")] = None,
     trials: Annotated[int, typer.Option(min=1, help='Combinations to train.')] = 30,
     seed: Annotated[int, typer.Option(help='Of the search and of the runs.')] = 17,
-    minutes: Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')] = None,
-    fresh: Annotated[bool, typer.Option('--fresh', help='Train everything anew.')] = False,
+    minutes: Minutes = None,
+    fresh: Fresh = False,
 ) -> None:
     """Search the combination of settings that reaches an accuracy in the least seconds of training."""
     _exit(run_search(sweep, out, overrides or (), target=target, trials=trials, seed=seed, minutes=minutes, fresh=fresh))

@@ -276,6 +276,26 @@ class MdsImages(StoredImages):
         return image
 
 
+def located(kind: str, path: str | None, remote: str | None, names: Sequence[str], description: str) -> Path:
+    """The folder of the splits; one with a remote place may be empty yet, and gets the description of what is there.
+
+    Args:
+        kind: Name of the data set, for messages.
+        path: The folder on this machine.
+        remote: Its place elsewhere, if any.
+        names: The splits' folders in it.
+        description: Name of the file that describes the data; there may be none.
+
+    Raises:
+        InputError: There is no such folder, and no remote one.
+    """
+    if path is None or remote is None:
+        return data_folder(kind, path, f'MDS shards in {" and ".join(f"{name}/" for name in names)}')
+    folder = Path(path).expanduser()
+    fetch(remote.rstrip('/'), folder, description, optional=True)
+    return folder
+
+
 def mds(
     split: Literal['train', 'eval'],
     path: str | None,
@@ -313,11 +333,7 @@ def mds(
     """
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     name = 'train' if split == 'train' else eval_folder
-    if path is None or remote is None:
-        folder = data_folder('mds', path, f'MDS shards in train/ and {eval_folder}/')
-    else:
-        folder = Path(path).expanduser()
-        fetch(remote.rstrip('/'), folder, DESCRIPTION, optional=True)
+    folder = located('mds', path, remote, ('train', eval_folder), DESCRIPTION)
     place = None if remote is None else f'{remote.rstrip("/")}/{name}'
     shards = Shards(folder / name, place, {'image_column': (image_column, _IMAGES), 'label_column': (label_column, _LABELS)})
     description = Description.read(folder)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from composer_effalgos.datasets.images import check_at_least, data_folder
-from composer_effalgos.datasets.mds import Shards, fetch
+from composer_effalgos.datasets.images import check_at_least
+from composer_effalgos.datasets.mds import Shards, located
 from composer_effalgos.datasets.sequences import check_vocabulary, chosen
-from composer_effalgos.datasets.tokens import META, Meta
+from composer_effalgos.datasets.tokens import META, Meta, vocabulary
 from composer_effalgos.utils.errors import InputError
 
 _TOKENS = ('bytes', 'ndarray')
@@ -115,17 +114,10 @@ def mds_tokens(
     """
     check_at_least(2, seq_len=seq_len, vocab_size=vocab_size)
     name = train_folder if split == 'train' else eval_folder
-    if path is None or remote is None:
-        folder = data_folder('mds_tokens', path, f'MDS shards in {train_folder}/ and {eval_folder}/')
-    else:
-        folder = Path(path).expanduser()
-        fetch(remote.rstrip('/'), folder, META, optional=True)
-    meta: Any = Meta.read(folder)
-    if vocab_size is None and meta is None:
-        raise InputError(f'dataset.vocab_size: missing, and {folder} has no {META}; expected the size of the vocabulary, 50257 for GPT-2')
+    folder = located('mds_tokens', path, remote, (train_folder, eval_folder), META)
+    size = vocabulary(vocab_size, Meta.read(folder), folder)
     place = None if remote is None else f'{remote.rstrip("/")}/{name}'
     shards = Shards(folder / name, place, {'column': (column, _TOKENS)})
     rows = chosen(shards.num_samples, split, limit, eval_samples)
-    size = meta.vocab_size if vocab_size is None else vocab_size
     by_shard = shuffle == 'shards' and split == 'train'
     return MdsTokens(shards, rows, size, seq_len, column=column, dtype=dtype, by_shard=by_shard)

@@ -63,6 +63,19 @@ class Meta:
         return json.dumps(asdict(self), indent=2) + '\n'
 
 
+def vocabulary(given: int | None, meta: Meta | None, folder: Path) -> int:
+    """The size of the vocabulary: as given, else as ``meta.json`` says.
+
+    Raises:
+        InputError: Neither says it.
+    """
+    if given is not None:
+        return given
+    if meta is None:
+        raise InputError(f'dataset.vocab_size: missing, and {folder} has no {META}; expected the size of the vocabulary, 50257 for GPT-2')
+    return meta.vocab_size
+
+
 def token_type(vocab_size: int) -> str:
     """The narrower of nanoGPT's types that holds a vocabulary."""
     return 'uint16' if vocab_size <= 2**16 else 'uint32'
@@ -115,10 +128,7 @@ def tokens(
     """
     folder = data_folder('tokens', path, 'train.bin and val.bin')
     meta = Meta.read(folder)
-    if vocab_size is None and meta is None:
-        raise InputError(f'dataset.vocab_size: missing, and {folder} has no {META}; expected the size of the vocabulary, 50257 for GPT-2')
-    size = meta.vocab_size if vocab_size is None and meta is not None else vocab_size
-    assert size is not None
+    size = vocabulary(vocab_size, meta, folder)
     check_at_least(2, vocab_size=size)
     kind = np.dtype(dtype or ('uint16' if meta is None else token_type(meta.vocab_size))).newbyteorder('<')
     name = 'train' if split == 'train' else 'val'

@@ -87,7 +87,12 @@ def hf_sequence_classification(
     return _model('AutoModelForSequenceClassification', config, pretrained_model_name_or_path if pretrained else None)
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """Import the package.
+
+    Raises:
+        InputError: It is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -97,12 +102,11 @@ def _transformers() -> Any:
 
 def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int) -> Any:
     """The configuration, held against the data."""
-    transformers = _transformers()
+    transformers = import_transformers()
     folder = Path(name).expanduser()
     from_folder = folder.is_dir()
     if not from_folder and name not in transformers.CONFIG_MAPPING:
-        hint = did_you_mean(name, transformers.CONFIG_MAPPING.keys())
-        hint = hint if hint.startswith('did') else 'such as gpt2, llama or bert'
+        hint = did_you_mean(name, transformers.CONFIG_MAPPING.keys(), otherwise='such as gpt2, llama or bert')
         raise InputError(f"{_KEY}: expected a folder or the name of a configuration of Hugging Face's, got {name!r}; {hint}")
     try:
         config = (
@@ -134,7 +138,7 @@ def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int)
 
 def _model(kind: str, config: Any, folder: str | None) -> Any:
     """The model, with random weights or those in the folder."""
-    factory = getattr(_transformers(), kind)
+    factory = getattr(import_transformers(), kind)
     if type(config) not in factory._model_mapping:
         raise InputError(f'{_KEY}: {config.model_type} has no model for this task ({kind})')
     if folder is not None and not Path(folder).expanduser().is_dir():

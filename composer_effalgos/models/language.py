@@ -9,7 +9,7 @@ from composer.metrics import CrossEntropy, LanguageCrossEntropy
 from composer.models import HuggingFaceModel
 from torchmetrics.classification import MulticlassAccuracy
 
-from composer_effalgos.models.huggingface import hf_causal_lm, hf_sequence_classification
+from composer_effalgos.models.huggingface import hf_causal_lm, hf_sequence_classification, import_transformers
 from composer_effalgos.recipes.arguments import check_arguments
 from composer_effalgos.utils.errors import InputError
 
@@ -38,10 +38,7 @@ def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, he
         raise InputError(f'model.width: expected a multiple of the {heads} heads, got {width}')
     if not 0 <= dropout < 1:
         raise InputError(f'model.dropout: expected 0 to 1, got {dropout}')
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError("model.name: gpt2 needs transformers; pip install 'composer-effalgos[text]'") from error
+    transformers = import_transformers()
     config = transformers.GPT2Config(
         vocab_size=num_classes,
         n_positions=seq_len,

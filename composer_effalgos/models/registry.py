@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import typing
@@ -84,9 +83,8 @@ def _published(name: str) -> Mapping[str, Tensor]:
     enums = [models.get_model_weights(model) for model in models.list_models(module=models)]
     known = {str(weights): weights for enum in enums for weights in enum}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = did_you_mean(name, known) if near else 'they are called as in torchvision.models, e.g. ResNet18_Weights.IMAGENET1K_V1'
-        raise InputError(f'model.pretrained: torchvision has no weights {name!r}; {hint}')
+        named = 'they are called as in torchvision.models, e.g. ResNet18_Weights.IMAGENET1K_V1'
+        raise InputError(f'model.pretrained: torchvision has no weights {name!r}; {did_you_mean(name, known, otherwise=named)}')
     return known[name].get_state_dict(check_hash=True)
 
 
@@ -101,13 +99,8 @@ def _find(name: str) -> tuple[str, str]:
         if name in names or (library == 'timm' and timm.is_model(name)):
             return library, name
     every = [item for names in known.values() for item in names]
-    near = difflib.get_close_matches(name, every, n=1)
-    hint = (
-        did_you_mean(name, every)
-        if near
-        else f'known: {", ".join(MODELS)}, and what torchvision.models.list_models() and timm.list_models() list'
-    )
-    raise InputError(f'model.name: {name!r} is no model of ours, torchvision or timm; {hint}')
+    listed = f'known: {", ".join(MODELS)}, and what torchvision.models.list_models() and timm.list_models() list'
+    raise InputError(f'model.name: {name!r} is no model of ours, torchvision or timm; {did_you_mean(name, every, otherwise=listed)}')
 
 
 def _from_cifar(name: str, num_classes: int, download: bool, options: dict[str, Any]) -> nn.Module:

@@ -34,12 +34,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def did_you_mean(name: object, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str], *, otherwise: str | None = None) -> str:
     """The end of an "unknown name" message: the nearest known name, or all of them when none is near.
 
     Args:
         name: What was written.
         known: The right names.
+        otherwise: What to say where none is near, in place of all of them.
 
     Returns:
         ``"did you mean 'x'?"`` or ``'known: x, y, z'``.
@@ -47,7 +48,9 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     known = sorted(known)
     by_plain_name = {plain(item): item for item in known}
     near = difflib.get_close_matches(plain(str(name)), by_plain_name, n=1, cutoff=0.6)
-    return f"did you mean '{by_plain_name[near[0]]}'?" if near else f'known: {", ".join(known) or "none"}'
+    if near:
+        return f"did you mean '{by_plain_name[near[0]]}'?"
+    return f'known: {", ".join(known) or "none"}' if otherwise is None else otherwise
 
 
 def plain(name: str) -> str:

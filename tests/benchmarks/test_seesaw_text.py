@@ -41,9 +41,9 @@ def test_the_methods_differ_in_what_is_compared_alone(script, tmp_path):
 
 def test_table(script):
     runs = {
-        'cosine': {17: summary(17, 2.0, [4, 4], [16, 16]), 18: summary(18, 2.2, [4, 4], [16, 16])},
-        'seesaw': {17: summary(17, 2.1, [4, 1], [16, 64]), 18: summary(18, 2.3, [4, 1], [16, 64])},
-        'fixed': {},
+        'cosine': [summary(17, 2.0, [4, 4], [16, 16]), summary(18, 2.2, [4, 4], [16, 16])],
+        'seesaw': [summary(17, 2.1, [4, 1], [16, 64]), summary(18, 2.3, [4, 1], [16, 64])],
+        'fixed': [],
     }
     text = script('seesaw_text').markdown(runs)
     assert '| cosine | 2 | 16 | 8 | 60.0 | 2.1000 ± 0.1414 |  |' in text
