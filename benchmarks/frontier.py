@@ -4,11 +4,16 @@ First the runs (the same command goes on after ``--minutes``), then their record
 
     effalgos frontier yamls/sweeps/frontier_cifar10.yaml dataset.path=data --out runs/frontier_cifar10
     python benchmarks/frontier.py runs/frontier_cifar10 --name frontier_cifar10_cpu
+
+A sweep that is trained in parts, on several days or machines of one kind, is recorded in parts: give the earlier record beside the folder::
+
+    python benchmarks/frontier.py runs/frontier_cifar10 benchmarks/results/frontier_cifar10_cpu.json --name frontier_cifar10_cpu
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +23,10 @@ import record
 from composer_effalgos.report import frontier, read_runs
 from composer_effalgos.report.frontier import UNITS, is_finished
 from composer_effalgos.report.frontier_table import as_json, markdown, write_figure
+from composer_effalgos.report.runs import Run, check_summary
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.files import read_text
+from composer_effalgos.utils.text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for bad input.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', type=Path, nargs='+', help='folders of runs of one sweep')
+    parser.add_argument('runs', type=Path, nargs='+', help='folders of runs of one sweep, and earlier records (.json) of it')
     parser.add_argument('--name', required=True, help='name of the result')
     parser.add_argument('--by', choices=UNITS, help='what a budget is; CPU seconds by default on a CPU, seconds elsewhere')
     parser.add_argument('--note', default='', help='a sentence below the table')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
     try:
-        runs = [run for folder in args.runs for run in read_runs(folder)[0] if is_finished(folder, run)]
+        runs = [run for path in args.runs for run in _runs(path)]
         found = frontier(runs, ', '.join(map(str, args.runs)), args.by)
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
@@ -47,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.write(args.out, args.name, results, f'{picture}{text}\n{args.note}', title='Equivalent-budget factors')
     write_figure(found, args.out, args.name, ['svg'])
     return 0
+
+
+def _runs(path: Path) -> list[Run]:
+    """The finished runs of a folder, or those of an earlier record."""
+    if path.suffix != '.json':
+        return [run for run in read_runs(path)[0] if is_finished(path, run)]
+    try:
+        summaries = json.loads(read_text(path))['runs']
+        for summary in summaries:
+            check_summary(summary)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f'{path}: expected a record of runs, as this script writes it, got {one_line(error)}') from error
+    return [Run(Path(summary['run_name']), summary) for summary in summaries]
 
 
 if __name__ == '__main__':

@@ -45,8 +45,18 @@ def environment() -> dict[str, Any]:
 
 
 def without_paths(summary: dict[str, Any]) -> dict[str, Any]:
-    """A run's summary without its recipe, which holds paths of this machine."""
-    return {key: summary[key] for key in ('run_name', 'seed', 'device', 'world_size', 'versions', 'epochs', 'totals')}
+    """A run's summary, its recipe without the paths of this machine."""
+    kept = {key: summary[key] for key in ('run_name', 'seed', 'device', 'world_size', 'versions', 'epochs', 'totals')}
+    return kept | {'recipe': _without_paths(summary['recipe'])}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _without_paths(item) for key, item in value.items() if key not in ('path', 'save_folder')}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def write(out: Path, name: str, results: dict[str, Any], markdown: str, *, title: str) -> Path:

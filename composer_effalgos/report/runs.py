@@ -105,7 +105,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     """
     try:
         summary = json.loads(read_text(path))
-        _check(summary)
+        check_summary(summary)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise InputError(f'{path}: not the summary of a run: {reason}') from error
@@ -129,8 +129,15 @@ def first_above(run: Run, target: float) -> tuple[int, float] | None:
     return None
 
 
-def _check(summary: Any) -> None:
-    """Raises ValueError, with the reason, unless the table and the report can use the summary."""
+def check_summary(summary: Any) -> None:
+    """Checks that the table and the report can use a summary.
+
+    Args:
+        summary: The content of a ``summary.json``.
+
+    Raises:
+        ValueError: They cannot; says why.
+    """
     if not isinstance(summary, dict):
         raise ValueError('it holds no JSON object')
     kinds = {

@@ -22,6 +22,23 @@ def test_finished_runs_of_several_folders_are_recorded(script, write_run, tmp_pa
     assert capsys.readouterr().err == ''
 
 
+def test_a_record_is_continued_by_the_runs_of_another_day(script, write_run, tmp_path, capsys):
+    for seed in (17, 18, 19):
+        for epochs in (8, 16, 32, 64):
+            write_run(tmp_path / 'a', f'baseline+{epochs}ep', seed, 0.1 * math.log2(epochs) + 0.001 * (seed - 18), epochs, {})
+        for folder in ('a', 'b')[seed == 19 :]:
+            write_run(tmp_path / folder, f'method{folder}+16ep', seed, 0.5 + 0.001 * (seed - 18), 16, {'infobatch': {}})
+    module, record = script('frontier'), str(tmp_path / 'first.json')
+    assert module.main([str(tmp_path / 'a'), '--name', 'first', '--out', str(tmp_path)]) == 0
+    assert 'save_folder' not in json.loads((tmp_path / 'first.json').read_text())['runs'][0]['recipe']
+    assert module.main([str(tmp_path / 'b'), record, '--name', 'second', '--out', str(tmp_path)]) == 0
+    points = json.loads((tmp_path / 'second.json').read_text())['points']
+    assert [point['method'] for point in points[4:]] == ['methodb+16ep', 'methoda+16ep']
+    assert [point['seeds'] for point in points[4:]] == ['17 18 19', '17 18']
+    assert module.main([str(tmp_path / 'a'), record, '--name', 'third', '--out', str(tmp_path)]) == 2  # each run twice
+    assert 'expected each run once' in capsys.readouterr().err
+
+
 def test_runs_without_a_baseline_are_refused_in_one_line(script, write_run, tmp_path, capsys):
     module = script('frontier')
     assert module.main([str(tmp_path), '--name', 'x', '--out', str(tmp_path)]) == 2
