@@ -1,21 +1,14 @@
 """What a run cost and what it reached: ``efficiency/*`` metrics and ``summary.json``."""
 
-import contextlib
 import json
 import math
 import os
-import platform
-import resource
-import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
@@ -24,6 +17,7 @@ from composer_effalgos.plan import EpochMetrics, Plan
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.machine import cpu_seconds, peak_memory_bytes, versions
 from composer_effalgos.utils.restore import check_entries, restored
 
 SUMMARY = 'summary.json'
@@ -46,6 +40,7 @@ class _Epoch:
     samples_full: int
     cpu_seconds: float = 0.0
     eval_loss: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,8 @@ class EfficiencyMonitor(Callback):
     ``efficiency/samples_full`` (what the same epochs cost without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
     samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the epoch's end),
     ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
-    ``efficiency/peak_memory_bytes``. What the algorithms decided they log themselves (``infobatch/*``, ``pruning/*``,
+    ``efficiency/peak_memory_bytes``, and where the batches have tokens ``efficiency/tokens_seen``, ``efficiency/tokens_saved_fraction``
+    and ``efficiency/tokens_per_second`` (of the epoch). What the algorithms decided they log themselves (``infobatch/*``, ``pruning/*``,
     ``adabatch/*``, ``subset_selection/*``).
 
     Each epoch in the summary also has ``cpu_seconds``: CPU time of rank 0 and its child processes (data workers, compilers), without
@@ -113,6 +109,10 @@ class EfficiencyMonitor(Callback):
     ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
     name ends in ``Accuracy``; ``eval_loss`` likewise the first whose name ends in ``CrossEntropy``, in nats. What is not measured is null;
     where neither is, one warning says so. With several evaluators the one labelled ``eval`` counts, else the first that has one of them.
+
+    Tokens are those that Composer's timestamp counts, over all ranks: every position of ``input_ids``, padding too, or what
+    ``DataSpec(get_num_tokens_in_batch=...)`` gives, which may leave padding out. ``tokens_full`` is what the full epochs would have had:
+    exact where every sample has as many tokens, else at the tokens per sample of the run's own full epochs. Without tokens all are null.
 
     Where samples are scored, the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
     and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
@@ -178,7 +178,7 @@ class EfficiencyMonitor(Callback):
         self._scores = {epoch: entry for epoch, entry in self._scores.items() if epoch in self._epochs}
         if not within:
             self._running = _Running()
-        self._cpu_mark = _cpu_seconds()
+        self._cpu_mark = cpu_seconds()
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
         self._count_cpu()
@@ -186,7 +186,7 @@ class EfficiencyMonitor(Callback):
 
     def _count_cpu(self) -> None:
         if self._cpu_mark is not None:
-            now = _cpu_seconds()
+            now = cpu_seconds()
             self._running.cpu_seconds += now - self._cpu_mark
             self._cpu_mark = now
 
@@ -225,7 +225,7 @@ class EfficiencyMonitor(Callback):
             self._evaluated[label] = _Measured(accuracy, loss)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        self._cpu_mark = _cpu_seconds()
+        self._cpu_mark = cpu_seconds()
         evaluated, self._evaluated = self._evaluated, {}
         if not evaluated:
             self._warn_of_no_quality(state)
@@ -283,9 +283,10 @@ class EfficiencyMonitor(Callback):
             samples_full=samples if full is None else round(full * share),
             cpu_seconds=running.cpu_seconds,
             eval_loss=running.eval_loss,
+            tokens=int(timestamp.token_in_epoch) or None,
         )
         self._epochs[entry.epoch] = entry
-        self._peak_memory = max(self._peak_memory, _peak_memory_bytes(state))
+        self._peak_memory = max(self._peak_memory, peak_memory_bytes(state))
         self._write(state)
         totals = self._totals()
         values = {
@@ -298,6 +299,12 @@ class EfficiencyMonitor(Callback):
             'selection_seconds': entry.selection_seconds,
             'peak_memory_bytes': self._peak_memory,
         }
+        if entry.tokens is not None and entry.seconds > 0:
+            values |= {
+                'tokens_seen': totals['tokens_seen'],
+                'tokens_saved_fraction': totals['tokens_saved_fraction'],
+                'tokens_per_second': entry.tokens / entry.seconds,
+            }
         logger.log_metrics({f'efficiency/{name}': value for name, value in values.items()})
 
     def _totals(self) -> dict[str, Any]:
@@ -316,6 +323,7 @@ class EfficiencyMonitor(Callback):
             'eval_accuracy': accuracies[-1] if accuracies else None,
             'eval_loss': losses[-1] if losses else None,
             'peak_memory_bytes': self._peak_memory,
+            **_token_totals(epochs),
         }
 
     def _folder(self, state: State) -> Path:
@@ -333,7 +341,7 @@ class EfficiencyMonitor(Callback):
             'seed': state.rank_zero_seed,
             'world_size': dist.get_world_size(),
             'device': torch.cuda.get_device_name() if state.device.name == 'gpu' else state.device.name,
-            'versions': _versions(),
+            'versions': versions(),
             'epochs': epochs,
             'totals': self._totals(),
         }
@@ -343,6 +351,28 @@ class EfficiencyMonitor(Callback):
         target = self._folder(state) / SUMMARY
         with whole_file(target) as unfinished:
             unfinished.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def _token_totals(epochs: list[_Epoch]) -> dict[str, Any]:
+    """Tokens of the run, and those that its full epochs would have had.
+
+    Which tokens were left out is not known: a pruned epoch is completed at the tokens per sample of the run's full epochs, or of all its
+    epochs where none was full. That is exact where all samples have as many tokens.
+    """
+    counted = [(entry.tokens, entry) for entry in epochs if entry.tokens is not None]
+    if not counted:
+        return dict.fromkeys(('tokens_seen', 'tokens_full', 'tokens_saved_fraction', 'tokens_per_second'))
+    whole = [(tokens, entry) for tokens, entry in counted if entry.samples == entry.samples_full] or counted
+    per_sample = sum(tokens for tokens, _ in whole) / sum(entry.samples for _, entry in whole)
+    seen = sum(tokens for tokens, _ in counted)
+    full = sum(tokens if entry.samples == entry.samples_full else round(per_sample * entry.samples_full) for tokens, entry in counted)
+    seconds = sum(entry.seconds for _, entry in counted)
+    return {
+        'tokens_seen': seen,
+        'tokens_full': full,
+        'tokens_saved_fraction': 1 - seen / full,
+        'tokens_per_second': seen / seconds if seconds else None,
+    }
 
 
 def _histogram(epoch: int, scores: np.ndarray) -> _Scores:
@@ -360,33 +390,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not float('-inf') < value < float('inf'):
         return None
     return value
-
-
-def _cpu_seconds() -> float:
-    """CPU time so far of this process and its children, those that have ended included."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = time.process_time() + ended.ru_utime + ended.ru_stime
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            times = child.cpu_times()
-            total += times.user + times.system
-    return total
-
-
-def _peak_memory_bytes(state: State) -> int:
-    """Peak memory of this process: what CUDA tensors took on a GPU, else the resident set."""
-    if state.device.name == 'gpu':
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
-
-
-def _versions() -> dict[str, str]:
-    """The versions of what the numbers depend on, as far as it is installed."""
-    versions = {'python': platform.python_version()}
-    for name in ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords'):
-        try:
-            versions[name.replace('-', '_')] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

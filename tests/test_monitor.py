@@ -39,6 +39,7 @@ EPOCH_KEYS = [
     'selection_seconds',
     'cpu_seconds',
     'eval_loss',
+    'tokens',
 ]
 TOTAL_KEYS = [
     'train_seconds',
@@ -51,6 +52,10 @@ TOTAL_KEYS = [
     'eval_accuracy',
     'eval_loss',
     'peak_memory_bytes',
+    'tokens_seen',
+    'tokens_full',
+    'tokens_saved_fraction',
+    'tokens_per_second',
 ]
 
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from composer_effalgos import EfficiencyMonitor, InputError
+from composer_effalgos.adabatch.schedules import find_schedule
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.checkpoints import check_checkpoint
-from composer_effalgos.recipes.schema import load_recipe, parse_recipe
+from composer_effalgos.recipes.schema import Recipe, load_recipe, parse_recipe
 from composer_effalgos.recipes.settings import list_recipes, recipe_folder
 from composer_effalgos.train import main
 
@@ -360,9 +361,17 @@ def test_a_worker_that_dies_is_one_line(recipe_file, tmp_path, capfd, monkeypatc
     assert re.search(r'DataLoader worker \(pid.*\).*(killed|exited).*num_workers', lines[0])
 
 
+def first_size(recipe: Recipe) -> int:
+    """Samples in the first batch: a batch schedule names its own sizes."""
+    for component in recipe.algorithms:
+        if (schedule := component.kwargs.get('schedule')) is not None:
+            return find_schedule(schedule).known_sizes[0]
+    return recipe.dataset.batch_size
+
+
 @pytest.mark.parametrize('path', [path for path, _ in list_recipes(recipe_folder())], ids=lambda path: path.stem)
 def test_our_recipes_start(path, tmp_path):
-    """Two batches and one of evaluation; small, generated images where the real data may not be here."""
+    """Two batches and one of evaluation; small, generated images where the real data may not be here, bytes for a tiny GPT for text."""
     recipe = load_recipe(path, [f'save_folder={tmp_path}', 'progress_bar=false', 'loggers=null'])
     assert recipe.run_name == path.stem
     small = {'max_duration': '1ep', 'train_subset_num_batches': 2, 'eval_subset_num_batches': 1, 'loader': None}
@@ -371,6 +380,10 @@ def test_our_recipes_start(path, tmp_path):
         images = {'name': 'synthetic', 'batch_size': 4, 'num_samples': 80, 'eval_samples': 8, 'image_size': 32}
         small['dataset'] = images | {'num_classes': recipe.model.num_classes or 10}
         small['model'] = {**recipe.settings['model'], 'pretrained': False}
+    if path.parent.name == 'text':
+        text = {'tokenizer': 'bytes', 'vocab_size': None, 'seq_len': 16, 'limit': 320, 'eval_samples': 8, 'num_workers': 0}
+        small['dataset'] = recipe.settings['dataset'] | text
+        small['model'] = recipe.settings['model'] | {'layers': 1, 'width': 8, 'heads': 1}
     kept = {key: value for key, value in recipe.settings.items() if key not in ('save_interval', 'autoresume')}  # no checkpoints
     recipe = parse_recipe(kept | small)
     trainer = build_trainer(recipe)
@@ -378,8 +391,7 @@ def test_our_recipes_start(path, tmp_path):
     trainer.fit()
     trainer.close()
     (epoch,) = json.loads((tmp_path / recipe.run_name / 'summary.json').read_text())['epochs']
-    first = 32 if path.stem == 'digits_batch_schedule' else recipe.dataset.batch_size  # a schedule names its own sizes
-    assert (epoch['batches'], epoch['samples']) == (2, 2 * first)
+    assert (epoch['batches'], epoch['samples']) == (2, 2 * first_size(recipe))
     assert 0 < epoch['train_loss'] < 100
 
 

@@ -10,7 +10,7 @@ from composer.core import State, Time, TimeUnit
 from composer_effalgos.utils.errors import InputError
 
 Budget = Literal['trained', 'full']
-"""What a ``max_duration`` in samples or batches counts: what is trained on, or what a run that prunes nothing would train."""
+"""What a ``max_duration`` in samples, batches or tokens counts: what is trained on, or what a run that prunes nothing would train."""
 
 
 def check_budget(budget: str) -> None:
@@ -28,7 +28,7 @@ def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
 
     Args:
         length: The time.
-        full: Samples and batches of a full epoch.
+        full: Samples, batches and tokens of a full epoch, as far as they are known.
 
     Raises:
         InputError: Where that is no whole number of epochs.
@@ -69,6 +69,7 @@ class Horizon:
         self.end: Time | None = None
         self.budget: Time | None = None
         self.extended = False
+        self._sample_tokens: int | None = None  # that a budget in tokens was converted with
 
     def after_load(self, state: State) -> None:
         """Notes the Trainer's ``max_duration``.
@@ -78,16 +79,19 @@ class Horizon:
         """
         self._given = state.max_duration
 
-    def convert(self, state: State, full: Mapping[TimeUnit, int]) -> None:
-        """Puts epochs in the place of a ``max_duration`` in samples or batches: as many as a run that prunes nothing would train.
+    def convert(self, state: State, full: Mapping[TimeUnit, int], sample_tokens: int | None = None) -> None:
+        """Puts epochs in the place of a ``max_duration`` in another unit: as many as a run that prunes nothing would train.
 
         Args:
             state: The trainer's state at ``FIT_START``, before :meth:`fit_start`.
             full: Samples and batches of a full epoch.
+            sample_tokens: Tokens of each sample, where all have as many.
 
         Raises:
             InputError: Where that is no whole number of epochs.
         """
+        if sample_tokens is not None:
+            full = {**full, TimeUnit.TOKEN: sample_tokens * full[TimeUnit.SAMPLE]}
         length = state.max_duration
         assert length is not None
         if length.unit != TimeUnit.EPOCH:
@@ -97,6 +101,28 @@ class Horizon:
         state.max_duration = in_full_epochs(length, full)
         if self._given is not None:
             self._given = in_full_epochs(self._given, full)
+        in_tokens = self.budget is not None and self.budget.unit == TimeUnit.TOKEN
+        self._sample_tokens = sample_tokens if in_tokens else None
+
+    def check_tokens(self, state: State) -> None:
+        """Holds the tokens that Composer counted in a batch against those that a budget in tokens was converted with.
+
+        Args:
+            state: The trainer's state at ``BATCH_END``.
+
+        Raises:
+            InputError: The samples have other numbers of tokens.
+        """
+        if self._sample_tokens is None:
+            return
+        assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
+        samples = int(state.timestamp.sample - state.previous_timestamp.sample)
+        tokens = int(state.timestamp.token - state.previous_timestamp.token)
+        if tokens != samples * self._sample_tokens:
+            raise InputError(
+                f"max_duration: expected {self._sample_tokens} tokens in each sample beside budget='full' in tokens, as the dataset's "
+                f"seq_len says, got {tokens} in {samples} samples; give max_duration in 'ep' or 'sp'"
+            )
 
     def fit_start(self, state: State, loaded: str | None = None) -> None:
         """Plans the end anew for this ``fit``.

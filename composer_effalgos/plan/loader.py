@@ -43,6 +43,21 @@ def class_labels(dataset: Any) -> Tensor | None:
     return labels.long().cpu() if whole else None
 
 
+def tokens_per_sample(dataset: Any) -> int | None:
+    """The tokens of each sample, where all have as many.
+
+    Args:
+        dataset: A map-style data set.
+
+    Returns:
+        Its ``seq_len``, as the data sets of text here have it; ``None`` where there is no such whole number.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    length = getattr(dataset, 'seq_len', None)
+    return length if type(length) is int and length > 0 else None
+
+
 class PlannedDataLoader(DataLoader):
     """Yields the batches of an :class:`EpochPlan`, in place of the user's loader and on its data path.
 

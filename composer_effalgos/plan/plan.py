@@ -17,7 +17,7 @@ from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail
 from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
-from composer_effalgos.plan.loader import PlannedDataLoader
+from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
@@ -182,7 +182,7 @@ class Plan(Callback):
         full = {TimeUnit.SAMPLE: self.loader.full_samples}
         if self.batch_size is None:  # else there is no telling how many batches a full epoch would have
             full[TimeUnit.BATCH] = self.loader.full_batches
-        self.horizon.convert(state, full)
+        self.horizon.convert(state, full, tokens_per_sample(self.loader.dataset))
         self.clock.budget = self.horizon.budget
 
     def _warn_of_duration(self, state: State) -> None:
@@ -248,6 +248,7 @@ class Plan(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Lets PyTorch schedulers catch up."""
         self.clock.batch_end(state)
+        self.horizon.check_tokens(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Moves the clock on by one full epoch."""

@@ -36,9 +36,9 @@ class InfoBatch(Pruning):
         bands: Quantile thresholds in place of the mean, see :func:`~composer_effalgos.functional.prune`.
         class_balanced: Whether every class is pruned by its own mean (or quantiles), so that no class is pruned away.
         labels: Class indices of the training samples, ``[N]``, for ``class_balanced``; ``None`` to read the dataset's ``targets``.
-        budget: What a ``max_duration`` in samples or batches counts: ``'trained'``, what is trained on, so that pruning saves no time; or
-            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs, and AdaBatch
-            beside it allows samples alone.
+        budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
+            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
+            batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.

@@ -57,9 +57,9 @@ class Pruning(Selector, Algorithm):
             model's loss stays what is trained on; see :class:`~composer_effalgos.plan.WeightedLoss`.
         seed: Seeds the draws; ``None`` for the trainer's seed.
         labels: Class indices of the training samples, ``[N]``; ``None`` to read the dataset's ``targets`` where the rule needs them.
-        budget: What a ``max_duration`` in samples or batches counts: ``'trained'``, what is trained on, so that pruning saves no time; or
-            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs, and AdaBatch
-            beside it allows samples alone.
+        budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
+            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
+            batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.

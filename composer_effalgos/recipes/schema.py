@@ -16,7 +16,7 @@ from typing import Any
 from composer import Trainer
 from composer.core import Precision, Time, TimeUnit, ensure_time
 
-from composer_effalgos.datasets import DATASETS
+from composer_effalgos.datasets.registry import DATASETS, LABELLED_TEXT, TEXT
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS
@@ -216,17 +216,17 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     plain = {key: settings[key] for key in ('max_duration', 'run_name', 'seed', 'precision', 'save_folder') if key in settings}
     for key, value in plain.items():
         check_type(f'{source}: {key}', value, hints[key])
-    plain.setdefault('run_name', run_name)
-    _check_run_name(source, plain['run_name'])
+    _check_run_name(source, plain.setdefault('run_name', run_name))
     _check_save_folder(source, plain.get('save_folder', ''))
     check_number(f'{source}: seed', plain.get('seed', 0), least=0, most=2**32 - 1)
-    _check_duration(f'{source}: max_duration', plain['max_duration'])
+    dataset = _dataset(f'{source}: dataset', settings['dataset'])
+    _check_duration(f'{source}: max_duration', plain['max_duration'], dataset.name)
     if plain.get('precision') is not None:
         find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
 
     loader = settings.get('loader')
     return Recipe(
-        dataset=_dataset(f'{source}: dataset', settings['dataset']),
+        dataset=dataset,
         model=_section(
             ModelRecipe,
             f'{source}: model',
@@ -368,10 +368,8 @@ def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
         if batches is not None and batches < 1 and batches != -1:
             raise InputError(f'{source}: {key}: expected a number of batches from 1, or -1 for all, got {batches!r}')
     for key, otherwise in (('eval_interval', 'or 0 for no evaluation'), ('save_interval', 'or no such key for no checkpoints')):
-        interval = trainer.get(key)
-        if interval is None or (interval == 0 and key == 'eval_interval'):
-            continue
-        if ensure_time(interval, TimeUnit.EPOCH).value <= 0:
+        interval = '1ep' if trainer.get(key) is None else trainer[key]
+        if not (interval == 0 and key == 'eval_interval') and ensure_time(interval, TimeUnit.EPOCH).value <= 0:
             raise InputError(f"{source}: {key}: expected a time above 0 such as '1ep', {otherwise}, got {interval!r}")
 
 
@@ -390,10 +388,12 @@ def _check_save_folder(source: str, folder: str) -> None:
         raise InputError(f'{source}: save_folder: expected a folder of this machine, got the address {shown(folder)}; copy the run there')
 
 
-def _check_duration(key: str, duration: str | int) -> None:
+def _check_duration(key: str, duration: str | int, dataset: str) -> None:
     try:
         time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
-    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
-        raise InputError(f"{key}: expected a positive number of epochs, batches or samples such as '10ep', got {duration!r}")
+    counted = dataset in (*TEXT, *LABELLED_TEXT)  # elsewhere there are no tokens, and such a run would never end
+    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, *[TimeUnit.TOKEN] * counted):
+        units = 'epochs, batches, samples or tokens' if counted else 'epochs, batches or samples'
+        raise InputError(f"{key}: expected a positive number of {units} such as '10ep', got {duration!r}")

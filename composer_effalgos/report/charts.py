@@ -36,6 +36,8 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ('Accuracy by training time', 'seconds of training', 'accuracy %', _seconds, _accuracy, 'linear'),
         ('Accuracy by samples seen', 'samples seen', 'accuracy %', _samples, _accuracy, 'linear'),
         ('Accuracy by epoch', 'epoch', 'accuracy %', _epochs, _accuracy, 'linear'),
+        ('Held-out loss by training time', 'seconds of training', 'nats a token', _seconds, _loss_of_text, 'linear'),
+        ('Held-out loss by tokens seen', 'tokens seen', 'nats a token', _tokens, _loss_of_text, 'linear'),
         ('Samples left out', 'epoch', '% of the full epoch', _epochs, _left_out, 'hv'),
         ('Batch size', 'epoch', 'samples in a step, all ranks', _epochs, lambda run: _column(run, 'batch_size'), 'hv'),
         ('Learning rate', 'epoch', 'learning rate at the epoch’s end', _epochs, lambda run: _column(run, 'lr'), 'linear'),
@@ -51,7 +53,7 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ]
         for trace in traces:
             trace['line']['shape'] = shape
-            if y_of is not _accuracy:  # such lines often coincide: the later, thinner ones leave an edge of those below
+            if y_of not in (_accuracy, _loss_of_text):  # such lines often coincide: the later, thinner ones leave an edge of those below
                 trace['line']['width'] = max(1.5, 6 - 1.25 * int(trace['legendgroup']))
         values = [value for trace in traces for value in trace['y']]
         if all(value is None for value in values) or (title == 'Selection time' and not any(values)):
@@ -239,6 +241,10 @@ def _samples(run: Run) -> list[int]:
     return list(accumulate(_column(run, 'samples')))
 
 
+def _tokens(run: Run) -> list[int]:
+    return list(accumulate(entry.get('tokens') or 0 for entry in run.summary['epochs']))
+
+
 def _seconds(run: Run) -> list[float]:
     return [round(seconds, 3) for seconds in accumulate(_column(run, 'seconds'))]
 
@@ -253,3 +259,11 @@ def _left_out(run: Run) -> list[float]:
 def _accuracy(run: Run) -> list[float | None]:
     values = (entry.get('eval_accuracy') for entry in run.summary['epochs'])
     return [None if value is None else round(100 * value, 4) for value in values]
+
+
+def _loss_of_text(run: Run) -> list[float | None]:
+    """The held-out losses of a run on tokens; of other runs the accuracy is shown."""
+    entries = run.summary['epochs']
+    if not any(entry.get('tokens') for entry in entries):
+        return [None] * len(entries)
+    return [entry.get('eval_loss') for entry in entries]

@@ -18,6 +18,7 @@ from composer_effalgos.utils.files import read_text, whole_file
 
 CSV, JSON = 'results.csv', 'results.json'
 _TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+_LATER = ('eval_loss', 'tokens_seen', 'tokens_full')  # summaries of older versions lack some of these
 
 
 def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = (), about: dict[str, Any] | None = None) -> None:
@@ -66,6 +67,7 @@ def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:
     summary = run.summary
     found = {key: summary[key] for key in ('run_name', 'seed', 'device', 'world_size')}
     found |= {'epochs_trained': len(summary['epochs'])} | {key: summary['totals'][key] for key in _TOTALS}
+    found |= {key: summary['totals'].get(key) for key in _LATER}
     for target in targets:
         epoch, seconds = first_above(run, target) or (None, None)
         found |= {f'epoch_above_{target:g}': epoch, f'seconds_to_{target:g}': seconds}

@@ -27,6 +27,7 @@ _NUMBERS = {
         'peak_memory_bytes',
     ),
 }
+_LATER = ('eval_loss', 'tokens', 'tokens_seen', 'tokens_full')  # summaries of older versions lack some of these
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,9 @@ def check_summary(summary: Any) -> None:
                 raise ValueError(f'{part!r}: each of {", ".join(_NUMBERS[part])} must be a number')
             if 'eval_accuracy' not in entry or not (entry['eval_accuracy'] is None or _is_number(entry['eval_accuracy'])):
                 raise ValueError(f"{part!r}: 'eval_accuracy' must be a number or null")
+            for key in _LATER:
+                if entry.get(key) is not None and not _is_number(entry[key]):
+                    raise ValueError(f'{part!r}: {key!r} must be a number or null')
 
 
 def _check_histograms(histograms: Any) -> None:

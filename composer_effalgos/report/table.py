@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,12 @@ class Row:
         reached: When they got above each target.
         parity: When they got above the baseline's mean accuracy less :data:`PARITY`; None where there is no baseline.
         speed_up: The baseline's seconds to parity over theirs; None as for ``time_ratio``, or where not all of them got there.
+        loss: Mean of the final held-out losses, in nats; None where a run has none.
+        loss_sd: Their sample standard deviation; None for a single run.
+        loss_gain: ``loss`` less the baseline's; None as for ``accuracy_gain``.
+        tokens_seen: Mean number of tokens trained on; None where a run's samples have none.
+        tokens_saved_fraction: Share of the tokens of the full epochs that was not trained on, over all the runs.
+        tokens_per_second: Tokens over seconds of training, over all the runs.
     """
 
     method: str
@@ -77,6 +84,12 @@ class Row:
     reached: tuple[Reached, ...]
     parity: Reached | None
     speed_up: float | None
+    loss: float | None = None
+    loss_sd: float | None = None
+    loss_gain: float | None = None
+    tokens_seen: float | None = None
+    tokens_saved_fraction: float | None = None
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,16 +123,10 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     found = [
         Column('run', lambda row: row.method, lambda row: row.method),
         Column('seeds', lambda row: str(len(row.runs)), lambda row: len(row.runs)),
-        Column(
-            'accuracy %',
-            _accuracy_text,
-            lambda row: row.accuracy,
-            True,
-            'mean ± sample standard deviation over the seeds, at the end of the run',
-        ),
-        _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100, meaning='its mean less the baseline’s'),
+        *_quality(rows),
         _number('samples', lambda row: row.samples_seen, ',.0f', brief=False, meaning='mean number trained on'),
         _number('saved %', lambda row: row.saved_fraction, '.1f', 100, meaning='of the samples of the full epochs'),
+        *_tokens(rows),
         _number('train s', lambda row: row.train_seconds, '.1f', meaning='mean, selection included and evaluation left out'),
         _number('time %', lambda row: row.time_ratio, '.0f', 100, meaning='of the baseline’s train s'),
     ]
@@ -135,6 +142,40 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     if speeds:
         found.append(_reached('same %', lambda row: row.parity)[1])
     return found
+
+
+def _quality(rows: Sequence[Row]) -> list[Column]:
+    """Accuracy, and the held-out loss with its perplexity for text and where there is nothing else."""
+    spread = 'mean ± sample standard deviation over the seeds, at the end of the run'
+    less = 'its mean less the baseline’s'
+    by_loss = any(row.loss is not None and (row.accuracy is None or row.tokens_seen is not None) for row in rows)
+    found = []
+    if not by_loss or any(row.accuracy is not None for row in rows):
+        found += [
+            Column(
+                'accuracy %', lambda row: _mean_and_sd(row.accuracy, row.accuracy_sd, '.2f', 100), lambda row: row.accuracy, True, spread
+            ),
+            _number('Δ', lambda row: row.accuracy_gain, '+.2f', 100, meaning=less),
+        ]
+    if by_loss:
+        found += [
+            Column(
+                'held-out loss', lambda row: _mean_and_sd(row.loss, row.loss_sd, '.3f'), lambda row: row.loss, True, f'{spread}, in nats'
+            ),
+            _number('Δ loss', lambda row: row.loss_gain, '+.3f', meaning=less),
+            _number('perplexity', _perplexity, '.2f', meaning='exp of the held-out loss'),
+        ]
+    return found
+
+
+def _tokens(rows: Sequence[Row]) -> list[Column]:
+    if all(row.tokens_seen is None for row in rows):
+        return []
+    return [
+        _number('tokens', lambda row: row.tokens_seen, ',.0f', brief=False, meaning='mean number trained on'),
+        _number('saved tokens %', lambda row: row.tokens_saved_fraction, '.1f', 100, brief=False, meaning='of those of the full epochs'),
+        _number('tokens/s', lambda row: row.tokens_per_second, ',.0f', meaning='tokens over train s'),
+    ]
 
 
 def note(rows: Sequence[Row], *, brief: bool = False) -> str:
@@ -191,9 +232,13 @@ def _reached(accuracy: str, of: Callable[[Row], Reached | None]) -> list[Column]
     ]
 
 
-def _accuracy_text(row: Row) -> str:
-    accuracy = _NONE if row.accuracy is None else f'{100 * row.accuracy:.2f}'
-    return accuracy if row.accuracy_sd is None else f'{accuracy} ± {100 * row.accuracy_sd:.2f}'
+def _mean_and_sd(mean: float | None, sd: float | None, form: str, factor: float = 1) -> str:
+    text = _NONE if mean is None else f'{factor * mean:{form}}'
+    return text if sd is None else f'{text} ± {factor * sd:{form}}'
+
+
+def _perplexity(row: Row) -> float | None:
+    return None if row.loss is None else math.exp(min(row.loss, 700))
 
 
 def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
@@ -262,18 +307,18 @@ def _when_reached(group: Sequence[Run], target: float) -> Reached:
 
 
 def _row(group: list[Run], baseline: list[Run] | None, targets: Sequence[float]) -> Row:
-    accuracies = [run.summary['totals']['eval_accuracy'] for run in group]
-    accuracy, seconds = _mean_accuracy(group), _mean_seconds(group)
-    gain = time_ratio = parity = speed_up = None
-    reference = None if baseline is None else _mean_accuracy(baseline)
+    accuracy, accuracy_sd = _mean_of(group, 'eval_accuracy')
+    loss, loss_sd = _mean_of(group, 'eval_loss')
+    seconds = _mean_seconds(group)
+    time_ratio = parity = speed_up = None
+    reference = None if baseline is None else _mean_of(baseline, 'eval_accuracy')[0]
     if reference is not None:
         parity = _when_reached(group, reference - PARITY)
-    if baseline is not None and baseline is not group:
-        if accuracy is not None and reference is not None:
-            gain = accuracy - reference
-        if all(group[0].summary[key] == baseline[0].summary[key] for key in ('device', 'world_size')) and _mean_seconds(baseline) > 0:
-            time_ratio = seconds / _mean_seconds(baseline)
-            theirs = None if parity is None else _when_reached(baseline, parity.target)
+    other = None if baseline is group else baseline
+    if other is not None and all(group[0].summary[key] == other[0].summary[key] for key in ('device', 'world_size')):
+        theirs = None if parity is None else _when_reached(other, parity.target)
+        if _mean_seconds(other) > 0:
+            time_ratio = seconds / _mean_seconds(other)
             if parity and theirs and parity.runs == parity.of and parity.seconds and theirs.seconds:
                 speed_up = theirs.seconds / parity.seconds
     full = sum(run.summary['totals']['samples_full'] for run in group)
@@ -282,8 +327,8 @@ def _row(group: list[Run], baseline: list[Run] | None, targets: Sequence[float])
         method=group[0].method,
         runs=tuple(group),
         accuracy=accuracy,
-        accuracy_sd=stdev(accuracies) if accuracy is not None and len(group) > 1 else None,
-        accuracy_gain=gain,
+        accuracy_sd=accuracy_sd,
+        accuracy_gain=_less(accuracy, other, 'eval_accuracy'),
         samples_seen=fmean(run.summary['totals']['samples_seen'] for run in group),
         saved_fraction=saved / full if full else 0.0,
         train_seconds=seconds,
@@ -293,12 +338,36 @@ def _row(group: list[Run], baseline: list[Run] | None, targets: Sequence[float])
         reached=tuple(_when_reached(group, target) for target in targets),
         parity=parity,
         speed_up=speed_up,
+        loss=loss,
+        loss_sd=loss_sd,
+        loss_gain=_less(loss, other, 'eval_loss'),
+        **_token_fields(group),
     )
 
 
-def _mean_accuracy(group: list[Run]) -> float | None:
-    accuracies = [run.summary['totals']['eval_accuracy'] for run in group]
-    return None if None in accuracies else fmean(accuracies)
+def _mean_of(group: Sequence[Run], key: str) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation of a total; neither where a run has none, as those of older versions."""
+    values = [run.summary['totals'].get(key) for run in group]
+    if None in values:
+        return None, None
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def _less(value: float | None, baseline: Sequence[Run] | None, key: str) -> float | None:
+    reference = None if baseline is None else _mean_of(baseline, key)[0]
+    return None if value is None or reference is None else value - reference
+
+
+def _token_fields(group: Sequence[Run]) -> dict[str, float | None]:
+    seen, full = ([run.summary['totals'].get(key) for run in group] for key in ('tokens_seen', 'tokens_full'))
+    if not all(seen) or not all(full):
+        return {}
+    seconds = sum(run.summary['totals']['train_seconds'] for run in group)
+    return {
+        'tokens_seen': fmean(seen),
+        'tokens_saved_fraction': 1 - sum(seen) / sum(full),
+        'tokens_per_second': sum(seen) / seconds if seconds else None,
+    }
 
 
 def _mean_seconds(group: list[Run]) -> float:

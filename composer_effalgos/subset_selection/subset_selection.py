@@ -70,9 +70,9 @@ class SubsetSelection(Selector, Algorithm):
         per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. Gradients are those of
             it; the model's loss stays what is trained on.
         seed: Seeds the selections; ``None`` for the trainer's seed.
-        budget: What a ``max_duration`` in samples or batches counts: ``'trained'``, what is trained on, so that a subset saves no time; or
-            ``'full'``, what a run on all samples would train. It must then be a whole number of full epochs, and AdaBatch
-            beside it allows samples alone.
+        budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that a subset saves no time; or
+            ``'full'``, what a run on all samples would train. It must then be a whole number of full epochs;
+            batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
         **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
             ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the
             selections that are made by stochastic greedy.

@@ -110,6 +110,7 @@ def test_the_file_names_the_run_where_the_recipe_does_not(recipe_file):
         ('max_duration=2epp', "max_duration: expected a time string such as '10ep' or '500ba', got '2epp'"),
         ('max_duration=0ep', 'max_duration: expected a positive number'),
         ('max_duration=10sec', 'max_duration: expected a positive number of epochs, batches or samples'),
+        ('max_duration=1000tok', "max_duration: expected a positive number of epochs, batches or samples such as '10ep', got '1000tok'"),
         ('precision=amp_bf61', "precision: unknown precision; did you mean 'amp_bf16'?"),
         ('eval_interval=3x', "eval_interval: expected an integer or a time string such as '10ep', got '3x' (str)"),
         ('eval_interval=0ep', "eval_interval: expected a time above 0 such as '1ep', or 0 for no evaluation, got '0ep'"),

@@ -1,0 +1,44 @@
+"""What this process took of the machine, and what runs on it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import sys
+import time
+from importlib import metadata
+
+import psutil
+import torch
+from composer import State
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and its children, those that have ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def peak_memory_bytes(state: State) -> int:
+    """Peak memory of this process: what CUDA tensors took on a GPU, else the resident set."""
+    if state.device.name == 'gpu':
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers depend on, as far as it is installed."""
+    found = {'python': platform.python_version()}
+    for name in ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords'):
+        try:
+            found[name.replace('-', '_')] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
