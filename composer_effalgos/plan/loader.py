@@ -79,11 +79,15 @@ class PlannedDataLoader(DataLoader):
         shuffle_block: Samples that such an order mixes with each other, at least a shard.
         given: The user's loader.
         metrics: What the selectors measured of the epoch.
+        by_position: Whether samples are told apart by their position in a batch, so that the loader's batches must keep their order.
+        given_batch: The batch that was yielded last, as the loader made it; kept where ``by_position`` is set, until somebody takes it.
 
     Raises:
         InputError: For a loader that cannot be planned, or that reads fewer samples than there are ranks.
     """
 
+    by_position = False
+    given_batch: Any = None
     tail: Tail = 'shared'  # what becomes of a last batch that is not full
 
     def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1, samples: Samples | None = None) -> None:
@@ -270,6 +274,7 @@ class PlannedDataLoader(DataLoader):
         while batch < self.plan.num_batches:
             plan = self.plan
             for read in self._path.read_batches(self._rest(batch)):
+                self.given_batch = read if self.by_position else None
                 yield read
                 batch += 1
                 if self.plan is not plan:  # what was read ahead is read again, in batches of the new size
@@ -281,7 +286,7 @@ class PlannedDataLoader(DataLoader):
         offsets = self.rank_offsets[batch - self.plan.first_batch :]
         batch_seeds = (stream_seed(self.seed, 2, self._epoch, self.rank, b) for b in range(batch, self.plan.num_batches))
         indices, offsets = self.rank_order[offsets[0] :], [offset - offsets[0] for offset in offsets]
-        return Reading(indices, offsets, stream_seed(self.seed, 2, self._epoch), batch_seeds)
+        return Reading(indices, offsets, stream_seed(self.seed, 2, self._epoch), batch_seeds, self.by_position)
 
     def read(self, indices: Sequence[int], batch_size: int, seed: int = 0) -> Iterator[Any]:
         """Reads some samples in the order given, on the same path, outside the epoch's plan.
@@ -295,4 +300,4 @@ class PlannedDataLoader(DataLoader):
             Batches as the path gives them, on the host or on the device of training.
         """
         batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
-        yield from self._path.read_batches(Reading.of_batches(batches, self.seed, 3, seed))
+        yield from self._path.read_batches(Reading.of_batches(batches, self.seed, 3, seed, by_position=True))

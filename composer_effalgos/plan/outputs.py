@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from composer_effalgos.utils.errors import InputError
 
@@ -17,26 +17,65 @@ class NotReadableError(InputError):
     """Why a loss has no per-sample form."""
 
 
+def leaves_of(value: Any) -> list[Any]:
+    """What a structure holds, in a fixed order; objects that hold tensors in their attributes (a ``BatchEncoding``) are looked into."""
+    leaves = []
+    for leaf in tree_leaves(value):
+        leaves += tree_leaves(dict(vars(leaf))) if _holds_tensors(leaf) else [leaf]
+    return leaves
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same structure with a function of each tensor in it.
+
+    Args:
+        function: Of one tensor.
+        value: Outputs or a batch.
+    """
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not _holds_tensors(leaf):
+            return leaf
+        clone = copy.copy(leaf)
+        vars(clone).update(tree_map_only(Tensor, function, dict(vars(leaf))))
+        return clone
+
+    return tree_map(visit, value)
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor | nn.Module | type) or not hasattr(leaf, '__dict__'):
+        return False
+    return any(isinstance(held, Tensor) for held in tree_leaves(dict(vars(leaf))))
+
+
 def tensors_of(outputs: Any) -> list[Tensor]:
     """The floating-point tensors among a model's outputs, in a fixed order; single numbers (a loss) are none of them."""
-    leaves = tree_leaves(outputs)
-    if len(leaves) == 1 and not isinstance(leaves[0], Tensor) and hasattr(leaves[0], '__dict__'):
-        leaves = tree_leaves(dict(vars(leaves[0])))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0]
+    return [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0]
 
 
 def detached(outputs: Any) -> Any:
     """The same outputs cut off from their graph, each tensor a leaf of a new one."""
+    return mapped(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), outputs)
 
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor.detach().requires_grad_(tensor.is_floating_point())
 
-    leaves = tree_leaves(outputs)
-    if len(leaves) == 1 and not isinstance(leaves[0], Tensor) and hasattr(leaves[0], '__dict__'):
-        clone = copy.copy(leaves[0])
-        vars(clone).update(tree_map_only(Tensor, cut, dict(vars(clone))))
-        return clone
-    return tree_map_only(Tensor, cut, outputs)
+def rows_of(value: Any, rows: Tensor | list[int], size: int) -> Any:
+    """The same structure with some samples alone.
+
+    Args:
+        value: Outputs or a batch; tensors that have not ``size`` rows stay whole.
+        rows: Which samples, int64 ``[k]``.
+        size: How many there are.
+    """
+
+    def chosen(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or len(tensor) != size:
+            return tensor
+        return tensor[torch.as_tensor(rows, device=tensor.device)]
+
+    return mapped(chosen, value)
 
 
 def entries_of(own: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from composer_effalgos.plan.epoch import stream_seed
+from composer_effalgos.plan.order import check_collate, is_due
 from composer_effalgos.plan.randomness import RandomStream
+from composer_effalgos.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,28 @@ class Reading:
         seed: Seeds random augmentation; the same on every rank, another one in each epoch and pass. With a sample's number it names a
             stream of that sample's own, which depends neither on the number of ranks nor on where a run was resumed.
         batch_seeds: One seed a batch, for paths that cannot seed samples; it depends on rank and batch.
+        by_position: Whether samples are told apart by their position in a batch, so that its order matters.
     """
 
     indices: Tensor
     offsets: Sequence[int]
     seed: int
     batch_seeds: Iterable[int]
+    by_position: bool = False
 
     @classmethod
-    def of_batches(cls, batches: Iterable[Sequence[int]], *keys: int) -> Reading:
+    def of_batches(cls, batches: Iterable[Sequence[int]], *keys: int, by_position: bool = False) -> Reading:
         """A reading of given batches.
 
         Args:
             batches: Sample numbers, batch by batch.
             *keys: Non-negative integers that name its random stream.
+            by_position: As the attribute.
         """
         batches = list(batches)
         offsets = np.cumsum([0, *map(len, batches)]).tolist()
         indices = torch.tensor(list(itertools.chain.from_iterable(batches)), dtype=torch.int64)
-        return cls(indices, offsets, stream_seed(*keys), (stream_seed(*keys, start) for start in offsets[:-1]))
+        return cls(indices, offsets, stream_seed(*keys), (stream_seed(*keys, start) for start in offsets[:-1]), by_position)
 
     @property
     def batches(self) -> Iterator[Tensor]:
@@ -101,22 +106,37 @@ class DataPath(DataLoader):
         return self.read_batches(Reading.of_batches(self.batch_sampler, self.seed, 4, self.sampler.epoch))
 
 
-class _SeededDataset(Dataset):
-    """Reads a batch under random numbers of its own.
+class _Task(NamedTuple):
+    """A batch to be made."""
 
-    Random augmentations then depend on (seed, epoch, rank, batch) alone: not on the number of workers, on what a worker that lives
-    across epochs read before, or on where a run was resumed.
+    seed: int
+    indices: list[int]
+    check: bool  # whether it is checked that it keeps their order
+
+
+class _BatchMaker(Dataset):
+    """Reads and collates a batch under random numbers of its own.
+
+    Random augmentations and collate functions then depend on (seed, epoch, rank, batch) alone: not on the number of workers, on what a
+    worker that lives across epochs read before, or on where a run was resumed.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, collate_fn: Callable[[Any], Any]) -> None:
+        self.dataset, self._collate = dataset, collate_fn
 
-    def __getitems__(self, seeded_batch: tuple[int, list[int]]) -> list[Any]:
-        seed, indices = seeded_batch
-        with RandomStream(seed):
+    def __getitems__(self, task: _Task) -> Any:
+        """The batch; or what is wrong with it, which PyTorch would bring out of a worker with a traceback in its message."""
+        with RandomStream(task.seed):
             if callable(getattr(self.dataset, '__getitems__', None)):
-                return self.dataset.__getitems__(indices)  # type: ignore[attr-defined]
-            return [self.dataset[index] for index in indices]
+                samples = self.dataset.__getitems__(task.indices)  # type: ignore[attr-defined]
+            else:
+                samples = [self.dataset[index] for index in task.indices]
+            if task.check:
+                try:
+                    check_collate(self._collate, samples, len(task.indices), task.seed)
+                except InputError as error:
+                    return error
+            return self._collate(samples)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -135,14 +155,17 @@ def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
         users(worker)
 
 
-class _BatchList:
-    """A batch sampler that yields the batches it was last given."""
+class _Tasks:
+    """A batch sampler that yields the tasks it was last given."""
 
-    def __init__(self) -> None:
-        self.batches: Iterable[tuple[int, list[int]]] = ()
+    tasks: Iterable[_Task] = ()
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[_Task]:
+        return iter(self.tasks)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class WorkerPath:
@@ -158,12 +181,13 @@ class WorkerPath:
 
     def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:
         self._indices = indices
-        self._batch_list = _BatchList()
+        self._tasks = _Tasks()
+        self._checked = 0  # batches by position so far
         self._inner = DataLoader(
-            _SeededDataset(loader.dataset),
-            batch_sampler=self._batch_list,  # type: ignore[arg-type]
+            _BatchMaker(loader.dataset, loader.collate_fn),
+            batch_sampler=self._tasks,  # type: ignore[arg-type]
             num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
+            collate_fn=_as_it_is,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
             worker_init_fn=functools.partial(init_worker, loader.worker_init_fn),
@@ -175,6 +199,14 @@ class WorkerPath:
         )
 
     def read_batches(self, reading: Reading) -> Iterator[Any]:
-        batches = ((batch if self._indices is None else self._indices[batch]).tolist() for batch in reading.batches)
-        self._batch_list.batches = zip(reading.batch_seeds, batches, strict=True)
-        yield from self._inner
+        self._tasks.tasks = self._tasks_of(reading)
+        for batch in self._inner:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+    def _tasks_of(self, reading: Reading) -> Iterator[_Task]:
+        for seed, batch in zip(reading.batch_seeds, reading.batches, strict=True):
+            self._checked += reading.by_position
+            indices = batch if self._indices is None else self._indices[batch]
+            yield _Task(seed, indices.tolist(), reading.by_position and is_due(self._checked))

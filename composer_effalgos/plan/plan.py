@@ -19,6 +19,7 @@ from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+from composer_effalgos.plan.order import TransformCheck
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -63,8 +64,7 @@ class Plan(Callback):
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
         self.whole_batches = self.may_lengthen = self.exchanges = self.full_budget = False
-        self.clock = EpochClock()
-        self.horizon = Horizon()
+        self.clock, self.horizon = EpochClock(), Horizon()
         self.by_position: list[str] = []
         self._loaded: dict[str, Any] | None = None
         self._done: tuple[int, ...] = ()  # sizes of the batches that a resumed epoch had trained, left out of the loader's plan
@@ -157,19 +157,16 @@ class Plan(Callback):
         loader = self.loader
         if self.loss is not None:
             self.loss.begin_fit()
+        self._transforms = TransformCheck(state, loader.seed)
         self._warn_of_duration(state)
         in_epoch = int(state.timestamp.batch_in_epoch)
-        if int(state.timestamp.epoch) == 0 and in_epoch == 0:
+        if state.timestamp.epoch == 0 and in_epoch == 0:
             self.clock.load_state_dict({'batch_base': 0, 'sample_base': 0})
         elif self._loaded is not None:
             self.clock.load_state_dict(self._loaded['clock'])
         elif not self._started:  # a checkpoint of a run without us: its epochs were full ones
-            self.clock.load_state_dict(
-                {
-                    'batch_base': int(state.timestamp.batch) - in_epoch,
-                    'sample_base': int(state.timestamp.sample - state.timestamp.sample_in_epoch),
-                }
-            )
+            samples = int(state.timestamp.sample - state.timestamp.sample_in_epoch)
+            self.clock.load_state_dict({'batch_base': int(state.timestamp.batch) - in_epoch, 'sample_base': samples})
         self.selectors.begin(state)
         if in_epoch > 0:
             self._resume(state)
@@ -235,6 +232,10 @@ class Plan(Callback):
         if self.loss is not None:
             self.loss.start_batch(self.loader.batch_slice(int(state.timestamp.batch_in_epoch)))
 
+    def before_forward(self, state: State, logger: Logger) -> None:
+        """Checks what came between loader and model."""
+        self._transforms.check(self.loader)
+
     def after_backward(self, state: State, logger: Logger) -> None:
         """Moves on to the next microbatch."""
         if self.loss is not None:
@@ -266,8 +267,7 @@ class Plan(Callback):
 
         A resumed run saves what the run that was never stopped saves: the whole epoch, the batches trained before the resume included.
         """
-        saved = {} if self._loader is None else self._saved(self._loader)
-        return pack(self._state, saved)
+        return pack(self._state, {} if self._loader is None else self._saved(self._loader))
 
     def _saved(self, loader: PlannedDataLoader) -> dict[str, Any]:
         assert self.horizon.end is not None
@@ -317,9 +317,9 @@ class Plan(Callback):
                 self.loader.limit(int(state.dataloader_len))
             state.train_dataloader = self.loader
             return
-        given, before = state.dataloader, self._loader
+        before = self._loader
         self._loader = planned_loader(
-            given,
+            state.dataloader,
             needs_numbers=[*self.selectors.names, *self.by_position],
             max_batches=None if state.dataloader_len is None else int(state.dataloader_len),
             tail=self.tail,
@@ -327,6 +327,7 @@ class Plan(Callback):
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),
         )
+        self.loader.by_position = bool(self.by_position)
         self.loader.catch_up(state)
         if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
             raise CheckpointError(

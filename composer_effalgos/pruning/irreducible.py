@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_effalgos.plan import PerSampleLoss, WeightedLoss, per_sample_mean
+from composer_effalgos.plan.order import check_collate
 from composer_effalgos.utils.errors import InputError
 
 
@@ -32,11 +33,14 @@ def irreducible_losses(
         Float32 ``[N]``, on the CPU.
 
     Raises:
-        InputError: Where the loader leaves samples out, or the loss has no per-sample form.
+        InputError: Where the loader leaves samples out or gives them another order within a batch, or the loss has no per-sample form.
     """
     loss = WeightedLoss(model, per_sample_loss, user='irreducible_losses')
     on = get_device(device)
     model = on.module_to_device(model).eval()
+    data: Any = dataloader.dataset
+    few = range(min(len(data), 8))
+    check_collate(dataloader.collate_fn, [data[index] for index in few], len(few), 0)
     losses = []
     for batch in dataloader:
         batch = on.batch_to_device(batch)

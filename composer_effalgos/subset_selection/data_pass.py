@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from composer import Trainer
 from composer.core import DataSpec, State, ensure_data_spec, get_precision_context
 from composer.utils import dist
 from torch import Tensor
@@ -17,10 +15,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_effalgos.plan import PlannedDataLoader, WeightedLoss, class_labels
+from composer_effalgos.plan.order import training_data_spec
 from composer_effalgos.subset_selection.gradients import NO_CLASS, WITHOUT_GRADIENTS, LastLayerGradients, labels_of, last_layer_gradients
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['DataPass', 'Found', 'Rows', 'training_data_spec']
+__all__ = ['DataPass', 'Found', 'Rows']
 
 ONE_CLASS = 'expected one class a sample (class indices [B], or rows of [B, C] that are not negative and sum to 1), got several labels'
 
@@ -148,23 +147,6 @@ class DataPass:
             context=lambda: get_precision_context(self._state.precision, self._state.precision_config),
         )
         return Rows(labels, gradients)
-
-
-def training_data_spec(state: State) -> DataSpec | None:
-    """The ``DataSpec`` whose transforms the Trainer applies to training batches.
-
-    Composer shows algorithms the loader alone, and nothing in the state leads to the ``DataSpec`` or to the Trainer, which holds it. The
-    Trainer is the live object that has this state.
-
-    Args:
-        state: The Trainer's state.
-
-    Returns:
-        The ``DataSpec``; ``None`` where no Trainer has this state.
-    """
-    # by their type: some objects import a library where isinstance() asks them
-    trainers = [item for item in gc.get_objects() if issubclass(type(item), Trainer) and getattr(item, 'state', None) is state]
-    return next((value for trainer in trainers for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
 
 
 def _cross_entropy(outputs: Any, batch: Any) -> Tensor:

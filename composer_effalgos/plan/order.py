@@ -1,0 +1,232 @@
+"""Whether a batch keeps the samples in their order: scores and weights go by position."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from composer import Trainer
+from composer.core import DataSpec, State
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import default_collate
+
+from composer_effalgos.plan.outputs import leaves_of, rows_of
+from composer_effalgos.plan.randomness import RandomStream
+from composer_effalgos.utils.errors import InputError
+
+_MOST = 13  # samples that a check looks at; few other dimensions are as long
+_WRONG_ORDER = (
+    'expected row i of each tensor to be of sample i, got another order; leave the samples in their order (a model may sort them and undo '
+    'it), since scores and weights go by position'
+)
+
+
+def is_due(count: int) -> bool:
+    """Whether the batch with this number, from 1 on, is one to check: a power of two.
+
+    Args:
+        count: The number.
+    """
+    return count & (count - 1) == 0
+
+
+def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, seed: int) -> None:
+    """Holds a collate function to the order of the samples, on samples that were read anyway.
+
+    Args:
+        collate: The function.
+        samples: What the dataset gave; other things than a list (a dataset that makes batches itself) say nothing.
+        size: How many samples it should be.
+        seed: Of its random numbers.
+
+    Raises:
+        InputError: Where its batches have another order.
+    """
+    if collate is default_collate or not isinstance(samples, list) or len(samples) != size:
+        return
+    samples, size = samples[:_MOST], min(size, _MOST)
+    if not keeps_order(collate, samples, size, lambda some, order: [some[index] for index in order], seed):
+        raise InputError(f'collate_fn: {_WRONG_ORDER}')
+
+
+class TransformCheck:
+    """Holds the transforms of the training ``DataSpec`` to the order of the samples; in a run without any it costs a comparison.
+
+    Args:
+        state: The trainer's state.
+        seed: Of the transforms' random numbers.
+    """
+
+    def __init__(self, state: State, seed: int) -> None:
+        self._state, self._seed = state, seed
+        self._batches = 0
+        self._spec: DataSpec | None = None
+        self._looked = False
+
+    def check(self, loader: Any) -> None:
+        """At each forward pass: checks batches 1, 2, 4, ... of a fit.
+
+        Args:
+            loader: The planned loader, which keeps the batch that it gave until it is taken.
+
+        Raises:
+            InputError: Where a transform gives the samples another order.
+        """
+        given, loader.given_batch = loader.given_batch, None
+        if given is None:  # not a batch's first microbatch
+            return
+        self._batches += 1
+        if is_due(self._batches):
+            self._check(given)
+
+    def _check(self, given: Any) -> None:
+        size = next((len(leaf) for leaf in leaves_of(given) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+        if size < 2 or _begins_with(given, self._state.batch):
+            return
+        if not self._looked:  # a transform or an algorithm has changed the batch
+            self._looked, self._spec = True, training_data_spec(self._state)
+        spec = self._spec
+        if spec is None or (_is_default(spec.batch_transforms) and _is_default(spec.microbatch_transforms)):
+            return
+
+        def transformed(batch: Any) -> Any:
+            return spec.microbatch_transforms(self._state.device.batch_to_device(spec.batch_transforms(batch)))
+
+        given, size = rows_of(given, list(range(size))[:_MOST], size), min(size, _MOST)
+        if not keeps_order(transformed, given, size, lambda batch, order: rows_of(batch, order, size), self._seed):
+            raise InputError(f'train_dataloader: transforms of the DataSpec: {_WRONG_ORDER}')
+
+
+def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Callable[[Any, Sequence[int]], Any], seed: int) -> bool:
+    """Whether a function makes row i of its result from sample i.
+
+    The function is called on the samples in their order and in two others: a rotation and the exchange of two samples, which together make
+    every order. Take a tensor with a row a sample: where it is the same under other random numbers, its rows must move as the samples did;
+    else, as where tokens are masked or images mixed at random, the exchange must change the rows of these two samples. A tensor that no
+    order changes says nothing where another one moves with the samples.
+
+    Args:
+        function: From samples to tensors in any structure.
+        batch: The samples; the function gets copies.
+        size: How many.
+        take: ``(batch, order)`` -> these samples in this order.
+        seed: Of the function's random numbers; those of the process stay as they are.
+    """
+    order = list(range(size))
+    first = take(batch, [0])
+    other = next((index for index in order[1:] if not _same(first, take(batch, [index]))), None)
+    if other is None:
+        return True
+    rotation, exchange = [*order[1:], 0], order.copy()
+    exchange[0], exchange[other] = other, 0
+
+    def tensors(chosen: Sequence[int], stream: int) -> list[Tensor]:
+        with _seeded(seed + stream):
+            result = function(_copied(take(batch, chosen)))
+        return [leaf.detach() for leaf in leaves_of(result) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size]
+
+    even, rotated, exchanged = tensors(order, 0), tensors(rotation, 0), tensors(exchange, 0)
+    others = [tensors(order, 1)]
+    moves = unmoved = False
+    for number, (ours, second, third) in enumerate(zip(even, rotated, exchanged, strict=False)):
+        if ours.shape != second.shape or ours.shape != third.shape:
+            continue
+        if _moved(ours, second, rotation) and _moved(ours, third, exchange):
+            moves |= not _near(ours, second)
+        elif _near(ours, second) and _near(ours, third):
+            unmoved |= not _near(ours, ours[rotation]) and len(others[0]) > number and _near(ours, others[0][number])
+        else:
+            if len(others) == 1:  # a few samples may be mixed twice in the same way by chance
+                others += [tensors(order, stream) for stream in range(2, 10)]
+            if all(len(found) > number and _near(ours, found[number]) for found in others):
+                return False
+            changed = {index for index in order if not _near(ours[index], third[index])}
+            if changed and not changed <= {0, other} and not changed >= {0, other}:
+                return False
+    return moves or not unmoved
+
+
+def _moved(before: Tensor, after: Tensor, order: list[int]) -> bool:
+    """Whether the rows have moved, or rows and columns, as in a mask for pairs of samples."""
+    if _near(after, before[order]):
+        return True
+    return before.ndim > 1 and before.shape[1] == len(order) and _near(after, before[order][:, order])
+
+
+def _near(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    if not ours.is_floating_point():
+        return torch.equal(ours, theirs)
+    return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)  # a mean over the batch rounds as it is added up
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    (mine, form), (others, other_form) = tree_flatten(ours), tree_flatten(theirs)
+    return form == other_form and all(map(_equal, mine, others))
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor):
+        return isinstance(theirs, Tensor) and torch.equal(ours, theirs)
+    if isinstance(ours, np.ndarray):
+        return np.array_equal(ours, theirs)
+    return bool(ours == theirs)
+
+
+def _copied(samples: Any) -> Any:
+    try:
+        return copy.deepcopy(samples)  # a collate function may change what it is given
+    except Exception:  # what cannot be copied is given as it is
+        return samples
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # never in a worker process
+    with torch.random.fork_rng(devices), RandomStream(seed % 2**63):
+        if devices:
+            torch.cuda.manual_seed(seed % 2**63)
+        yield
+
+
+def _begins_with(given: Any, microbatch: Any) -> bool:
+    """Whether a microbatch is the first rows of what the loader gave, unchanged."""
+
+    def unchanged(ours: Any, theirs: Any) -> bool:
+        if not isinstance(ours, Tensor) or ours is theirs:
+            return True
+        if not isinstance(theirs, Tensor):
+            return False
+        begin = ours[: len(theirs)] if ours.ndim and theirs.ndim else ours
+        return torch.equal(begin, theirs.to(begin.device))
+
+    before, after = leaves_of(given), leaves_of(microbatch)
+    return len(before) == len(after) and all(map(unchanged, before, after))
+
+
+def _is_default(transform: Any) -> bool:
+    return getattr(transform, '__func__', None) is DataSpec._default_transforms
+
+
+def training_data_spec(state: State) -> DataSpec | None:
+    """The ``DataSpec`` whose transforms the Trainer applies to training batches.
+
+    Composer shows algorithms the loader alone, and nothing in the state leads to the ``DataSpec`` or to the Trainer, which holds it. The
+    Trainer is the live object that has this state.
+
+    Args:
+        state: The Trainer's state.
+
+    Returns:
+        The ``DataSpec``; ``None`` where no Trainer has this state.
+    """
+    # by their type: some objects import a library where isinstance() asks them
+    trainers = [item for item in gc.get_objects() if issubclass(type(item), Trainer) and getattr(item, 'state', None) is state]
+    return next((value for trainer in trainers for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
