@@ -74,7 +74,7 @@ def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = U
         The time, greater than 0.
 
     Raises:
-        InputError: Where it is not a time, not positive, or in another unit.
+        InputError: Where it is not a time, not positive, in another unit, or a share of the run above 1.
     """
     allowed = ', '.join(f"'{unit.value}'" for unit in units)
     found = _WITH_SUFFIX.fullmatch(value) if isinstance(value, str) else None
@@ -90,6 +90,8 @@ def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = U
         raise InputError(f"{name}: expected a time such as '20ep' (units {allowed}), got {value!r}") from error
     if time.unit not in units or time.value <= 0:
         raise InputError(f'{name}: expected a positive time in one of the units {allowed}, got {value!r}')
+    if time.unit == TimeUnit.DURATION and time.value > 1:  # it would never come
+        raise InputError(f"{name}: expected a share of the run of at most '1dur', got {value!r}")
     return time
 
 
