@@ -81,6 +81,7 @@ class WeightedLoss:
         self._batches = 0  # begun in this fit
         self._check_due = True
         self._read: list[int] | None = None  # positions of the outputs whose gradients take the weights; None where a correction does
+        self._settled = self._parted = False  # whether the form is the one to stay with, and was tried on a part of a batch
         self._checked = self._foreign = False  # foreign: the caller's per-sample loss is not the model's own
         self._hooked: set[Any] = set()  # what takes the weights in this microbatch
         if per_sample_loss is not None:
@@ -104,7 +105,7 @@ class WeightedLoss:
         Args:
             per_sample_loss: ``(outputs, batch) -> [B, ...]``.
         """
-        self._form, self._given = Called(per_sample_loss, 'per_sample_loss'), True
+        self._form, self._given = Called(per_sample_loss, 'per_sample_loss', self.original, given=True), True
 
     def begin_fit(self) -> None:
         """Before a fit: its first batch is checked."""
@@ -128,7 +129,17 @@ class WeightedLoss:
         Raises:
             InputError: Where the loss has no per-sample form.
         """
+        self._settle(outputs, batch)
+        if not self._parted and not self._given:  # outside training there is no other check
+            self._parted = True
+            self._refuse_dependent(self._refusing(self._form.depends_on_others, self._form.evaluate(outputs, batch), outputs, batch))
         return self._refusing(self._form.losses, outputs, batch)
+
+    def _settle(self, outputs: Any, batch: Any) -> None:
+        """Looks once whether ``reduction`` does what its name says."""
+        if not self._settled and isinstance(self._form, Called) and self._form.ignores_reduction(outputs, batch):
+            self._form = ReadFromGraph(self.original)
+        self._settled = True
 
     def start_epoch(self, weights: Tensor | None) -> None:
         """Takes the weights of the epoch.
@@ -154,6 +165,7 @@ class WeightedLoss:
         """After a microbatch's backward pass."""
         self._position, self._first_call = self._next_position, True
         self._hooked.clear()
+        self._form.forget()
 
     def end_batch(self) -> None:
         """After a batch's last backward pass.
@@ -196,26 +208,27 @@ class WeightedLoss:
         raise InputError(f'{self.model_name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.original(outputs, batch, *args, **kwargs)
         # a run that broke off within a batch leaves its window behind, and another Trainer may go on with the model
         if self._window is None or not self._active or getattr(self._model, 'logger', None) is not self._logger:
-            return own
+            return self.original(outputs, batch, *args, **kwargs)
         if self.weigher is not None and not self._first_call:
             raise InputError(
                 f'algorithms: {type(self.weigher).__name__} cannot be combined with a second loss for the same microbatch, as of MixUp and '
                 'CutMix with interpolate_loss=True; leave it False'
             )
         if self.weigher is not None and self.weigher.by_token:
-            return self._weigh_tokens(self.weigher, own, outputs, batch)
-        with torch.no_grad():
-            samples: Samples = self._refusing(self._form.samples, own, outputs, batch)
-        losses, shares = samples.losses, samples.shares
+            return self._weigh_tokens(self.weigher, self.original(outputs, batch, *args, **kwargs), outputs, batch)
+        self._settle(outputs, batch)
+        own = self._form.evaluate(outputs, batch, *args, **kwargs)
+        samples = self._read_samples(own, outputs, batch)
         start = self._window.start + self._position
-        where = slice(start, start + len(losses))
+        where = slice(start, start + len(samples.losses))
         if where.stop > self._window.stop and self._by_position:
-            self._wrong_size(self._position + len(losses), self._window)
+            self._wrong_size(self._position + len(samples.losses), self._window)
         if self._check_due:
             self._check(own, outputs, batch)
+            samples = self._read_samples(own, outputs, batch)  # of which the check may have found what their mean is over
+        losses, shares = samples.losses, samples.shares
         self._next_position = self._position + len(losses)
         if self._first_call:
             self._first_call = False
@@ -234,6 +247,10 @@ class WeightedLoss:
         else:
             self._weigh_gradients(outputs, weights)
         return with_added(own, [((weights - 1) * share).sum() for share in shares])
+
+    def _read_samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+        with torch.no_grad():
+            return self._refusing(self._form.samples, own, outputs, batch)
 
     def _weigh_tokens(self, weigher: Weigher, own: Any, outputs: Any, batch: Any) -> Any:
         """The loss with a weight for each token. What is read from its graph needs no check: it is linear in the tokens' losses."""
@@ -270,8 +287,16 @@ class WeightedLoss:
 
     # ------------------------------------------------------------------ the check
 
+    def _refuse_dependent(self, dependent: bool) -> None:
+        if dependent:
+            self._refuse(
+                "its samples' losses depend on which others are in the batch (a mask or a mean over it; or the outputs do not have the "
+                'samples along their first dimension)'
+            )
+
     def _check(self, own: Any, outputs: Any, batch: Any) -> None:
         """Holds the per-sample losses against the model's own loss and decides how the weights enter."""
+        dependent = self._refusing(self._form.depends_on_others, own, outputs, batch)  # first: it settles what the losses are
         probe: Probe = self._refusing(self._form.probe, own, outputs, batch)
         total = total_of(own)
         if not probe.shares.requires_grad:
@@ -296,6 +321,7 @@ class WeightedLoss:
                 'mean((weight - 1) * per_sample_loss)',
                 stacklevel=2,
             )
+        self._refuse_dependent(dependent)
         self._foreign = difference is not None
         if isinstance(self._form, Called):
             self._form.plain_mean = compared.plain and not near

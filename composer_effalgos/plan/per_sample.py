@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from composer_effalgos.plan.graph import edge_of, walk
 from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, in_full, tensors_of, total_of
+from composer_effalgos.plan.part import alike, evaluated, part_of, take_part
 from composer_effalgos.plan.probe import Probe
 from composer_effalgos.utils.errors import InputError
 
@@ -54,6 +55,12 @@ class Samples(NamedTuple):
 class Form(Protocol):
     """One way to the loss of each sample."""
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``model.loss`` returns."""
+
+    def forget(self) -> None:
+        """Lets go of what was noted in :meth:`evaluate`."""
+
     def losses(self, outputs: Any, batch: Any) -> Tensor:
         """Float ``[B]``."""
 
@@ -63,6 +70,9 @@ class Form(Protocol):
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         """For a check."""
 
+    def depends_on_others(self, own: Any, outputs: Any, batch: Any) -> bool:
+        """Whether a sample's loss is another one in another batch, as far as can be seen."""
+
 
 class Called:
     """Losses that a function of outputs and batch gives.
@@ -70,14 +80,45 @@ class Called:
     Args:
         function: Gives ``[B, ...]``, or several of them as ``model.loss`` does.
         name: Of the function, for messages.
+        original: The model's loss.
+        given: Whether the function is the caller's, who answers for it.
     """
 
-    def __init__(self, function: PerSampleLoss, name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: PerSampleLoss, name: str, original: Callable[..., Any], *, given: bool = False) -> None:
+        self.function, self.name, self.evaluate, self._given = function, name, original, given
+        self._per_batch = False  # whether its losses are divided by the size of the batch, as Composer's binary cross-entropy's are
         self.plain_mean = False  # whether the model's loss is their mean and terms for the whole batch
+
+    def forget(self) -> None:
+        pass
+
+    def ignores_reduction(self, outputs: Any, batch: Any) -> bool:
+        """Whether ``reduction='none'`` is refused or changes nothing, as in a ``loss(self, outputs, batch, *args, **kwargs)``."""
+        if self._given:
+            return False
+        try:
+            with torch.no_grad():
+                return all(entry.ndim == 0 for entry in entries_of(self.function(outputs, batch)))
+        except TypeError:
+            return True
 
     def losses(self, outputs: Any, batch: Any) -> Tensor:
         return torch.stack(self._each(outputs, batch)).sum(dim=0)
+
+    def depends_on_others(self, own: Any, outputs: Any, batch: Any) -> bool:
+        if self._given:
+            return False
+        with torch.no_grad():
+            losses = self.losses(outputs, batch)
+        rows = part_of(losses)
+        if rows is None:
+            return False
+        part, part_batch = take_part(outputs, batch, rows, len(losses))
+        found, like = evaluated(self.losses, part, part_batch).detach(), next(iter(tensors_of(part)), losses)
+        if not self._per_batch and not alike(found, losses[rows], like) and alike(found * len(found), losses[rows] * len(losses), like):
+            self._per_batch = True
+            return False
+        return not alike(found, losses[rows], like)
 
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
         each, entries = self._each(outputs, batch), entries_of(own)
@@ -107,15 +148,18 @@ class Called:
         return Probe(shares, slopes, any(hasattr(node, 'variable') for node in nodes))
 
     def _each(self, outputs: Any, batch: Any) -> list[Tensor]:
-        found = self.function(outputs, batch)
+        returned = self.function(outputs, batch)
         try:
-            each = entries_of(found)
+            each = entries_of(returned)
         except NotReadableError as error:
-            raise NotReadableError(f'{self.name} must give a tensor [B, ...], got {type(found).__name__}') from error
+            raise NotReadableError(f'{self.name} must give a tensor [B, ...], got {type(returned).__name__}') from error
+        found = [per_sample_mean(losses) for losses in each if losses.ndim]
         for losses in each:
-            if losses.ndim == 0 or len(losses) != len(each[0]):
+            if not found or (losses.ndim and len(losses) != len(found[0])):
                 raise NotReadableError(f'{self.name} must give a tensor [B, ...], got shape {tuple(losses.shape)}')
-        return [per_sample_mean(losses) for losses in each]
+        factor = len(found[0]) if self._per_batch else 1
+        # a number beside losses [B] is a term for the whole batch
+        return [factor * per_sample_mean(losses) if losses.ndim else torch.zeros_like(found[0]) for losses in each]
 
 
 def _factor(losses: Tensor, mean: Tensor) -> Tensor:
@@ -140,10 +184,10 @@ def reduction_form(model: ComposerModel, original: Callable[..., Any]) -> Called
             finally:
                 loss_fn.reduction = reduction
 
-        return Called(module_loss, name)
+        return Called(module_loss, name, original)
     if not _takes_reduction(original) or (isinstance(model, ComposerClassifier) and not _takes_reduction(model._loss_fn)):
         return None
-    return Called(lambda outputs, batch: original(outputs, batch, reduction='none'), name)
+    return Called(lambda outputs, batch: original(outputs, batch, reduction='none'), name, original)
 
 
 def _takes_reduction(function: Callable) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_effalgos.plan.outputs import NotReadableError, entries_of, in_full
-from composer_effalgos.plan.read_loss import Term, is_cross_entropy, node_token_losses, read_graph, token_losses, weighing
+from composer_effalgos.plan.terms import Term, is_cross_entropy, node_token_losses, read_graph, token_losses, weighing
 
 _FORWARD = (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default)
 _CHUNK = 2**24  # log-probabilities that an entropy is taken of at once

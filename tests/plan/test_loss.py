@@ -5,6 +5,7 @@ import pytest
 import torch
 from composer.algorithms import CutMix, MixUp
 from composer.core import Callback
+from composer.loss import binary_cross_entropy_with_logits
 from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -82,7 +83,7 @@ def test_a_loss_module_is_left_as_it_was(make_trainer):
     assert loss_fn.reduction == 'mean'
 
 
-class Absolute(ComposerModel):
+class Norm(ComposerModel):
     """Its loss takes no reduction, and its graph does not show the samples' losses."""
 
     def __init__(self):
@@ -93,24 +94,24 @@ class Absolute(ComposerModel):
         return self.net(batch[0])
 
     def loss(self, outputs, batch):
-        return (outputs - nn.functional.one_hot(batch[1], 3)).abs().mean()
+        return (outputs - nn.functional.one_hot(batch[1], 3)).norm()
 
 
-def absolute(outputs, batch):
-    return (outputs - nn.functional.one_hot(batch[1], 3)).abs()
+def squares(outputs, batch):
+    return (outputs - nn.functional.one_hot(batch[1], 3)).square()
 
 
 def test_a_loss_without_per_sample_form_is_refused_unless_one_is_given(make_trainer):
-    with pytest.raises(InputError, match=r"^Absolute.loss: it takes no reduction='none'.*; pass InfoBatch\(per_sample_loss"):
-        make_trainer([InfoBatch()], model=Absolute()).fit()
-    with pytest.raises(InputError, match=r'Absolute.*pass SubsetSelection\(per_sample_loss'):
-        make_trainer([SubsetSelection('gradmatch', 0.5)], model=Absolute()).fit()
-    algorithm = InfoBatch(per_sample_loss=absolute)
+    with pytest.raises(InputError, match=r"^Norm.loss: it takes no reduction='none'.*; pass InfoBatch\(per_sample_loss"):
+        make_trainer([InfoBatch()], model=Norm()).fit()
+    with pytest.raises(InputError, match=r'Norm.*pass SubsetSelection\(per_sample_loss'):
+        make_trainer([SubsetSelection('gradmatch', 0.5)], model=Norm()).fit()
+    algorithm = InfoBatch(per_sample_loss=squares)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='per_sample_loss')
-        make_trainer([algorithm], model=Absolute(), max_duration='2ep').fit()
+        make_trainer([algorithm], model=Norm(), max_duration='2ep').fit()
     assert not algorithm.scores.isnan().any()
-    make_trainer([AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], model=Absolute(), max_duration='2ep').fit()
+    make_trainer([AdaBatch(2, '1ep'), SubsetSelection('random', 0.5)], model=Norm(), max_duration='2ep').fit()
 
 
 def test_weights_with_class_weights_by_hand():
@@ -466,3 +467,126 @@ def test_a_loss_that_cannot_be_looked_into_gets_a_correction():
     other.start_batch(slice(0, 3))
     with pytest.raises(InputError, match=r"Closed.loss: it takes no reduction='none', and neither"):
         other(other._model(batch), batch)
+
+
+def sum_over(size):
+    """A sum that a hyperparameter divides."""
+    return lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, reduction='sum') / size
+
+
+class OfOutputs(ComposerModel):
+    """Its loss is a function of outputs and targets."""
+
+    def __init__(self, function, module=None):
+        super().__init__()
+        self.net, self.function = module or nn.Linear(8, 3), function
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch):
+        return self.function(outputs, batch[1])
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        sum_over(16),
+        lambda o, t: nn.functional.cross_entropy(o, t),
+        lambda o, t: nn.functional.cross_entropy(o, t, reduction='sum') / len(o),
+    ],
+    ids=['constant', 'mean', 'size of the batch'],
+)
+def test_samples_of_a_short_batch_score_as_the_others(make_trainer, problem, function):
+    torch.manual_seed(0)
+    algorithm = InfoBatch(prune_ratio=0)
+    trainer = make_trainer([algorithm], model=OfOutputs(function), lr=0.0, max_duration='1ep')
+    trainer.fit()
+    assert len(set(trainer.recorder.sizes[0])) > 1
+    each = nn.functional.cross_entropy(trainer.state.model.net(problem.tensors[0]), problem.tensors[1], reduction='none')
+    scale = algorithm.scores / each.detach()
+    assert torch.allclose(scale, scale[0].expand(203), rtol=1e-4)
+
+
+def test_composers_binary_cross_entropy_which_divides_by_the_batch(make_trainer, problem):
+    hot = nn.functional.one_hot(problem.tensors[1], 3).float()
+    algorithm = InfoBatch(prune_ratio=0)
+    trainer = make_trainer(
+        [algorithm], dataset=TensorDataset(problem.tensors[0], hot), loss_fn=binary_cross_entropy_with_logits, lr=0.0, max_duration='1ep'
+    )
+    trainer.fit()
+    each = nn.functional.binary_cross_entropy_with_logits(trainer.state.model.module(problem.tensors[0]), hot, reduction='none').mean(dim=1)
+    scale = algorithm.scores / each.detach()
+    assert torch.allclose(scale, scale[0].expand(203), rtol=1e-4)
+
+
+class TimeMajor(nn.Module):
+    """Gives [T, B, V] as recurrent networks do by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.net(inputs).transpose(0, 1)
+
+
+def time_major(outputs, labels):
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), labels.t().flatten())
+
+
+def batch_first(outputs, labels):
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(
+    ('reduced', 'as_usual'),
+    [
+        (time_major, batch_first),
+        (
+            lambda o, t: (o - nn.functional.one_hot(t, 3).transpose(0, 1)).abs().mean(),
+            lambda o, t: (o - nn.functional.one_hot(t, 3)).abs().mean(),
+        ),
+    ],
+    ids=['cross-entropy', 'L1'],
+)
+def test_as_many_steps_as_samples(make_trainer, reduced, as_usual):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(48, 16, 4, generator=generator)
+    data = TensorDataset(inputs, (inputs[..., 0] > 0).long())
+    with pytest.raises(InputError, match=r'along their first dimension|along the first dimension'):
+        make_trainer([InfoBatch()], dataset=data, model=OfOutputs(reduced, TimeMajor()), batch_size=16).fit()
+    make_trainer([InfoBatch()], dataset=data, model=OfOutputs(as_usual, nn.Linear(4, 3)), batch_size=16, max_duration='1ep').fit()
+
+
+class Kept(OfOutputs):
+    """Keeps something of each sample from its forward pass."""
+
+    def forward(self, batch):
+        self.scale = batch[0].square().mean(dim=1)
+        return super().forward(batch)
+
+    def loss(self, outputs, batch):
+        return (self.scale * nn.functional.cross_entropy(outputs, batch[1], reduction='none')).mean()
+
+
+def test_a_loss_that_cannot_be_taken_of_a_part_of_the_batch(make_trainer):
+    with pytest.raises(InputError, match=r'^Kept.loss: it fails on a part of the batch, .* \(RuntimeError: .*; pass InfoBatch') as said:
+        make_trainer([InfoBatch()], model=Kept(None)).fit()
+    assert '\n' not in str(said.value)
+    each = lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], reduction='none')  # noqa: E731
+    make_trainer([InfoBatch(per_sample_loss=each)], model=Kept(None), max_duration='1ep').fit()
+
+
+def test_outside_training_too_a_mask_over_the_batch_is_refused():
+    model = OfOutputs(lambda o, t: nn.functional.cross_entropy(o, t, reduction='none').topk(4).values.mean(), nn.Linear(4, 3))
+    with pytest.raises(InputError, match='a mean over 4 rows of 6 samples'):
+        WeightedLoss(model).per_sample(model(BATCH), BATCH)
+    model = OfOutputs(masked_by_median, nn.Linear(4, 3))
+    with pytest.raises(InputError, match='depend on which others are in the batch'):
+        WeightedLoss(model).per_sample(model(BATCH), BATCH)
+
+
+def masked_by_median(outputs, targets):
+    losses = nn.functional.cross_entropy(outputs, targets, reduction='none')
+    return losses[losses > losses.median()].mean()

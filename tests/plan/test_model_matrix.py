@@ -91,6 +91,36 @@ class OwnWithReduction(Own):
         return self.function(outputs, batch[1], reduction=reduction)
 
 
+class IgnoresReduction(Own):
+    """With the signature of Composer's own abstract method."""
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(outputs, batch[1])
+
+
+class PassesOn(Own):
+    """To a module that takes no reduction."""
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return nn.CrossEntropyLoss()(outputs, batch[1], *args, **kwargs)
+
+
+class Decayed(Own):
+    """Returns its weight decay as a loss of its own."""
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return self.function(outputs, batch[1]), decay(self, batch)
+
+
+class DecayedWithReduction(Own):
+    def loss(self, outputs: Any, batch: Any, reduction: str = 'mean') -> Any:
+        return self.function(outputs, batch[1], reduction=reduction), decay(self, batch)
+
+
+def decay(model: ComposerModel, batch: Any) -> Tensor:
+    return 1e-3 * sum(parameter.square().sum() for parameter in model.parameters())
+
+
 class Router(OwnWithReduction):
     """Has a term for the whole batch beside the outputs."""
 
@@ -152,6 +182,41 @@ class Contrastive(ComposerModel):
 
 def twice(logits: Tensor, targets: Tensor, reduction: str = 'mean') -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, targets, reduction=reduction), F.cross_entropy(2 * logits, targets, reduction=reduction)
+
+
+def variances(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(logits, targets, logits.detach().exp() + 0.1 * logits.square(), full=True)
+
+
+def focal(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits, targets, reduction='none')
+    return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+def some_numbers(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the numbers that are known, by hand."""
+    known = (targets > 0.2).float()
+    return ((logits - targets).abs() * known).sum() / known.sum()
+
+
+def hard_ones(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits, targets, reduction='none')
+    return (losses * (losses > losses.median())).sum() / 4
+
+
+def hard_ones_alone(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits, targets, reduction='none')
+    return losses[losses > losses.median()].mean()
+
+
+def hardest(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction='none').topk(4).values.mean()
+
+
+def hard_or_none(logits: Tensor, targets: Tensor, reduction: str = 'mean') -> Tensor:
+    losses = F.cross_entropy(logits, targets, reduction='none')
+    losses = losses * (losses > losses.median())
+    return losses if reduction == 'none' else losses.mean()
 
 
 def named(logits: Tensor, targets: Tensor, reduction: str = 'mean') -> dict[str, Tensor]:
@@ -263,6 +328,11 @@ def by_mask(batch: Any) -> Tensor:
     return batch['attention_mask'].sum(dim=1).float()
 
 
+def whole(batch: Any) -> Tensor:
+    """Of a sum, which is divided by no count."""
+    return torch.ones(len(batch[1]))
+
+
 def evenly(batch: Any) -> Tensor:
     return torch.ones(len(batch['labels'] if isinstance(batch, dict) else batch[1]))
 
@@ -304,7 +374,29 @@ KINDS = {
     'soft labels': Kind(classifier, TensorDataset(INPUTS, SOFT)),
     'reduction': Kind(lambda: OwnWithReduction(F.cross_entropy), VECTORS),
     'no reduction': Kind(lambda: Own(F.cross_entropy), VECTORS),
-    'nothing to read': Kind(lambda: Own(lambda o, t: (o - F.one_hot(t, 3)).abs().mean()), VECTORS, refused="takes no reduction='none'"),
+    'nothing to read': Kind(lambda: Own(lambda o, t: (o - F.one_hot(t, 3)).norm()), VECTORS, refused="takes no reduction='none'"),
+    'reduction ignored': Kind(lambda: IgnoresReduction(F.cross_entropy), VECTORS),
+    'reduction ignored, by hand': Kind(lambda: IgnoresReduction(focal), VECTORS),
+    'reduction passed on': Kind(lambda: PassesOn(F.cross_entropy), VECTORS),
+    'weight decay': Kind(lambda: Decayed(F.cross_entropy), VECTORS, batch_term=decay),
+    'weight decay and reduction': Kind(lambda: DecayedWithReduction(F.cross_entropy), VECTORS, batch_term=decay),
+    'soft labels without reduction': Kind(lambda: Own(F.cross_entropy), TensorDataset(INPUTS, SOFT)),
+    'soft labels by hand': Kind(lambda: Own(lambda o, t: -(t * o.log_softmax(dim=1)).sum(dim=1).mean()), TensorDataset(INPUTS, SOFT)),
+    'weighted targets': Kind(lambda: Own(lambda o, t: ((o - t) ** 2 * CLASS_WEIGHTS).mean()), TensorDataset(INPUTS, SOFT)),
+    'L1': Kind(lambda: Own(F.l1_loss), TensorDataset(INPUTS, SOFT)),
+    'L1 by hand': Kind(lambda: Own(lambda o, t: torch.mean((o - t).abs())), TensorDataset(INPUTS, SOFT)),
+    'L1 of some numbers': Kind(lambda: Own(some_numbers), TensorDataset(INPUTS, SOFT), lambda b: (b[1] > 0.2).sum(dim=1).float()),
+    'Gaussian': Kind(lambda: Own(variances), TensorDataset(INPUTS, SOFT)),
+    'KL': Kind(lambda: Own(lambda o, t: F.kl_div(o.log_softmax(dim=1), t, reduction='batchmean')), TensorDataset(INPUTS, SOFT)),
+    'Poisson': Kind(lambda: Own(F.poisson_nll_loss), TensorDataset(INPUTS, SOFT)),
+    'own focal': Kind(lambda: Own(focal), VECTORS),
+    'sum without reduction': Kind(lambda: Own(lambda o, t: F.cross_entropy(o, t, reduction='sum')), VECTORS, whole),
+    'sum over a constant': Kind(lambda: Own(lambda o, t: F.cross_entropy(o, t, reduction='sum') / BATCH), VECTORS, whole),
+    'sum over the batch': Kind(lambda: Own(lambda o, t: F.l1_loss(o, t, reduction='sum') / len(o)), TensorDataset(INPUTS, SOFT)),
+    'hard ones by a mask': Kind(lambda: Own(hard_ones), VECTORS, refused='depend on which others are in the batch'),
+    'hard ones by index': Kind(lambda: Own(hard_ones_alone), VECTORS, refused='depend on which others are in the batch'),
+    'hardest': Kind(lambda: Own(hardest), VECTORS, refused='a mean over 4 rows of 8 samples'),
+    'hard ones with reduction': Kind(lambda: OwnWithReduction(hard_or_none), VECTORS, refused='depend on which others are in the batch'),
     'root of a mean': Kind(lambda: Own(lambda o, t: F.mse_loss(o, t).sqrt()), TensorDataset(INPUTS, SOFT),
                            refused='more than a weighted mean'),
     'learned factor': Kind(Uncertain, VECTORS, refused='more than a weighted mean'),
@@ -319,7 +411,8 @@ KINDS = {
             o['x'], t, reduction=reduction, label_smoothing=0.1 * (reduction == 'mean')), lambda logits: {'x': logits}),
         VECTORS, refused='another gradient at the outputs'),
     'term beside the outputs': Kind(lambda: Router(F.cross_entropy), VECTORS, batch_term=gate_loss),
-    'term in the outputs': Kind(lambda: Own(lambda o, t: F.cross_entropy(o, t) + 0.01 * o.square().mean()), VECTORS,
+    'term in the outputs': Kind(lambda: Own(lambda o, t: F.cross_entropy(o, t) + 0.01 * o.square().mean()), VECTORS),
+    'root in the outputs': Kind(lambda: Own(lambda o, t: F.cross_entropy(o, t) + 0.01 * o.norm()), VECTORS,
                                 refused='a further term in it reads the outputs'),
     'loss in forward': Kind(LossInForward, VECTORS),
     'parameter in the loss': Kind(Temperature, VECTORS),
@@ -329,8 +422,8 @@ KINDS = {
     'GPT-2 with tuples': Kind(lambda: tuples(gpt2()), SENTENCES, by_shifted_tokens),
     'own language model': Kind(own_language_model, SENTENCES, by_shifted_tokens),
     'smoothed': Kind(lambda: gpt2(Smoothed), SENTENCES, by_shifted_tokens),
-    'z-loss': Kind(lambda: gpt2(ZLoss), SENTENCES, refused='a further term in it reads the outputs'),
-    'focal': Kind(lambda: gpt2(Focal), SENTENCES, refused='more than a weighted mean'),
+    'z-loss': Kind(lambda: gpt2(ZLoss), language(labels=TOKENS)),
+    'focal': Kind(lambda: gpt2(Focal), SENTENCES),
     'masked by hand': Kind(lambda: gpt2(Masked), SENTENCES, by_mask),
     'T5': Kind(t5, SENTENCES, by_tokens),
     'Mixtral 0.001': Kind(lambda: mixtral(0.001), SENTENCES, by_shifted_tokens, batch_term=router_loss),
@@ -393,7 +486,7 @@ def sample_of(batch: Any, index: int) -> Any:
 def reference(kind: Kind, model: ComposerModel, batch: Any, weights: Tensor) -> Tensor:
     """``sum(w_i c_i l_i) / M`` with each sample alone in the model, and what the loss has for the whole batch."""
     counts = kind.counts(batch)
-    divisor = 1 if getattr(getattr(model, '_loss_fn', None), 'reduction', 'mean') == 'sum' else counts.sum()
+    divisor = 1 if kind.counts is whole or getattr(getattr(model, '_loss_fn', None), 'reduction', 'mean') == 'sum' else counts.sum()
     loss = torch.zeros(())
     for index, (weight, count) in enumerate(zip(weights, counts, strict=True)):
         if count > 0:
