@@ -18,6 +18,7 @@ SMALL = {
     '4_combining': {'EPOCHS': 2, 'LIMIT': 320, 'SEEDS': (17,)},
     '5_sharp_minima': {'EPOCHS': 2, 'LIMIT': 320, 'LARGE': 64, 'POINTS': 4, 'DIRECTIONS': 1, 'SAMPLES': 64},
     '6_bring_your_own': {'EPOCHS': 4, 'LIMIT': 320},
+    '7_language_model': {'EPOCHS': 3, 'LIMIT': 96, 'HELD_OUT': 32},
 }
 NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
 
