@@ -132,7 +132,7 @@ def parse_steps(text: str) -> Steps:
                 time = parse_time('time', time_text)
             except InputError:
                 raise InputError(
-                    f'{where}: expected a time above 0 with a unit of {_UNITS} (at most 1dur), such as 1ep or 2.5Mtok, got {time_text[:40]!r}'
+                    f'{where}: expected a time above 0 in {_UNITS} (at most 1dur), such as 1ep or 2.5Mtok, got {time_text[:40]!r}'
                 ) from None
             before, written = latest.get(time.unit, (0, ''))
             if time.value <= before:

@@ -157,7 +157,7 @@ def test_times_in_every_unit():
         ('1ep:64', r"^schedule: entry 1 \('1ep:64'\): expected the first time to be 0, got '1ep'; write '0:SIZE 1ep:64'"),
         ('0:32 1ep:64 1ep:96', r"^schedule: entry 3 \('1ep:96'\): expected a time after 1ep, got 1ep; times ascend"),
         ('0:32 2ktok:64 1ep:80 1999tok:96', r'^schedule: entry 4 .* expected a time after 2ktok, got 1999tok'),
-        ('0:32 5:64', r"^schedule: entry 2 \('5:64'\): expected a time above 0 with a unit of ep, ba, sp, tok, dur .* got '5'"),
+        ('0:32 5:64', r"^schedule: entry 2 \('5:64'\): expected a time above 0 in ep, ba, sp, tok, dur .* got '5'"),
         ('0:32 5x:64', r"^schedule: entry 2 .* got '5x'"),
         ('0:32 5Gtok:64', r"^schedule: entry 2 .* got '5Gtok'"),
         ('0:32 5s:64', r"^schedule: entry 2 .* got '5s'"),
