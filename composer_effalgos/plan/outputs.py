@@ -61,21 +61,27 @@ def detached(outputs: Any) -> Any:
     return mapped(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), outputs)
 
 
-def rows_of(value: Any, rows: Tensor | list[int], size: int) -> Any:
+def rows_of(value: Any, rows: Tensor | Sequence[int], size: int) -> Any:
     """The same structure with some samples alone.
 
     Args:
-        value: Outputs or a batch; tensors that have not ``size`` rows stay whole.
+        value: Outputs or a batch; tensors that have not ``size`` rows stay whole, and so do lists within it without one item a sample.
         rows: Which samples, int64 ``[k]``.
         size: How many there are.
     """
 
-    def chosen(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or len(tensor) != size:
-            return tensor
-        return tensor[torch.as_tensor(rows, device=tensor.device)]
+    def has_rows(item: Any) -> bool:
+        return isinstance(item, Tensor) and item.ndim > 0 and len(item) == size
 
-    return mapped(chosen, value)
+    def is_list(item: Any) -> bool:
+        return item is not value and type(item) in (list, tuple) and len(item) == size and not all(map(has_rows, item))
+
+    def chosen(item: Any) -> Any:
+        if is_list(item):
+            return type(item)(item[int(index)] for index in rows)
+        return mapped(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)] if has_rows(tensor) else tensor, item)
+
+    return tree_map(chosen, value, is_leaf=is_list)
 
 
 def entries_of(own: Any) -> list[Tensor]:

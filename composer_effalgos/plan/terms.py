@@ -203,7 +203,7 @@ def _watched_term(node: Any, reduced: Reduced, coefficient: Tensor) -> Term:
 
 def _constant_factor(product: Tensor) -> Tensor | None:
     """What a tensor is a product of, beside what requires a gradient."""
-    node = product.grad_fn
+    node: Any = product.grad_fn
     if node is None or node.name() != 'MulBackward0':
         return None
     given = [source is not None for source, _ in node.next_functions]

@@ -4,11 +4,11 @@ import warnings
 import pytest
 import torch
 from composer.algorithms import CutMix, MixUp
-from composer.core import Callback
+from composer.core import Callback, DataSpec
 from composer.loss import binary_cross_entropy_with_logits
 from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
 from composer_effalgos.plan import WeightedLoss
@@ -590,3 +590,22 @@ def test_outside_training_too_a_mask_over_the_batch_is_refused():
 def masked_by_median(outputs, targets):
     losses = nn.functional.cross_entropy(outputs, targets, reduction='none')
     return losses[losses > losses.median()].mean()
+
+
+def test_targets_of_many_lengths_in_a_list(make_trainer):
+    """As the boxes of a detector have them."""
+
+    class Counts(OfOutputs):
+        def loss(self, outputs, batch):
+            return torch.stack(
+                [(row - target.float().mean()).square().mean() for row, target in zip(outputs, batch[1], strict=True)]
+            ).mean()
+
+    def collate(samples):
+        return torch.stack([inputs for inputs, _ in samples]), [torch.arange(2 + int(label)) for _, label in samples]
+
+    data = TensorDataset(torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3)
+    algorithm = InfoBatch()
+    loader = DataSpec(DataLoader(data, batch_size=8, collate_fn=collate), get_num_samples_in_batch=lambda batch: len(batch[0]))
+    make_trainer([algorithm], train_loader=loader, model=Counts(None), max_duration='1ep').fit()
+    assert algorithm.scores.isfinite().all()
