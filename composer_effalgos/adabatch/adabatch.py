@@ -28,6 +28,7 @@ from composer_effalgos.plan.clock import is_composer_schedule
 from composer_effalgos.plan.progress import Progress, progress_of
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import shown
 
 _LARGEST_FACTOR = 1e6  # no batch or learning rate is multiplied by more at once
 _SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by in all: float32 bears no more
@@ -51,7 +52,7 @@ class AdaBatch(Algorithm):
     Args:
         growth_factor: What the batch size is multiplied by at a growth, greater than 1, at most 1e6. Sizes are rounded to whole samples.
         interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1Msp'``), tokens (``'50Mtok'``) or a share
-            of the run (``'0.2dur'``).
+            of the run (``'0.2dur'``). By default ``'20ep'``, where neither ``milestones`` nor ``policy`` nor ``schedule`` is given.
         milestones: Times of the growths, in place of ``interval``.
         schedule: The batch sizes themselves, in place of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp
             (``{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see
@@ -88,7 +89,7 @@ class AdaBatch(Algorithm):
     def __init__(
         self,
         growth_factor: float = 2.0,
-        interval: str | int | Time = '20ep',
+        interval: str | int | Time | None = None,
         *,
         milestones: Sequence[str | int | Time] | None = None,
         schedule: ScheduleLike | None = None,
@@ -103,17 +104,17 @@ class AdaBatch(Algorithm):
         check_number('lr_factor', lr_factor, least=1 / _LARGEST_FACTOR, most=_LARGEST_FACTOR)
         if max_batch_size is not None and (isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1):
             raise InputError(f'max_batch_size: expected a whole number of samples per rank, at least 1, got {max_batch_size!r}')
-        if policy is not None and milestones is not None:
-            raise InputError('policy: stands in place of milestones; give one of the two')
+        _check_one({'interval': interval, 'milestones': milestones, 'policy': policy, 'schedule': schedule})
         _check_lr(lr, lr_factor, beta2)
         if schedule is not None:
-            others = {'interval': interval != '20ep', 'growth_factor': growth_factor != 2, 'lr_factor': lr_factor != 1}
-            others |= {'milestones': milestones is not None, 'policy': policy is not None}
-            for name in (name for name, given in others.items() if given):
-                hint = "give lr, such as lr='sqrt'" if name == 'lr_factor' else 'give one of the two'
-                raise InputError(f'{name}: expected none beside schedule, which says the batch sizes itself; {hint}')
+            for name, value, usual in (('growth_factor', growth_factor, 2), ('lr_factor', lr_factor, 1)):
+                if value != usual:
+                    hint = "give lr, such as lr='sqrt'" if name == 'lr_factor' else 'give one of the two'
+                    raise InputError(f'{name}: expected none beside schedule, which says the batch sizes itself, got {value}; {hint}')
         elif global_sizes:
-            raise InputError('global_sizes: expected a schedule beside it, whose sizes are then over all ranks; other sizes are per rank')
+            raise InputError(
+                'global_sizes: expected a schedule beside it, got none; sizes in schedule are then over all ranks, others are per rank'
+            )
         self.growth_factor = growth_factor
         self.max_batch_size = max_batch_size
         self.lr_factor, self.lr, self.beta2 = lr_factor, lr, beta2
@@ -123,7 +124,7 @@ class AdaBatch(Algorithm):
         elif policy is not None:
             self.policy = find_policy(policy)
         else:
-            self.policy = Every(interval) if milestones is None else Milestones(milestones)
+            self.policy = Every('20ep' if interval is None else interval) if milestones is None else Milestones(milestones)
         if isinstance(self.policy, Seesaw):
             if lr_factor != 1 or lr == 'none':
                 raise InputError("lr: expected 'auto', 'sqrt' or 'linear' beside seesaw, which couples the learning rate to the batch size")
@@ -287,10 +288,19 @@ class AdaBatch(Algorithm):
         return self.lr_factor**growths
 
 
+def _check_one(given: Mapping[str, Any]) -> None:
+    """Refuses two of the arguments that say when the batch grows."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        first, other = names[:2]
+        got = shown(given[first])
+        raise InputError(f'{first}: expected none beside {other}, which stands in its place, got {got}; give one of the two')
+
+
 def _check_lr(lr: str | None, lr_factor: float, beta2: str) -> None:
     if lr is not None and lr not in LR_RULES:
         raise InputError(f'lr: expected one of {", ".join(map(repr, LR_RULES))}, got {lr!r}')
     if lr is not None and lr_factor != 1:
-        raise InputError(f'lr_factor: expected none beside lr={lr!r}, which stands in its place; give one of the two')
+        raise InputError(f'lr_factor: expected none beside lr={lr!r}, which stands in its place, got {lr_factor}; give one of the two')
     if beta2 not in ('keep', 'rescale'):
         raise InputError(f"beta2: expected 'keep' or 'rescale', got {beta2!r}")

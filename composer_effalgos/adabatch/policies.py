@@ -54,12 +54,14 @@ class Milestones:
         milestones: Times as for :class:`Every`, in any order and mixture of units.
 
     Raises:
-        InputError: Where they are not a list of such times.
+        InputError: Where they are not a list of such times, or there are none.
     """
 
     def __init__(self, milestones: Sequence[str | int | Time]) -> None:
         if isinstance(milestones, str | Time) or not isinstance(milestones, Sequence):
             raise InputError(f"milestones: expected a list of times such as ['20ep', '40ep'], got {milestones!r}")
+        if not milestones:
+            raise InputError('milestones: expected at least one time, got []; leave AdaBatch out where the batch is not to grow')
         self.times = [parse_time(f'milestones[{i}]', milestone) for i, milestone in enumerate(milestones)]
 
     def __call__(self, progress: Progress) -> int:

@@ -15,6 +15,7 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, plan_epoch,
 from composer_effalgos.plan.paths import DataPath, Reading, WorkerPath
 from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
+from composer_effalgos.plan.singles import leave_out, num_surplus, spread, unpruned_has_single
 from composer_effalgos.utils.errors import InputError
 
 
@@ -89,6 +90,7 @@ class PlannedDataLoader(DataLoader):
     by_position = False
     given_batch: Any = None
     tail: Tail = 'shared'  # what becomes of a last batch that is not full
+    microbatch: int | None = None  # samples per rank that are trained on at a time, where that is less than a batch
 
     def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1, samples: Samples | None = None) -> None:
         samples = samples or samples_of(loader, rank=rank, world_size=world_size)
@@ -131,20 +133,27 @@ class PlannedDataLoader(DataLoader):
         """Plans an epoch.
 
         Args:
-            kept: Samples to train on, int64 ``[n]``, no sample twice; ``None`` for all.
+            kept: Samples to train on, int64 ``[n]``, no sample twice; ``None`` for all. Of them :meth:`surplus` are left out, at random.
             weights: Their loss weights, float32 ``[n]``; ``None`` for ones.
             batch_size: Samples per rank and batch.
             epoch: The epoch's number.
             even: Gives every rank as many samples as the others.
         """
-        return plan_epoch(
-            torch.arange(self.num_samples) if kept is None else kept,
+        if kept is not None and (surplus := self.surplus(len(kept), batch_size, even=even)):
+            kept, weights = leave_out(kept, weights, surplus, torch.Generator().manual_seed(stream_seed(self.seed, 5, epoch)))
+        return self._plan_of(
+            torch.arange(self.num_samples) if kept is None else kept, weights, batch_size, epoch, shuffle=self.shuffle, even=even
+        )
+
+    def _plan_of(self, kept: Tensor, weights: Tensor | None, batch_size: BatchSize, epoch: int, *, shuffle: bool, even: bool) -> EpochPlan:
+        plan = plan_epoch(
+            kept,
             weights,
             batch_size,
             seed=self.seed,
             epoch=epoch,
             world_size=self.world_size,
-            shuffle=self.shuffle,
+            shuffle=shuffle,
             shard_starts=self.shard_starts,
             shuffle_block=self.shuffle_block,
             drop_last=self.drop_last,
@@ -152,6 +161,32 @@ class PlannedDataLoader(DataLoader):
             max_batches=self.max_batches,
             tail=self.tail,
         )
+        return self._spread(plan)
+
+    def surplus(self, count: int, batch_size: BatchSize, *, even: bool) -> int:
+        """How many of the samples that an epoch keeps are left out of it, so that no batch has one sample a rank.
+
+        BatchNorm cannot be trained on one sample. None are left out where the ``DataLoader`` itself would make such a batch of all samples.
+
+        Args:
+            count: Samples that are kept, over all ranks.
+            batch_size: Samples per rank and batch.
+            even: As for :meth:`plan_epoch`.
+        """
+        initial = self.initial_batch_size
+        if unpruned_has_single(self.num_samples, initial, self.world_size, drop_last=self.drop_last, microbatch=self.microbatch):
+            return 0
+
+        def sizes_of(number: int) -> Sequence[int]:
+            return self._plan_of(torch.arange(number), None, batch_size, 0, shuffle=False, even=even).sizes
+
+        return num_surplus(count, sizes_of, self.world_size, self.microbatch)
+
+    def _spread(self, plan: EpochPlan) -> EpochPlan:
+        """The plan with its last two batches cut elsewhere where a rank would be left with one sample."""
+        if self.tail != 'shared' or self.drop_last:
+            return plan
+        return replace(plan, sizes=tuple(spread(plan.sizes, self.world_size, self.microbatch)))
 
     def resume(
         self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool
@@ -178,7 +213,7 @@ class PlannedDataLoader(DataLoader):
             drop_last=self.drop_last,
             even=even,
         )
-        return rest, plan.sizes[: batches - plan.first_batch] if same else ()
+        return (rest, plan.sizes[: batches - plan.first_batch]) if same else (self._spread(rest), ())
 
     def resize_rest(self, batches: int, batch_size: BatchSize) -> EpochPlan:
         """The plan with its rest in batches of other sizes.
@@ -188,7 +223,10 @@ class PlannedDataLoader(DataLoader):
             batch_size: Samples per rank and batch.
         """
         assert self.plan is not None
-        return resize_rest(self.plan, batches=batches, batch_size=batch_size, world_size=self.world_size)
+        done = batches - self.plan.first_batch
+        plan = resize_rest(self.plan, batches=batches, batch_size=batch_size, world_size=self.world_size)
+        rest = self._spread(replace(plan, sizes=plan.sizes[done:])).sizes
+        return replace(plan, sizes=(*plan.sizes[:done], *rest))
 
     def set_plan(self, plan: EpochPlan, epoch: int, done: tuple[int, ...] = ()) -> None:
         """Takes the plan that the next iteration yields.
@@ -237,6 +275,18 @@ class PlannedDataLoader(DataLoader):
         """
         # the plan resumes within an epoch; a StreamingDataset that did so too would leave samples out
         state.dataset_resumption.pop('train', None)
+
+    def note_microbatch(self, state: State) -> None:
+        """Notes how many samples are trained on at a time, and says so where Composer has not found it out; at ``FIT_START``.
+
+        Args:
+            state: The trainer's state.
+        """
+        size = state.device_train_microbatch_size
+        if size is None:  # Composer looks at the batch_size of the DataLoader, which is None beside a batch_sampler
+            size = state.device_train_microbatch_size = self.initial_batch_size
+        smaller = isinstance(size, int) and size < self.initial_batch_size and not state.auto_microbatching
+        self.microbatch = int(size) if smaller else None
 
     def samples_before(self, batch: int) -> int:
         """Samples over all ranks that the epoch trains on before batch number ``batch``, which must not be one trained before a resume."""

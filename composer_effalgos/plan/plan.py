@@ -155,6 +155,7 @@ class Plan(Callback):
         # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
         loader = self.loader
+        loader.note_microbatch(state)
         if self.loss is not None:
             self.loss.begin_fit()
         self._transforms = TransformCheck(state, loader.seed)
@@ -204,7 +205,7 @@ class Plan(Callback):
         loader, epoch = self.loader, int(state.timestamp.epoch)
         loader.metrics = EpochMetrics()
         kept, weights = self.selectors.choose(epoch, loader.world_size)
-        return loader.plan_epoch(kept, weights, self._current_batch_size(), epoch, even=self.in_step(state))
+        return loader.plan_epoch(kept, weights, self.current_batch_size(), epoch, even=self.in_step(state))
 
     def resize(self, state: State) -> None:
         """Plans the rest of the epoch anew, from the next batch on, with the batch sizes that are asked for now.
@@ -217,7 +218,7 @@ class Plan(Callback):
         loader = self.loader
         assert loader.plan is not None
         batches = int(state.timestamp.batch_in_epoch)
-        plan = loader.resize_rest(batches, self._current_batch_size())
+        plan = loader.resize_rest(batches, self.current_batch_size())
         if plan.sizes != loader.plan.sizes:
             loader.set_plan(plan, int(state.timestamp.epoch), self._done)
             state.set_dataloader(loader, state.dataloader_label)
@@ -354,7 +355,8 @@ class Plan(Callback):
         unused = getattr(state.model, 'find_unused_parameters', False)
         return dist.get_world_size() > 1 and (state.fsdp_enabled or searches or unused or self.exchanges)
 
-    def _current_batch_size(self) -> BatchSize:
+    def current_batch_size(self) -> BatchSize:
+        """Samples per rank and batch that are asked for now."""
         return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
 
     def _take(self, plan: EpochPlan, state: State) -> None:
@@ -377,9 +379,7 @@ class Plan(Callback):
     def _resume(self, state: State) -> None:
         """Goes on within an epoch: its decision comes from the checkpoint, or is still here when ``fit`` is called again."""
         loader = self.loader
-        saved = self._loaded['plan'] if self._loaded is not None else None
-        if saved is not None:
-            assert self._loaded is not None
+        if self._loaded is not None and (saved := self._loaded['plan']) is not None:
             loader.metrics = EpochMetrics(**(self._loaded.get('metrics') or self._loaded['facts']))  # 'facts' in older checkpoints
             plan = EpochPlan(
                 saved['order'], saved['weights'], tuple(saved['sizes'].tolist()), start=saved['start'], first_batch=saved['first_batch']
@@ -396,6 +396,6 @@ class Plan(Callback):
             )
         self.selectors.resume(int(state.timestamp.epoch))
         batches = int(state.timestamp.batch_in_epoch)
-        rest, done = loader.resume(plan, batches, self._current_batch_size(), world_size=world_size, even=self.in_step(state))
+        rest, done = loader.resume(plan, batches, self.current_batch_size(), world_size=world_size, even=self.in_step(state))
         self._done = (*self._done, *done) if world_size == loader.world_size else ()
         self._take(rest, state)

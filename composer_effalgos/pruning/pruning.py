@@ -30,7 +30,7 @@ from composer_effalgos.plan import (
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.pruning.prune import finite_mean
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
-from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, find_rule
+from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, check_kept, find_rule
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
@@ -100,7 +100,7 @@ class Pruning(Selector, Algorithm):
         self.budget = budget
         self.samples_saved = 0
         self.epochs_pruned = 0
-        self._loaded: dict[str, Any] | None = None
+        self._decided = 0  # epochs in which the rule was asked what to prune
         self._table: SampleTable | None = None  # from INIT on
         self._labels: Tensor | None = None
         self._open_ended = False
@@ -145,13 +145,14 @@ class Pruning(Selector, Algorithm):
     def state_dict(self) -> dict[str, Any]:
         # every rank saves together, so within an epoch the scores can be exchanged here
         saved: dict[str, Any] = {} if self._table is None else self._table.state_dict(self._state)
-        saved = {**super().state_dict(), **saved, 'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned}
-        return pack(self._state, saved)
+        counts = {'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned, 'epochs_decided': self._decided}
+        return pack(self._state, {**super().state_dict(), **saved, **counts})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = unpack(state)
         self.samples_saved = state['samples_saved']
         self.epochs_pruned = state.get('epochs_pruned', int(self.samples_saved > 0))
+        self._decided = state.get('epochs_decided', self.epochs_pruned)
         if 'scores' in state:  # of a version that saved NaN for samples without a score
             scored = ~torch.isnan(state['scores'])
             history = torch.where(scored, state['scores'], 0.0)[None]
@@ -175,7 +176,7 @@ class Pruning(Selector, Algorithm):
         self._plan.selectors.add(self)
         self._plan.full_budget |= self.budget == 'full'
         self._table = SampleTable(self._plan, self.rule.history, self.rule.decay)
-        self.samples_saved = self.epochs_pruned = 0
+        self.samples_saved = self.epochs_pruned = self._decided = 0
         self._open_ended, self._said = False, set()
         if self.rule.history:
             loss = self._plan.request_loss(state, type(self).__name__, self.per_sample_loss)
@@ -213,10 +214,12 @@ class Pruning(Selector, Algorithm):
             )
         elif not self._open_ended and not self.epochs_pruned and first is not None and not self._within(*first):
             assert horizon.end is not None
+            before = int(state.timestamp.epoch)  # of which nothing may be known: a checkpoint of a run without this algorithm
             self._say_once(
                 'none',
-                f'no epoch of this run can be pruned: max_duration is {horizon.end.to_timestring()!r}, scores are there after the first '
-                f'epoch, and delta={self.delta} has the rest trained on everything; train for longer, or set delta=1.0',
+                f'no epoch {f"from epoch {before} on" if before else "of this run"} can be pruned: max_duration is '
+                f'{horizon.end.to_timestring()!r}, scores are there after the first epoch, and delta={self.delta} has the rest trained on '
+                'everything; train for longer, or set delta=1.0',
             )
 
     def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
@@ -235,30 +238,39 @@ class Pruning(Selector, Algorithm):
         generator = torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch))
         asked = Epoch(epoch, total, progress, self._ratio(progress), generator, labels)
         choice = self._ask(rows, asked, self._open_ended or self._within(epoch, progress))
-        if choice is None:
-            return None
-        if len(choice.positions) < loader.world_size:
-            self._say_once(
-                'too few', f'the rule keeps {len(choice.positions)} of {len(rows)} samples in epoch {epoch}: it trains on everything'
-            )
+        if choice is None or self._too_few(len(choice.positions), len(rows), epoch):
             return None
         limit = len(rows) if loader.max_batches is None else loader.full_samples  # an epoch has no more samples than that
-        saved = min(len(rows), limit) - min(len(choice.positions), limit)
+        surplus = loader.surplus(len(choice.positions), self._plan.current_batch_size(), even=self._plan.in_step(self._state))
+        saved = min(len(rows), limit) - min(len(choice.positions) - surplus, limit)
         self.samples_saved += saved
         self.epochs_pruned += saved > 0
         loader.metrics.pruned_fraction = 1 - len(choice.positions) / len(rows)
         return choice
+
+    def _too_few(self, kept: int, candidates: int, epoch: int) -> bool:
+        """Whether an epoch would keep next to nothing; says so once."""
+        least = least_kept(candidates, self._plan.loader.initial_batch_size * self._plan.loader.world_size, self._plan.loader.world_size)
+        if kept >= least:
+            return False
+        self._say_once(
+            'too few',
+            f'the rule keeps {kept} of {candidates} samples in epoch {epoch}, fewer than {least} (a global batch, or half of the samples '
+            'where there are fewer than two): such an epoch trains on everything',
+        )
+        return True
 
     def _ask(self, rows: SampleRows, epoch: Epoch, pruning: bool) -> Choice | None:
         """The rule's decision. Rules that go by scores see samples that have one, and all others are kept."""
         if pruning and self.rule.uses_ratio and epoch.prune_ratio == 0:
             return None
         decide = self.rule.keep if pruning else self.rule.keep_at_end
+        self._decided += pruning
         if not self.rule.history or self.rule.takes_unscored or bool(rows.scored.all()):
-            return _checked(decide(rows, epoch), len(rows), self.rule)
+            return _choice(self.rule, decide(rows, epoch), len(rows))
         scored = rows.scored.nonzero()[:, 0]
         labels = None if epoch.labels is None else epoch.labels[scored]
-        choice = _checked(decide(rows.take(scored), replace(epoch, labels=labels)), len(scored), self.rule)
+        choice = _choice(self.rule, decide(rows.take(scored), replace(epoch, labels=labels)), len(scored))
         if choice is None:
             return None
         keep, weights = ~rows.scored, torch.ones(len(rows))
@@ -273,8 +285,10 @@ class Pruning(Selector, Algorithm):
         with torch.no_grad():
             scores = self.rule.score(Step(losses, outputs, batch, self._plan.loader.rank_order[where]))
         if not isinstance(scores, Tensor) or scores.shape != losses.shape:
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(f'score: must give one number a sample, {tuple(losses.shape)}, got {got}')
+            got = f'one of {list(scores.shape)}' if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(
+                f'{type(self.rule).__name__}.score: expected one number a sample, a float tensor {list(losses.shape)}, got {got}'
+            )
         self._known().note(scores.detach().float(), where)
 
     # ------------------------------------------------------------------ when
@@ -331,22 +345,33 @@ class Pruning(Selector, Algorithm):
         if event != Event.FIT_END or end is None or state.timestamp.get(end.unit) < end or self.epochs_pruned or not self._wanted():
             return
         rows, limit = self._known().rows, self._plan.loader.max_batches
-        why = f'{int(rows.scored.sum())} of {len(rows)} samples have a score' if self.rule.history else 'the rule kept everything'
+        why = f'{int(rows.scored.sum())} of {len(rows)} samples have a score' if self.rule.history else 'the rule was never asked'
+        if self._decided:
+            why = f'{type(self.rule).__name__} decided on {self._decided} of {int(state.timestamp.epoch)} epochs'
+            few = ' or too few to train on' if 'too few' in self._said else ''
+            why += f' and kept every sample{few}' if limit is None else ''
         if limit is not None:
             why += f'; train_subset_num_batches={limit} ends every epoch before pruning would'
         self._say_once('none', f'no epoch of this run was made shorter: {why}')
 
 
-def _checked(kept: Any, size: int, rule: PruningRule) -> Choice | None:
-    """Holds a rule's answer to its contract."""
-    if kept is None:
-        return None
-    name = type(rule).__name__
-    positions, weights = kept
-    if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.ndim != 1:
-        raise InputError(f'{name}.keep: positions must be an int64 tensor [k], got {positions!r}')
-    if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= size or not bool((positions[1:] > positions[:-1]).all())):
-        raise InputError(f'{name}.keep: positions must ascend, each once, from 0 to {size - 1}')
-    if weights is not None and (weights.shape != positions.shape or not bool(torch.isfinite(weights).all())):
-        raise InputError(f'{name}.keep: weights must be {len(positions)} finite numbers, got shape {tuple(weights.shape)}')
-    return Choice(positions, None if weights is None else weights.float())
+def _choice(rule: PruningRule, answer: Any, size: int) -> Choice | None:
+    kept = check_kept(rule, answer, size)
+    return None if kept is None else Choice(*kept)
+
+
+def least_kept(candidates: int, global_batch: int, world_size: int = 1) -> int:
+    """How many samples a pruned epoch has at least.
+
+    An epoch is one share of the learning-rate schedule, however few samples it has. One that is less than a batch would take that share in
+    a step on a handful of samples, so everything is trained on instead.
+
+    Args:
+        candidates: Samples that the epoch may train on.
+        global_batch: Samples of a batch, over all ranks.
+        world_size: Number of ranks, each of which needs a sample.
+
+    Returns:
+        A global batch, or half of the candidates where they make less than two.
+    """
+    return max(world_size, min(global_batch, candidates // 2))

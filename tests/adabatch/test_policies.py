@@ -227,9 +227,22 @@ def test_a_policy_that_does_not_count(make_trainer, answer):
         make_trainer([AdaBatch(policy=lambda progress: answer)]).fit()
 
 
-def test_one_policy_at_a_time():
-    with pytest.raises(InputError, match='policy: stands in place of milestones'):
-        AdaBatch(milestones=['1ep'], policy=Every('1ep'))
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'milestones': ['1ep'], 'policy': Every('1ep')}, 'milestones: expected none beside policy'),
+        ({'interval': '5ep', 'milestones': ['1ep']}, "interval: expected none beside milestones, which stands in its place, got '5ep'"),
+        ({'interval': '20ep', 'milestones': ['1ep']}, 'interval: expected none beside milestones'),
+        ({'interval': '5ep', 'policy': 'noise_scale'}, 'interval: expected none beside policy'),
+        ({'milestones': []}, r'milestones: expected at least one time, got \[\]; leave AdaBatch out'),
+    ],
+)
+def test_two_things_that_say_when_are_refused(arguments, message):
+    with pytest.raises(InputError, match=f'^{message}'):
+        AdaBatch(**arguments)
+
+
+def test_what_is_no_policy():
     with pytest.raises(InputError, match=r'^policy: expected a function'):
         AdaBatch(policy=3)
 

@@ -143,3 +143,23 @@ def test_held_out_samples_are_never_trained_on(make_trainer, problem, kind, algo
     trainer.fit()
     numbers = sorted(chosen) if kind == 'indices' else range(150)
     assert trained.seen == set(problem.tensors[0][list(numbers), 0].tolist())
+
+
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize(
+    'algorithm',
+    [lambda: InfoBatch(delta=1.0), lambda: SubsetSelection('random', 0.5), lambda: AdaBatch(2, '2ep')],
+    ids=['prune', 'select', 'grow'],
+)
+def test_a_batch_sampler_trains_as_batch_size_does(make_trainer, weights_of, problem, algorithm, drop_last):
+    runs = []
+    for arguments in (
+        {'batch_size': 32, 'shuffle': True, 'drop_last': drop_last},
+        {'batch_sampler': BatchSampler(RandomSampler(problem), 32, drop_last)},
+    ):
+        trainer = make_trainer([algorithm()], train_loader=DataLoader(problem, **arguments), max_duration='3ep')
+        trainer.fit()
+        runs.append(trainer)
+    assert runs[0].recorder.sizes == runs[1].recorder.sizes
+    assert runs[0].recorder.microbatches == runs[1].recorder.microbatches
+    assert torch.equal(*map(weights_of, runs))

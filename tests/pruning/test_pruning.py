@@ -145,26 +145,52 @@ def test_the_pruned_fraction_over_the_run(trained):
     assert [len(samples) for samples in kept.samples] == [203, round(203 * 0.875), round(203 * 0.75), 203]
 
 
-def test_a_rule_that_keeps_too_little_trains_on_everything_and_says_so(trained):
-    class Nothing(PruningRule):
+@pytest.mark.parametrize(('batch_size', 'least'), [(16, 16), (64, 64), (150, 101), (512, 101)])
+def test_an_epoch_of_less_than_a_batch_trains_on_everything_and_says_so(trained, batch_size, least):
+    class First(PruningRule):
         def keep(self, table, epoch):
-            return torch.empty(0, dtype=torch.int64), None
+            return torch.arange([0, 4, least - 1, least][epoch.number - 1]), None
 
-    with pytest.warns(UserWarning, match='the rule keeps 0 of 203 samples in epoch 1: it trains on everything'):
-        kept = trained(Pruning(Nothing(), delta=1.0), max_duration='2ep')
-    assert len(kept.samples[1]) == 203
+    with pytest.warns(
+        UserWarning, match=f'the rule keeps 0 of 203 samples in epoch 1, fewer than {least} .*: such an epoch trains on every'
+    ):
+        kept = trained(Pruning(First(), delta=1.0), max_duration='5ep', batch_size=batch_size)
+    assert [len(samples) for samples in kept.samples] == [203, 203, 203, 203, least]
+    assert kept.trainer.state.algorithms[0].samples_saved == 203 - least
+
+
+def test_a_model_that_is_sure_is_not_trained_on_a_handful_of_samples(trained):
+    """Progressive Data Dropout on data that are learned at once kept 1 to 9 of 203 samples in the later epochs."""
+    kept = trained(Pruning('pdd', delta=1.0), max_duration='16ep', lr=0.5)
+    sizes = [len(samples) for samples in kept.samples]
+    assert min(sizes) >= 16
+    assert sizes.count(203) > 1
+
+
+EXPECTED = r'expected \(positions, weights\), an int64 tensor \[k\] and a float tensor \[k\] or None, got '
 
 
 @pytest.mark.parametrize(
     ('answer', 'message'),
     [
-        ((torch.tensor([1.0]), None), 'positions must be an int64 tensor'),
-        ((torch.tensor([3, 2]), None), 'positions must ascend'),
-        ((torch.tensor([2, 2]), None), 'positions must ascend'),
-        ((torch.tensor([203]), None), 'positions must ascend, each once, from 0 to 202'),
-        ((torch.tensor([-1, 4]), None), 'positions must ascend'),
-        ((torch.tensor([1, 2]), torch.ones(3)), 'weights must be 2 finite numbers'),
-        ((torch.tensor([1, 2]), torch.tensor([1.0, torch.nan])), 'weights must be 2 finite numbers'),
+        (torch.ones(203, dtype=torch.bool), EXPECTED + r'a tensor of bool \[203\]; of a mask, return \(mask.nonzero'),
+        (torch.arange(2), EXPECTED + r'a tensor of int64 \[2\]'),
+        ((torch.tensor([1]), None, None), EXPECTED + 'a tuple of 3'),
+        (7, EXPECTED + 'int'),
+        (
+            (torch.ones(203, dtype=torch.bool), None),
+            r'expected positions as an int64 tensor \[k\], got a tensor of bool \[203\]; of a mask',
+        ),
+        ((torch.tensor([1.0]), None), r'expected positions as an int64 tensor \[k\], got a tensor of float32 \[1\]'),
+        ((torch.ones(203, dtype=torch.bool).nonzero(), None), r'expected positions .* got a tensor of int64 \[203, 1\]'),
+        (([1, 2], None), 'expected positions .* got a list of 2'),
+        ((torch.tensor([3, 2]), None), r'expected positions from 0 to 202, ascending, each once, got \[3, 2\]'),
+        ((torch.tensor([2, 2]), None), 'expected positions from 0 to 202, ascending'),
+        ((torch.tensor([203]), None), 'expected positions from 0 to 202, ascending'),
+        ((torch.tensor([-1, 4]), None), 'expected positions from 0 to 202, ascending'),
+        ((torch.tensor([1, 2]), torch.ones(3)), r'expected weights as 2 finite numbers or None, got a tensor of float32 \[3\]'),
+        ((torch.tensor([1, 2]), [1.0, 1.0]), 'expected weights as 2 finite numbers or None, got a list of 2'),
+        ((torch.tensor([1, 2]), torch.tensor([1.0, torch.nan])), 'expected weights as 2 finite numbers .* some not finite'),
     ],
 )
 def test_refuses_answers_that_name_no_samples(trained, answer, message):
@@ -172,8 +198,9 @@ def test_refuses_answers_that_name_no_samples(trained, answer, message):
         def keep(self, table, epoch):
             return answer
 
-    with pytest.raises(InputError, match=f'Wrong.keep: {message}'):
+    with pytest.raises(InputError, match=f'^Wrong.keep: {message}') as caught:
         trained(Pruning(Wrong(), delta=1.0), max_duration='2ep')
+    assert '\n' not in str(caught.value)
 
 
 def test_refuses_scores_that_are_not_one_a_sample(trained):
@@ -181,7 +208,7 @@ def test_refuses_scores_that_are_not_one_a_sample(trained):
         def score(self, step):
             return step.losses.mean()
 
-    with pytest.raises(InputError, match='score: must give one number a sample'):
+    with pytest.raises(InputError, match=r'^Wrong.score: expected one number a sample, a float tensor \[16\], got one of \[\]'):
         trained(Pruning(Wrong()), max_duration='2ep')
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_effalgos import InfoBatch, SubsetSelection
+from composer_effalgos import InfoBatch, Pruning, SubsetSelection
 
 
 def sizes(trainer) -> list[int]:
@@ -115,7 +115,7 @@ def test_a_limit_of_batches_is_pruned_below_it_once_most_have_a_score(make_train
 def test_a_limit_of_batches_that_leaves_nothing_to_save_says_so_at_the_end(make_trainer):
     trainer = make_trainer([InfoBatch(delta=1.0)], train_subset_num_batches=3, max_duration='4ep')
     with pytest.warns(
-        UserWarning, match=r'no epoch of this run was made shorter: \d+ of 203 samples have a score; train_subset_num_batches=3'
+        UserWarning, match=r'no epoch of this run was made shorter: InfoBatchRule decided on \d of 4 epochs; train_subset_num_batches=3'
     ):
         trainer.fit()
     assert sizes(trainer) == [48] * 4
@@ -134,3 +134,26 @@ def test_a_fresh_subset_is_trained_on_whole_first(make_trainer):
     trainer = make_trainer(algorithms, max_duration='4ep')
     trainer.fit()
     assert [size == 102 for size in sizes(trainer)] == [True, False, True, False]
+
+
+def test_a_rule_that_was_asked_and_kept_everything_is_named(make_trainer):
+    """``ies`` leaves out nothing before it has seen a sample ``window + 3`` times."""
+    trainer = make_trainer([Pruning('ies')], max_duration='9ep')
+    with pytest.warns(UserWarning, match=r'no epoch of this run was made shorter: IesRule decided on 6 of 9 epochs and kept every sample$'):
+        trainer.fit()
+
+
+def test_a_run_that_begins_anew_near_its_end_speaks_of_the_rest_alone(make_trainer, tmp_path):
+    make_trainer([InfoBatch()], max_duration='8ep', save_folder=str(tmp_path), save_interval='1ep', save_filename='{epoch}.pt').fit()
+    saved = torch.load(tmp_path / '7.pt', weights_only=False)
+    saved['state']['algorithms'] = []
+    torch.save(saved, tmp_path / 'without.pt')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        make_trainer([InfoBatch()], max_duration='8ep', load_path=str(tmp_path / 'without.pt')).fit()
+    (message,) = said(caught)
+    assert message.startswith("InfoBatch: no epoch from epoch 7 on can be pruned: max_duration is '8ep'")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        make_trainer([InfoBatch()], max_duration='8ep', load_path=str(tmp_path / '7.pt')).fit()
+    assert not said(caught)

@@ -11,13 +11,13 @@ from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
 from composer_effalgos.pruning.rules.pdd import PddRule
 from composer_effalgos.pruning.rules.random import RandomRule
 from composer_effalgos.pruning.rules.rho import RhoRule
-from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
+from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step, check_kept
 from composer_effalgos.pruning.rules.seta import SetaRule
 from composer_effalgos.pruning.rules.ucb import UcbRule
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 
-__all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'find_rule']
+__all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'check_kept', 'find_rule']
 
 RULES: dict[str, type[PruningRule]] = {
     'infobatch': InfoBatchRule,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from composer_effalgos.plan import SampleRows
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import shown
 
 Kept = tuple[Tensor, Tensor | None]
 """Positions in the table, int64 ``[k]`` ascending, and their loss weights, float32 ``[k]``, or ``None`` for ones."""
@@ -104,7 +106,8 @@ class PruningRule:
             epoch: The epoch.
 
         Returns:
-            Positions and weights of the kept; ``None`` to keep everything.
+            ``(positions, weights)``: the rows that are kept, int64 ``[k]``, ascending, each once (of a mask ``mask.nonzero()[:, 0]``); and
+            their loss weights, float ``[k]``, finite, or ``None`` for ones. ``None`` in place of the two keeps everything.
         """
         raise NotImplementedError
 
@@ -129,3 +132,50 @@ def highest(scores: Tensor, count: int) -> Tensor:
 def num_kept(size: int, prune_ratio: float) -> int:
     """How many of ``size`` samples a fraction of ``prune_ratio`` leaves, at least one."""
     return max(1, round(size * (1 - prune_ratio)))
+
+
+def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
+    """Holds what a rule's ``keep`` or ``keep_at_end`` gave to its contract.
+
+    Args:
+        rule: The rule, for the message.
+        answer: What it gave.
+        size: Rows of the table that it was given.
+
+    Returns:
+        The answer, its weights in float32.
+
+    Raises:
+        InputError: Where it is something else.
+    """
+    if answer is None:
+        return None
+    name = f'{type(rule).__name__}.keep'
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        raise InputError(
+            f'{name}: expected (positions, weights), an int64 tensor [k] and a float tensor [k] or None, got {_described(answer)}; '
+            'of a mask, return (mask.nonzero()[:, 0], None)'
+        )
+    positions, weights = answer
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.ndim != 1:
+        raise InputError(f'{name}: expected positions as an int64 tensor [k], got {_described(positions)}; of a mask, mask.nonzero()[:, 0]')
+    positions = positions.cpu()
+    if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= size or not bool((positions[1:] > positions[:-1]).all())):
+        raise InputError(
+            f'{name}: expected positions from 0 to {size - 1}, ascending, each once, got {shown(positions.tolist())}; they are '
+            'places in the table, not sample numbers'
+        )
+    if weights is None:
+        return positions, None
+    if not isinstance(weights, Tensor) or weights.shape != positions.shape or not bool(torch.isfinite(weights).all()):
+        some = ', some not finite' if isinstance(weights, Tensor) and weights.shape == positions.shape else ''
+        raise InputError(f'{name}: expected weights as {len(positions)} finite numbers or None, got {_described(weights)}{some}')
+    return positions, weights.cpu().float()
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f'a tensor of {str(value.dtype).removeprefix("torch.")} {list(value.shape)}'
+    if isinstance(value, tuple | list):
+        return f'a {type(value).__name__} of {len(value)}'
+    return f'{type(value).__name__}'
