@@ -215,9 +215,8 @@ class Plan(Callback):
         Args:
             state: The trainer's state.
         """
-        loader = self.loader
+        loader, batches = self.loader, int(state.timestamp.batch_in_epoch)
         assert loader.plan is not None
-        batches = int(state.timestamp.batch_in_epoch)
         plan = loader.resize_rest(batches, self.current_batch_size())
         if plan.sizes != loader.plan.sizes:
             loader.set_plan(plan, int(state.timestamp.epoch), self._done)
