@@ -5,10 +5,11 @@ STAMP := .venv/.setup-done
 OUT ?= runs/demo
 DATA ?= data
 BENCH_OUT ?= runs/digits
+OLDEST := 0.29.0
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-slow lint clean
+.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-all test-oldest lint clean
 
 setup: $(STAMP)
 
@@ -54,11 +55,19 @@ notebooks: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
 
+# Minutes: what shows that the installation works.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+# The above, and what takes longer: every pair of methods, kills and resumptions, launches on two ranks, fuzzing.
+test-all: test
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+# The contract of the algorithms, on the oldest Composer that the package takes.
+test-oldest: $(STAMP)
+	@test -d build/oldest/composer || $(BIN)/pip install --quiet --no-deps --target build/oldest 'mosaicml==$(OLDEST)'
+	PYTHONPATH=build/oldest $(BIN)/python -c 'import composer; assert composer.__version__ == "$(OLDEST)", composer.__version__'
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/contract tests/plan
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,38 +1,19 @@
 """A resumed run saves what the run that was never stopped saves, entry by entry, as Composer's own test of resumption compares them."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from composer.core import Algorithm, Event, State
+from algorithm_settings import SETTINGS
+from composer.core import Event, State
 from composer.optim import LinearScheduler
 
-from composer_effalgos import AdaBatch, EfficiencyMonitor, InfoBatch, Pruning, SubsetSelection
-from composer_effalgos.pruning import RULES
+from composer_effalgos import EfficiencyMonitor, InfoBatch
 
-
-def with_rule(name: str) -> list[Algorithm]:
-    options = {'irreducible': torch.zeros(203)} if name == 'rho' else {'threshold': 0.5} if name == 'pdd' else {}
-    return [Pruning({'name': name, **options}, delta=0.8)]
-
-
-CASES: dict[str, Callable[[], list[Algorithm]]] = {
-    'infobatch': lambda: [InfoBatch(delta=1.0)],
-    'infobatch by class, moving average, bands': lambda: [
-        InfoBatch(delta=1.0, score='ema', bands=[(0.3, 0.8), (0.6, 0.4)], class_balanced=True)
-    ],
-    'adabatch': lambda: [AdaBatch(2, '10ba', lr_factor=0.75)],
-    'gradmatch': lambda: [SubsetSelection('gradmatch', 0.5, '2ep')],
-    'adaptive-random': lambda: [SubsetSelection('adaptive-random', 0.5, '1ep', val_share=0.1)],
-    'forgetting': lambda: [SubsetSelection('forgetting', 0.5, '1ep', kappa=0.5)],
-    'milo': lambda: [SubsetSelection('milo', 0.5, '1ep', kappa=0.25)],
-    **{f'rule {name}': functools.partial(with_rule, name) for name in RULES},
-    'all': lambda: [SubsetSelection('gradmatch', 0.8, '2ep'), AdaBatch(2, '2ep', lr_factor=0.75), InfoBatch(delta=1.0)],
-}
+SAMPLES = 203
+QUICK = ('infobatch', 'all')  # the others are for the long run
 # of the clock on the wall, of the process, or of the folder
 TIMES = {
     'total_wct',
@@ -71,11 +52,12 @@ def every_batch_and_epoch(state: State, event: Event) -> bool:
     return event == Event.EPOCH_CHECKPOINT or (event == Event.BATCH_CHECKPOINT and not last)
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_a_resumed_runs_checkpoints_are_those_of_the_unbroken_run(make_trainer, tmp_path, case):
+@pytest.mark.parametrize('row', [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in SETTINGS])
+def test_a_resumed_runs_checkpoints_are_those_of_the_unbroken_run(start, tmp_path, row):
     def run(folder: str, **arguments) -> dict[tuple[int, ...], Path]:
-        trainer = make_trainer(
-            CASES[case](),
+        trainer = start(
+            row,
+            SAMPLES,
             callbacks=[EfficiencyMonitor(save_folder=tmp_path / folder)],
             schedulers=LinearScheduler(),
             max_duration='4ep',
@@ -91,11 +73,11 @@ def test_a_resumed_runs_checkpoints_are_those_of_the_unbroken_run(make_trainer, 
         return {tuple(map(int, path.stem.split('-'))): path for path in (tmp_path / folder / 'saved').glob('*.pt')}
 
     whole = run('whole')
-    for start in ((2, 0), (2, 1)):  # at an epoch's end, and within one
-        resumed = run(f'resumed at {start}', load_path=str(whole[start]))
-        assert set(resumed) == {point for point in whole if point > start}
-        for point in {*sorted(resumed)[:2], *((epoch, within) for epoch, within in resumed if within == 0), max(resumed)}:
-            states = [torch.load(runs[point], weights_only=False) for runs in (whole, resumed)]
+    for point in ((2, 0), (2, 1)):  # at an epoch's end, and within one
+        resumed = run(f'resumed at {point}', load_path=str(whole[point]))
+        assert set(resumed) == {later for later in whole if later > point}
+        for later in {*sorted(resumed)[:2], *((epoch, within) for epoch, within in resumed if within == 0), max(resumed)}:
+            states = [torch.load(runs[later], weights_only=False) for runs in (whole, resumed)]
             assert not differences(states[0]['rng'], states[1]['rng'])
             assert not differences(states[0]['state'], states[1]['state'])
 
