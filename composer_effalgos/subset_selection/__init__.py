@@ -1,7 +1,7 @@
 """Training on a subset that CORDS's strategies select."""
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients, find_final_linear, last_layer_gradients
-from composer_effalgos.subset_selection.strategies import select_subset
+from composer_effalgos.subset_selection.selection import select_subset
 from composer_effalgos.subset_selection.subset_selection import SubsetSelection
 
 __all__ = ['LastLayerGradients', 'SubsetSelection', 'find_final_linear', 'last_layer_gradients', 'select_subset']

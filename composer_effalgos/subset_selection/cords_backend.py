@@ -14,7 +14,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
+from composer_effalgos.subset_selection.cords_selcon import data_sets as selcon_data_sets
+from composer_effalgos.subset_selection.cords_selcon import selcon
 from composer_effalgos.subset_selection.gradients import LastLayerGradients, preserve_rng
 from composer_effalgos.subset_selection.problem import Problem, Selection, Solver, seed_of, softmax_targets
 from composer_effalgos.utils.errors import InputError
@@ -35,8 +37,6 @@ __all__ = ['INSTALL_COMMAND', 'solver']
 INSTALL_COMMAND = 'pip install apricot-select numba scipy && pip install --no-deps cords==0.0.4'
 PRIVATE_PACKAGE = '_composer_effalgos_cords'
 PAIRWISE_BYTES = 2**26  # CRAIG and the submodular functions write out the differences of every pair in two batches
-
-MULTIPLIER_STEPS = 1000  # of SELCON's first loop, which as published may never end
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,7 @@ def solver(strategy: str) -> Solver:
         InputError: if CORDS, or a package that it needs, is not installed.
     """
     modules = _cords_modules()
-    runs = {
-        'glister': _glister,
-        'gradmatch': _gradmatch,
-        'craig': _craig,
-        'fixedweight': _fixedweight,
-        'adapweights': _adapweights,
-        'selcon': _selcon,
-    }
-    run = runs.get(strategy, functools.partial(_submodular, function=strategy))
+    run = _RUNS.get(strategy, functools.partial(_submodular, function=strategy))
 
     def solve(problem: Problem) -> Selection:
         # CORDS draws from the generators of Python, NumPy and torch, and pins memory where there is no device to pin it for.
@@ -88,7 +80,7 @@ def _cords_modules() -> dict[str, ModuleType]:
         package.__path__ = [str(folder)]
         sys.modules[name] = package
     try:
-        with np.errstate(), _selcon_data_sets():  # importing CORDS's helpers turns NumPy's warnings into errors for good
+        with np.errstate(), selcon_data_sets():  # importing CORDS's helpers turns NumPy's warnings into errors for good
             loaded = {
                 name: import_module(f'{PRIVATE_PACKAGE}.SL.{module}')
                 for name, module in (
@@ -112,50 +104,6 @@ def _cords_modules() -> dict[str, ModuleType]:
     # Stochastic GLISTER asks for more candidates than are left.
     vars(loaded['glister'])['random'] = types.SimpleNamespace(sample=lambda rows, k: random.sample(rows, min(k, len(rows))))
     return loaded
-
-
-@contextlib.contextmanager
-def _selcon_data_sets() -> Iterator[None]:
-    """Lets SELCON's module find its data sets, whose package imports a data set that scikit-learn has dropped, and torchtext."""
-    name = 'cords.utils.data.datasets.SL.custom_dataset_selcon'
-    before, stand_in = sys.modules.get(name), types.ModuleType(name)
-    for unused in ('CustomDataset_SELCON', 'CustomDataset_WithId_SELCON'):
-        setattr(stand_in, unused, Dataset)
-    stand_in.SubsetDataset_WithId_SELCON = _SubsetWithNumbers  # type: ignore[attr-defined]
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
-
-
-class _WithNumbers(Dataset):
-    """Inputs, targets and their numbers, as SELCON's data sets give them."""
-
-    def __init__(self, data: Tensor, targets: Tensor) -> None:
-        self.data, self.targets = data, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        return self.data[index], self.targets[index], index
-
-
-class _SubsetWithNumbers(_WithNumbers):
-    """Some rows of such a data set, numbered anew."""
-
-    def __init__(self, dataset: _WithNumbers, rows: list[int]) -> None:
-        super().__init__(dataset.data[rows], dataset.targets[rows])
-
-
-class _CountsSamples(DataLoader):
-    """SELCON takes the number of batches for the number of samples."""
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
 
 
 class _Rows(nn.Module):
@@ -206,7 +154,7 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     if targets[0] is not None and targets[1] is not None:
         outputs = torch.cat([targets[0][0], targets[1][0]])
         labels, reference_labels = targets[0][1], targets[1][1]
-        loss, eta = functools.partial(cross_entropy, reduction='none'), problem.options['eta']
+        loss, eta = functools.partial(cross_entropy, reduction='none'), problem.options.eta
     else:
         # The loss is not known beyond its gradient. A step size of zero keeps the validation gradient where it is.
         outputs = joined.error
@@ -225,9 +173,9 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         candidates.error.shape[1],
         joined.embedding is not None,
         'Supervised' if problem.batch_size is None else 'PerBatch',
-        problem.options['greedy'],
+        problem.options.greedy,
         log,
-        r=min(problem.options['r'], picks),  # more rounds than picks never end: every round picks int(picks / r) = 0
+        r=min(problem.options.r, picks),  # more rounds than picks never end: every round picks int(picks / r) = 0
     )
     indices, _ = strategy.select(problem.budget, {})
     return indices, [1.0] * len(indices)  # RGreedy overshoots, and gives a weight to the budget alone
@@ -242,7 +190,7 @@ def _matching(problem: Problem) -> tuple[Any, ...]:
         _loader(len(candidates), _one_class(reference), batch_size),
         _Rows(_joined(candidates, reference), written_out=True),
         _half_square,
-        problem.options['eta'],
+        problem.options.eta,
         candidates.device,  # not the string 'cpu', for which CORDS takes a solver that ignores lam, eps and v1
         1,
         False,
@@ -251,7 +199,7 @@ def _matching(problem: Problem) -> tuple[Any, ...]:
 
 def _nothing_to_match(problem: Problem) -> bool:
     """Whether the gradients to be matched add up to zero, by which CORDS would divide."""
-    return not (problem.reference if problem.options['valid'] else problem.gradients).sum().any()
+    return not (problem.reference if problem.options.valid else problem.gradients).sum().any()
 
 
 def _gradmatch(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
@@ -261,10 +209,10 @@ def _gradmatch(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         *_matching(problem),
         'PerClass' if problem.batch_size is None else 'PerBatch',
         log,
-        valid=problem.options['valid'],
-        v1=problem.options['v1'],
-        lam=problem.options['lam'],
-        eps=problem.options['eps'],
+        valid=problem.options.valid,
+        v1=problem.options.v1,
+        lam=problem.options.lam,
+        eps=problem.options.eps,
     )
     return strategy.select(problem.budget, {})
 
@@ -284,7 +232,7 @@ def _craig(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         # One class is the same problem as Supervised, without the detour over a sparse matrix.
         'PerClass' if problem.batch_size is None else 'PerBatch',
         log,
-        optimizer=problem.options['optimizer'],
+        optimizer=problem.options.optimizer,
     )
     return strategy.select(problem.budget, {})
 
@@ -306,7 +254,7 @@ def _submodular(module: ModuleType, problem: Problem, function: str) -> tuple[An
         False,
         'PerClass' if classes == 1 else 'Supervised',
         function,
-        problem.options['optimizer'],
+        problem.options.optimizer,
     )
     return strategy.select(problem.budget * classes, {})
 
@@ -322,7 +270,7 @@ def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     strategy = module.FixedWeightStrategy(
         *_matching(problem),
         'PerClass' if problem.batch_size is None else 'PerBatch',
-        valid=problem.options['valid'],
+        valid=problem.options.valid,
     )
     strategy.ompwrapper = lambda columns, target, budget: strategy.optimalWeightsWrapper(columns.T, target, budget)
     return strategy.select(problem.budget, {})
@@ -331,103 +279,33 @@ def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
 def _adapweights(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     """Non-negative least-squares weights for a subset that is given."""
     candidates = problem.gradients
-    subset = problem.options['ss_indices']
+    subset = problem.options.ss_indices
     if subset is None:
         subset = torch.randperm(len(candidates), generator=problem.generator)[: problem.budget]
     subset = torch.as_tensor(subset).cpu()
     if subset.shape != (problem.budget,) or subset.is_floating_point() or len(subset.unique()) != problem.budget:
-        raise InputError(f'ss_indices: as many different positions as the budget, {problem.budget}, are right')
+        raise InputError(f'ss_indices: expected as many different positions as the budget, {problem.budget}')
     if not 0 <= int(subset.min()) <= int(subset.max()) < len(candidates):
-        raise InputError(f'ss_indices: got {int(subset.min())} to {int(subset.max())}; 0 to {len(candidates) - 1} is right')
+        raise InputError(f'ss_indices: expected 0 to {len(candidates) - 1}, got {int(subset.min())} to {int(subset.max())}')
     strategy = module.AdapWeightsStrategy(
         *_matching(problem),
         'Supervised',
         log,
         subset.tolist(),
-        valid=problem.options['valid'],
+        valid=problem.options.valid,
     )
     return strategy.select(problem.budget, {})
 
 
-def _selcon(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
-    """SELCON (Sivasubramanian et al., arXiv 2106.12491) on the last layer: a linear regression from the embeddings to the targets.
-
-    The layer is the one that predicts what the errors of the squared loss say, ``prediction = target + error / 2``. Validation samples come
-    one by one: SELCON's sums over them have another shape than its sums over training samples in batches of another size. What CORDS gives
-    as weights are the values of the samples, the smaller the better; here all weights are one, as in the paper.
-    """
-    candidates, reference, options = problem.gradients, problem.reference, problem.options
-    targets, reference_targets = problem.labels, problem.reference_labels
-    assert targets is not None
-    assert reference_targets is not None
-    if candidates.embedding is None or reference.embedding is None or candidates.error.shape[1] != 1:
-        raise InputError('gradients: selcon needs embeddings and the errors of one number a sample, [N, 1]')
-    if problem.budget == 1:
-        raise InputError('budget: 1; selcon divides by the number of other samples in the subset, so at least 2 is right')
-    inputs, device = candidates.embedding, candidates.device
-    predictions = targets + candidates.error[:, 0] / 2
-    # gelsd: an input that is always zero, as after a ReLU, must do no harm
-    solution = torch.linalg.lstsq(
-        torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1).double().cpu(), predictions[:, None].double().cpu(), driver='gelsd'
-    ).solution[:, 0]
-    model = _Regression(solution.float().to(device))
-    theta = {name: value.clone() for name, value in model.state_dict().items()}
-    criterion = _BoundedSquaredLoss(options['delta'], 2 * len(reference) * MULTIPLIER_STEPS)
-    # before a first step Adam's moments are zero
-    moments = [{'step': 0, 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)} for p in model.parameters()]
-    batch_size = options['batch_size'] or 1000
-    train, validation = _WithNumbers(inputs, targets), _WithNumbers(reference.embedding, reference_targets)
-    strategy = module.SELCONstrategy(
-        train,
-        validation,
-        _CountsSamples(train, batch_size=batch_size),
-        DataLoader(validation, batch_size=1),
-        model,
-        nn.MSELoss(reduction='none'),
-        device,
-        1,
-        torch.tensor([float(options['delta'])], device=device),
-        options['num_epochs'],
-        True,
-        options['lam'],
-        options['lr'],
-        log,
-        types.SimpleNamespace(state=dict(enumerate(moments))),
-        batch_size,
-        criterion,
-    )
-    indices, _ = strategy.select(problem.budget, theta)
-    return indices, [1.0] * len(indices)
-
-
-class _Regression(nn.Module):
-    """One linear layer with one output."""
-
-    def __init__(self, weight_and_bias: Tensor) -> None:
-        super().__init__()
-        self.linear = nn.Linear(len(weight_and_bias) - 1, 1, device=weight_and_bias.device)
-        with torch.no_grad():
-            self.linear.weight.copy_(weight_and_bias[None, :-1])
-            self.linear.bias.copy_(weight_and_bias[-1:])
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear(inputs).view(-1)
-
-
-class _BoundedSquaredLoss:
-    """The squared loss, for so many calls: SELCON's first loop goes on until the validation loss meets its bound, or for ever."""
-
-    def __init__(self, delta: float, calls: int) -> None:
-        self.delta, self.calls = delta, calls
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.calls -= 1
-        if self.calls < 0:
-            raise InputError(
-                f'delta: the validation loss did not come down to {self.delta} in {MULTIPLIER_STEPS} steps; a larger delta or lr is right'
-            )
-        return mse_loss(outputs, targets)
-
-
 def _pairwise_batch(gradients: LastLayerGradients) -> int:
     return max(1, int((PAIRWISE_BYTES / (4 * gradients.dim)) ** 0.5))
+
+
+_RUNS: Mapping[str, Callable[[ModuleType, Problem], tuple[Any, Any]]] = {
+    'glister': _glister,
+    'gradmatch': _gradmatch,
+    'craig': _craig,
+    'fixedweight': _fixedweight,
+    'adapweights': _adapweights,
+    'selcon': selcon,
+}

@@ -1,6 +1,6 @@
 """One selection problem, as every solver takes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ class Problem:
         reference (LastLayerGradients): validation gradients, or the candidates themselves where there are none.
         reference_labels (Tensor | None): int64, one a row of ``reference``.
         batch_size (int | None): if set, whole batches of this many successive rows are picked (``PerBatch``).
-        options (Mapping[str, Any]): the strategy's options, all present and checked.
+        options (Any): the strategy's options, an instance of its dataclass.
         generator (torch.Generator): on the CPU; the only source of randomness.
         scores (Tensor | None): float ``[N]``, for strategies that rank or draw by a number from outside.
     """
@@ -38,7 +38,7 @@ class Problem:
     reference: LastLayerGradients
     reference_labels: Tensor | None
     batch_size: int | None
-    options: Mapping[str, Any]
+    options: Any
     generator: torch.Generator
     scores: Tensor | None = None
 

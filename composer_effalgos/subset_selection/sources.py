@@ -17,7 +17,8 @@ from composer_effalgos.plan import Plan, SampleRows, SampleTable, WeightedLoss
 from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Found, Rows, logits_and_classes
 from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
 from composer_effalgos.subset_selection.problem import Selection
-from composer_effalgos.subset_selection.strategies import STRATEGIES, check_options, select_subset
+from composer_effalgos.subset_selection.selection import check_options, select_subset
+from composer_effalgos.subset_selection.strategies import STRATEGIES
 from composer_effalgos.subset_selection.strategies.milo import importance
 from composer_effalgos.subset_selection.subset_file import check_subset, read_subset
 from composer_effalgos.utils.checks import check_number
@@ -67,7 +68,7 @@ class Source:
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
         self.strategy, self.backend, self.options = strategy, backend, dict(options)
-        self.settings = check_options(strategy, backend=backend, **options)
+        self.settings: Any = check_options(strategy, backend=backend, **options)
 
     def start(self, plan: Plan, loss: WeightedLoss) -> None:
         """At ``INIT``."""
@@ -102,7 +103,7 @@ class Source:
 
     def _classes(self, rows: Rows) -> Tensor | None:
         """The classes of some samples; ``None`` where they have none and the strategy does without."""
-        by_class = (self.settings['selection_type'] or '').startswith('PerClass') or self.settings['class_balance'] == 'equal'
+        by_class = (self.settings.selection_type or '').startswith('PerClass') or self.settings.class_balance == 'equal'
         if by_class and rows.classes is None:
             raise InputError(
                 'selection_type: expected one class a sample for PerClass and class_balance=equal, got several labels or numbers; '
@@ -138,9 +139,11 @@ class _Gradients(Source):
         super().__init__(strategy, backend, options)
         self.spec = STRATEGIES[strategy]
         self.weighted = self.spec.weighted
-        by_embedding = linear_layer and (self.settings.get('features') == 'embedding' or self.settings.get('if_convex', False))
+        by_embedding = linear_layer and (
+            getattr(self.settings, 'features', '') == 'embedding' or getattr(self.settings, 'if_convex', False)
+        )
         self.looks: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax, 'errors': not by_embedding}
-        self.uses_validation = self.spec.validation and self.settings.get('valid', True)
+        self.uses_validation = self.spec.validation and getattr(self.settings, 'valid', True)
         self.val_dataloader = val_dataloader
 
     def read(self, data: DataPass) -> Found:
@@ -155,9 +158,9 @@ class _Gradients(Source):
         options: dict[str, Any] = {}
         if found.validation is not None and self.uses_validation:
             options.update(val_gradients=found.validation.gradients, val_labels=self._labels(found.validation))
-        if self.settings['selection_type'] == 'PerBatch' and self.settings['batch_size'] is None:
+        if self.settings.selection_type == 'PerBatch' and self.settings.batch_size is None:
             options['batch_size'] = occasion.batch_size
-        if 'ss_indices' in self.settings and self.settings['ss_indices'] is None:
+        if getattr(self.settings, 'ss_indices', occasion) is None:
             options['ss_indices'] = occasion.current
         return self._select(found.train.gradients, occasion, self._labels(found.train), **options)
 
@@ -171,7 +174,7 @@ class _Random(Source):
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
         super().__init__(strategy, backend, options)
         self.once = strategy == 'random'
-        self.by_class = self.settings['selection_type'] == 'PerClass' or self.settings['class_balance'] == 'equal'
+        self.by_class = self.settings.selection_type == 'PerClass' or self.settings.class_balance == 'equal'
 
     def read(self, data: DataPass) -> Found | None:
         return Found(data.labels()) if self.by_class else None
@@ -194,7 +197,7 @@ class _Forgetting(Source):
                 'scores: SubsetSelection counts the forgetting events itself, while kappa lasts; leave it out (select_subset takes it)'
             )
         super().__init__(strategy, backend, options)
-        self.by_class = self.settings['selection_type'] != 'Supervised'
+        self.by_class = self.settings.selection_type != 'Supervised'
         self.events = torch.zeros(0, dtype=torch.int32)
 
     def start(self, plan: Plan, loss: WeightedLoss) -> None:
@@ -269,7 +272,7 @@ class _Milo(Source):
         self.ready = self.ready and known
 
     def read(self, data: DataPass) -> Found | None:
-        by_embedding = self.linear_layer and self.settings['features'] == 'embedding'
+        by_embedding = self.linear_layer and self.settings.features == 'embedding'
         return None if self.ready else Found(data.gradients(linear_layer=self.linear_layer, softmax=False, errors=not by_embedding))
 
     def pick(self, found: Found | None, occasion: Occasion) -> Selection:
@@ -288,12 +291,12 @@ class _Milo(Source):
         if occasion.total is None:
             raise InputError('strategy: milo needs max_duration in epochs, to share out its two phases')
         assert train.gradients is not None
-        classes = None if self.settings['selection_type'] == 'Supervised' else self._classes(train)
+        classes = None if self.settings.selection_type == 'Supervised' else self._classes(train)
         subsets = [
             self._select(train.gradients, occasion, classes, phase='stochastic-greedy')[0].int().cpu()
             for _ in range(math.ceil(self.exploration * occasion.total - 1e-9))
         ]
-        gains = importance(train.gradients, classes, self.settings['features'])
+        gains = importance(train.gradients, classes, self.settings.features)
         prepared = {'subsets': torch.stack(subsets) if subsets else torch.zeros(0, occasion.budget, dtype=torch.int32)}
         prepared['importance'] = gains.cpu()
         return prepared if classes is None else {**prepared, 'labels': classes.cpu()}

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from composer_effalgos.subset_selection import cords_backend
+from composer_effalgos.subset_selection import cords_backend, cords_selcon
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
-from composer_effalgos.subset_selection.strategies import STRATEGIES, select_subset
+from composer_effalgos.subset_selection.selection import select_subset
+from composer_effalgos.subset_selection.strategies import STRATEGIES
 from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('cords')
@@ -202,20 +203,20 @@ def test_selcon_leaves_outliers_out(regression):
 def test_selcon_refuses(regression, monkeypatch):
     gradients, targets = regression
     for arguments, message in (
-        ({'delta': None}, '^delta: got None'),
-        ({'labels': torch.zeros(40, dtype=torch.int64)}, '^labels: the numbers to predict'),
+        ({'delta': None}, '^delta: missing'),
+        ({'labels': torch.zeros(40, dtype=torch.int64)}, '^labels: expected the numbers to predict'),
         ({'labels': torch.full((40,), torch.nan)}, '^labels: sample 0 is not finite'),
-        ({'gradients': gradients.without_embedding()}, '^gradients: selcon needs embeddings'),
-        ({'budget': 1}, '^budget: 1; selcon'),
+        ({'gradients': gradients.without_embedding()}, '^gradients: expected embeddings'),
+        ({'budget': 1}, '^budget: expected at least 2 for selcon'),
     ):
         call = {'strategy': 'selcon', 'gradients': gradients, 'budget': 4, 'labels': targets, 'backend': 'cords', 'delta': 5.0, **arguments}
         with pytest.raises(InputError, match=message):
             select_subset(**call)
-    monkeypatch.setattr(cords_backend, 'MULTIPLIER_STEPS', 3)
+    monkeypatch.setattr(cords_selcon, 'MULTIPLIER_STEPS', 3)
 
     def any_seed():  # whether its loop is entered at all hangs on the sign of a random number
         for seed in range(10):
             select_subset('selcon', gradients, 4, labels=targets, backend='cords', delta=0.0, seed=seed)
 
-    with pytest.raises(InputError, match=r'^delta: the validation loss did not come down to 0\.0 in 3 steps'):
+    with pytest.raises(InputError, match=r'^delta: expected a validation loss of 0\.0 within 3 steps'):
         any_seed()

@@ -1,426 +1,95 @@
-"""Picks a weighted subset of a data set from its last-layer gradients."""
+"""The strategies, by name."""
 
 import functools
-import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from composer_effalgos.subset_selection import cords_backend
-from composer_effalgos.subset_selection.gradients import LastLayerGradients
-from composer_effalgos.subset_selection.problem import Problem, Selection, Solver
-from composer_effalgos.subset_selection.strategies.craig import craig
+from composer_effalgos.subset_selection.problem import Solver
+from composer_effalgos.subset_selection.strategies.cords_options import (
+    AdapWeightsOptions,
+    CordsCraigOptions,
+    CordsSubmodularOptions,
+    FixedWeightOptions,
+    SelconOptions,
+)
+from composer_effalgos.subset_selection.strategies.craig import CraigOptions, craig
 from composer_effalgos.subset_selection.strategies.el2n import el2n
-from composer_effalgos.subset_selection.strategies.forgetting import forgetting
-from composer_effalgos.subset_selection.strategies.glister import glister
-from composer_effalgos.subset_selection.strategies.gradmatch import gradmatch
+from composer_effalgos.subset_selection.strategies.forgetting import ForgettingOptions, forgetting
+from composer_effalgos.subset_selection.strategies.glister import GlisterOptions, glister
+from composer_effalgos.subset_selection.strategies.gradmatch import GradMatchOptions, gradmatch
 from composer_effalgos.subset_selection.strategies.grand import grand
 from composer_effalgos.subset_selection.strategies.herding import herding
 from composer_effalgos.subset_selection.strategies.k_center import k_center
-from composer_effalgos.subset_selection.strategies.milo import PHASES, milo
-from composer_effalgos.subset_selection.strategies.points import FEATURES
-from composer_effalgos.subset_selection.strategies.random import random_subset
-from composer_effalgos.subset_selection.strategies.ranking import RANKING_OPTIONS
-from composer_effalgos.subset_selection.strategies.submodular import FUNCTIONS, submodular
+from composer_effalgos.subset_selection.strategies.milo import MiloOptions, milo
+from composer_effalgos.subset_selection.strategies.options import Options, selection_types
+from composer_effalgos.subset_selection.strategies.points import PointOptions
+from composer_effalgos.subset_selection.strategies.random import RandomOptions, random_subset
+from composer_effalgos.subset_selection.strategies.ranking import RankingOptions
+from composer_effalgos.subset_selection.strategies.submodular import FUNCTIONS, SubmodularOptions, submodular
 from composer_effalgos.subset_selection.strategies.uncertainty import MEASURES, uncertainty
-from composer_effalgos.utils.checks import LARGEST, Range
-from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
 
-__all__ = ['BACKENDS', 'STRATEGIES', 'check_options', 'select_subset']
+__all__ = ['BACKENDS', 'STRATEGIES', 'Strategy']
 
 BACKENDS = ('torch', 'cords')
-GREEDY = ('Stochastic', 'RGreedy', 'Naive')
-TORCH_OPTIMIZERS = ('lazy', 'naive', 'stochastic')
-APRICOT_OPTIMIZERS = (
-    'lazy', 'naive', 'stochastic', 'approximate-lazy', 'two-stage', 'modular', 'random', 'sample', 'greedi', 'bidirectional'
-)  # fmt: skip
-
-_RANGES = {name: Range(least=0, most=LARGEST) for name in ('eta', 'lam', 'eps', 'delta', 'lr')} | {'skip': Range(least=0, below=1)}
-
-COMMON_OPTIONS: dict[str, Any] = {
-    'selection_type': None,
-    'linear_layer': True,
-    'val_gradients': None,
-    'val_labels': None,
-    'batch_size': None,
-    'num_classes': None,
-    'class_balance': 'proportional',
-    'seed': None,
-    'generator': None,
-}
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a strategy accepts and needs.
+    """What a strategy is, accepts and needs.
 
     Attributes:
-        selection_types: those it knows, the default first.
-        options: its own options with their defaults.
-        backends: those that have it.
-        weighted: whether its weights can be other than one.
-        validation: whether it looks at validation gradients.
-        softmax: whether its error must be ``softmax(logits) - onehot(label)``, whatever loss the model trains with.
-        targets: whether ``labels`` are the numbers of a regression, not classes.
+        options: Its options.
+        solver: This package's own; None where only CORDS has it.
+        cords: Its options with ``backend='cords'``; None where CORDS does not have it.
+        weighted: Whether its weights can be other than one.
+        validation: Whether it looks at validation gradients.
+        softmax: Whether its error must be ``softmax(logits) - onehot(label)``, whatever loss the model trains with.
+        targets: Whether ``labels`` are the numbers of a regression, not classes.
     """
 
-    selection_types: tuple[str, ...]
-    options: Mapping[str, Any]
-    backends: tuple[str, ...] = BACKENDS
-    weighted: bool = True
+    options: type[Options]
+    solver: Solver | None
+    cords: type[Options] | None = None
+    weighted: bool = False
     validation: bool = False
     softmax: bool = False
     targets: bool = False
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those that have it."""
+        has = {'torch': self.solver is not None, 'cords': self.cords is not None}
+        return tuple(name for name in BACKENDS if has[name])
 
-_KERNEL_OPTIONS = {'if_convex': False, 'optimizer': 'lazy'}
-_SUBMODULAR = Strategy(('PerClass', 'Supervised'), _KERNEL_OPTIONS)
-_RANDOM = Strategy(('Supervised', 'PerClass'), {}, weighted=False)
+    @property
+    def selection_types(self) -> tuple[str, ...]:
+        """Those that it knows, the default first."""
+        return selection_types(self.options)
 
 
-def _ours(options: Mapping[str, Any], *, softmax: bool = False) -> Strategy:
-    return Strategy(('PerClass', 'Supervised'), options, backends=('torch',), weighted=False, softmax=softmax)
+def _only_in_cords(options: type[Options], *, weighted: bool = False, targets: bool = False) -> Strategy:
+    return Strategy(options, None, options, weighted=weighted, validation=True, targets=targets)
+
+
+def _submodular(name: str) -> Strategy:
+    return Strategy(SubmodularOptions, functools.partial(submodular, function=name), CordsSubmodularOptions, weighted=True)
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    'glister': Strategy(
-        ('PerClass', 'PerBatch', 'Supervised'), {'eta': 0.01, 'greedy': 'Stochastic', 'r': 15}, weighted=False, validation=True
-    ),
-    'gradmatch': Strategy(
-        ('PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'),
-        {'eta': 0.01, 'valid': False, 'v1': True, 'lam': 0.5, 'eps': 1e-4},
-        validation=True,
-    ),
-    'craig': Strategy(('PerClass', 'PerBatch', 'Supervised'), _KERNEL_OPTIONS),
-    'facility-location': _SUBMODULAR,
-    'graph-cut': _SUBMODULAR,
-    'sum-redundancy': _SUBMODULAR,
-    'saturated-coverage': _SUBMODULAR,
-    'random': _RANDOM,
-    'adaptive-random': _RANDOM,
-    'el2n': _ours(RANKING_OPTIONS, softmax=True),
-    'grand': _ours(RANKING_OPTIONS),
-    'forgetting': _ours({**RANKING_OPTIONS, 'scores': None}),
-    **{measure: _ours(RANKING_OPTIONS, softmax=True) for measure in MEASURES},
-    'herding': _ours({'features': 'embedding'}),
-    'k-center': _ours({'features': 'embedding'}),
-    'milo': _ours({'phase': 'weighted-random', 'lam': 0.4, 'scores': None, 'features': 'embedding'}),
-    'fixedweight': Strategy(
-        ('PerClass', 'PerBatch', 'PerClassPerGradient'), {'eta': 0.01, 'valid': False}, backends=('cords',), validation=True
-    ),
-    'adapweights': Strategy(('Supervised',), {'eta': 0.01, 'valid': False, 'ss_indices': None}, backends=('cords',), validation=True),
-    'selcon': Strategy(
-        ('Supervised',),
-        {'delta': None, 'lam': 1e-5, 'lr': 0.01, 'num_epochs': 100},
-        backends=('cords',),
-        weighted=False,
-        validation=True,
-        targets=True,
-    ),
+    'glister': Strategy(GlisterOptions, glister, GlisterOptions, validation=True),
+    'gradmatch': Strategy(GradMatchOptions, gradmatch, GradMatchOptions, weighted=True, validation=True),
+    'craig': Strategy(CraigOptions, craig, CordsCraigOptions, weighted=True),
+    **{name: _submodular(name) for name in FUNCTIONS},
+    'random': Strategy(RandomOptions, random_subset, RandomOptions),
+    'adaptive-random': Strategy(RandomOptions, random_subset, RandomOptions),
+    'el2n': Strategy(RankingOptions, el2n, softmax=True),
+    'grand': Strategy(RankingOptions, grand),
+    'forgetting': Strategy(ForgettingOptions, forgetting),
+    **{name: Strategy(RankingOptions, functools.partial(uncertainty, measure=name), softmax=True) for name in MEASURES},
+    'herding': Strategy(PointOptions, herding),
+    'k-center': Strategy(PointOptions, k_center),
+    'milo': Strategy(MiloOptions, milo),
+    'fixedweight': _only_in_cords(FixedWeightOptions, weighted=True),
+    'adapweights': _only_in_cords(AdapWeightsOptions, weighted=True),
+    'selcon': _only_in_cords(SelconOptions, targets=True),
 }
-TORCH_SOLVERS: Mapping[str, Solver] = {
-    'glister': glister,
-    'gradmatch': gradmatch,
-    'craig': craig,
-    **{name: functools.partial(submodular, function=name) for name in FUNCTIONS},
-    'el2n': el2n,
-    'grand': grand,
-    'forgetting': forgetting,
-    **{name: functools.partial(uncertainty, measure=name) for name in MEASURES},
-    'herding': herding,
-    'k-center': k_center,
-    'milo': milo,
-}
-
-
-def select_subset(
-    strategy: str,
-    gradients: LastLayerGradients,
-    budget: int,
-    *,
-    labels: Tensor | None = None,
-    backend: str = 'torch',
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Picks exactly ``budget`` samples and a weight for each.
-
-    Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al.,
-    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543; the others name theirs in their
-    modules. Options have the names of the CORDS package.
-
-    Args:
-        strategy (str): ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
-            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, drawn anew by the caller with another seed), ``el2n``,
-            ``grand``, ``forgetting``, ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``; with
-            ``backend='cords'`` alone ``fixedweight``, ``adapweights``, ``selcon``.
-        gradients (LastLayerGradients): of the N candidates.
-        budget (int): samples to pick, 1 to N.
-        labels (Tensor | None): class indices, integer ``[N]``; needed for the selection types by class. For ``selcon`` the numbers to
-            predict, float ``[N]``.
-        backend (str): ``torch`` (this package's own) or ``cords`` (the CORDS 0.0.4 package).
-        **options: for every strategy ``selection_type`` (``PerClass``, ``PerBatch``, ``Supervised``, ``PerClassPerGradient``; by default
-            ``PerClass`` where there are labels, else ``Supervised``), ``linear_layer`` (``False``: bias gradients alone), ``val_gradients``
-            and ``val_labels`` (of a validation set; the candidates stand in for it if absent), ``batch_size`` (``PerBatch``: rows of a
-            batch), ``num_classes``, ``class_balance`` (``proportional``, or ``equal``: as many of each class, as far as the class goes),
-            and ``seed`` or ``generator`` (seed 0 if neither is given).
-            ``glister``: ``eta`` (step size of the one-step update), ``greedy`` (``Stochastic``, ``RGreedy``, ``Naive``), ``r`` (rounds).
-            ``gradmatch``: ``valid`` (match the validation gradient), ``lam`` (ridge), ``eps`` (relative residual to stop at), ``v1`` (which
-            of CORDS's two solvers), ``eta`` (CORDS asks for it and does not use it). ``craig`` and the submodular functions:
-            ``optimizer``, ``if_convex`` (distances between embeddings instead of gradients). ``el2n``, ``grand``, ``forgetting``,
-            ``margin``, ``entropy``, ``least-confidence``: ``keep`` (``highest``, ``lowest``), ``skip`` (share of the top to leave out).
-            ``forgetting``: ``scores`` (forgetting events, ``[N]``). ``herding``, ``k-center``, ``milo``: ``features`` (``embedding``,
-            ``gradient``). ``milo``: ``phase`` (``stochastic-greedy``, ``weighted-random``), ``lam`` (of the graph cut), ``scores``
-            (importance, ``[N]``). ``adapweights``: ``ss_indices`` (the subset to weigh; random if absent). ``selcon``: ``delta`` (bound
-            on the validation loss), ``lam``, ``lr``, ``num_epochs``, ``batch_size``.
-
-    Returns:
-        tuple[Tensor, Tensor]: ``budget`` different positions, int64, in the order of selection (class after class for the types by class;
-        CORDS shuffles the order of GradMatch and CRAIG), and their weights, float32, not below zero and as CORDS gives them: matching
-        weights for GradMatch, cluster sizes for CRAIG and the submodular functions, ones for nearly all others. Where a solver ends short
-        of the budget (GradMatch has matched the gradient, a batch is short), the rest is filled with random samples of weight 1; where
-        it gives more (a last whole batch), those of the least weight are left out, the last picked first. Both lie on the device of the
-        gradients.
-
-    Raises:
-        InputError: for an unknown strategy, backend, option or value; a budget outside 1 to N; gradients that are not finite; labels that
-            are missing, out of range or of another length.
-    """
-    settings, spec = check_options(strategy, backend=backend, **options), STRATEGIES[strategy]
-    gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings, spec)
-    total = len(gradients)
-    if not _whole(budget) or not 1 <= budget <= total:
-        raise InputError(f'budget: got {budget!r}; a whole number of samples from 1 to {total} is right')
-    by_default = 'PerClass' if settings['class_balance'] == 'equal' else spec.selection_types[0] if labels is not None else 'Supervised'
-    selection_type = settings['selection_type'] or by_default
-    if selection_type.startswith('PerClass') and labels is None:
-        raise InputError(f'labels: missing; selection_type={selection_type} needs the class of every sample')
-    if selection_type == 'PerBatch' and settings['batch_size'] is None:
-        raise InputError('batch_size: missing; selection_type=PerBatch needs the number of samples in a batch')
-    with torch.no_grad():
-        reference, reference_labels = _reference(gradients, labels, settings, spec)
-        problem = Problem(
-            gradients=gradients,
-            budget=int(budget),
-            labels=labels,
-            reference=reference,
-            reference_labels=reference_labels,
-            batch_size=settings['batch_size'] if selection_type == 'PerBatch' else None,
-            options=settings,
-            generator=settings['generator'] or torch.Generator().manual_seed(settings['seed'] or 0),
-            scores=_scores(settings.get('scores'), gradients),
-        )
-        solver = _solver(strategy, backend)
-        if not selection_type.startswith('PerClass'):
-            return _exactly(problem, solver(problem))
-        assert labels is not None
-        classes, counts = labels.unique(return_counts=True)
-        shares = (_equal_shares if settings['class_balance'] == 'equal' else _shares)(counts.tolist(), problem.budget)
-        per_gradient = selection_type == 'PerClassPerGradient'
-        picks = [_in_class(problem, solver, label, k, per_gradient) for label, k in zip(classes.tolist(), shares, strict=True) if k > 0]
-        return torch.cat([indices for indices, _ in picks]), torch.cat([weights for _, weights in picks])
-
-
-def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> dict[str, Any]:
-    """Every option of a strategy, checked, with the defaults filled in.
-
-    Args:
-        strategy (str): a strategy's name.
-        backend (str): ``torch`` or ``cords``.
-        **options: as for ``select_subset``.
-
-    Raises:
-        InputError: for an unknown name or a value that cannot be.
-    """
-    _check_choice('backend', backend, BACKENDS)
-    if strategy not in STRATEGIES:
-        _check_choice('strategy', strategy, [name for name, spec in STRATEGIES.items() if backend in spec.backends])
-    spec = STRATEGIES[strategy]
-    if backend not in spec.backends:
-        raise InputError(f'backend: {backend} has no strategy {strategy}; backend={spec.backends[0]} has it')
-    known = {**COMMON_OPTIONS, **spec.options}
-    for name in options:
-        if name not in known:
-            raise InputError(f'{name}: not an option of strategy {strategy}; {did_you_mean(name, known)}')
-    settings = {**known, **options}
-    if settings['selection_type'] is not None:
-        _check_choice('selection_type', settings['selection_type'], spec.selection_types)
-    choices: Mapping[str, tuple[str, ...]] = {
-        'class_balance': ('proportional', 'equal'),
-        'greedy': GREEDY,
-        'optimizer': APRICOT_OPTIMIZERS if backend == 'cords' else TORCH_OPTIMIZERS,
-        'keep': ('highest', 'lowest'),
-        'features': FEATURES,
-        'phase': PHASES,
-    }
-    for name in settings.keys() & choices.keys():
-        _check_choice(name, settings[name], choices[name])
-    if settings['class_balance'] == 'equal' and not (settings['selection_type'] or 'PerClass').startswith('PerClass'):
-        raise InputError(f'class_balance: equal shares need selection_type=PerClass, got {settings["selection_type"]!r}')
-    for name in ('linear_layer', 'if_convex', 'valid', 'v1'):
-        if name in settings and not isinstance(settings[name], bool):
-            raise InputError(f'{name}: got {settings[name]!r}; true or false is right')
-    for name, allowed in _RANGES.items():
-        if name in settings and settings[name] not in allowed:
-            raise InputError(f'{name}: got {settings[name]!r}; a number {allowed} is right')
-    for name in ('r', 'batch_size', 'num_classes', 'num_epochs'):
-        value = settings.get(name)
-        if value is not None and (not _whole(value) or value < 1):
-            raise InputError(f'{name}: got {value!r}; a whole number from 1 is right')
-    seed = settings['seed']
-    if seed is not None and (not _whole(seed) or not 0 <= seed < 2**63):
-        raise InputError(f'seed: got {seed!r}; a whole number from 0 is right')
-    generator = settings['generator']
-    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != 'cpu' or seed is not None):
-        raise InputError('generator: a torch.Generator on the CPU, without a seed beside it, is right')
-    return settings
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in tuple(choices):
-        raise InputError(f'{name}: got {value!r}; {did_you_mean(value, choices)}')
-
-
-def _check_rows(
-    name: str, gradients: Any, label_name: str, labels: Any, settings: Mapping[str, Any], spec: Strategy
-) -> tuple[LastLayerGradients, Tensor | None]:
-    """The gradients in float32 as the options want them, and the labels beside them in int64 (numbers to predict in float32)."""
-    if not isinstance(gradients, LastLayerGradients):
-        raise InputError(f'{name}: got {type(gradients).__name__}; LastLayerGradients is right')
-    for part, factor in (('error', gradients.error), ('embedding', gradients.embedding)):
-        # by the extremes, which are not finite either then, because isfinite() itself makes a copy of what it looks at
-        if factor is not None and factor.numel() and not all(extreme.isfinite() for extreme in factor.aminmax()):
-            row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
-            raise InputError(f'{name}.{part}: sample {row} has a value that is not finite; check the loss and the precision')
-    if spec.targets:
-        if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.shape != (len(gradients),):
-            raise InputError(f'{label_name}: the numbers to predict, a float tensor of shape [{len(gradients)}], are right')
-        if not torch.isfinite(labels).all():
-            row = int((~torch.isfinite(labels)).nonzero()[0])
-            raise InputError(f'{label_name}: sample {row} is not finite')
-        labels = labels.detach().float().to(gradients.device)
-    elif labels is not None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(gradients),):
-            raise InputError(f'{label_name}: class indices, an integer tensor of shape [{len(gradients)}], are right')
-        classes = settings['num_classes'] or max(gradients.error.shape[1], 2)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise InputError(f'{label_name}: got {int(labels.min())} to {int(labels.max())}; 0 to {classes - 1} is right')
-        labels = labels.detach().long().to(gradients.device)
-    if settings.get('if_convex'):
-        if gradients.embedding is None:
-            raise InputError('if_convex: it compares embeddings, and these gradients have none')
-        return LastLayerGradients(gradients.embedding.detach().float()), labels
-    embedding = gradients.embedding.detach().float() if settings['linear_layer'] and gradients.embedding is not None else None
-    return LastLayerGradients(gradients.error.detach().float(), embedding), labels
-
-
-def _scores(scores: Any, gradients: LastLayerGradients) -> Tensor | None:
-    if scores is None:
-        return None
-    if not isinstance(scores, Tensor) or scores.shape != (len(gradients),) or scores.isnan().any():
-        raise InputError(f'scores: one number a sample, a tensor of shape [{len(gradients)}] without NaN, is right')
-    return scores.detach().float().to(gradients.device)
-
-
-def _reference(
-    gradients: LastLayerGradients, labels: Tensor | None, settings: Mapping[str, Any], spec: Strategy
-) -> tuple[LastLayerGradients, Tensor | None]:
-    if settings['val_gradients'] is None:
-        if settings.get('valid'):
-            raise InputError('val_gradients: missing; valid=True matches the gradient of a validation set')
-        return gradients, labels
-    reference, reference_labels = _check_rows(
-        'val_gradients', settings['val_gradients'], 'val_labels', settings['val_labels'], settings, spec
-    )
-    if len(reference) == 0 or reference.dim != gradients.dim or reference.device != gradients.device:
-        raise InputError(
-            f'val_gradients: {len(reference)} of {reference.dim} numbers on {reference.device}; '
-            f'at least one of {gradients.dim} numbers on {gradients.device} is right'
-        )
-    if labels is not None and reference_labels is None:
-        raise InputError('val_labels: missing; with labels for the candidates the validation set needs them too')
-    return reference, reference_labels
-
-
-def _solver(strategy: str, backend: str) -> Solver:
-    if strategy in ('random', 'adaptive-random'):
-        return random_subset
-    if backend == 'cords':
-        return cords_backend.solver(strategy)
-    return TORCH_SOLVERS[strategy]
-
-
-def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gradient: bool) -> Selection:
-    """Picks ``budget`` samples of one class. What it needs in memory is gone before the next class begins."""
-    assert problem.labels is not None
-    assert problem.reference_labels is not None
-    rows = (problem.labels == label).nonzero()[:, 0]
-    part = problem.part(rows)
-    reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
-    if problem.reference is problem.gradients or len(reference_rows) == 0:
-        # there is no validation set, or it lacks this class: it is measured against its own training gradients
-        gradients, reference, reference_labels = part.gradients, part.gradients, part.labels
-    else:
-        gradients, reference = part.gradients, problem.reference.take(reference_rows)
-        reference_labels = problem.reference_labels[reference_rows]
-    if per_gradient:  # only what the classifier of this class sees
-        if label >= gradients.error.shape[1]:
-            raise InputError(f'selection_type: PerClassPerGradient needs an output for class {label}; PerClass does not')
-        gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
-    part = replace(part, gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels)
-    positions, weights = _exactly(part, solver(part))
-    return rows[positions], weights
-
-
-def _shares(counts: list[int], budget: int) -> list[int]:
-    """The budget in proportion to the counts, by largest remainder; every class gets one if there are enough to go round."""
-    total = sum(counts)
-    shares = [max(budget * count // total, int(budget >= len(counts))) for count in counts]
-    missing = budget - sum(shares)
-    for i in sorted(range(len(counts)), key=lambda i: shares[i] * total - budget * counts[i])[: max(missing, 0)]:
-        shares[i] += 1
-    while missing < 0:  # the ones given to tiny classes are taken from where most is left
-        largest = max(range(len(counts)), key=lambda i: shares[i])
-        shares[largest] -= 1
-        missing += 1
-    return shares
-
-
-def _equal_shares(counts: list[int], budget: int) -> list[int]:
-    """The same for every class, as far as the class goes; what is left over goes to the larger ones."""
-    shares, left = [0] * len(counts), budget
-    for done, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
-        shares[i] = min(counts[i], left // (len(counts) - done))
-        left -= shares[i]
-    return shares
-
-
-def _exactly(problem: Problem, selection: Selection) -> Selection:
-    """The selection without repeated positions, cut or filled to the budget."""
-    device = problem.gradients.device
-    positions, weights = selection[0].to(device), selection[1].to(device).float().clamp(min=0)
-    seen: dict[int, int] = {}
-    first = []
-    for i, position in enumerate(positions.tolist()):
-        if position in seen:
-            weights[seen[position]] += weights[i]
-        else:
-            seen[position] = i
-            first.append(i)
-    positions, weights = positions[first], weights[first]
-    if len(positions) > problem.budget:
-        by_weight = torch.argsort(weights, descending=True, stable=True)[: problem.budget]
-        kept = by_weight.sort().values
-        return positions[kept], weights[kept]
-    left_out = torch.ones(len(problem.gradients), dtype=torch.bool, device=device)
-    left_out[positions] = False
-    rest = left_out.nonzero()[:, 0]
-    drawn = torch.randperm(len(rest), generator=problem.generator)[: problem.budget - len(positions)].to(device)
-    return torch.cat([positions, rest[drawn]]), torch.cat([weights, torch.ones(len(drawn), device=device)])

@@ -1,15 +1,24 @@
 """CRAIG: medoids of the gradients, each weighted by the samples that it stands for."""
 
+from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import torch
 
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.greedy import greedy
-from composer_effalgos.subset_selection.strategies.kernels import Distances
+from composer_effalgos.subset_selection.strategies.kernels import Distances, KernelOptions
 from composer_effalgos.subset_selection.strategies.submodular import FacilityLocation
 
-__all__ = ['craig']
+__all__ = ['CraigOptions', 'craig']
+
+
+@dataclass(frozen=True, kw_only=True)
+class CraigOptions(KernelOptions):
+    """Options of CRAIG."""
+
+    selection_type: Literal['PerClass', 'PerBatch', 'Supervised'] | None = None
 
 
 def craig(problem: Problem) -> Selection:
@@ -18,6 +27,6 @@ def craig(problem: Problem) -> Selection:
     Unlike the submodular functions, ``Supervised`` compares samples of all classes with each other, as CORDS does.
     """
     distances, device = Distances(problem), problem.gradients.device
-    steps = greedy(FacilityLocation(distances), problem.options['optimizer'], problem.item_budget, problem.generator, device)
+    steps = greedy(FacilityLocation(distances), problem.options.optimizer, problem.item_budget, problem.generator, device)
     items = torch.tensor([item for item, _ in islice(steps, problem.item_budget)], device=device)
     return problem.rows_of(items, distances.cluster_sizes(items))

@@ -1,10 +1,24 @@
 """Forgetting: the samples that were learnt and lost again most often."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from composer_effalgos.subset_selection.problem import Problem, Selection
-from composer_effalgos.subset_selection.strategies.ranking import by_rank
+from composer_effalgos.subset_selection.strategies.ranking import RankingOptions, by_rank
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['forgetting']
+__all__ = ['ForgettingOptions', 'forgetting']
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgettingOptions(RankingOptions):
+    """Options of forgetting.
+
+    Attributes:
+        scores: Forgetting events of every sample, ``[N]``.
+    """
+
+    scores: Any = None
 
 
 def forgetting(problem: Problem) -> Selection:

@@ -1,5 +1,8 @@
 """GLISTER: the samples whose gradient step lowers the validation loss most."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -7,8 +10,25 @@ from torch.nn.functional import one_hot
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection, softmax_targets
 from composer_effalgos.subset_selection.strategies.greedy import Remaining
+from composer_effalgos.subset_selection.strategies.options import Count, Options, Positive
 
-__all__ = ['glister']
+__all__ = ['GlisterOptions', 'glister']
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlisterOptions(Options):
+    """Options of GLISTER.
+
+    Attributes:
+        eta: Step size of the one-step update.
+        greedy: How the greedy maximisation goes, see :func:`glister`.
+        r: Rounds of ``RGreedy``.
+    """
+
+    selection_type: Literal['PerClass', 'PerBatch', 'Supervised'] | None = None
+    eta: Positive = 0.01
+    greedy: Literal['Stochastic', 'RGreedy', 'Naive'] = 'Stochastic'
+    r: Count = 15
 
 
 def glister(problem: Problem) -> Selection:
@@ -21,10 +41,10 @@ def glister(problem: Problem) -> Selection:
     picks a step) or ``Stochastic`` (one pick a step among a random sample of the rest, Mirzasoleiman et al., arXiv 1409.7938).
     """
     validation = _Validation(problem)
-    if problem.options['greedy'] == 'Stochastic':
+    if problem.options.greedy == 'Stochastic':
         items = _stochastic(problem, validation)
     else:
-        rounds = problem.options['r'] if problem.options['greedy'] == 'RGreedy' else problem.item_budget
+        rounds = problem.options.r if problem.options.greedy == 'RGreedy' else problem.item_budget
         items = _by_rounds(problem, validation, max(1, problem.item_budget // rounds))
     return problem.rows_of(items, torch.ones(len(items), device=items.device))
 
@@ -34,7 +54,7 @@ class _Validation:
 
     def __init__(self, problem: Problem) -> None:
         self.embedding = problem.reference.embedding
-        self.eta = problem.options['eta']
+        self.eta = problem.options.eta
         targets = softmax_targets(problem.reference.error, problem.reference_labels)
         self.moves = targets is not None and self.eta > 0
         self.gradient = problem.reference.mean()

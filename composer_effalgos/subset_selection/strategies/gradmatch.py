@@ -1,6 +1,8 @@
 """GradMatch: a weighted subset whose gradient is close to the whole."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,10 +10,31 @@ from torch import Tensor
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.kernels import batch_mean_gram
+from composer_effalgos.subset_selection.strategies.options import Options, Positive
 
-__all__ = ['gradmatch', 'matching_pursuit']
+__all__ = ['GradMatchOptions', 'gradmatch', 'matching_pursuit']
 
 DEPENDENT = 1e-6  # share of a squared length, outside the span of the others, below which a gradient counts as inside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradMatchOptions(Options):
+    """Options of GradMatch.
+
+    Attributes:
+        eta: CORDS asks for it and does not use it.
+        valid: Whether to match the gradient of the validation set.
+        v1: Which of CORDS's two solvers, with ``backend='cords'``.
+        lam: Ridge.
+        eps: Relative residual to stop at.
+    """
+
+    selection_type: Literal['PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'] | None = None
+    eta: Positive = 0.01
+    valid: bool = False
+    v1: bool = True
+    lam: Positive = 0.5
+    eps: Positive = 1e-4
 
 
 def gradmatch(problem: Problem) -> Selection:
@@ -21,7 +44,7 @@ def gradmatch(problem: Problem) -> Selection:
     means, to be matched by some of these means.
     """
     candidates = problem.gradients
-    target = _target(problem.reference if problem.options['valid'] else candidates, problem.batch_size)
+    target = _target(problem.reference if problem.options.valid else candidates, problem.batch_size)
     column: Callable[[Tensor], Tensor]
     if problem.batch_size is None:
         squares = candidates.squared_norms()
@@ -41,8 +64,8 @@ def gradmatch(problem: Problem) -> Selection:
         column,
         float(target.double().square().sum()),
         problem.item_budget,
-        lam=problem.options['lam'],
-        eps=problem.options['eps'],
+        lam=problem.options.lam,
+        eps=problem.options.eps,
     )
     return problem.rows_of(items, weights)
 
@@ -70,9 +93,8 @@ def matching_pursuit(
 
     Each step takes the gradient best aligned with the residual and solves for all weights anew; weights that would turn negative leave on
     the way there (the active-set rule of Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23), so that the objective never
-    rises. All in the space of inner products, with the inverse of a Cholesky factor that grows by a row a step, so that a step is a few
-    products of matrix and vector; the device is waited for once a step. Memory: ``4 budget n + 8 budget^2`` bytes, three times as much in
-    the rare step that a weight leaves in.
+    rises. All in the space of inner products; the device is waited for once a step. Memory: ``4 budget n + 8 budget^2`` bytes, three times
+    as much in the rare step that a weight leaves in.
 
     Args:
         correlations (Tensor): inner products with the target, float ``[n]``.
@@ -86,61 +108,118 @@ def matching_pursuit(
     Returns:
         Selection: positions in the order of selection and their weights.
     """
-    device = correlations.device
-    correlations_, squares_ = correlations.double(), squares.double() + lam
-    columns = torch.empty(budget, len(correlations), device=device)
-    chosen = torch.empty(budget, dtype=torch.int64, device=device)
-    # Row by row the inverse of the factor, with what it makes of the correlations of the chosen in front.
-    inverse = torch.zeros(budget, 1 + budget, dtype=torch.float64, device=device)
-    weights = torch.zeros(0, dtype=torch.float64, device=device)
-    open_ = torch.ones(len(correlations), dtype=torch.bool, device=device)
-    aligned, size, matched, residual = correlations, 0, 0.0, target_square
+    active = _ActiveSet(correlations, squares, budget, lam)
+    open_ = torch.ones(len(correlations), dtype=torch.bool, device=correlations.device)
+    aligned, residual = correlations, target_square
     threshold = 1e-6 * float(correlations.max())
     for _ in range(3 * budget):
-        if size == budget or residual <= eps**2 * target_square:
+        if active.size == budget or residual <= eps**2 * target_square:
             break
         masked = torch.where(open_, aligned, -torch.inf)
         best = masked.argmax(dim=0, keepdim=True)
-        columns[size] = column(best)
-        square, line = squares_.index_select(0, best), inverse[size, : size + 2]
-        row = inverse[:size, 1 : size + 1] @ columns[size].index_select(0, chosen[:size]).double()
-        pivot = square - row @ row
-        line[:] = -(row @ inverse[:size, : size + 2])
-        line[:1] += correlations_.index_select(0, best)
-        line[-1] += 1
-        line.div_(pivot.clamp(min=torch.finfo(torch.float64).tiny).sqrt())
-        solution = line[0] * line[1:]
-        solution[:size] += weights
-        facts = [masked.index_select(0, best), pivot / square, line[:1], solution.amin(dim=0, keepdim=True), (solution @ solution)[None]]
-        alignment, independence, match, smallest, norm = torch.cat(facts).tolist()
+        alignment, independence = active.push(best, column(best), masked.index_select(0, best))
         if not alignment > threshold:
             break
         open_.index_fill_(0, best, False)
         if not independence > DEPENDENT:
             continue
-        chosen[size : size + 1] = best
-        size, matched = size + 1, matched + match**2
-        while smallest <= 0:
+        for left in active.accept():
+            open_[left] = left != best  # the one that has just come would come again at once
+        residual = active.residual(target_square)
+        aligned = torch.addmv(correlations, active.columns[: active.size].T, active.weights.float(), alpha=-1)
+    return active.chosen[: active.size], active.weights.float()
+
+
+class _ActiveSet:
+    """The gradients taken so far and their least-squares weights, by the inverse of a Cholesky factor that grows by a row a gradient.
+
+    Args:
+        correlations: Inner products with the target, float ``[n]``.
+        squares: Squared lengths, float ``[n]``.
+        budget: Most gradients.
+        lam: Ridge.
+    """
+
+    def __init__(self, correlations: Tensor, squares: Tensor, budget: int, lam: float) -> None:
+        device = correlations.device
+        self.correlations, self.squares, self.lam = correlations.double(), squares.double() + lam, lam
+        self.columns = torch.empty(budget, len(correlations), device=device)
+        self.chosen = torch.empty(budget, dtype=torch.int64, device=device)
+        self.size = 0
+        self.weights = torch.zeros(0, dtype=torch.float64, device=device)
+        # Row by row the inverse of the factor, with what it makes of the correlations of the chosen in front.
+        self._inverse = torch.zeros(budget, 1 + budget, dtype=torch.float64, device=device)
+        self._matched = 0.0  # what the solution takes off the squared residual, ridge included
+        self._norm = 0.0  # squared length of the solution
+        self._solution, self._smallest, self._pushed = self.weights, 0.0, (0.0, 0.0)
+
+    def residual(self, target_square: float) -> float:
+        """Squared length of what the weighted sum leaves of the target."""
+        return target_square - self._matched - self.lam * self._norm
+
+    def push(self, item: Tensor, column: Tensor, alignment: Tensor) -> tuple[float, float]:
+        """Solves with one gradient more, which :meth:`accept` then takes.
+
+        Args:
+            item: Its position, ``[1]``.
+            column: Its inner products with all, float ``[n]``.
+            alignment: A number that the caller needs on the host, ``[1]``.
+
+        Returns:
+            That number, and the share of the gradient's squared length outside the span of the others.
+        """
+        size = self.size
+        self.columns[size] = column
+        self.chosen[size : size + 1] = item
+        square, line = self.squares.index_select(0, item), self._inverse[size, : size + 2]
+        row = self._inverse[:size, 1 : size + 1] @ self.columns[size].index_select(0, self.chosen[:size]).double()
+        pivot = square - row @ row
+        line[:] = -(row @ self._inverse[:size, : size + 2])
+        line[:1] += self.correlations.index_select(0, item)
+        line[-1] += 1
+        line.div_(pivot.clamp(min=torch.finfo(torch.float64).tiny).sqrt())
+        solution = line[0] * line[1:]
+        solution[:size] += self.weights
+        numbers = [alignment, pivot / square, line[:1], solution.amin(dim=0, keepdim=True), (solution @ solution)[None]]
+        said, independence, match, self._smallest, norm = torch.cat(numbers).tolist()
+        self._solution, self._pushed = solution, (self._matched + match**2, norm)
+        return said, independence
+
+    def accept(self) -> list[Tensor]:
+        """Takes the gradient that was pushed, and drops those whose weights would not be above zero; returns their positions."""
+        self.size += 1
+        self._matched, self._norm = self._pushed
+        dropped = []
+        while self._smallest <= 0 and self.size:
             # Walk from the old weights towards the solution until the first of them meets zero, and let that one go.
-            weights = torch.cat([weights, weights.new_zeros(size - len(weights))])
-            step = (weights / (weights - solution)).masked_fill(solution > 0, torch.inf)
+            weights = torch.cat([self.weights, self.weights.new_zeros(self.size - len(self.weights))])
+            step = (weights / (weights - self._solution)).masked_fill(self._solution > 0, torch.inf)
             first = int(step.argmin())
-            weights += step[first] * (solution - weights)
-            open_[chosen[first]] = chosen[first] != best
-            size -= 1
-            for kept in (chosen, columns, weights):
-                kept[first:size] = kept[first + 1 : size + 1].clone()
-            weights = weights[:size].clamp(min=0)
-            if size == 0:
-                solution, matched, norm = weights, 0.0, 0.0
-                break
-            gram = columns[:size, chosen[:size]].double()
-            gram.diagonal().copy_(squares_[chosen[:size]])
-            right = torch.cat([correlations_[chosen[:size], None], torch.eye(size, dtype=torch.float64, device=device)], dim=1)
-            inverse[:size, : size + 1] = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), right, upper=False)
-            reduced = inverse[:size, 0]
-            solution = reduced @ inverse[:size, 1 : size + 1]
-            smallest, matched, norm = torch.stack([solution.min(), reduced @ reduced, solution @ solution]).tolist()
-        weights, residual = solution, target_square - matched - lam * norm
-        aligned = torch.addmv(correlations, columns[:size].T, weights.float(), alpha=-1)
-    return chosen[:size], weights.float()
+            weights += step[first] * (self._solution - weights)
+            self.weights = weights
+            dropped.append(self._drop(first))
+        self.weights = self._solution
+        return dropped
+
+    def _drop(self, position: int) -> Tensor:
+        """Lets one of the gradients go and solves for the others anew."""
+        left = self.chosen[position].clone()
+        self.size -= 1
+        size = self.size
+        for kept in (self.chosen, self.columns, self.weights):
+            kept[position:size] = kept[position + 1 : size + 1].clone()
+        self.weights = self.weights[:size].clamp(min=0)
+        if size == 0:
+            self._solution, self._matched, self._norm = self.weights, 0.0, 0.0
+            return left
+        rows = self.chosen[:size]
+        gram = self.columns[:size, rows].double()
+        gram.diagonal().copy_(self.squares[rows])
+        right = torch.cat([self.correlations[rows, None], torch.eye(size, dtype=torch.float64, device=gram.device)], dim=1)
+        self._inverse[:size, : size + 1] = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), right, upper=False)
+        reduced = self._inverse[:size, 0]
+        self._solution = reduced @ self._inverse[:size, 1 : size + 1]
+        self._smallest, self._matched, self._norm = torch.stack(
+            [self._solution.min(), reduced @ reduced, self._solution @ self._solution]
+        ).tolist()
+        return left

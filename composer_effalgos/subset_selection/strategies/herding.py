@@ -14,7 +14,7 @@ def herding(problem: Problem) -> Selection:
     Welling, "Herding Dynamical Weights to Learn", ICML 2009, in the form of Chen, Welling and Smola, arXiv 1203.3472, equation 8, which
     for points of one length is Welling's update; without replacement.
     """
-    points, budget = points_of(problem.gradients, problem.options['features']), problem.budget
+    points, budget = points_of(problem.gradients, problem.options.features), problem.budget
     toward_mean = points.dot(points.mean()).double()
     half_squares = points.squared_norms().double() / 2
     toward_picked = torch.zeros_like(toward_mean)  # inner products with the sum of those taken

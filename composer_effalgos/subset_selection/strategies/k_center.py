@@ -13,7 +13,7 @@ def k_center(problem: Problem) -> Selection:
 
     The largest distance from a sample to its nearest pick is at most twice the least possible.
     """
-    points = points_of(problem.gradients, problem.options['features'])
+    points = points_of(problem.gradients, problem.options.features)
     first = int(torch.randint(len(points), (), generator=problem.generator))
     order, _ = farthest_first(points, problem.budget, first)
     return order, torch.ones(problem.budget, device=points.device)

@@ -1,6 +1,8 @@
 """Inner products and distances between gradients, in blocks that fit in memory."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,11 +10,25 @@ from torch.nn.functional import pad
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem
+from composer_effalgos.subset_selection.strategies.options import Options
 
-__all__ = ['Distances', 'batch_mean_gram']
+__all__ = ['Distances', 'KernelOptions', 'batch_mean_gram']
 
 KERNEL_BYTES = 2**28  # a kernel above this is computed anew, block by block, whenever a part of it is needed
 BLOCK_BYTES = 2**20  # of one block; some four of them are in use at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions(Options):
+    """Options of every strategy that compares all pairs of samples.
+
+    Attributes:
+        if_convex: Whether it compares embeddings in place of gradients.
+        optimizer: How the greedy maximisation goes.
+    """
+
+    if_convex: bool = False
+    optimizer: Literal['lazy', 'naive', 'stochastic'] = 'lazy'
 
 
 def batch_mean_gram(gradients: LastLayerGradients, batch_size: int) -> Tensor:

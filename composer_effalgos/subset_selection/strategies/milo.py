@@ -1,16 +1,33 @@
 """MILO: first varied subsets of typical samples, then random draws that favour the untypical ones."""
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem, Selection, by_label
 from composer_effalgos.subset_selection.strategies.greedy import greedy
-from composer_effalgos.subset_selection.strategies.points import farthest_first, points_of, unit_length
+from composer_effalgos.subset_selection.strategies.options import Positive
+from composer_effalgos.subset_selection.strategies.points import PointOptions, farthest_first, points_of, unit_length
 
-__all__ = ['PHASES', 'importance', 'milo']
+__all__ = ['MiloOptions', 'importance', 'milo']
 
-PHASES = ('stochastic-greedy', 'weighted-random')
+
+@dataclass(frozen=True, kw_only=True)
+class MiloOptions(PointOptions):
+    """Options of MILO.
+
+    Attributes:
+        phase: Which of the two phases a subset is of.
+        lam: Weight of the graph cut's second term.
+        scores: Importance of every sample, ``[N]``; None to measure it.
+    """
+
+    phase: Literal['stochastic-greedy', 'weighted-random'] = 'weighted-random'
+    lam: Positive = 0.4
+    scores: Any = None
 
 
 def milo(problem: Problem) -> Selection:
@@ -21,9 +38,9 @@ def milo(problem: Problem) -> Selection:
     importance ``g`` (:func:`importance`, or ``scores``) has weight ``1 + g + g^2 / 2``, the second-order Taylor softmax. The similarity
     is ``(1 + cosine) / 2``. ``SubsetSelection`` goes through both phases.
     """
-    points = unit_length(points_of(problem.gradients, problem.options['features']))
-    if problem.options['phase'] == 'stochastic-greedy':
-        steps = greedy(_GraphCut(points, problem.options['lam']), 'stochastic', problem.budget, problem.generator, points.device)
+    points = unit_length(points_of(problem.gradients, problem.options.features))
+    if problem.options.phase == 'stochastic-greedy':
+        steps = greedy(_GraphCut(points, problem.options.lam), 'stochastic', problem.budget, problem.generator, points.device)
         items = torch.tensor([item for (item, _), _ in zip(steps, range(problem.budget), strict=False)], device=points.device)
     else:
         gain = _importance(points) if problem.scores is None else problem.scores

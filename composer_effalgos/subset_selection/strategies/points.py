@@ -1,13 +1,27 @@
 """What herding, k-center and MILO compare samples by."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
+from composer_effalgos.subset_selection.strategies.options import ByClass, Options
 
-__all__ = ['FEATURES', 'farthest_first', 'points_of', 'unit_length']
+__all__ = ['PointOptions', 'farthest_first', 'points_of', 'unit_length']
 
-FEATURES = ('embedding', 'gradient')
+
+@dataclass(frozen=True, kw_only=True)
+class PointOptions(Options):
+    """Options of every strategy that compares samples as points.
+
+    Attributes:
+        features: What the points are.
+    """
+
+    selection_type: ByClass | None = None
+    features: Literal['embedding', 'gradient'] = 'embedding'
 
 
 def points_of(gradients: LastLayerGradients, features: str) -> LastLayerGradients:

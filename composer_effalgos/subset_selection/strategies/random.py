@@ -1,10 +1,21 @@
 """The yardstick: samples drawn at random, without replacement."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from composer_effalgos.subset_selection.problem import Problem, Selection
+from composer_effalgos.subset_selection.strategies.options import Options
 
-__all__ = ['random_subset']
+__all__ = ['RandomOptions', 'random_subset']
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomOptions(Options):
+    """Options of random draws."""
+
+    selection_type: Literal['Supervised', 'PerClass'] | None = None
 
 
 def random_subset(problem: Problem) -> Selection:

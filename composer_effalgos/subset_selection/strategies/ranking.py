@@ -1,13 +1,30 @@
 """Picking the samples that rank first by one number each."""
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
 from composer_effalgos.subset_selection.problem import Problem, Selection
+from composer_effalgos.subset_selection.strategies.options import ByClass, Options
+from composer_effalgos.utils.checks import Range
 
-__all__ = ['RANKING_OPTIONS', 'by_rank']
+__all__ = ['RankingOptions', 'by_rank']
 
-RANKING_OPTIONS = {'keep': 'highest', 'skip': 0.0}
+
+@dataclass(frozen=True, kw_only=True)
+class RankingOptions(Options):
+    """Options of every strategy that ranks.
+
+    Attributes:
+        keep: Which end of the ranking to keep.
+        skip: Share of the samples at that end to leave out.
+    """
+
+    selection_type: ByClass | None = None
+    keep: Literal['highest', 'lowest'] = 'highest'
+    skip: Annotated[float, Range(least=0, below=1)] = 0.0
 
 
 def by_rank(problem: Problem, scores: Tensor) -> Selection:
@@ -18,7 +35,7 @@ def by_rank(problem: Problem, scores: Tensor) -> Selection:
     """
     n, device = len(scores), scores.device
     shuffled = torch.randperm(n, generator=problem.generator).to(device)
-    descending = problem.options['keep'] == 'highest'
+    descending = problem.options.keep == 'highest'
     ranked = shuffled[torch.argsort(scores[shuffled], descending=descending, stable=True)]
-    start = min(int(problem.options['skip'] * n), n - problem.budget)
+    start = min(int(problem.options.skip * n), n - problem.budget)
     return ranked[start : start + problem.budget], torch.ones(problem.budget, device=device)

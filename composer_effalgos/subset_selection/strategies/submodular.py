@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -9,11 +10,19 @@ from torch import Tensor
 
 from composer_effalgos.subset_selection.problem import Problem, Selection, by_label
 from composer_effalgos.subset_selection.strategies.greedy import SetFunction, greedy
-from composer_effalgos.subset_selection.strategies.kernels import Distances
+from composer_effalgos.subset_selection.strategies.kernels import Distances, KernelOptions
+from composer_effalgos.subset_selection.strategies.options import ByClass
 
-__all__ = ['FUNCTIONS', 'FacilityLocation', 'GraphCut', 'SaturatedCoverage', 'SumRedundancy', 'submodular']
+__all__ = ['FUNCTIONS', 'FacilityLocation', 'GraphCut', 'SaturatedCoverage', 'SubmodularOptions', 'SumRedundancy', 'submodular']
 
 SATURATION = 0.1  # apricot's default, which CORDS leaves alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmodularOptions(KernelOptions):
+    """Options of the submodular functions."""
+
+    selection_type: ByClass | None = None
 
 
 class _OfSimilarity:
@@ -99,7 +108,7 @@ def submodular(problem: Problem, function: str) -> Selection:
     def picks(part: int, rows: Tensor) -> Iterator[tuple[float, int, int]]:
         kernels.append(Distances(problem.part(rows)))
         share = max(1, problem.budget * len(rows) // len(problem.gradients))
-        steps = greedy(FUNCTIONS[function](kernels[part]), problem.options['optimizer'], share, problem.generator, rows.device)
+        steps = greedy(FUNCTIONS[function](kernels[part]), problem.options.optimizer, share, problem.generator, rows.device)
         for item, gain in steps:
             yield -gain, part, item
 

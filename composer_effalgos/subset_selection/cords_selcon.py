@@ -1,0 +1,147 @@
+"""SELCON of the CORDS 0.0.4 package, a selection for linear regression that never ends where its bound cannot be met."""
+
+import contextlib
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, Dataset
+
+from composer_effalgos.subset_selection.problem import Problem
+from composer_effalgos.utils.errors import InputError
+
+__all__ = ['data_sets', 'selcon']
+
+MULTIPLIER_STEPS = 1000  # of SELCON's first loop, which as published may never end
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def data_sets() -> Iterator[None]:
+    """Lets SELCON's module find its data sets, whose package imports a data set that scikit-learn has dropped, and torchtext."""
+    name = 'cords.utils.data.datasets.SL.custom_dataset_selcon'
+    before, stand_in = sys.modules.get(name), types.ModuleType(name)
+    for unused in ('CustomDataset_SELCON', 'CustomDataset_WithId_SELCON'):
+        setattr(stand_in, unused, Dataset)
+    stand_in.SubsetDataset_WithId_SELCON = _SubsetWithNumbers  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+class _WithNumbers(Dataset):
+    """Inputs, targets and their numbers, as SELCON's data sets give them."""
+
+    def __init__(self, data: Tensor, targets: Tensor) -> None:
+        self.data, self.targets = data, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        return self.data[index], self.targets[index], index
+
+
+class _SubsetWithNumbers(_WithNumbers):
+    """Some rows of such a data set, numbered anew."""
+
+    def __init__(self, dataset: _WithNumbers, rows: list[int]) -> None:
+        super().__init__(dataset.data[rows], dataset.targets[rows])
+
+
+class _CountsSamples(DataLoader):
+    """SELCON takes the number of batches for the number of samples."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+def selcon(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
+    """SELCON (Sivasubramanian et al., arXiv 2106.12491) on the last layer: a linear regression from the embeddings to the targets.
+
+    The layer is the one that predicts what the errors of the squared loss say, ``prediction = target + error / 2``. Validation samples come
+    one by one: SELCON's sums over them have another shape than its sums over training samples in batches of another size. What CORDS gives
+    as weights are the values of the samples, the smaller the better; here all weights are one, as in the paper.
+    """
+    candidates, reference, options = problem.gradients, problem.reference, problem.options
+    targets, reference_targets = problem.labels, problem.reference_labels
+    assert targets is not None
+    assert reference_targets is not None
+    if candidates.embedding is None or reference.embedding is None or candidates.error.shape[1] != 1:
+        raise InputError('gradients: expected embeddings and the errors of one number a sample, [N, 1], for selcon')
+    if problem.budget == 1:
+        raise InputError('budget: expected at least 2 for selcon, which divides by the number of other samples in the subset, got 1')
+    inputs, device = candidates.embedding, candidates.device
+    predictions = targets + candidates.error[:, 0] / 2
+    # gelsd: an input that is always zero, as after a ReLU, must do no harm
+    solution = torch.linalg.lstsq(
+        torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1).double().cpu(), predictions[:, None].double().cpu(), driver='gelsd'
+    ).solution[:, 0]
+    model = _Regression(solution.float().to(device))
+    theta = {name: value.clone() for name, value in model.state_dict().items()}
+    criterion = _BoundedSquaredLoss(options.delta, 2 * len(reference) * MULTIPLIER_STEPS)
+    # before a first step Adam's moments are zero
+    moments = [{'step': 0, 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)} for p in model.parameters()]
+    batch_size = options.batch_size or 1000
+    train, validation = _WithNumbers(inputs, targets), _WithNumbers(reference.embedding, reference_targets)
+    strategy = module.SELCONstrategy(
+        train,
+        validation,
+        _CountsSamples(train, batch_size=batch_size),
+        DataLoader(validation, batch_size=1),
+        model,
+        nn.MSELoss(reduction='none'),
+        device,
+        1,
+        torch.tensor([float(options.delta)], device=device),
+        options.num_epochs,
+        True,
+        options.lam,
+        options.lr,
+        log,
+        types.SimpleNamespace(state=dict(enumerate(moments))),
+        batch_size,
+        criterion,
+    )
+    indices, _ = strategy.select(problem.budget, theta)
+    return indices, [1.0] * len(indices)
+
+
+class _Regression(nn.Module):
+    """One linear layer with one output."""
+
+    def __init__(self, weight_and_bias: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(len(weight_and_bias) - 1, 1, device=weight_and_bias.device)
+        with torch.no_grad():
+            self.linear.weight.copy_(weight_and_bias[None, :-1])
+            self.linear.bias.copy_(weight_and_bias[-1:])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs).view(-1)
+
+
+class _BoundedSquaredLoss:
+    """The squared loss, for so many calls: SELCON's first loop goes on until the validation loss meets its bound, or for ever."""
+
+    def __init__(self, delta: float, calls: int) -> None:
+        self.delta, self.calls = delta, calls
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise InputError(
+                f'delta: expected a validation loss of {self.delta} within {MULTIPLIER_STEPS} steps, got more; use a larger delta or lr'
+            )
+        return mse_loss(outputs, targets)

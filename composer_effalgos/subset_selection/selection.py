@@ -1,0 +1,271 @@
+"""Picks a weighted subset of a data set from its last-layer gradients."""
+
+import numbers
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_effalgos.subset_selection import cords_backend
+from composer_effalgos.subset_selection.gradients import LastLayerGradients
+from composer_effalgos.subset_selection.problem import Problem, Selection, Solver
+from composer_effalgos.subset_selection.strategies import BACKENDS, STRATEGIES, Strategy
+from composer_effalgos.subset_selection.strategies.options import Options, check
+from composer_effalgos.subset_selection.strategies.random import random_subset
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean
+
+__all__ = ['check_options', 'select_subset']
+
+
+def select_subset(
+    strategy: str,
+    gradients: LastLayerGradients,
+    budget: int,
+    *,
+    labels: Tensor | None = None,
+    backend: str = 'torch',
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Picks exactly ``budget`` samples and a weight for each.
+
+    Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al.,
+    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543; the others name theirs in their
+    modules. Options have the names of the CORDS package.
+
+    Args:
+        strategy (str): ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
+            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, drawn anew by the caller with another seed), ``el2n``,
+            ``grand``, ``forgetting``, ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``; with
+            ``backend='cords'`` alone ``fixedweight``, ``adapweights``, ``selcon``.
+        gradients (LastLayerGradients): of the N candidates.
+        budget (int): samples to pick, 1 to N.
+        labels (Tensor | None): class indices, integer ``[N]``; needed for the selection types by class. For ``selcon`` the numbers to
+            predict, float ``[N]``.
+        backend (str): ``torch`` (this package's own) or ``cords`` (the CORDS 0.0.4 package).
+        **options: for every strategy ``selection_type`` (``PerClass``, ``PerBatch``, ``Supervised``, ``PerClassPerGradient``; by default
+            ``PerClass`` where there are labels, else ``Supervised``), ``linear_layer`` (``False``: bias gradients alone), ``val_gradients``
+            and ``val_labels`` (of a validation set; the candidates stand in for it if absent), ``batch_size`` (``PerBatch``: rows of a
+            batch), ``num_classes``, ``class_balance`` (``proportional``, or ``equal``: as many of each class, as far as the class goes),
+            and ``seed`` or ``generator`` (seed 0 if neither is given).
+            ``glister``: ``eta`` (step size of the one-step update), ``greedy`` (``Stochastic``, ``RGreedy``, ``Naive``), ``r`` (rounds).
+            ``gradmatch``: ``valid`` (match the validation gradient), ``lam`` (ridge), ``eps`` (relative residual to stop at), ``v1`` (which
+            of CORDS's two solvers), ``eta`` (CORDS asks for it and does not use it). ``craig`` and the submodular functions:
+            ``optimizer``, ``if_convex`` (distances between embeddings instead of gradients). ``el2n``, ``grand``, ``forgetting``,
+            ``margin``, ``entropy``, ``least-confidence``: ``keep`` (``highest``, ``lowest``), ``skip`` (share of the top to leave out).
+            ``forgetting``: ``scores`` (forgetting events, ``[N]``). ``herding``, ``k-center``, ``milo``: ``features`` (``embedding``,
+            ``gradient``). ``milo``: ``phase`` (``stochastic-greedy``, ``weighted-random``), ``lam`` (of the graph cut), ``scores``
+            (importance, ``[N]``). ``adapweights``: ``ss_indices`` (the subset to weigh; random if absent). ``selcon``: ``delta`` (bound
+            on the validation loss), ``lam``, ``lr``, ``num_epochs``, ``batch_size``.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``budget`` different positions, int64, in the order of selection (class after class for the types by class;
+        CORDS shuffles the order of GradMatch and CRAIG), and their weights, float32, not below zero and as CORDS gives them: matching
+        weights for GradMatch, cluster sizes for CRAIG and the submodular functions, ones for nearly all others. Where a solver ends short
+        of the budget (GradMatch has matched the gradient, a batch is short), the rest is filled with random samples of weight 1; where
+        it gives more (a last whole batch), those of the least weight are left out, the last picked first. Both lie on the device of the
+        gradients.
+
+    Raises:
+        InputError: for an unknown strategy, backend, option or value; a budget outside 1 to N; gradients that are not finite; labels that
+            are missing, out of range or of another length.
+    """
+    settings, spec = check_options(strategy, backend=backend, **options), STRATEGIES[strategy]
+    gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings, spec)
+    total = len(gradients)
+    if not _whole(budget) or not 1 <= budget <= total:
+        raise InputError(f'budget: expected a whole number of samples from 1 to {total}, got {budget!r}')
+    by_default = 'PerClass' if settings.class_balance == 'equal' else spec.selection_types[0] if labels is not None else 'Supervised'
+    selection_type = settings.selection_type or by_default
+    if selection_type.startswith('PerClass') and labels is None:
+        raise InputError(f'labels: missing; selection_type={selection_type} needs the class of every sample')
+    if selection_type == 'PerBatch' and settings.batch_size is None:
+        raise InputError('batch_size: missing; selection_type=PerBatch needs the number of samples in a batch')
+    with torch.no_grad():
+        reference, reference_labels = _reference(gradients, labels, settings, spec)
+        problem = Problem(
+            gradients=gradients,
+            budget=int(budget),
+            labels=labels,
+            reference=reference,
+            reference_labels=reference_labels,
+            batch_size=settings.batch_size if selection_type == 'PerBatch' else None,
+            options=settings,
+            generator=settings.generator or torch.Generator().manual_seed(settings.seed or 0),
+            scores=_scores(getattr(settings, 'scores', None), gradients),
+        )
+        solver = _solver(strategy, backend)
+        if not selection_type.startswith('PerClass'):
+            return _exactly(problem, solver(problem))
+        assert labels is not None
+        classes, counts = labels.unique(return_counts=True)
+        shares = (_equal_shares if settings.class_balance == 'equal' else _shares)(counts.tolist(), problem.budget)
+        per_gradient = selection_type == 'PerClassPerGradient'
+        picks = [_in_class(problem, solver, label, k, per_gradient) for label, k in zip(classes.tolist(), shares, strict=True) if k > 0]
+        return torch.cat([indices for indices, _ in picks]), torch.cat([weights for _, weights in picks])
+
+
+def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> Options:
+    """Every option of a strategy, checked, with the defaults filled in.
+
+    Args:
+        strategy (str): a strategy's name.
+        backend (str): ``torch`` or ``cords``.
+        **options: as for ``select_subset``.
+
+    Raises:
+        InputError: for an unknown name or a value that cannot be.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f'backend: expected one of {", ".join(BACKENDS)}, got {backend!r}')
+    spec = STRATEGIES.get(strategy) if isinstance(strategy, str) else None
+    if spec is None:
+        known = [name for name, spec in STRATEGIES.items() if backend in spec.backends]
+        raise InputError(f'strategy: expected a strategy of backend {backend}, got {strategy!r}; {did_you_mean(strategy, known)}')
+    if backend not in spec.backends:
+        raise InputError(f'backend: expected {spec.backends[0]} for strategy {strategy}, got {backend}, which does not have it')
+    kind = spec.cords if backend == 'cords' else spec.options
+    assert kind is not None
+    return check(kind, options, f'strategy {strategy}')
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_rows(
+    name: str, gradients: Any, label_name: str, labels: Any, settings: Options, spec: Strategy
+) -> tuple[LastLayerGradients, Tensor | None]:
+    """The gradients in float32 as the options want them, and the labels beside them in int64 (numbers to predict in float32)."""
+    if not isinstance(gradients, LastLayerGradients):
+        raise InputError(f'{name}: expected LastLayerGradients, got {type(gradients).__name__}')
+    for part, factor in (('error', gradients.error), ('embedding', gradients.embedding)):
+        # by the extremes, which are not finite either then, because isfinite() itself makes a copy of what it looks at
+        if factor is not None and factor.numel() and not all(extreme.isfinite() for extreme in factor.aminmax()):
+            row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
+            raise InputError(f'{name}.{part}: sample {row} has a value that is not finite; check the loss and the precision')
+    if spec.targets:
+        if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.shape != (len(gradients),):
+            raise InputError(f'{label_name}: expected the numbers to predict, a float tensor of shape [{len(gradients)}]')
+        if not torch.isfinite(labels).all():
+            row = int((~torch.isfinite(labels)).nonzero()[0])
+            raise InputError(f'{label_name}: sample {row} is not finite')
+        labels = labels.detach().float().to(gradients.device)
+    elif labels is not None:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(gradients),):
+            raise InputError(f'{label_name}: expected class indices, an integer tensor of shape [{len(gradients)}]')
+        classes = settings.num_classes or max(gradients.error.shape[1], 2)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise InputError(f'{label_name}: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}')
+        labels = labels.detach().long().to(gradients.device)
+    if getattr(settings, 'if_convex', False):
+        if gradients.embedding is None:
+            raise InputError('if_convex: expected gradients with an embedding, which it compares, got none')
+        return LastLayerGradients(gradients.embedding.detach().float()), labels
+    embedding = gradients.embedding.detach().float() if settings.linear_layer and gradients.embedding is not None else None
+    return LastLayerGradients(gradients.error.detach().float(), embedding), labels
+
+
+def _scores(scores: Any, gradients: LastLayerGradients) -> Tensor | None:
+    if scores is None:
+        return None
+    if not isinstance(scores, Tensor) or scores.shape != (len(gradients),) or scores.isnan().any():
+        raise InputError(f'scores: expected one number a sample, a tensor of shape [{len(gradients)}] without NaN')
+    return scores.detach().float().to(gradients.device)
+
+
+def _reference(
+    gradients: LastLayerGradients, labels: Tensor | None, settings: Options, spec: Strategy
+) -> tuple[LastLayerGradients, Tensor | None]:
+    if settings.val_gradients is None:
+        if getattr(settings, 'valid', False):
+            raise InputError('val_gradients: missing; valid=True matches the gradient of a validation set')
+        return gradients, labels
+    reference, reference_labels = _check_rows('val_gradients', settings.val_gradients, 'val_labels', settings.val_labels, settings, spec)
+    if len(reference) == 0 or reference.dim != gradients.dim or reference.device != gradients.device:
+        raise InputError(
+            f'val_gradients: expected at least one of {gradients.dim} numbers on {gradients.device}, '
+            f'got {len(reference)} of {reference.dim} numbers on {reference.device}'
+        )
+    if labels is not None and reference_labels is None:
+        raise InputError('val_labels: missing; with labels for the candidates the validation set needs them too')
+    return reference, reference_labels
+
+
+def _solver(strategy: str, backend: str) -> Solver:
+    own = STRATEGIES[strategy].solver
+    if own is None or (backend == 'cords' and own is not random_subset):  # random draws are ours in either
+        return cords_backend.solver(strategy)
+    return own
+
+
+def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gradient: bool) -> Selection:
+    """Picks ``budget`` samples of one class. What it needs in memory is gone before the next class begins."""
+    assert problem.labels is not None
+    assert problem.reference_labels is not None
+    rows = (problem.labels == label).nonzero()[:, 0]
+    part = problem.part(rows)
+    reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
+    if problem.reference is problem.gradients or len(reference_rows) == 0:
+        # there is no validation set, or it lacks this class: it is measured against its own training gradients
+        gradients, reference, reference_labels = part.gradients, part.gradients, part.labels
+    else:
+        gradients, reference = part.gradients, problem.reference.take(reference_rows)
+        reference_labels = problem.reference_labels[reference_rows]
+    if per_gradient:  # only what the classifier of this class sees
+        if label >= gradients.error.shape[1]:
+            raise InputError(
+                f'selection_type: expected an output for class {label}, which PerClassPerGradient needs, got none; use PerClass'
+            )
+        gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
+    part = replace(part, gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels)
+    positions, weights = _exactly(part, solver(part))
+    return rows[positions], weights
+
+
+def _shares(counts: list[int], budget: int) -> list[int]:
+    """The budget in proportion to the counts, by largest remainder; every class gets one if there are enough to go round."""
+    total = sum(counts)
+    shares = [max(budget * count // total, int(budget >= len(counts))) for count in counts]
+    missing = budget - sum(shares)
+    for i in sorted(range(len(counts)), key=lambda i: shares[i] * total - budget * counts[i])[: max(missing, 0)]:
+        shares[i] += 1
+    while missing < 0:  # the ones given to tiny classes are taken from where most is left
+        largest = max(range(len(counts)), key=lambda i: shares[i])
+        shares[largest] -= 1
+        missing += 1
+    return shares
+
+
+def _equal_shares(counts: list[int], budget: int) -> list[int]:
+    """The same for every class, as far as the class goes; what is left over goes to the larger ones."""
+    shares, left = [0] * len(counts), budget
+    for done, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
+        shares[i] = min(counts[i], left // (len(counts) - done))
+        left -= shares[i]
+    return shares
+
+
+def _exactly(problem: Problem, selection: Selection) -> Selection:
+    """The selection without repeated positions, cut or filled to the budget."""
+    device = problem.gradients.device
+    positions, weights = selection[0].to(device), selection[1].to(device).float().clamp(min=0)
+    seen: dict[int, int] = {}
+    first = []
+    for i, position in enumerate(positions.tolist()):
+        if position in seen:
+            weights[seen[position]] += weights[i]
+        else:
+            seen[position] = i
+            first.append(i)
+    positions, weights = positions[first], weights[first]
+    if len(positions) > problem.budget:
+        by_weight = torch.argsort(weights, descending=True, stable=True)[: problem.budget]
+        kept = by_weight.sort().values
+        return positions[kept], weights[kept]
+    left_out = torch.ones(len(problem.gradients), dtype=torch.bool, device=device)
+    left_out[positions] = False
+    rest = left_out.nonzero()[:, 0]
+    drawn = torch.randperm(len(rest), generator=problem.generator)[: problem.budget - len(positions)].to(device)
+    return torch.cat([positions, rest[drawn]]), torch.cat([weights, torch.ones(len(drawn), device=device)])

@@ -1,0 +1,82 @@
+"""Options of the strategies that CORDS alone has, and of those for which its options differ from ours."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from composer_effalgos.subset_selection.strategies.craig import CraigOptions
+from composer_effalgos.subset_selection.strategies.options import Count, Options, Positive
+from composer_effalgos.subset_selection.strategies.submodular import SubmodularOptions
+from composer_effalgos.utils.errors import InputError
+
+__all__ = ['AdapWeightsOptions', 'CordsCraigOptions', 'CordsSubmodularOptions', 'FixedWeightOptions', 'SelconOptions']
+
+ApricotOptimizer = Literal[
+    'lazy', 'naive', 'stochastic', 'approximate-lazy', 'two-stage', 'modular', 'random', 'sample', 'greedi', 'bidirectional'
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CordsSubmodularOptions(SubmodularOptions):
+    """Options of the submodular functions: the greedy maximisation is apricot's."""
+
+    optimizer: ApricotOptimizer = 'lazy'  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CordsCraigOptions(CraigOptions):
+    """Options of CRAIG: the greedy maximisation is apricot's."""
+
+    optimizer: ApricotOptimizer = 'lazy'  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedWeightOptions(Options):
+    """Options of greedy picks of one weight.
+
+    Attributes:
+        eta: CORDS asks for it and does not use it.
+        valid: Whether to match the gradient of the validation set.
+    """
+
+    selection_type: Literal['PerClass', 'PerBatch', 'PerClassPerGradient'] | None = None
+    eta: Positive = 0.01
+    valid: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapWeightsOptions(Options):
+    """Options of weights for a given subset.
+
+    Attributes:
+        eta: CORDS asks for it and does not use it.
+        valid: Whether to match the gradient of the validation set.
+        ss_indices: Positions of the subset; None for random ones.
+    """
+
+    selection_type: Literal['Supervised'] | None = None
+    eta: Positive = 0.01
+    valid: bool = False
+    ss_indices: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelconOptions(Options):
+    """Options of SELCON.
+
+    Attributes:
+        delta: Bound on the validation loss; it has no default.
+        lam: Ridge.
+        lr: Learning rate of the multipliers and of the layer.
+        num_epochs: Epochs of its second loop.
+    """
+
+    selection_type: Literal['Supervised'] | None = None
+    delta: Positive | None = None
+    lam: Positive = 1e-5
+    lr: Positive = 0.01
+    num_epochs: Count = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.delta is None:
+            raise InputError('delta: missing; strategy selcon needs a bound on the validation loss')

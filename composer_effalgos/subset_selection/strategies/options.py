@@ -1,0 +1,105 @@
+"""What a strategy accepts: the fields of a dataclass, one a strategy, checked by their types."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from composer_effalgos.utils.checks import LARGEST, Range
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import did_you_mean, shown
+
+__all__ = ['ByClass', 'Count', 'Options', 'Positive', 'check', 'selection_types']
+
+Positive = Annotated[float, Range(least=0, most=LARGEST)]
+Count = Annotated[int, Range(least=1)]
+ByClass = Literal['PerClass', 'Supervised']
+
+OptionsT = TypeVar('OptionsT', bound='Options')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options that every strategy has; a strategy adds its own, and says its selection types, in a subclass.
+
+    Attributes:
+        selection_type: What is chosen from what. None for the first of the class's, or ``Supervised`` where there are no labels.
+        linear_layer: Whether weight gradients of the last layer are used; otherwise its bias gradients alone.
+        val_gradients: ``LastLayerGradients`` of a validation set; None where the candidates stand in for it.
+        val_labels: Its labels.
+        batch_size: Rows of a batch, for ``PerBatch``.
+        num_classes: How many classes there are; None for as many as the gradients have.
+        class_balance: Shares of the classes: in proportion to their sizes, or equal as far as a class goes.
+        seed: Seeds the selection; None for 0.
+        generator: In place of a seed, on the CPU.
+    """
+
+    selection_type: Literal['PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'] | None = None
+    linear_layer: bool = True
+    val_gradients: Any = None
+    val_labels: Any = None
+    batch_size: Count | None = None
+    num_classes: Count | None = None
+    class_balance: Literal['proportional', 'equal'] = 'proportional'
+    seed: Annotated[int, Range(least=0, below=2**63)] | None = None
+    generator: Any = None
+
+    def __post_init__(self) -> None:
+        if self.class_balance == 'equal' and not (self.selection_type or 'PerClass').startswith('PerClass'):
+            raise InputError(f'class_balance: expected selection_type=PerClass beside equal shares, got {self.selection_type!r}')
+        generator = self.generator
+        if generator is not None and (
+            not isinstance(generator, torch.Generator) or generator.device.type != 'cpu' or self.seed is not None
+        ):
+            raise InputError('generator: expected a torch.Generator on the CPU, without a seed beside it')
+
+
+def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> OptionsT:
+    """A strategy's options, each checked by the type of its field.
+
+    Args:
+        kind: The strategy's dataclass.
+        options: Values by name.
+        owner: Who has these options, for messages.
+
+    Returns:
+        The options, with the defaults filled in.
+
+    Raises:
+        InputError: A name is unknown, or a value not of its field's type.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for name, value in options.items():
+        if name not in hints:
+            raise InputError(f'{name}: expected an option of {owner}; {did_you_mean(name, hints)}')
+        _check_value(name, value, hints[name])
+    return kind(**options)
+
+
+def selection_types(kind: type[Options]) -> tuple[str, ...]:
+    """The selection types of a strategy, its default first."""
+    literal, _ = get_args(get_type_hints(kind)['selection_type'])
+    return get_args(literal)
+
+
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    """Raises InputError unless a value is of a type: a Literal, bool, Annotated number with its Range, one of these or None, or Any."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):  # or None
+        if value is not None:
+            _check_value(name, value, arguments[0])
+    elif origin is Literal:
+        if value not in arguments:
+            raise InputError(f'{name}: expected one of {", ".join(arguments)}, got {shown(value)}; {did_you_mean(value, arguments)}')
+    elif hint is bool:
+        if not isinstance(value, bool):
+            raise InputError(f'{name}: expected true or false, got {shown(value)}')
+    elif origin is Annotated:
+        number, allowed = arguments
+        whole = number is int
+        if value not in allowed or (whole and int(value) != value):
+            raise InputError(f'{name}: expected a {"whole " if whole else ""}number {allowed}, got {shown(value)}')
