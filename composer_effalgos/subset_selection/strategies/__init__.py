@@ -1,7 +1,6 @@
 """The strategies, by name."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from composer_effalgos.subset_selection.problem import Solver
@@ -75,7 +74,7 @@ def _submodular(name: str) -> Strategy:
     return Strategy(SubmodularOptions, functools.partial(submodular, function=name), CordsSubmodularOptions, weighted=True)
 
 
-STRATEGIES: Mapping[str, Strategy] = {
+STRATEGIES: dict[str, Strategy] = {  # another is added by name
     'glister': Strategy(GlisterOptions, glister, GlisterOptions, validation=True),
     'gradmatch': Strategy(GradMatchOptions, gradmatch, GradMatchOptions, weighted=True, validation=True),
     'craig': Strategy(CraigOptions, craig, CordsCraigOptions, weighted=True),
