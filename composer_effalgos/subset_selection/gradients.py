@@ -48,12 +48,14 @@ class LastLayerGradients:
                 continue
             if not isinstance(factor, Tensor) or factor.ndim != 2 or not factor.is_floating_point():
                 found = f'{factor.dtype} {list(factor.shape)}' if isinstance(factor, Tensor) else type(factor).__name__
-                raise InputError(f'gradients.{name}: got {found}; a float tensor with one row a sample, [N, features], is right')
+                raise InputError(f'gradients.{name}: expected a float tensor with one row a sample, [N, features], got {found}')
         if self.embedding is not None:
             if len(self.embedding) != len(self.error):
                 raise InputError(f'gradients: error has {len(self.error)} rows and embedding {len(self.embedding)}; both need one a sample')
             if self.embedding.device != self.error.device:
-                raise InputError(f'gradients: error is on {self.error.device}, embedding on {self.embedding.device}; one device is right')
+                raise InputError(
+                    f'gradients: expected one device, got error on {self.error.device} and embedding on {self.embedding.device}'
+                )
 
     def __len__(self) -> int:
         return len(self.error)
@@ -290,7 +292,7 @@ def _batch_gradients(
                 outputs = model(batch)
             if linear is None:
                 if not isinstance(outputs, Tensor):
-                    raise InputError(f'model: its output is {type(outputs).__name__}; with linear_layer=False a tensor of logits is right')
+                    raise InputError(f'model: expected a tensor of logits with linear_layer=False, got {type(outputs).__name__}')
                 outputs = captured['logits'] = outputs.detach().float().requires_grad_()
             logits, embedding, losses = captured['logits'], captured.get('embedding'), None
             _check_rows('the logits', logits, 2, batch_size)
@@ -344,7 +346,7 @@ def labels_of(batch: Any) -> Tensor:
     if labels.ndim == 2:
         return torch.where(_are_distributions(labels), labels.argmax(dim=1), NO_CLASS)
     if labels.ndim != 1:
-        raise InputError(f'batch: labels are {labels.dtype} {list(labels.shape)}; class indices [B] or soft labels [B, C] are right')
+        raise InputError(f'batch: expected class indices [B] or soft labels [B, C], got labels {labels.dtype} {list(labels.shape)}')
     return labels.float() if labels.is_floating_point() else labels.long()
 
 

@@ -42,7 +42,7 @@ def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path
             'algorithms.subset_selection.strategy=glister algorithms.subset_selection.fraction=0.1'
         )
     if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f'--out: {out}: a file in a folder that exists is right')
+        raise InputError(f'--out: expected a file in a folder that exists, got {out}')
     arguments = {name: value for name, value in recipe.trainer.items() if name != 'autoresume' and not name.startswith('save_')}
     if checkpoint is not None:
         read_checkpoint(checkpoint, '--checkpoint')  # refuses a file with code in it before anything reads it as Composer does

@@ -71,7 +71,9 @@ def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Datas
         with whole_file(path) as unfinished:
             pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(known)}), unfinished)
     except OSError as error:
-        raise InputError(f'{path}: cannot be written ({error.strerror or error}); a path in a folder that exists is right') from error
+        raise InputError(
+            f'{path}: expected a path in a folder that exists, got one that cannot be written ({error.strerror or error})'
+        ) from error
 
 
 def read_subset(path: Path) -> SubsetFile:
@@ -98,12 +100,12 @@ def read_subset(path: Path) -> SubsetFile:
         raise InputError(f'path: {path}: not a readable Parquet file ({" ".join(str(error).split())[:200]})') from error
     index = _column(path, table, 'index', 'whole numbers').astype(np.int64)
     if len(index) == 0:
-        raise InputError(f'path: {path}: has no rows; at least one sample is right')
+        raise InputError(f'path: {path}: expected at least one sample, got no rows')
     if index.min() < 0:
-        raise InputError(f'path: {path}: row {int(index.argmin())}: index {index.min()}; sample numbers from 0 are right')
+        raise InputError(f'path: {path}: row {int(index.argmin())}: expected a sample number from 0, got index {index.min()}')
     values, counts = np.unique(index, return_counts=True)
     if counts.max() > 1:
-        raise InputError(f'path: {path}: index {values[counts.argmax()]} is there {counts.max()} times; every sample once is right')
+        raise InputError(f'path: {path}: expected every sample once, got index {values[counts.argmax()]} {counts.max()} times')
     weight = np.ones(len(index), np.float32)
     if 'weight' in names:
         weight = _column(path, table, 'weight', 'numbers').astype(np.float64)
@@ -112,7 +114,7 @@ def read_subset(path: Path) -> SubsetFile:
         check_number(f'path: {path}: row {int(wrong.argmax())}: weight', float(weight[wrong][0]), least=0, most=_HEAVIEST)
     weight = weight.astype(np.float32)
     if not weight.any():
-        raise InputError(f'path: {path}: all weights are 0; at least one above 0 is right')
+        raise InputError(f'path: {path}: expected at least one weight above 0, got zeros alone')
     order = index.argsort()
     try:
         facts = json.loads((table.schema.metadata or {}).get(_KEY, b'{}'))
@@ -120,7 +122,7 @@ def read_subset(path: Path) -> SubsetFile:
         facts = None
     if not isinstance(facts, dict):
         raise InputError(
-            f'path: {path}: {_KEY.decode()} in its metadata is damaged; a file as effalgos select writes it, or one without, is right'
+            f'path: {path}: expected {_KEY.decode()} in its metadata as effalgos select writes it, or none, got something else'
         )
     return SubsetFile(torch.from_numpy(index[order]), torch.from_numpy(weight[order]), facts)
 
@@ -141,7 +143,7 @@ def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
     if written_for != size:
         raise InputError(f'path: {path}: is a subset of {written_for} samples, and this data set has {size}; select from this one')
     if int(subset.indices[-1]) >= size:
-        raise InputError(f'path: {path}: index {int(subset.indices[-1])}, and this data set has {size} samples; 0 to {size - 1} is right')
+        raise InputError(f'path: {path}: expected 0 to {size - 1}, the samples of this data set, got index {int(subset.indices[-1])}')
     labels, ours = subset.facts.get('labels'), labels_digest(dataset)
     if labels is not None and ours is not None and labels != ours:
         raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
@@ -159,10 +161,10 @@ def _parquet() -> tuple[Any, Any]:
 
 def _column(path: Path, table: pa.Table, name: str, right: str) -> np.ndarray:
     if name not in table.column_names:
-        raise InputError(f'path: {path}: no column {name!r} (found {", ".join(table.column_names)}); index and weight are right')
+        raise InputError(f'path: {path}: expected columns index and weight, got no column {name!r} (found {", ".join(table.column_names)})')
     column = table.column(name)
     pa, _ = _parquet()
     allowed = pa.types.is_integer(column.type) or (right == 'numbers' and pa.types.is_floating(column.type))
     if column.null_count or not allowed:
-        raise InputError(f'path: {path}: column {name!r} is {column.type} with {column.null_count} empty; {right}, none empty, are right')
+        raise InputError(f'path: {path}: column {name!r}: expected {right}, none empty, got {column.type} with {column.null_count} empty')
     return column.to_numpy()

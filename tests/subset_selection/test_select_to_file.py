@@ -84,7 +84,7 @@ def test_selects_with_the_first_weights(recipe, tmp_path, monkeypatch):
     ('arguments', 'message'),
     [
         (['algorithms=null'], 'algorithms.subset_selection: missing'),
-        (['--out', 'none/subset.parquet'], '--out: none/subset.parquet: a file in a folder that exists is right'),
+        (['--out', 'none/subset.parquet'], '--out: expected a file in a folder that exists, got none/subset.parquet'),
         (['--checkpoint', 'none.pt'], '--checkpoint: no file none.pt'),
         (['--checkpoint', 'small.yaml'], '--checkpoint: small.yaml is no readable file of weights'),
         (['algorithms.subset_selection={strategy: file, path: none.parquet}'], 'none.parquet: no such file'),

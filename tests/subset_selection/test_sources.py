@@ -296,15 +296,15 @@ def test_files_of_others_need_no_weights_and_no_metadata(fit, tmp_path):
     ('columns', 'message'),
     [
         ({'idx': [1]}, r"no column 'index' \(found idx\)"),
-        ({'index': pd.Series([], dtype=int)}, 'has no rows'),
-        ({'index': [1.5]}, "column 'index' is double"),
-        ({'index': [1, None]}, "column 'index' is double with 1 empty"),
-        ({'index': [3, -1]}, 'row 1: index -1'),
-        ({'index': [3, 4, 3]}, 'index 3 is there 2 times'),
-        ({'index': [3], 'weight': ['a']}, "column 'weight' is .*string"),
+        ({'index': pd.Series([], dtype=int)}, 'expected at least one sample, got no rows'),
+        ({'index': [1.5]}, "column 'index': expected .*, got double"),
+        ({'index': [1, None]}, "column 'index': expected .*, got double with 1 empty"),
+        ({'index': [3, -1]}, 'row 1: expected a sample number from 0, got index -1'),
+        ({'index': [3, 4, 3]}, 'expected every sample once, got index 3 2 times'),
+        ({'index': [3], 'weight': ['a']}, "column 'weight': expected .*, got .*string"),
         ({'index': [3, 4], 'weight': [1.0, -1.0]}, r'row 1: weight: expected a number in .*, got -1.0'),
         ({'index': [3, 4], 'weight': [1.0, 1e300]}, r'row 1: weight: expected a number in .*, got 1e\+300'),
-        ({'index': [3, 4], 'weight': [0.0, 0.0]}, 'all weights are 0'),
+        ({'index': [3, 4], 'weight': [0.0, 0.0]}, 'got zeros alone'),
     ],
 )
 def test_refuses_files(tmp_path, columns, message):
@@ -338,7 +338,7 @@ def test_refuses_a_subset_of_another_data_set(make_trainer, problem, subset_file
             make_trainer([SubsetSelection('file', path=str(subset_file))], dataset=dataset).fit()
     beyond = tmp_path / 'beyond.parquet'
     pd.DataFrame({'index': [*range(20), 203]}).to_parquet(beyond)
-    with pytest.raises(InputError, match='index 203, and this data set has 203 samples'):
+    with pytest.raises(InputError, match='expected 0 to 202, the samples of this data set, got index 203'):
         make_trainer([SubsetSelection('file', path=str(beyond))]).fit()
     short = tmp_path / 'short.parquet'
     pd.DataFrame({'index': [1, 2]}).to_parquet(short)
@@ -578,7 +578,9 @@ def test_weights_near_the_end_of_float32(fit, tmp_path):
 def test_a_file_with_damaged_metadata(tmp_path, metadata):
     path = tmp_path / 'subset.parquet'
     pq.write_table(pa.table({'index': [1, 2]}).replace_schema_metadata({b'composer_effalgos.subset': metadata}), path)
-    with pytest.raises(InputError, match=r'^path: .*subset\.parquet: composer_effalgos\.subset in its metadata is damaged; '):
+    with pytest.raises(
+        InputError, match=r'^path: .*subset\.parquet: expected composer_effalgos\.subset in its metadata as effalgos select writes it'
+    ):
         SubsetSelection('file', path=str(path))
 
 
@@ -587,5 +589,5 @@ def test_a_file_with_a_column_of_durations(tmp_path, column):
     path = tmp_path / 'subset.parquet'
     columns = {'index': pa.array([1, 2]), 'weight': pa.array([1.0, 2.0])} | {column: pa.array([1, 2], pa.duration('s'))}
     pq.write_table(pa.table(columns), path)
-    with pytest.raises(InputError, match=rf"^path: .*: column '{column}' is duration\[s\] with 0 empty; .*numbers, none empty, are right"):
+    with pytest.raises(InputError, match=rf"^path: .*: column '{column}': expected .*numbers, none empty, got duration\[s\] with 0 empty"):
         SubsetSelection('file', path=str(path))
