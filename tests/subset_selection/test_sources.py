@@ -295,7 +295,7 @@ def test_files_of_others_need_no_weights_and_no_metadata(fit, tmp_path):
 @pytest.mark.parametrize(
     ('columns', 'message'),
     [
-        ({'idx': [1]}, r"no column 'index' \(found idx\)"),
+        ({'idx': [1]}, r"expected columns index and weight, got no column 'index' \(found idx\)"),
         ({'index': pd.Series([], dtype=int)}, 'expected at least one sample, got no rows'),
         ({'index': [1.5]}, "column 'index': expected .*, got double"),
         ({'index': [1, None]}, "column 'index': expected .*, got double with 1 empty"),
@@ -304,7 +304,7 @@ def test_files_of_others_need_no_weights_and_no_metadata(fit, tmp_path):
         ({'index': [3], 'weight': ['a']}, "column 'weight': expected .*, got .*string"),
         ({'index': [3, 4], 'weight': [1.0, -1.0]}, r'row 1: weight: expected a number in .*, got -1.0'),
         ({'index': [3, 4], 'weight': [1.0, 1e300]}, r'row 1: weight: expected a number in .*, got 1e\+300'),
-        ({'index': [3, 4], 'weight': [0.0, 0.0]}, 'got zeros alone'),
+        ({'index': [3, 4], 'weight': [0.0, 0.0]}, 'expected at least one weight above 0, got zeros alone'),
     ],
 )
 def test_refuses_files(tmp_path, columns, message):
@@ -492,7 +492,7 @@ def test_a_language_model_is_told_what_works(fit, strategy):
         ({'per_sample_loss': 3}, '^per_sample_loss: expected callable'),
         ({'strategy': 'milo', 'exploration': 2}, '^exploration: '),
         ({'strategy': 'milo', 'phase': 'weighted-random'}, '^phase: SubsetSelection goes through both'),
-        ({'class_balance': 'equal', 'selection_type': 'Supervised'}, '^class_balance: equal shares need'),
+        ({'class_balance': 'equal', 'selection_type': 'Supervised'}, '^class_balance: expected selection_type=PerClass'),
     ],
 )
 def test_refuses_arguments(arguments, message):
