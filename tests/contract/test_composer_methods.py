@@ -56,7 +56,12 @@ METHODS: dict[str, Callable[[], Algorithm]] = {
     'layer_freezing': lambda: LayerFreezing(0.0, 0.5),
     'stochastic_depth': lambda: StochasticDepth('ResNetBottleneck', drop_rate=0.1),
 }
-REFUSED: dict[tuple[str, str], str] = {}
+SECOND_LOSS = 'LinUpper cannot be combined with a second loss for the same microbatch'
+REFUSED = {
+    ('mixup_interpolate', 'lin_upper'): SECOND_LOSS,
+    ('cutmix_interpolate', 'lin_upper'): SECOND_LOSS,
+    ('sam', 'seesaw'): "lr: expected 'sqrt', 'linear' or 'none' with the optimizer SAMOptimizer",
+}
 
 
 @pytest.fixture
