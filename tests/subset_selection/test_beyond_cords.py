@@ -221,7 +221,7 @@ def test_equal_shares_of_the_classes(make_gradients, strategy):
     gradients = LastLayerGradients(torch.softmax(gradients.error, dim=1) - torch.nn.functional.one_hot(labels, 4), gradients.embedding)
     indices, _ = select_subset(strategy, gradients, 17, labels=labels, class_balance='equal')
     assert torch.bincount(labels[indices]).tolist() == [6, 6, 4, 1]
-    with pytest.raises(InputError, match='class_balance: equal shares need selection_type=PerClass'):
+    with pytest.raises(InputError, match='class_balance: expected selection_type=PerClass beside equal shares'):
         select_subset(strategy, gradients, 17, labels=labels, class_balance='equal', selection_type='Supervised')
     with pytest.raises(InputError, match='labels: missing'):
         select_subset(strategy, gradients, 17, class_balance='equal')
@@ -241,17 +241,17 @@ def test_equal_shares_add_up_and_differ_by_one_where_the_class_goes(counts, shar
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'strategy': 'el2n', 'keep': 'best'}, 'keep: got .best.; did you mean .lowest.'),
-        ({'strategy': 'el2n', 'skip': 1.0}, r'skip: got 1.0; a number in \[0, 1\)'),
-        ({'strategy': 'el2n', 'backend': 'cords'}, 'backend: cords has no strategy el2n; backend=torch'),
-        ({'strategy': 'selcon'}, 'backend: torch has no strategy selcon; backend=cords'),
+        ({'strategy': 'el2n', 'keep': 'best'}, 'keep: expected one of highest, lowest, got .best.'),
+        ({'strategy': 'el2n', 'skip': 1.0}, r'skip: expected a number in \[0, 1\), got 1.0'),
+        ({'strategy': 'el2n', 'backend': 'cords'}, 'backend: expected torch for strategy el2n, got cords'),
+        ({'strategy': 'selcon'}, 'backend: expected cords for strategy selcon, got torch'),
         ({'strategy': 'k-centre'}, 'did you mean .k-center.'),
-        ({'strategy': 'herding', 'features': 'pixels'}, 'features: got'),
-        ({'strategy': 'milo', 'phase': 'first'}, 'phase: got'),
+        ({'strategy': 'herding', 'features': 'pixels'}, 'features: expected'),
+        ({'strategy': 'milo', 'phase': 'first'}, 'phase: expected'),
         ({'strategy': 'forgetting'}, 'scores: missing'),
-        ({'strategy': 'forgetting', 'scores': torch.zeros(11)}, r'scores: one number a sample, a tensor of shape \[12\]'),
+        ({'strategy': 'forgetting', 'scores': torch.zeros(11)}, r'scores: expected one number a sample, a tensor of shape \[12\]'),
         ({'strategy': 'milo', 'scores': torch.full((12,), torch.nan)}, 'scores: .*without NaN'),
-        ({'strategy': 'glister', 'class_balance': 'even'}, 'class_balance: got .even.'),
+        ({'strategy': 'glister', 'class_balance': 'even'}, 'class_balance: expected one of proportional, equal, got .even.'),
     ],
 )
 def test_bad_input(make_gradients, arguments, message):

@@ -418,10 +418,10 @@ def test_a_class_of_one_and_a_class_without_validation(make_gradients):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'strategy': 'glistr'}, 'strategy: got .glistr.; did you mean .glister.'),
-        ({'strategy': 'best'}, r'strategy: got .best.; known: (?!.*(fixedweight|adapweights|selcon)).*glister'),
+        ({'strategy': 'glistr'}, 'strategy: expected a strategy of backend torch, got .glistr.; did you mean .glister.'),
+        ({'strategy': 'best'}, r'strategy: expected .*, got .best.; known: (?!.*(fixedweight|adapweights|selcon)).*glister'),
         ({'strategy': 'best', 'backend': 'cords'}, 'known: (?!.*(el2n|milo)).*glister.*selcon'),
-        ({'strategy': 'selcon'}, 'backend: torch has no strategy selcon; backend=cords has it'),
+        ({'strategy': 'selcon'}, 'backend: expected cords for strategy selcon, got torch'),
         ({'backend': 'numpy'}, 'backend'),
         ({'budget': 0}, 'budget: expected a whole number of samples from 1 to 12, got 0'),
         ({'budget': 13}, 'budget: expected .*, got 13'),

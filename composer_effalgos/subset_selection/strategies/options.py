@@ -94,7 +94,8 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             _check_value(name, value, arguments[0])
     elif origin is Literal:
         if value not in arguments:
-            raise InputError(f'{name}: expected one of {", ".join(arguments)}, got {shown(value)}; {did_you_mean(value, arguments)}')
+            near = did_you_mean(value, arguments, otherwise='')
+            raise InputError(f'{name}: expected one of {", ".join(arguments)}, got {shown(value)}{near and "; "}{near}')
     elif hint is bool:
         if not isinstance(value, bool):
             raise InputError(f'{name}: expected true or false, got {shown(value)}')
