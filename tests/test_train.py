@@ -249,6 +249,25 @@ def test_edited_checkpoints_are_refused(recipe_file, tmp_path, capfd):
         assert line.startswith(f'error: {recipe_file}: load_path: ')
         assert expected in line
 
+    content = torch.load(good, weights_only=False)
+    optimizer = next(iter(content['state']['optimizers'].values()))
+    next(iter(optimizer['state'].values())).clear()
+    torch.save(content, edited)
+    assert 'entries that some of them lack' in refused(capfd, *saving, 'run_name=other', f'load_path={edited}')
+    optimizer['state'].clear()
+    torch.save(content, edited)
+    assert 'state.optimizers: expected the state of SGD for every parameter alike, got none' in refused(
+        capfd, *saving, 'run_name=other', f'load_path={edited}'
+    )
+    latest, kept = good.parent / 'latest-rank0.pt', good.read_bytes()
+    content = torch.load(good, weights_only=False)
+    content['state']['algorithms'] = []
+    torch.save(content, latest.resolve())
+    line = refused(capfd, *saving, 'autoresume=true', 'max_duration=2ep')
+    assert 'autoresume: ' in line
+    assert 'state.algorithms: expected InfoBatch, which the recipe has, got none' in line
+    latest.resolve().write_bytes(kept)
+
     other_data = 'dataset.num_samples=80', 'autoresume=true'
     line = refused(capfd, *saving, *other_data, 'max_duration=2ep')
     assert line.startswith(f'error: {recipe_file}: autoresume: ')

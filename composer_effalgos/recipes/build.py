@@ -96,6 +96,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     if loaded is not None:
         try:
             loaded.check_weights(trainer.state.model)
+            loaded.check_state(trainer.state)
         except InputError:
             trainer.close()
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.core import State
 from composer.utils import dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -120,6 +121,36 @@ class Loading:
         other = self._differences(model) if self.is_local and not self.partly else ''
         if other:
             raise InputError(f'{self.key}: {self.path}: the checkpoint is of another model ({other})')
+
+    def check_state(self, state: State) -> None:
+        """Composer begins anew, with a warning at most, what a checkpoint lacks: no run must go on with half of its state.
+
+        Args:
+            state: The trainer's state, loaded.
+
+        Raises:
+            InputError: Autoresume found no state of one of our algorithms, which the same recipe has saved; or an optimizer's state is not
+                there for every parameter alike.
+        """
+        if not self.is_local or self.weights_only or self.partly:
+            return
+        saved = _content(Path(self.path))['state']
+        names = {pair[0] for pair in (saved['algorithms'].items() if isinstance(saved['algorithms'], dict) else saved['algorithms'])}
+        ours = [type(algorithm).__name__ for algorithm in state.algorithms if type(algorithm).__module__.startswith('composer_effalgos.')]
+        lost = [name for name in ours if name not in names]
+        if lost and self.key.endswith('autoresume'):
+            raise InputError(
+                f'{self.key}: {self.path}: state.algorithms: expected {lost[0]}, which the recipe has, '
+                f'got {", ".join(sorted(names)) or "none"}; another run_name begins anew'
+            )
+        for optimizer in state.optimizers if int(state.timestamp.batch) else ():
+            entries = [set(entry) for entry in optimizer.state.values()]
+            remembers = bool(optimizer.defaults.get('momentum')) or 'betas' in optimizer.defaults
+            if (remembers and not entries) or any(entry != entries[0] for entry in entries):
+                raise InputError(
+                    f'{self.key}: {self.path}: state.optimizers: expected the state of {type(optimizer).__name__} for every parameter '
+                    f'alike, got {"entries that some of them lack" if entries else "none"}; load_weights_only: true takes the weights alone'
+                )
 
     def _differences(self, model: nn.Module) -> str:
         model = model.module if isinstance(model, DistributedDataParallel) else model
