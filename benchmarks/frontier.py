@@ -39,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('runs', type=Path, nargs='+', help='folders of runs of one sweep, and earlier records (.json) of it')
     parser.add_argument('--name', required=True, help='name of the result')
     parser.add_argument('--by', choices=UNITS, help='what a budget is; CPU seconds by default on a CPU, seconds elsewhere')
+    parser.add_argument(
+        '--untimed', action='store_true', help='leave out times: the runs are of several machines, or of one under other loads'
+    )
     parser.add_argument('--note', default='', help='a sentence below the table')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
     try:
         runs = [run for path in args.runs for run in _runs(path)]
-        found = frontier(runs, ', '.join(map(str, args.runs)), args.by)
+        found = frontier(runs, ', '.join(map(str, args.runs)), args.by, timed=not args.untimed)
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -86,7 +86,7 @@ class Frontier:
     notes: list[str]
 
 
-def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontier:
+def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: bool = True) -> Frontier:
     """Sets the methods among runs against the plain ones.
 
     Plain are those without an algorithm of this package and without SelectiveBackprop, alike but for their length; where several groups
@@ -96,6 +96,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
         runs: Finished runs.
         source: Where they are from; begins a message.
         by: What a budget is for the verdicts, a key of :data:`UNITS`. None for CPU seconds of runs on a CPU, seconds of others.
+        timed: Whether the runs' times compare; False where they are of several machines, or of one under different loads.
 
     Returns:
         The frontier.
@@ -110,7 +111,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None) -> Frontie
     chosen = plain_lengths([(group[0].method, group[0].summary['recipe']) for group in cells], source)
     baseline = sorted((cells[number] for number in chosen), key=lambda group: np.mean([_READERS['samples'](run.summary) for run in group]))
     methods = [group for number, group in enumerate(cells) if number not in chosen]
-    by, units = _units(runs, by)
+    by, units = _units(runs, by, timed=timed)
     ordered = [*baseline, *methods]
     sign = -1 if is_loss else 1
     found = {unit: [_cell(group, unit, is_loss=is_loss) for group in ordered] for unit in units}
@@ -286,8 +287,12 @@ def _check_one(what: str, found: Mapping[str, str], source: str) -> None:
         raise InputError(f'{source}: expected runs on one {what}, got {names}; give each a folder of its own')
 
 
-def _units(runs: Sequence[Run], by: str | None) -> tuple[str, list[str]]:
+def _units(runs: Sequence[Run], by: str | None, *, timed: bool) -> tuple[str, list[str]]:
     """What a budget is, and the columns of the table."""
+    if not timed:
+        if by in TIMES:
+            raise InputError(f'--by: expected samples or steps where the times of the runs do not compare, got {by}')
+        return by or 'samples', ['samples', 'steps']
     lacking = [run.summary['run_name'] for run in runs if not run.summary['totals'].get('train_cpu_seconds')]
     if by == 'cpu_seconds' and lacking:
         raise InputError(f'--by: expected CPU seconds in every summary, got none in {lacking[0]} (an older version); give --by seconds')

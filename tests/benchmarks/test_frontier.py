@@ -35,6 +35,12 @@ def test_a_record_is_continued_by_the_runs_of_another_day(script, write_run, tmp
     points = json.loads((tmp_path / 'second.json').read_text())['points']
     assert [point['method'] for point in points[4:]] == ['methodb+16ep', 'methoda+16ep']
     assert [point['seeds'] for point in points[4:]] == ['17 18 19', '17 18']
+    untimed = [str(tmp_path / 'b'), record, '--name', 'untimed', '--untimed', '--out', str(tmp_path)]
+    assert module.main(untimed) == 0
+    assert 'seconds' not in (tmp_path / 'untimed.md').read_text().partition('| method')[2].partition('\n')[0]
+    assert json.loads((tmp_path / 'untimed.json').read_text())['by'] == 'samples'
+    assert module.main([*untimed, '--by', 'cpu_seconds']) == 2
+    assert '--by: expected samples or steps' in capsys.readouterr().err
     assert module.main([str(tmp_path / 'a'), record, '--name', 'third', '--out', str(tmp_path)]) == 2  # each run twice
     assert 'expected each run once' in capsys.readouterr().err
 
