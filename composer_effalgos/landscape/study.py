@@ -182,19 +182,7 @@ def interpolate(
             f'test loss {point.test_loss:.4g}, accuracy {point.test_accuracy:.4f}'
         )
 
-    found = []
-    if settings.sharpness_samples != 0:
-        images, labels = (part[: settings.sharpness_samples] for part in train_data)
-        loss_of = training_loss(model, _batches(images, labels, settings.batch_size))
-        spaces: dict[str, Tensor | None] = {'full': None}
-        if settings.subspace:
-            basis = random_basis(len(vectors['A']), settings.subspace, settings.seed)
-            spaces[f'random {settings.subspace}'] = device.tensor_to_device(basis)
-        for label, space, epsilon in itertools.product(solutions, spaces, settings.epsilons):
-            value = sharpness(loss_of, vectors[label], epsilon, basis=spaces[space], iterations=settings.iterations, seed=settings.seed)
-            found.append({'solution': label, 'epsilon': epsilon, 'space': space, 'sharpness': value})
-            progress(f'{label}: sharpness {value:.4g} % (epsilon {epsilon:g}, {space})')
-
+    found = _sharpness(model, vectors, train_data, settings, device, progress) if settings.sharpness_samples != 0 else []
     distances = {label: float(vector.norm()) for label, vector in vectors.items()}
     distances['B - A'] = float((vectors['B'] - vectors['A']).norm())
     about = {
@@ -210,6 +198,29 @@ def interpolate(
         'settings': asdict(settings),
     }
     return Study(points, found, as_saved, distances, about)
+
+
+def _sharpness(
+    model: nn.Module,
+    vectors: dict[str, Tensor],
+    data: tuple[Tensor, Tensor],
+    settings: Settings,
+    device: Device,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The sharpness of each solution, in the whole space and in a random subspace."""
+    found = []
+    images, labels = (part[: settings.sharpness_samples] for part in data)
+    loss_of = training_loss(model, _batches(images, labels, settings.batch_size))
+    spaces: dict[str, Tensor | None] = {'full': None}
+    if settings.subspace:
+        basis = random_basis(len(vectors['A']), settings.subspace, settings.seed)
+        spaces[f'random {settings.subspace}'] = device.tensor_to_device(basis)
+    for label, space, epsilon in itertools.product(vectors, spaces, settings.epsilons):
+        value = sharpness(loss_of, vectors[label], epsilon, basis=spaces[space], iterations=settings.iterations, seed=settings.seed)
+        found.append({'solution': label, 'epsilon': epsilon, 'space': space, 'sharpness': value})
+        progress(f'{label}: sharpness {value:.4g} % (epsilon {epsilon:g}, {space})')
+    return found
 
 
 def _checked(settings: Settings) -> list[float]:
