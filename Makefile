@@ -9,7 +9,7 @@ OLDEST := 0.29.0
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-all test-oldest lint clean
+.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-long test-all test-oldest lint clean
 
 setup: $(STAMP)
 
@@ -57,17 +57,21 @@ docs: $(STAMP)
 
 # Minutes: what shows that the installation works.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long and not slow'
 
-# The above, and what takes longer: every pair of methods, kills and resumptions, launches on two ranks, fuzzing.
-test-all: test
+# What CI runs beside them: launches on two ranks, resumption and Composer's methods beside every algorithm, more cases of everything.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'long and not slow'
+
+# And kills, long trainings and whole tutorials.
+test-all: test test-long
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 # The contract of the algorithms, on the oldest Composer that the package takes.
 test-oldest: $(STAMP)
 	@test -d build/oldest/composer || $(BIN)/pip install --quiet --no-deps --target build/oldest 'mosaicml==$(OLDEST)'
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import composer; assert composer.__version__ == "$(OLDEST)", composer.__version__'
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/contract tests/plan
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long and not slow' tests/contract tests/plan
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
