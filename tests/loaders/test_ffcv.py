@@ -23,6 +23,7 @@ from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('ffcv', reason='needs ffcv; make setup-ffcv builds it')
 from composer_effalgos.loaders import ffcv as path_module
+from composer_effalgos.loaders import ffcv_parts
 
 LIMIT = 100
 
@@ -79,8 +80,8 @@ def test_the_plans_samples_augmented_as_on_the_device_path(digits, world_size, d
     assert len(set(plan.sizes)) > 3
     plan = resume_epoch(plan, batches=done, batch_size=8, world_size=world_size)
     decoded = []
-    make = path_module._epoch
-    monkeypatch.setattr(path_module, '_epoch', lambda *args: decoded.extend(args[2]) or make(*args))
+    make = ffcv_parts.Epoch
+    monkeypatch.setattr(ffcv_parts, 'Epoch', lambda *args: decoded.extend(args[2]) or make(*args))
     for rank in range(world_size):
         decoded.clear()
         ours = planned(digits, plan, rank=rank, world_size=world_size)
