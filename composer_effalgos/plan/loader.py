@@ -173,20 +173,29 @@ class PlannedDataLoader(DataLoader):
             batch_size: Samples per rank and batch.
             even: As for :meth:`plan_epoch`.
         """
-        initial = self.initial_batch_size
-        if unpruned_has_single(self.num_samples, initial, self.world_size, drop_last=self.drop_last, microbatch=self.microbatch):
+        if not (criteria := self._single_criteria()):
             return 0
 
         def sizes_of(number: int) -> Sequence[int]:
             return self._plan_of(torch.arange(number), None, batch_size, 0, shuffle=False, even=even).sizes
 
-        return num_surplus(count, sizes_of, self.world_size, self.microbatch)
+        return num_surplus(count, sizes_of, self.world_size, criteria[0])
 
     def _spread(self, plan: EpochPlan) -> EpochPlan:
         """The plan with its last two batches cut elsewhere where a rank would be left with one sample."""
-        if self.tail != 'shared' or self.drop_last:
+        if self.tail != 'shared' or self.drop_last or not (criteria := self._single_criteria()):
             return plan
-        return replace(plan, sizes=tuple(spread(plan.sizes, self.world_size, self.microbatch)))
+        return replace(plan, sizes=tuple(spread(plan.sizes, self.world_size, criteria[0])))
+
+    def _single_criteria(self) -> list[int | None]:
+        """By which microbatch, or by whole batches (None), an epoch of all samples leaves no rank with one sample; the strictest first."""
+
+        def leaves_one(microbatch: int | None) -> bool:
+            return unpruned_has_single(
+                self.num_samples, self.initial_batch_size, self.world_size, drop_last=self.drop_last, microbatch=microbatch
+            )
+
+        return [microbatch for microbatch in dict.fromkeys((self.microbatch, None)) if not leaves_one(microbatch)]
 
     def resume(
         self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool
