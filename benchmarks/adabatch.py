@@ -54,7 +54,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     fixed = {'recipe': 'cifar10/cifar10_resnet20_paper_fixed.yaml', 'scheduler': {'milestones': times}}
     grown = {
         'recipe': 'cifar10/cifar10_resnet20_paper_adabatch.yaml',
-        'algorithms': {'adabatch': {'milestones': times, 'lr_factor': 0.75}},
+        'algorithms': {'adabatch': {'interval': None, 'milestones': times, 'lr_factor': 0.75}},
     }
     large = {'dataset': {'batch_size': args.batch_size * 2**args.growths}}
     methods = {'small': fixed, 'adabatch': grown, 'large': fixed | large}
