@@ -51,6 +51,7 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
     if collate is default_collate or not isinstance(samples, list) or len(samples) != size:
         return
     samples, size = samples[:_MOST], min(size, _MOST)
+    collate = _copied(collate)  # it may count its calls, or have random numbers of its own
     if not keeps_order(collate, samples, size, lambda some, order: [some[index] for index in order], seed):
         raise InputError(f'collate_fn: {_WRONG_ORDER}')
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError, LinUpper, SubsetSelection
 from composer_effalgos.plan import PlannedDataLoader
-from composer_effalgos.plan.order import keeps_order
+from composer_effalgos.plan.order import check_collate, keeps_order
 
 INPUTS = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(INPUTS, (INPUTS[:, 0] > 0).long())
@@ -175,3 +175,19 @@ def test_transforms_of_a_data_spec(make_trainer, where, microbatch):
     fit(sort_batch, [AdaBatch(2, '1ep')])
     fit(noise, [InfoBatch()])
     fit(lambda batch: [2 * batch[0], batch[1]], [InfoBatch()])
+
+
+class Counting:
+    """Makes batches that depend on how many it has made."""
+
+    calls = 0
+
+    def __call__(self, samples):
+        self.calls += 1
+        return torch.stack(samples) * self.calls
+
+
+def test_the_check_leaves_a_collate_function_with_a_state_as_it_is():
+    collate = Counting()
+    check_collate(collate, [torch.full((2,), float(index)) for index in range(4)], 4, seed=0)
+    assert collate.calls == 0
