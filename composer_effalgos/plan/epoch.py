@@ -204,6 +204,41 @@ def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator, bl
     return places.argsort(stable=True)
 
 
+def epoch_sizes(
+    num_samples: int,
+    batch_size: BatchSize,
+    world_size: int = 1,
+    *,
+    drop_last: bool = False,
+    even: bool = False,
+    max_batches: int | None = None,
+    tail: Tail = 'shared',
+) -> list[int]:
+    """The batches of an epoch of so many samples.
+
+    Args:
+        num_samples: Samples to train on, over all ranks.
+        batch_size: As for :func:`plan_epoch`, like all that follow.
+        world_size: Number of ranks.
+        drop_last: Drops a last batch that is not full, unless it is the only one.
+        even: Gives every rank as many samples as the others.
+        max_batches: Keeps only the first batches.
+        tail: What becomes of a last batch that is not full.
+
+    Returns:
+        Global batch sizes, at least one.
+
+    Raises:
+        ValueError: Where there are fewer samples than ranks.
+    """
+    dealt = num_samples - (num_samples % world_size if even else 0)
+    sizes = split_batches(dealt, batch_size, world_size, drop_last, max_batches, tail)
+    sizes = sizes or split_batches(dealt, batch_size, world_size, max_batches=max_batches, tail=tail)
+    if not sizes:
+        raise ValueError(f'cannot deal out {num_samples} samples over {world_size} ranks')
+    return sizes
+
+
 def plan_epoch(
     kept: Tensor,
     weights: Tensor | None,
@@ -246,11 +281,7 @@ def plan_epoch(
     Raises:
         ValueError: Where there are fewer samples than ranks.
     """
-    num_samples = len(kept) - (len(kept) % world_size if even else 0)
-    sizes = split_batches(num_samples, batch_size, world_size, drop_last, max_batches, tail)
-    sizes = sizes or split_batches(num_samples, batch_size, world_size, max_batches=max_batches, tail=tail)
-    if not sizes:
-        raise ValueError(f'cannot deal out {len(kept)} samples over {world_size} ranks')
+    sizes = epoch_sizes(len(kept), batch_size, world_size, drop_last=drop_last, even=even, max_batches=max_batches, tail=tail)
     permutation = None
     if shuffle:
         generator = torch.Generator().manual_seed(stream_seed(seed, 0, epoch))

@@ -11,7 +11,17 @@ from composer.core import State
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, plan_epoch, resize_rest, resume_epoch, split_batches, stream_seed
+from composer_effalgos.plan.epoch import (
+    BatchSize,
+    EpochPlan,
+    Tail,
+    epoch_sizes,
+    plan_epoch,
+    resize_rest,
+    resume_epoch,
+    split_batches,
+    stream_seed,
+)
 from composer_effalgos.plan.paths import DataPath, Reading, WorkerPath
 from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
@@ -141,19 +151,14 @@ class PlannedDataLoader(DataLoader):
         """
         if kept is not None and (surplus := self.surplus(len(kept), batch_size, even=even)):
             kept, weights = leave_out(kept, weights, surplus, torch.Generator().manual_seed(stream_seed(self.seed, 5, epoch)))
-        return self._plan_of(
-            torch.arange(self.num_samples) if kept is None else kept, weights, batch_size, epoch, shuffle=self.shuffle, even=even
-        )
-
-    def _plan_of(self, kept: Tensor, weights: Tensor | None, batch_size: BatchSize, epoch: int, *, shuffle: bool, even: bool) -> EpochPlan:
         plan = plan_epoch(
-            kept,
+            torch.arange(self.num_samples) if kept is None else kept,
             weights,
             batch_size,
             seed=self.seed,
             epoch=epoch,
             world_size=self.world_size,
-            shuffle=shuffle,
+            shuffle=self.shuffle,
             shard_starts=self.shard_starts,
             shuffle_block=self.shuffle_block,
             drop_last=self.drop_last,
@@ -161,7 +166,7 @@ class PlannedDataLoader(DataLoader):
             max_batches=self.max_batches,
             tail=self.tail,
         )
-        return self._spread(plan)
+        return replace(plan, sizes=self._spread(plan.sizes))
 
     def surplus(self, count: int, batch_size: BatchSize, *, even: bool) -> int:
         """How many of the samples that an epoch keeps are left out of it, so that no batch has one sample a rank.
@@ -177,15 +182,24 @@ class PlannedDataLoader(DataLoader):
             return 0
 
         def sizes_of(number: int) -> Sequence[int]:
-            return self._plan_of(torch.arange(number), None, batch_size, 0, shuffle=False, even=even).sizes
+            sizes = epoch_sizes(
+                number,
+                batch_size,
+                self.world_size,
+                drop_last=self.drop_last,
+                even=even,
+                max_batches=self.max_batches,
+                tail=self.tail,
+            )
+            return self._spread(sizes)
 
         return num_surplus(count, sizes_of, self.world_size, criteria[0])
 
-    def _spread(self, plan: EpochPlan) -> EpochPlan:
-        """The plan with its last two batches cut elsewhere where a rank would be left with one sample."""
+    def _spread(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Batch sizes, the last two cut elsewhere where a rank would be left with one sample."""
         if self.tail != 'shared' or self.drop_last or not (criteria := self._single_criteria()):
-            return plan
-        return replace(plan, sizes=tuple(spread(plan.sizes, self.world_size, criteria[0])))
+            return tuple(sizes)
+        return tuple(spread(sizes, self.world_size, criteria[0]))
 
     def _single_criteria(self) -> list[int | None]:
         """By which microbatch, or by whole batches (None), an epoch of all samples leaves no rank with one sample; the strictest first."""
@@ -222,7 +236,7 @@ class PlannedDataLoader(DataLoader):
             drop_last=self.drop_last,
             even=even,
         )
-        return (rest, plan.sizes[: batches - plan.first_batch]) if same else (self._spread(rest), ())
+        return (rest, plan.sizes[: batches - plan.first_batch]) if same else (replace(rest, sizes=self._spread(rest.sizes)), ())
 
     def resize_rest(self, batches: int, batch_size: BatchSize) -> EpochPlan:
         """The plan with its rest in batches of other sizes.
@@ -234,8 +248,7 @@ class PlannedDataLoader(DataLoader):
         assert self.plan is not None
         done = batches - self.plan.first_batch
         plan = resize_rest(self.plan, batches=batches, batch_size=batch_size, world_size=self.world_size)
-        rest = self._spread(replace(plan, sizes=plan.sizes[done:])).sizes
-        return replace(plan, sizes=(*plan.sizes[:done], *rest))
+        return replace(plan, sizes=(*plan.sizes[:done], *self._spread(plan.sizes[done:])))
 
     def set_plan(self, plan: EpochPlan, epoch: int, done: tuple[int, ...] = ()) -> None:
         """Takes the plan that the next iteration yields.

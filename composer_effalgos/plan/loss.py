@@ -12,6 +12,7 @@ from composer.models import ComposerModel
 from torch import Tensor
 
 from composer_effalgos.plan.graph import OpaqueGraphError, edge_of
+from composer_effalgos.plan.order import is_due
 from composer_effalgos.plan.outputs import NotReadableError, is_near, tensors_of, total_of, with_added
 from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
@@ -159,7 +160,7 @@ class WeightedLoss:
         self._hooked.clear()
         self._logger = getattr(self._model, 'logger', None)
         self._batches += 1
-        self._check_due |= self._batches & (self._batches - 1) == 0
+        self._check_due |= is_due(self._batches)
 
     def end_microbatch(self) -> None:
         """After a microbatch's backward pass."""

@@ -114,10 +114,10 @@ class ReadFromGraph:
         readings = self._readings(own, outputs)
         if not readings or computed_before(own, outputs):
             return False
-        rows = part_of(self._samples(readings, self._normalisation).losses)
+        whole = {name: self._samples(readings, name).losses.detach() for name in NORMALISATIONS}
+        rows = part_of(whole[self._normalisation])
         if rows is None:
             return False
-        whole = {name: self._samples(readings, name).losses.detach() for name in NORMALISATIONS}
         part, part_batch = take_part(outputs, batch, rows, len(whole[self._normalisation]))
         seen = self._seen
         try:

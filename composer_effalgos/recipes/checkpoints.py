@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class Loading:
         if not self.is_local or self.weights_only or self.partly:
             return
         saved = _content(Path(self.path))['state']
-        names = {pair[0] for pair in (saved['algorithms'].items() if isinstance(saved['algorithms'], dict) else saved['algorithms'])}
+        names = {name for name, _ in _pairs(saved['algorithms'])}
         ours = [type(algorithm).__name__ for algorithm in state.algorithms if type(algorithm).__module__.startswith('composer_effalgos.')]
         lost = [name for name in ours if name not in names]
         if lost and self.key.endswith('autoresume'):
@@ -244,13 +245,17 @@ def _wrong(content: Any, *, weights_only: bool) -> str:
         return f'state.model: {shown(odd[0])} is no tensor'
     if weights_only:
         return ''
-    pairs = state['algorithms'].items() if isinstance(state['algorithms'], dict) else state['algorithms']
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in _pairs(state['algorithms'])):
         return 'state.algorithms: names and states are not in pairs'
     ranks = content.get('rng')
     if not isinstance(ranks, list) or not ranks or not all(isinstance(rank, dict) for rank in ranks):
         return 'rng is no list of random states'
     return _wrong_time(state['timestamp'].get('Timestamp'))
+
+
+def _pairs(saved: Any) -> Iterable[Any]:
+    """Names and states of what a checkpoint has in pairs, or of older versions by name."""
+    return saved.items() if isinstance(saved, dict) else saved
 
 
 def _wrong_time(timestamp: Any) -> str:

@@ -1,6 +1,5 @@
 """Picks a weighted subset of a data set from its last-layer gradients."""
 
-import numbers
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from composer_effalgos.subset_selection.problem import Problem, Selection, Solve
 from composer_effalgos.subset_selection.strategies import BACKENDS, STRATEGIES, Strategy
 from composer_effalgos.subset_selection.strategies.options import Options, check
 from composer_effalgos.subset_selection.strategies.random import random_subset
+from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 
@@ -74,7 +74,7 @@ def select_subset(
     settings, spec = check_options(strategy, backend=backend, **options), STRATEGIES[strategy]
     gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings, spec)
     total = len(gradients)
-    if not _whole(budget) or not 1 <= budget <= total:
+    if not is_whole(budget) or not 1 <= budget <= total:
         raise InputError(f'budget: expected a whole number of samples from 1 to {total}, got {budget!r}')
     by_default = 'PerClass' if settings.class_balance == 'equal' else spec.selection_types[0] if labels is not None else 'Supervised'
     selection_type = settings.selection_type or by_default
@@ -128,10 +128,6 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> O
     kind = spec.cords if backend == 'cords' else spec.options
     assert kind is not None
     return check(kind, options, f'strategy {strategy}')
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_rows(

@@ -10,7 +10,7 @@ from typing import Any
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import shown
 
-__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number']
+__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'is_whole']
 
 LARGEST = 1e12  # of step sizes, factors and the like: no sensible value is larger, and its square is still far from a float's end
 MOST_CLASSES = 2**20  # above all class counts in use; a label of 2**60 would ask for as many class names
@@ -54,6 +54,11 @@ class Range:
 def _bound(value: float) -> str:
     short = f'{value:g}'
     return short if float(short) == value else str(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number by its type, NumPy's too; booleans are no numbers."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_number(

@@ -435,6 +435,7 @@ def test_a_class_of_one_and_a_class_without_validation(make_gradients):
         ({'strategy': 'gradmatch', 'eps': 1e300}, 'eps: expected'),
         ({'strategy': 'gradmatch', 'lam': 1e300}, 'lam: expected'),
         ({'r': 0}, 'r: expected a whole number at least 1, got 0'),
+        ({'r': 2.0}, 'r: expected a whole number at least 1, got 2.0'),
         ({'greedy': 'naive'}, 'did you mean .Naive.'),
         ({'selection_type': 'perclass'}, 'did you mean .PerClass.'),
         ({'selection_type': 'PerClassPerGradient'}, 'selection_type'),

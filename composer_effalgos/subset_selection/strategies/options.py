@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import torch
 
-from composer_effalgos.utils.checks import LARGEST, Range
+from composer_effalgos.utils.checks import LARGEST, Range, is_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, shown
 
@@ -102,5 +102,5 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
     elif origin is Annotated:
         number, allowed = arguments
         whole = number is int
-        if value not in allowed or (whole and int(value) != value):
+        if value not in allowed or (whole and not is_whole(value)):
             raise InputError(f'{name}: expected a {"whole " if whole else ""}number {allowed}, got {shown(value)}')
