@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import InfoBatch
 from composer_effalgos.models import build_model
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 CLASSES = 10
 
@@ -317,7 +317,7 @@ def wrap_hooks(trainer: Trainer, around: Callable[[str], AbstractContextManager[
 
         return call
 
-    plan = Plan.of(trainer.state)
+    plan = EpochPlanner.of(trainer.state)
     assert plan.loss is not None
     for name in STEP_HOOKS:
         setattr(plan, name, wrapped(f'plan: {name}', getattr(plan, name)))
@@ -333,7 +333,7 @@ def time_hooks(settings: Settings) -> dict[str, Any]:
         the user's loader and through the planned one; ``table``: torch's own table of the operations that take longest.
     """
     trainer = make_trainer(settings, [InfoBatch(prune_ratio=0.5, delta=1.0)])
-    plan = Plan.of(trainer.state)
+    plan = EpochPlanner.of(trainer.state)
     trainer.fit(duration='1ep')
     seconds: dict[str, list[float]] = {}
 
@@ -377,7 +377,7 @@ def check_synchronisation(settings: Settings) -> dict[str, Any]:
         How many hook calls ran under it; that the function returns means that none of them waited for the GPU.
     """
     trainer = make_trainer(settings, [InfoBatch(prune_ratio=0.5, delta=1.0)])
-    loss, calls = Plan.of(trainer.state).loss, 0
+    loss, calls = EpochPlanner.of(trainer.state).loss, 0
     assert loss is not None
 
     @contextmanager

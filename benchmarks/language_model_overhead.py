@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import InfoBatch
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 WAYS = ('plain', 'plain again', 'scores', 'scores and weights')
 
@@ -60,7 +60,7 @@ class Weights(Callback):
     """Gives the samples of each epoch weights of 1 and 2, as a pruned epoch has them, and prunes none."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        loss = Plan.of(state).loss
+        loss = EpochPlanner.of(state).loss
         assert loss is not None
         assert state.train_dataloader is not None
         loss.start_epoch(1 + torch.arange(len(state.train_dataloader.dataset)).float() % 2)  # type: ignore[attr-defined]

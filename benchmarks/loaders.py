@@ -50,7 +50,7 @@ from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.images import ImageArray, small_image_transform
 from composer_effalgos.loaders import LOADERS, DeviceDataLoader
 from composer_effalgos.models import build_model
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 CLASSES = 10
 WAITING = 'waiting for data'
@@ -234,7 +234,7 @@ def make_trainer(load: Load, path: str, args: argparse.Namespace) -> tuple[Train
         max_duration='0ep',
         train_subset_num_batches=args.steps or -1,
         algorithms=[ChannelsLast()],
-        callbacks=[watch, *([Plan()] if path not in ('DataLoader', 'no loading') else [])],
+        callbacks=[watch, *([EpochPlanner()] if path not in ('DataLoader', 'no loading') else [])],
         device=args.device,
         precision='amp_bf16' if on_gpu else 'fp32',
         progress_bar=False,

@@ -13,7 +13,7 @@ import torch
 from composer import Callback, Logger, State, Timestamp
 from composer.utils import dist
 
-from composer_effalgos.plan import EpochMetrics, Plan
+from composer_effalgos.plan import EpochMetrics, EpochPlanner
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
@@ -155,7 +155,7 @@ class EfficiencyMonitor(Callback):
         state = check_entries(unpack(state), {'epochs': list, 'running': dict, 'peak_memory': int, 'scores': list})
         self._epochs = {entry.epoch: entry for entry in (restored(_Epoch, saved) for saved in state['epochs'])}
         running = dict(state['running'])
-        metrics = restored(EpochMetrics, running.pop('metrics', None) or running.pop('facts', {}))  # 'facts' in older checkpoints
+        metrics = restored(EpochMetrics, running.pop('metrics', {}))
         self._running = restored(_Running, running | {'metrics': metrics})
         self._peak_memory = state['peak_memory']
         self._scores = {entry.epoch: entry for entry in (restored(_Scores, saved) for saved in state['scores'])}
@@ -256,8 +256,8 @@ class EfficiencyMonitor(Callback):
 
     def _observe_scores(self, state: State, epoch: int) -> None:
         """Composer runs callbacks after algorithms: the epoch's scores are in already."""
-        plan = Plan.find(state)
-        scores = None if plan is None or dist.get_global_rank() > 0 else plan.selectors.sample_scores
+        planner = EpochPlanner.find(state)
+        scores = None if planner is None or dist.get_global_rank() > 0 else planner.selectors.sample_scores
         if scores is not None:
             # the last entry is replaced unless its number is a power of two
             self._scores = {number: entry for number, entry in self._scores.items() if (number + 1) & number == 0}

@@ -23,7 +23,7 @@ from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_
 from composer_effalgos.adabatch.schedules import ScheduleLike, SizePolicy, find_schedule
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.adabatch.sizes import Size, Sizes
-from composer_effalgos.plan import BatchSize, Plan
+from composer_effalgos.plan import BatchSize, EpochPlanner
 from composer_effalgos.plan.clock import is_composer_schedule
 from composer_effalgos.plan.progress import Progress, progress_of
 from composer_effalgos.utils.checks import check_number
@@ -83,7 +83,7 @@ class AdaBatch(Algorithm):
         >>> AdaBatch(policy=lambda progress: progress.epoch // 20 + progress.epoch // 50)  # doctest: +SKIP
     """
 
-    _plan: Plan  # from INIT on
+    _planner: EpochPlanner  # from INIT on
     _state: State
 
     def __init__(
@@ -180,14 +180,15 @@ class AdaBatch(Algorithm):
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._memory.before_batch(state)
         elif event == Event.BATCH_END:
-            self._memory.after_batch(state, self._plan, self._sizes.smallest(self._plan.loader))
+            self._memory.after_batch(state, self._planner, self._sizes.smallest(self._planner.loader))
         else:
-            self._memory.stop(state, self._plan)
+            self._memory.stop(state, self._planner)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), 'growths': self._size.asked, 'lr_scale': self._lr_scale, 'fits': self._memory.fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._planner.expects_state = True
         self._size = Size(asked=state['growths'])
         self._lr_scale, self._memory.fits = state['lr_scale'], state['fits']
 
@@ -196,9 +197,9 @@ class AdaBatch(Algorithm):
     def _initialise(self, state: State, logger: Logger) -> None:
         if sum(isinstance(algorithm, AdaBatch) for algorithm in state.algorithms) > 1:
             raise InputError('algorithms: AdaBatch is given twice; keep one')
-        self._plan, self._state = Plan.of(state), state
-        self._plan.batch_size = self._batch_sizes
-        self._plan.may_lengthen = isinstance(self.policy, SizePolicy | Seesaw)  # others never shrink the batch
+        self._planner, self._state = EpochPlanner.of(state), state
+        self._planner.batch_size = self._batch_sizes
+        self._planner.may_lengthen = isinstance(self.policy, SizePolicy | Seesaw)  # others never shrink the batch
         self._reset()
         self._memory.init(state)
         if isinstance(self.policy, Callback) and self.policy not in state.callbacks:
@@ -214,11 +215,11 @@ class AdaBatch(Algorithm):
         rescale_schedules(state, self._lr_scale)
 
     def _size_at(self, progress: Progress) -> Size:
-        return self._sizes.at(progress, self._plan.loader, self._plan.num_candidates, self._size.asked)
+        return self._sizes.at(progress, self._planner.loader, self._planner.num_candidates, self._size.asked)
 
     def _batch_sizes(self) -> BatchSize:
         """The plan asks for this epoch's batch sizes, as far as the policy knows them beforehand."""
-        state, loader = self._state, self._plan.loader
+        state, loader = self._state, self._planner.loader
         self._sizes.check_known(loader)
         for size in self._sizes.known:
             self._check_schedulers(self._sizes.per_rank(size, loader.world_size))
@@ -228,7 +229,7 @@ class AdaBatch(Algorithm):
 
     def _ask(self, state: State) -> None:
         """Before a batch is fetched: is what was planned what the policy wants now?"""
-        plan = self._plan.loader.plan
+        plan = self._planner.loader.plan
         batch = int(state.timestamp.batch_in_epoch)
         if plan is None or batch >= plan.num_batches:  # the epoch is over
             return
@@ -241,14 +242,14 @@ class AdaBatch(Algorithm):
         self._size = size
         if size.refused and not before.refused:
             warnings.warn(f'AdaBatch: {size.refused}', stacklevel=2)
-        if plan.sizes[batch - plan.first_batch] != size.samples * self._plan.loader.world_size:
-            self._plan.resize(state)
+        if plan.sizes[batch - plan.first_batch] != size.samples * self._planner.loader.world_size:
+            self._planner.resize(state)
 
     # ------------------------------------------------------------------ what follows the size
 
     def _check_schedulers(self, size: int) -> None:
         """Refuses batches smaller than the loader's beside schedulers that the clock can step more often than once a batch, not less."""
-        initial, length = self._plan.loader.initial_batch_size, self._state.max_duration
+        initial, length = self._planner.loader.initial_batch_size, self._state.max_duration
         counting = [scheduler for scheduler in self._state.schedulers if not is_composer_schedule(scheduler)]
         if size < initial and counting and length is not None and length.unit == TimeUnit.EPOCH:
             raise InputError(
@@ -258,7 +259,7 @@ class AdaBatch(Algorithm):
 
     def _resize(self, state: State, logger: Logger) -> None:
         """Before a batch: the learning rate, microbatch and loader follow the batch size."""
-        loader, at = self._plan.loader, self._size_at(progress_of(state))
+        loader, at = self._planner.loader, self._size_at(progress_of(state))
         size = at.samples
         if size != loader.batch_size:
             self._check_schedulers(size)
@@ -270,7 +271,7 @@ class AdaBatch(Algorithm):
             self._lr_scale = scale
         if size != loader.batch_size:
             loader.set_batch_size(size)
-        if self._memory.resize(state, self._plan, size, self._sizes.smallest(loader)):
+        if self._memory.resize(state, self._planner, size, self._sizes.smallest(loader)):
             if self.beta2 == 'rescale':
                 rescale_beta2(state, ratio)
             logger.log_metrics({'adabatch/batch_size': size * loader.world_size, 'adabatch/lr_scale': scale})

@@ -16,7 +16,7 @@ from composer.loggers import Logger
 from matplotlib.figure import Figure
 
 from composer_effalgos.adabatch.adabatch import AdaBatch
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.plan.progress import parse_time, progress_of
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.components import Component
@@ -76,7 +76,7 @@ class Window(Callback):
 
 
 def _epoch_samples(state: State) -> int:
-    plan = Plan.of(state).loader.plan
+    plan = EpochPlanner.of(state).loader.plan
     assert plan is not None
     return plan.num_samples
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.plan.progress import Progress
 from composer_effalgos.utils.checks import LARGEST, check_number
 from composer_effalgos.utils.errors import InputError
@@ -106,7 +106,7 @@ class GradientNoise(Watching):
         """Begins a measurement."""
         if int(state.timestamp.batch) % self.measure_every:
             return
-        loader = Plan.of(state).loader
+        loader = EpochPlanner.of(state).loader
         batch = int(state.timestamp.batch_in_epoch)
         assert loader.plan is not None
         size = loader.plan.sizes[batch - loader.plan.first_batch]  # over all ranks, which may have different shares of it
@@ -204,7 +204,7 @@ class GradientNoise(Watching):
             return
         logger.log_metrics({'adabatch/noise_scale': self.noise_scale})
         noise, signal = self._averages.tolist()
-        self._judge(noise, signal, Plan.of(state).loader.batch_size * dist.get_world_size())
+        self._judge(noise, signal, EpochPlanner.of(state).loader.batch_size * dist.get_world_size())
 
     def _judge(self, noise: float, signal: float, batch_size: int) -> None:
         """Decides from the averages, at the end of a window.

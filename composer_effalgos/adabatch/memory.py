@@ -6,7 +6,7 @@ import warnings
 
 from composer.core import State
 
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 _TRIES = 8  # batches after a growth in which an out-of-memory error is taken for its consequence
 
@@ -41,12 +41,12 @@ class MemorySearch:
         if self._microbatch is not None and microbatch != self._microbatch and not state.auto_microbatching:
             self._explicit = True
 
-    def resize(self, state: State, plan: Plan, size: int, smallest: int) -> bool:
+    def resize(self, state: State, planner: EpochPlanner, size: int, smallest: int) -> bool:
         """Sets the microbatch for a batch size, and searches where the batch is larger than what is known to fit.
 
         Args:
             state: The trainer's state, before the first batch of this size.
-            plan: The run's plan.
+            planner: The run's planner.
             size: Samples per rank and batch.
             smallest: The run's smallest batch size, which is taken to fit.
 
@@ -62,14 +62,14 @@ class MemorySearch:
         self._microbatch = size if users_auto or self.fits is None else min(size, self.fits)
         state.device_train_microbatch_size = self._microbatch
         if not users_auto and self.fits is None and size > max(smallest, self._fitted) and not state.fsdp_enabled:
-            state.auto_microbatching, plan.whole_batches, self._tries_left = True, True, _TRIES
+            state.auto_microbatching, planner.whole_batches, self._tries_left = True, True, _TRIES
         return True
 
     def before_batch(self, state: State) -> None:
         """Keeps the first attempt's size when a batch is replayed after an out-of-memory error."""
         self._tried = self._tried or state.device_train_microbatch_size
 
-    def after_batch(self, state: State, plan: Plan, smallest: int) -> None:
+    def after_batch(self, state: State, planner: EpochPlanner, smallest: int) -> None:
         """Ends the search when the batch fitted often enough, or did not fit."""
         tried, self._tried = self._tried, None
         if not self._tries_left:
@@ -79,12 +79,12 @@ class MemorySearch:
         assert isinstance(tried, int)
         assert state.previous_timestamp is not None
         if found >= tried:
-            trained = plan.loader.batch_slice(int(state.previous_timestamp.batch_in_epoch))
+            trained = planner.loader.batch_slice(int(state.previous_timestamp.batch_in_epoch))
             self._fitted = max(self._fitted, min(found, trained.stop - trained.start))
             # an epoch's last two batches may be smaller, and so are the parts of one that is split to be measured
             self._tries_left -= self._fitted == self._microbatch
             if not self._tries_left:
-                self._end(state, plan)
+                self._end(state, planner)
             return
         self.fits = max(found, self._fitted, smallest)
         warnings.warn(
@@ -92,12 +92,12 @@ class MemorySearch:
             stacklevel=2,
         )
         self._microbatch = state.device_train_microbatch_size = self.fits
-        self._end(state, plan)
+        self._end(state, planner)
 
-    def stop(self, state: State, plan: Plan) -> None:
+    def stop(self, state: State, planner: EpochPlanner) -> None:
         """Ends a search that is under way, at the end of ``fit``."""
         if self._tries_left:
-            self._end(state, plan)
+            self._end(state, planner)
 
-    def _end(self, state: State, plan: Plan) -> None:
-        self._tries_left, plan.whole_batches, state.auto_microbatching = 0, False, False
+    def _end(self, state: State, planner: EpochPlanner) -> None:
+        self._tries_left, planner.whole_batches, state.auto_microbatching = 0, False, False

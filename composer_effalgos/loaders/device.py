@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from composer_effalgos.datasets.images import with_transform
 from composer_effalgos.loaders import cache as disk
 from composer_effalgos.loaders.augment import split_transform, steps_of, with_black_pixel
-from composer_effalgos.plan import DataPath, Reading
+from composer_effalgos.plan import BatchReader, Reading
 from composer_effalgos.utils.errors import InputError
 
 # On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to so many bytes
 TOGETHER = 64 * 2**20  # bytes
 
 
-class DeviceDataLoader(DataPath):
+class DeviceDataLoader(BatchReader):
     """Batches of images that lie decoded on the device, augmented there.
 
     The images are decoded once, as uint8, when the loader is first read (or by :meth:`load`), and stay on the GPU, or in memory where
@@ -90,7 +90,7 @@ class DeviceDataLoader(DataPath):
         self._images, self._labels = room[: images.numel()].view(images.shape), labels.to(self.device)
 
     def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
-        """Makes batches; see :meth:`DataPath.read_batches`.
+        """Makes batches; see :meth:`BatchReader.read_batches`.
 
         Yields:
             ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.

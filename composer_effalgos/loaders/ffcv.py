@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from composer_effalgos.datasets.beton import Beton, import_ffcv
 from composer_effalgos.loaders.augment import BatchTransform, random_bits, split_transform, steps_of, with_black_pixel
-from composer_effalgos.plan import DataPath, Reading, stream_seed
+from composer_effalgos.plan import BatchReader, Reading, stream_seed
 from composer_effalgos.utils.errors import InputError
 
 TRIES = 10  # as torchvision's RandomResizedCrop
@@ -25,7 +25,7 @@ Boxes = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """``(seed, sample numbers, heights, widths) -> int64 [m, 4]``: top, left, height and width of the part of each image to decode."""
 
 
-class FfcvDataLoader(DataPath):
+class FfcvDataLoader(BatchReader):
     """Batches decoded by ffcv's threads, augmented as a whole.
 
     ffcv decodes, crops to a box and resizes, in compiled code and ahead of the training; the plan's batches go to it as they are, of any
@@ -77,7 +77,7 @@ class FfcvDataLoader(DataPath):
         self._loader = images_of(dataset, self._decoding.size, num_threads, batches_ahead)
 
     def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
-        """Decodes batches; see :meth:`DataPath.read_batches`.
+        """Decodes batches; see :meth:`BatchReader.read_batches`.
 
         Yields:
             ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from composer_effalgos.datasets.beton import Beton
 from composer_effalgos.loaders.device import DeviceDataLoader
 from composer_effalgos.loaders.ffcv import FfcvDataLoader
-from composer_effalgos.plan import DataPath
+from composer_effalgos.plan import BatchReader
 from composer_effalgos.utils.checks import check_number
 
 
@@ -60,7 +60,7 @@ def ffcv(
     )
 
 
-LOADERS: Mapping[str, Callable[..., DataPath]] = {'device': device, 'ffcv': ffcv}
+LOADERS: Mapping[str, Callable[..., BatchReader]] = {'device': device, 'ffcv': ffcv}
 """Builders: ``(dataset, *, train, batch_size, drop_last, seed, num_workers, **options)``; ``batch_size`` is per rank."""
 
 GIVEN = ('dataset', 'train', 'batch_size', 'drop_last', 'seed', 'num_workers')

@@ -5,24 +5,24 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_s
 from composer_effalgos.plan.horizon import Budget, Horizon, check_budget
 from composer_effalgos.plan.loader import PlannedDataLoader, class_labels
 from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
-from composer_effalgos.plan.paths import DataPath, Reading
 from composer_effalgos.plan.per_sample import check_per_sample_loss
-from composer_effalgos.plan.plan import Plan
+from composer_effalgos.plan.planner import EpochPlanner
+from composer_effalgos.plan.readers import BatchReader, Reading
 from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
 from composer_effalgos.plan.table import SampleRows, SampleTable
 from composer_effalgos.plan.token_loss import Tokens
 
 __all__ = [
+    'BatchReader',
     'BatchSize',
     'Budget',
     'Choice',
-    'DataPath',
     'EpochClock',
     'EpochMetrics',
     'EpochPlan',
+    'EpochPlanner',
     'Horizon',
     'PerSampleLoss',
-    'Plan',
     'PlannedDataLoader',
     'Reading',
     'SampleRows',

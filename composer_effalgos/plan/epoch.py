@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -177,6 +177,22 @@ class EpochPlan:
         """Where the batches of :meth:`rank_order` begin and end: ``len(sizes) + 1`` ascending positions."""
         stops = np.cumsum((0, *self.sizes))
         return np.maximum(0, (stops - rank + world_size - 1) // world_size).tolist()
+
+    def state_dict(self, done: Sequence[int]) -> dict[str, Any]:
+        """What a checkpoint holds of the plan, as that of a run that was never stopped.
+
+        Args:
+            done: Global sizes of the batches before ``first_batch``, trained since the epoch began.
+        """
+        start, first_batch = self.start - sum(done), self.first_batch - len(done)
+        sizes = torch.tensor((*done, *self.sizes))
+        return {'order': self.order, 'weights': self.weights, 'sizes': sizes, 'start': start, 'first_batch': first_batch}
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any]) -> EpochPlan:
+        """The plan that :meth:`state_dict` saved."""
+        sizes = tuple(saved['sizes'].tolist())
+        return cls(saved['order'], saved['weights'], sizes, start=saved['start'], first_batch=saved['first_batch'])
 
     def _ordered(self, values: Tensor, part: slice) -> Tensor:
         return values[part] if self.permutation is None else values.index_select(0, self.permutation[part])

@@ -22,7 +22,7 @@ from composer_effalgos.plan.epoch import (
     split_batches,
     stream_seed,
 )
-from composer_effalgos.plan.paths import DataPath, Reading, WorkerPath
+from composer_effalgos.plan.readers import BatchReader, Reading, WorkerReader
 from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
 from composer_effalgos.plan.singles import leave_out, num_surplus, spread, unpruned_has_single
@@ -73,7 +73,7 @@ class PlannedDataLoader(DataLoader):
     """Yields the batches of an :class:`EpochPlan`, in place of the user's loader and on its data path.
 
     Args:
-        loader: The user's loader over a map-style dataset or a ``StreamingDataset``: a ``DataLoader`` or a :class:`DataPath`. Its sampler
+        loader: The user's loader over a map-style dataset or a ``StreamingDataset``: ``DataLoader`` or :class:`BatchReader`. Its sampler
             says which samples there are and whether their order is shuffled.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
@@ -128,7 +128,7 @@ class PlannedDataLoader(DataLoader):
 
     def _make_path(self, indices: Tensor | None) -> Any:
         given = self.given
-        return given if isinstance(given, DataPath) else WorkerPath(given, stream_seed(self.seed, 1, self.rank), indices)
+        return given if isinstance(given, BatchReader) else WorkerReader(given, stream_seed(self.seed, 1, self.rank), indices)
 
     @property  # DataLoader forbids setting batch_size; ours follows the plan
     def batch_size(self) -> int:  # type: ignore[override]

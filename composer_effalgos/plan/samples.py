@@ -107,7 +107,7 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
         raise InputError(
             f'train_dataloader: batch_sampler {type(batches).__name__} would be replaced by the plan; give batch_size instead of it'
         )
-    if hasattr(loader, 'read_batches') and isinstance(batches.sampler, DistributedSampler):  # a DataPath reads what it is told to
+    if hasattr(loader, 'read_batches') and isinstance(batches.sampler, DistributedSampler):  # a BatchReader reads what it is told to
         rank, world_size = batches.sampler.rank, batches.sampler.num_replicas
     indices, shuffle = _sampled(batches.sampler, len(loader.dataset), rank, world_size)  # type: ignore[arg-type]
     dataset, starts = loader.dataset, getattr(loader.dataset, 'shard_starts', None)
@@ -137,7 +137,7 @@ def iterates_as_usual(loader: DataLoader) -> bool:
     Args:
         loader: The loader.
     """
-    if hasattr(loader, 'read_batches'):  # a DataPath
+    if hasattr(loader, 'read_batches'):  # a BatchReader
         return True
     streaming = sys.modules.get('streaming.base.dataloader')
     known = (DataLoader,) if streaming is None else (DataLoader, streaming.StreamingDataLoader)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from composer_effalgos.plan.epoch import stream_seed
-from composer_effalgos.plan.paths import init_worker
 from composer_effalgos.plan.randomness import RandomStream
+from composer_effalgos.plan.readers import init_worker
 from composer_effalgos.utils.errors import InputError
 
 SizeOf = Callable[[int], int | None]

@@ -11,7 +11,7 @@ from composer.core import State
 from composer.utils import dist
 from torch import Tensor
 
-from composer_effalgos.plan.plan import Plan
+from composer_effalgos.plan.planner import EpochPlanner
 
 _SAVED = ('history', 'scored', 'offered', 'trained')
 
@@ -63,13 +63,13 @@ class SampleTable:
     exchange them once, at the epoch's end, and when a checkpoint is written within an epoch.
 
     Args:
-        plan: The run's plan, which says which samples are trained on.
+        planner: The run's planner, which says which samples are trained on.
         history: Scores kept of each sample; 0 where none are noted.
         decay: Weight of the old score where the score is an exponential moving average; 0 for the last score.
     """
 
-    def __init__(self, plan: Plan, history: int = 1, decay: float = 0.0) -> None:
-        self._plan, self._history, self._decay = plan, history, decay
+    def __init__(self, planner: EpochPlanner, history: int = 1, decay: float = 0.0) -> None:
+        self._planner, self._history, self._decay = planner, history, decay
         self._rows = SampleRows.empty(history, 0)
         self._noted: Tensor | None = None  # NaN where not trained yet
 
@@ -93,7 +93,7 @@ class SampleTable:
             where: Their place in the rank's epoch.
         """
         if self._noted is None:
-            self._noted = scores.new_full((len(self._plan.loader.rank_order),), math.nan)
+            self._noted = scores.new_full((len(self._planner.loader.rank_order),), math.nan)
         self._noted[where] = torch.nan_to_num(scores, nan=math.inf, posinf=math.inf, neginf=math.inf)
 
     @property
@@ -105,13 +105,13 @@ class SampleTable:
         """The rows with what this rank noted since the last exchange."""
         if self._noted is None:
             return self._rows
-        return self._with([_scores_of(self._plan.loader.rank_order, self._noted)])
+        return self._with([_scores_of(self._planner.loader.rank_order, self._noted)])
 
     def of_all_ranks(self, state: State) -> SampleRows:
         """The rows with what every rank noted since the last exchange; a collective call."""
         if self._noted is None or dist.get_world_size() == 1:
             return self.of_this_rank()
-        orders = self._plan.loader.rank_orders()
+        orders = self._planner.loader.rank_orders()
         padded = state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
         padded[: len(self._noted)] = self._noted
         gathered = dist.all_gather(padded)
@@ -124,7 +124,7 @@ class SampleTable:
     def end_epoch(self, state: State) -> None:
         """Takes in what every rank noted, and counts what the epoch trained on; a collective call."""
         self.exchange(state)
-        plan = self._plan.loader.plan
+        plan = self._planner.loader.plan
         assert plan is not None
         # all of them, as a rule: then their order does not matter, and an ascending one is faster
         everything = plan.num_samples == len(plan.kept)

@@ -16,8 +16,8 @@ from torch import Tensor
 from composer_effalgos.plan import (
     Budget,
     Choice,
+    EpochPlanner,
     PerSampleLoss,
-    Plan,
     SampleRows,
     SampleTable,
     Selector,
@@ -72,7 +72,7 @@ class Pruning(Selector, Algorithm):
     """
 
     stage = 'fine'
-    _plan: Plan  # from INIT on
+    _planner: EpochPlanner  # from INIT on
     _state: State
 
     def __init__(
@@ -149,14 +149,10 @@ class Pruning(Selector, Algorithm):
         return pack(self._state, {**super().state_dict(), **saved, **counts})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = unpack(state)
-        self.samples_saved = state['samples_saved']
-        self.epochs_pruned = state.get('epochs_pruned', int(self.samples_saved > 0))
-        self._decided = state.get('epochs_decided', self.epochs_pruned)
-        if 'scores' in state:  # of a version that saved NaN for samples without a score
-            scored = ~torch.isnan(state['scores'])
-            history = torch.where(scored, state['scores'], 0.0)[None]
-            state = {'history': history, 'scored': scored, 'offered': scored, 'trained': scored.int()}
+        state, self._planner.expects_state = unpack(state), True
+        self.samples_saved, self.epochs_pruned, self._decided = (
+            state[name] for name in ('samples_saved', 'epochs_pruned', 'epochs_decided')
+        )
         if 'history' in state:
             if len(state['history']) != self.rule.history:
                 raise CheckpointError(
@@ -172,18 +168,18 @@ class Pruning(Selector, Algorithm):
         return self._table
 
     def _initialise(self, state: State) -> None:
-        self._plan, self._state = Plan.of(state), state
-        self._plan.selectors.add(self)
-        self._plan.full_budget |= self.budget == 'full'
-        self._table = SampleTable(self._plan, self.rule.history, self.rule.decay)
+        self._planner, self._state = EpochPlanner.of(state), state
+        self._planner.selectors.add(self)
+        self._planner.full_budget |= self.budget == 'full'
+        self._table = SampleTable(self._planner, self.rule.history, self.rule.decay)
         self.samples_saved = self.epochs_pruned = self._decided = 0
         self._open_ended, self._said = False, set()
         if self.rule.history:
-            loss = self._plan.request_loss(state, type(self).__name__, self.per_sample_loss)
+            loss = self._planner.request_loss(state, type(self).__name__, self.per_sample_loss)
             loss.subscribers.append(self._observe)
 
     def new_data(self, *, first: bool) -> None:
-        table, loader = self._known(), self._plan.loader
+        table, loader = self._known(), self._planner.loader
         if not first or len(table) != loader.num_samples:  # else loaded from a checkpoint
             table.reset(loader.num_samples)
         self.rule.new_data(loader.num_samples)
@@ -201,7 +197,7 @@ class Pruning(Selector, Algorithm):
                 raise InputError(f'labels: expected {loader.num_samples} class indices, got {got}')
 
     def begin(self, state: State) -> None:
-        horizon, end = self._plan.horizon, self._last_pruned()
+        horizon, end = self._planner.horizon, self._last_pruned()
         self._open_ended = horizon.extended and end is not None and end <= int(state.timestamp.epoch)
         first = self._first_prunable(state)
         if not self._wanted():
@@ -223,14 +219,14 @@ class Pruning(Selector, Algorithm):
             )
 
     def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
-        table, loader = self._known(), self._plan.loader
+        table, loader = self._known(), self._planner.loader
         rows = table.rows if candidates is None else table.rows.take(candidates)
         # an epoch that its samples have been through may have left some without a score: drop_last, a limit of batches
         ready = not self.rule.history or (bool(rows.offered.all()) and 2 * int(rows.scored.sum()) > len(rows))
         table.offer(candidates)
         if not ready or not self._wanted():
             return None
-        horizon, progress = self._plan.horizon, self._plan.horizon.progress(self._state)
+        horizon, progress = self._planner.horizon, self._planner.horizon.progress(self._state)
         assert horizon.end is not None
         total = int(horizon.end.value) if horizon.end.unit == TimeUnit.EPOCH else None
         labels = self._labels if self._labels is None or candidates is None else self._labels[candidates]
@@ -241,7 +237,7 @@ class Pruning(Selector, Algorithm):
         if choice is None or self._too_few(len(choice.positions), len(rows), epoch):
             return None
         limit = len(rows) if loader.max_batches is None else loader.full_samples  # an epoch has no more samples than that
-        surplus = loader.surplus(len(choice.positions), self._plan.current_batch_size(), even=self._plan.in_step(self._state))
+        surplus = loader.surplus(len(choice.positions), self._planner.current_batch_size(), even=self._planner.in_step(self._state))
         saved = min(len(rows), limit) - min(len(choice.positions) - surplus, limit)
         self.samples_saved += saved
         self.epochs_pruned += saved > 0
@@ -250,7 +246,8 @@ class Pruning(Selector, Algorithm):
 
     def _too_few(self, kept: int, candidates: int, epoch: int) -> bool:
         """Whether an epoch would keep next to nothing; says so once."""
-        least = least_kept(candidates, self._plan.loader.initial_batch_size * self._plan.loader.world_size, self._plan.loader.world_size)
+        loader = self._planner.loader
+        least = least_kept(candidates, loader.initial_batch_size * loader.world_size, loader.world_size)
         if kept >= least:
             return False
         self._say_once(
@@ -283,7 +280,7 @@ class Pruning(Selector, Algorithm):
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
         """The weighted loss shows a microbatch's losses; no number leaves the device here."""
         with torch.no_grad():
-            scores = self.rule.score(Step(losses, outputs, batch, self._plan.loader.rank_order[where]))
+            scores = self.rule.score(Step(losses, outputs, batch, self._planner.loader.rank_order[where]))
         if not isinstance(scores, Tensor) or scores.shape != losses.shape:
             got = f'one of {list(scores.shape)}' if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(
@@ -299,7 +296,7 @@ class Pruning(Selector, Algorithm):
 
     def _last_pruned(self) -> int | None:
         """The epoch at which pruning ends; ``None`` where the run's length is not in epochs."""
-        end = self._plan.horizon.end
+        end = self._planner.horizon.end
         assert end is not None
         # an epoch that reaches into the last 1 - delta of the run is a full one (and 0.29 * 100 is less than 29)
         return math.floor(self.delta * end.value + 1e-9) if end.unit == TimeUnit.EPOCH else None
@@ -311,12 +308,12 @@ class Pruning(Selector, Algorithm):
 
     def _first_prunable(self, state: State) -> tuple[int, float] | None:
         """Number and beginning of the first epoch that could be pruned; ``None`` where that cannot be foreseen."""
-        loader, end, now = self._plan.loader, self._plan.horizon.end, state.timestamp
+        loader, end, now = self._planner.loader, self._planner.horizon.end, state.timestamp
         assert end is not None
         rows = self._known().rows
         fresh = bool(self.rule.history) and not bool(rows.offered.all())
         if not fresh and int(now.batch_in_epoch) == 0:
-            return int(now.epoch), self._plan.horizon.progress(state)
+            return int(now.epoch), self._planner.horizon.progress(state)
         begins = {
             TimeUnit.EPOCH: int(now.epoch) + 1,
             TimeUnit.BATCH: int(now.batch - now.batch_in_epoch) + loader.full_batches,
@@ -327,7 +324,7 @@ class Pruning(Selector, Algorithm):
     # ------------------------------------------------------------------ what is said
 
     def _log(self, logger: Logger) -> None:
-        metrics = {'samples_saved': self.samples_saved, 'pruned_fraction': self._plan.loader.metrics.pruned_fraction}
+        metrics = {'samples_saved': self.samples_saved, 'pruned_fraction': self._planner.loader.metrics.pruned_fraction}
         if self.rule.history:
             rows = self._known().rows
             scores = rows.scores[rows.scored]
@@ -341,10 +338,10 @@ class Pruning(Selector, Algorithm):
 
     def _warn_at_end(self, event: Event, state: State) -> None:
         """Says so where a run that was to be pruned never was."""
-        end = self._plan.horizon.end
+        end = self._planner.horizon.end
         if event != Event.FIT_END or end is None or state.timestamp.get(end.unit) < end or self.epochs_pruned or not self._wanted():
             return
-        rows, limit = self._known().rows, self._plan.loader.max_batches
+        rows, limit = self._known().rows, self._planner.loader.max_batches
         why = f'{int(rows.scored.sum())} of {len(rows)} samples have a score' if self.rule.history else 'the rule was never asked'
         if self._decided:
             why = f'{type(self.rule).__name__} decided on {self._decided} of {int(state.timestamp.epoch)} epochs'

@@ -19,7 +19,7 @@ from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS, build_language_model, build_text_classifier
 from composer_effalgos.monitor import EfficiencyMonitor
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.recipes.checkpoints import checkpoint_folder, loading, trainer_arguments
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
@@ -63,7 +63,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
     # a run without our algorithms is planned too: resumed within an epoch it reads nothing twice, and it can go shard by shard
     if recipe.loader is not None or getattr(train_set, 'shard_starts', None) is not None:
-        callbacks.append(Plan())
+        callbacks.append(EpochPlanner())
     callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
 
     reproducibility.seed_all(recipe.seed)

@@ -19,7 +19,7 @@ from composer_effalgos.plan.order import training_data_spec
 from composer_effalgos.subset_selection.gradients import NO_CLASS, WITHOUT_GRADIENTS, LastLayerGradients, labels_of, last_layer_gradients
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['DataPass', 'Found', 'Rows']
+__all__ = ['DataPass', 'Rows', 'SelectionInputs']
 
 ONE_CLASS = 'expected one class a sample (class indices [B], or rows of [B, C] that are not negative and sum to 1), got several labels'
 
@@ -42,13 +42,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Found:
+class SelectionInputs:
     """What one look found: of a rank's own share, or after :meth:`gathered` of all samples in their order."""
 
     train: Rows
     validation: Rows | None = None
 
-    def gathered(self, num_samples: int, state: State) -> Found:
+    def gathered(self, num_samples: int, state: State) -> SelectionInputs:
         """The same of all ranks; a collective call."""
         world_size = dist.get_world_size()
         if world_size == 1:
@@ -56,7 +56,7 @@ class Found:
         by_rank = torch.cat([torch.arange(rank, num_samples, world_size) for rank in range(world_size)])
         train = _concatenated(self.train, state)
         back = by_rank.argsort().to(train.labels.device)
-        return Found(train.take(back), None if self.validation is None else _concatenated(self.validation, state))
+        return SelectionInputs(train.take(back), None if self.validation is None else _concatenated(self.validation, state))
 
 
 class DataPass:

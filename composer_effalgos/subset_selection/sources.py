@@ -13,8 +13,8 @@ from composer.core import DataSpec, State
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from composer_effalgos.plan import Plan, SampleRows, SampleTable, WeightedLoss
-from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Found, Rows, logits_and_classes
+from composer_effalgos.plan import EpochPlanner, SampleRows, SampleTable, WeightedLoss
+from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Rows, SelectionInputs, logits_and_classes
 from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
 from composer_effalgos.subset_selection.problem import Selection
 from composer_effalgos.subset_selection.selection import check_options, select_subset
@@ -24,11 +24,11 @@ from composer_effalgos.subset_selection.subset_file import check_subset, read_su
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['Occasion', 'Source', 'make_source']
+__all__ = ['SelectionContext', 'Source', 'make_source']
 
 
 @dataclass(frozen=True)
-class Occasion:
+class SelectionContext:
     """One selection.
 
     Attributes:
@@ -70,7 +70,7 @@ class Source:
         self.strategy, self.backend, self.options = strategy, backend, dict(options)
         self.settings: Any = check_options(strategy, backend=backend, **options)
 
-    def start(self, plan: Plan, loss: WeightedLoss) -> None:
+    def start(self, planner: EpochPlanner, loss: WeightedLoss) -> None:
         """At ``INIT``."""
 
     def epoch_end(self, state: State) -> None:
@@ -83,11 +83,11 @@ class Source:
         """How many samples a subset has."""
         return round(fraction * num_samples)
 
-    def read(self, data: DataPass) -> Found | None:
+    def read(self, data: DataPass) -> SelectionInputs | None:
         """What this rank has to look at, without a collective call; ``None`` for nothing."""
         raise NotImplementedError
 
-    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+    def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
         """Positions among the candidates and their weights, on rank 0."""
         raise NotImplementedError
 
@@ -111,23 +111,23 @@ class Source:
             )
         return rows.classes
 
-    def _select(self, gradients: LastLayerGradients, occasion: Occasion, classes: Tensor | None, **options: Any) -> Selection:
+    def _select(self, gradients: LastLayerGradients, context: SelectionContext, classes: Tensor | None, **options: Any) -> Selection:
         return select_subset(
             self.strategy,
             gradients,
-            occasion.budget,
+            context.budget,
             labels=classes,
             backend=self.backend,
-            generator=occasion.generator,
+            generator=context.generator,
             **{**self.options, **options},
         )
 
-    def _select_without_gradients(self, occasion: Occasion, classes: Tensor | None, **options: Any) -> Selection:
+    def _select_without_gradients(self, context: SelectionContext, classes: Tensor | None, **options: Any) -> Selection:
         """For strategies that look at no gradient: by chance, or by scores."""
         if classes is not None:
             classes = classes.cpu()
             options['num_classes'] = int(classes.max()) + 1
-        return self._select(LastLayerGradients(torch.zeros(occasion.num_candidates, 1)), occasion, classes, **options)
+        return self._select(LastLayerGradients(torch.zeros(context.num_candidates, 1)), context, classes, **options)
 
 
 class _Gradients(Source):
@@ -146,23 +146,23 @@ class _Gradients(Source):
         self.uses_validation = self.spec.validation and getattr(self.settings, 'valid', True)
         self.val_dataloader = val_dataloader
 
-    def read(self, data: DataPass) -> Found:
+    def read(self, data: DataPass) -> SelectionInputs:
         train = data.gradients(**self.looks)
         if self.val_dataloader is None or not self.uses_validation:
-            return Found(train)
-        return Found(train, data.validation(self.val_dataloader, train, **self.looks))
+            return SelectionInputs(train)
+        return SelectionInputs(train, data.validation(self.val_dataloader, train, **self.looks))
 
-    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
-        assert found is not None
-        assert found.train.gradients is not None
+    def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
+        assert inputs is not None
+        assert inputs.train.gradients is not None
         options: dict[str, Any] = {}
-        if found.validation is not None and self.uses_validation:
-            options.update(val_gradients=found.validation.gradients, val_labels=self._labels(found.validation))
+        if inputs.validation is not None and self.uses_validation:
+            options.update(val_gradients=inputs.validation.gradients, val_labels=self._labels(inputs.validation))
         if self.settings.selection_type == 'PerBatch' and self.settings.batch_size is None:
-            options['batch_size'] = occasion.batch_size
-        if getattr(self.settings, 'ss_indices', occasion) is None:
-            options['ss_indices'] = occasion.current
-        return self._select(found.train.gradients, occasion, self._labels(found.train), **options)
+            options['batch_size'] = context.batch_size
+        if getattr(self.settings, 'ss_indices', context) is None:
+            options['ss_indices'] = context.current
+        return self._select(inputs.train.gradients, context, self._labels(inputs.train), **options)
 
     def _labels(self, rows: Rows) -> Tensor | None:
         return rows.labels if self.spec.targets else self._classes(rows)
@@ -176,14 +176,14 @@ class _Random(Source):
         self.once = strategy == 'random'
         self.by_class = self.settings.selection_type == 'PerClass' or self.settings.class_balance == 'equal'
 
-    def read(self, data: DataPass) -> Found | None:
-        return Found(data.labels()) if self.by_class else None
+    def read(self, data: DataPass) -> SelectionInputs | None:
+        return SelectionInputs(data.labels()) if self.by_class else None
 
-    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
-        if found is None:
-            chosen = torch.randperm(occasion.num_candidates, generator=occasion.generator)[: occasion.budget]
-            return chosen, torch.ones(occasion.budget)
-        return self._select_without_gradients(occasion, self._classes(found.train))
+    def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
+        if inputs is None:
+            chosen = torch.randperm(context.num_candidates, generator=context.generator)[: context.budget]
+            return chosen, torch.ones(context.budget)
+        return self._select_without_gradients(context, self._classes(inputs.train))
 
 
 class _Forgetting(Source):
@@ -200,8 +200,8 @@ class _Forgetting(Source):
         self.by_class = self.settings.selection_type != 'Supervised'
         self.events = torch.zeros(0, dtype=torch.int32)
 
-    def start(self, plan: Plan, loss: WeightedLoss) -> None:
-        self.table = SampleTable(plan)  # 1 where a sample was right when last trained on, else 0
+    def start(self, planner: EpochPlanner, loss: WeightedLoss) -> None:
+        self.table = SampleTable(planner)  # 1 where a sample was right when last trained on, else 0
         loss.subscribers.append(self._observe)
 
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
@@ -216,18 +216,18 @@ class _Forgetting(Source):
             self.table.exchange(state)
             self.events = self._counted(before, self.table.rows)
 
-    def read(self, data: DataPass) -> Found | None:
-        return Found(data.labels()) if self.by_class else None
+    def read(self, data: DataPass) -> SelectionInputs | None:
+        return SelectionInputs(data.labels()) if self.by_class else None
 
-    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+    def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
         rows = self.table.rows
         if not bool(rows.scored.any()):
             raise InputError('strategy: forgetting has counted nothing yet; train with this strategy and kappa above 0 first')
         learnt = (self.events > 0) | (rows.scores == 1)
         scores = torch.where(learnt, self.events.float(), math.inf)
         scores[~rows.scored] = -1.0  # never trained on: nothing is known
-        scores = scores if occasion.candidates is None else scores[occasion.candidates]
-        return self._select_without_gradients(occasion, None if found is None else self._classes(found.train), scores=scores)
+        scores = scores if context.candidates is None else scores[context.candidates]
+        return self._select_without_gradients(context, None if inputs is None else self._classes(inputs.train), scores=scores)
 
     def state_dict(self, state: State | None) -> dict[str, Any]:
         if state is None:
@@ -271,33 +271,35 @@ class _Milo(Source):
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
         self.ready = self.ready and known
 
-    def read(self, data: DataPass) -> Found | None:
+    def read(self, data: DataPass) -> SelectionInputs | None:
         by_embedding = self.linear_layer and self.settings.features == 'embedding'
-        return None if self.ready else Found(data.gradients(linear_layer=self.linear_layer, softmax=False, errors=not by_embedding))
+        return (
+            None if self.ready else SelectionInputs(data.gradients(linear_layer=self.linear_layer, softmax=False, errors=not by_embedding))
+        )
 
-    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
-        if found is not None:
-            self.prepared = self._prepare(found.train, occasion)
+    def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
+        if inputs is not None:
+            self.prepared = self._prepare(inputs.train, context)
         subsets = self.prepared['subsets']
-        if occasion.number < len(subsets):
-            return subsets[occasion.number].long(), torch.ones(occasion.budget)
+        if context.number < len(subsets):
+            return subsets[context.number].long(), torch.ones(context.budget)
         gains, labels = self.prepared['importance'], self.prepared.get('labels')
-        return self._select_without_gradients(occasion, labels, scores=gains, phase='weighted-random')
+        return self._select_without_gradients(context, labels, scores=gains, phase='weighted-random')
 
     def picked(self) -> None:
         self.ready = True
 
-    def _prepare(self, train: Rows, occasion: Occasion) -> dict[str, Tensor]:
-        if occasion.total is None:
+    def _prepare(self, train: Rows, context: SelectionContext) -> dict[str, Tensor]:
+        if context.total is None:
             raise InputError('strategy: milo needs max_duration in epochs, to share out its two phases')
         assert train.gradients is not None
         classes = None if self.settings.selection_type == 'Supervised' else self._classes(train)
         subsets = [
-            self._select(train.gradients, occasion, classes, phase='stochastic-greedy')[0].int().cpu()
-            for _ in range(math.ceil(self.exploration * occasion.total - 1e-9))
+            self._select(train.gradients, context, classes, phase='stochastic-greedy')[0].int().cpu()
+            for _ in range(math.ceil(self.exploration * context.total - 1e-9))
         ]
         gains = importance(train.gradients, classes, self.settings.features)
-        prepared = {'subsets': torch.stack(subsets) if subsets else torch.zeros(0, occasion.budget, dtype=torch.int32)}
+        prepared = {'subsets': torch.stack(subsets) if subsets else torch.zeros(0, context.budget, dtype=torch.int32)}
         prepared['importance'] = gains.cpu()
         return prepared if classes is None else {**prepared, 'labels': classes.cpu()}
 
@@ -332,7 +334,7 @@ class _File(Source):
     def read(self, data: DataPass) -> None:
         return None
 
-    def pick(self, found: Found | None, occasion: Occasion) -> Selection:
+    def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
         return self.subset.indices, self.subset.weights
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from composer_effalgos.plan import (
     Budget,
     Choice,
+    EpochPlanner,
     PerSampleLoss,
-    Plan,
     Selector,
     WeightedLoss,
     check_budget,
@@ -29,8 +29,8 @@ from composer_effalgos.plan import (
 )
 from composer_effalgos.plan.progress import parse_time
 from composer_effalgos.plan.sharded import pack, unpack
-from composer_effalgos.subset_selection.data_pass import DataPass, Found
-from composer_effalgos.subset_selection.sources import Occasion, make_source
+from composer_effalgos.subset_selection.data_pass import DataPass, SelectionInputs
+from composer_effalgos.subset_selection.sources import SelectionContext, make_source
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
@@ -89,7 +89,7 @@ class SubsetSelection(Selector, Algorithm):
     """
 
     stage = 'coarse'
-    _plan: Plan  # from INIT on
+    _planner: EpochPlanner  # from INIT on
     _loss: WeightedLoss
     _logger: Logger
 
@@ -195,7 +195,7 @@ class SubsetSelection(Selector, Algorithm):
         if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
             start = time.perf_counter()
             self._select(state, budget)
-            self._plan.loader.metrics.selection_seconds = time.perf_counter() - start
+            self._planner.loader.metrics.selection_seconds = time.perf_counter() - start
             self._logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
         samples = self.candidates(epoch)
         return None if samples is None else Choice(samples, self._weights if epoch >= warm_up else None)
@@ -216,7 +216,7 @@ class SubsetSelection(Selector, Algorithm):
         Raises:
             InputError: Where the selection fails.
         """
-        self._plan.install(state)
+        self._planner.install(state)
         self._indices = self._weights = None
         self._select(state, self._budget())
         assert self._indices is not None
@@ -229,7 +229,7 @@ class SubsetSelection(Selector, Algorithm):
         return saved if self._state is None else pack(self._state, saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = unpack(state)
+        state, self._planner.expects_state = unpack(state), True
         self._indices, self._weights, self._held_out = (
             None if state.get(name) is None else state[name].cpu() for name in ('indices', 'weights', 'held_out')
         )
@@ -237,20 +237,20 @@ class SubsetSelection(Selector, Algorithm):
             self._source.load_state_dict(state['source'])
 
     def _initialise(self, state: State, logger: Logger) -> None:
-        self._plan, self._state, self._logger = Plan.of(state), state, logger
-        self._plan.selectors.add(self)
-        self._plan.full_budget |= self.budget == 'full'
+        self._planner, self._state, self._logger = EpochPlanner.of(state), state, logger
+        self._planner.selectors.add(self)
+        self._planner.full_budget |= self.budget == 'full'
         self._indices = self._weights = self._held_out = self._rest = None
         self._failure_warned = False
         by_position = self._source.weighted or self._source.by_position
-        self._loss = self._plan.request_loss(
+        self._loss = self._planner.request_loss(
             state, f'{type(self).__name__}({self.strategy!r})', self.per_sample_loss, by_position=by_position
         )
-        self._source.start(self._plan, self._loss)
+        self._source.start(self._planner, self._loss)
 
     def _length(self, state: State) -> Time:
         """How long the run is planned to be; outside ``fit`` as long as the Trainer was told."""
-        length = self._plan.horizon.end or state.max_duration
+        length = self._planner.horizon.end or state.max_duration
         assert length is not None
         return length
 
@@ -267,7 +267,7 @@ class SubsetSelection(Selector, Algorithm):
         assert self._state is not None
         if not first:
             self._indices = self._weights = self._held_out = None
-        dataset, size = self._plan.loader.dataset, self._plan.loader.num_samples
+        dataset, size = self._planner.loader.dataset, self._planner.loader.num_samples
         self._source.new_data(dataset, known=first)
         self._rest = None
         if self.val_share > 0:
@@ -284,10 +284,10 @@ class SubsetSelection(Selector, Algorithm):
 
     @property
     def _num_candidates(self) -> int:
-        return self._plan.loader.num_samples if self._rest is None else len(self._rest)
+        return self._planner.loader.num_samples if self._rest is None else len(self._rest)
 
     def _budget(self) -> int:
-        loader = self._plan.loader
+        loader = self._planner.loader
         budget = self._source.budget(loader.num_samples, self.fraction)
         batch = loader.initial_batch_size * loader.world_size
         if batch > loader.num_samples:  # no epoch has a full one
@@ -308,22 +308,22 @@ class SubsetSelection(Selector, Algorithm):
 
     def _select(self, state: State, budget: int) -> None:
         """Selects on rank 0; every rank gets the same subset, or the same error."""
-        epoch, num_samples = int(state.timestamp.epoch), self._plan.loader.num_samples
+        epoch, num_samples = int(state.timestamp.epoch), self._planner.loader.num_samples
         outcome: list[Any] = [None]
         error: Exception | None = None
-        found: Found | None = None
+        inputs: SelectionInputs | None = None
         try:
             _put_training_weights_back(state)
-            found = self._source.read(DataPass(state, self._plan.loader, self._loss, epoch))
+            inputs = self._source.read(DataPass(state, self._planner.loader, self._loss, epoch))
         except Exception as caught:  # whatever the model raises must not leave the other ranks waiting
             error = caught
         if self._any_rank(state, error is not None):
             outcome = [_message(error) if error is not None else 'another rank failed']
         else:
-            found = None if found is None else found.gathered(num_samples, state)
+            inputs = None if inputs is None else inputs.gathered(num_samples, state)
             if dist.get_global_rank() == 0:
                 try:
-                    outcome = [self._decide(found, budget, state)]
+                    outcome = [self._decide(inputs, budget, state)]
                 except Exception as caught:
                     error, outcome = caught, [_message(caught)]
         dist.broadcast_object_list(outcome, src=0)
@@ -342,24 +342,24 @@ class SubsetSelection(Selector, Algorithm):
                 stacklevel=2,
             )
 
-    def _decide(self, found: Found | None, budget: int, state: State) -> tuple[Tensor, Tensor | None]:
+    def _decide(self, inputs: SelectionInputs | None, budget: int, state: State) -> tuple[Tensor, Tensor | None]:
         end = self._length(state)
         epoch, warm_up = int(state.timestamp.epoch), self._warm_up(state)
         rest, every = self._rest, int(self.select_every.value)
-        if found is not None and rest is not None:
+        if inputs is not None and rest is not None:
             assert self._held_out is not None
-            device = found.train.labels.device
-            found = Found(found.train.take(rest.to(device)), found.train.take(self._held_out.to(device)))
+            device = inputs.train.labels.device
+            inputs = SelectionInputs(inputs.train.take(rest.to(device)), inputs.train.take(self._held_out.to(device)))
         positions, weights = self._source.pick(
-            found,
-            Occasion(
+            inputs,
+            SelectionContext(
                 budget=budget,
                 num_candidates=self._num_candidates,
                 candidates=rest,
                 generator=torch.Generator().manual_seed(stream_seed(self._seed(state), _STREAM, epoch)),
                 number=max(0, epoch - warm_up) // every,
                 total=-(-(int(end.value) - warm_up) // every) if end.unit == TimeUnit.EPOCH else None,
-                batch_size=self._plan.loader.initial_batch_size,
+                batch_size=self._planner.loader.initial_batch_size,
                 current=self._indices if rest is None or self._indices is None else torch.searchsorted(rest, self._indices),
             ),
         )

@@ -81,10 +81,10 @@ class ESLM(Weighting):
 
     def _refuse(self, state: State) -> None:
         super()._refuse(state)
-        if self._plan.by_position:
+        if self._planner.by_position:
             raise InputError(
-                f'algorithms: ESLM cannot be combined with {self._plan.by_position[0]}, which weighs samples or reads their losses; take a '
-                "strategy without, such as 'random', or leave one out"
+                f'algorithms: ESLM cannot be combined with {self._planner.by_position[0]}, which weighs samples or reads their losses; '
+                "take a strategy without, such as 'random', or leave one out"
             )
         self._compared = False
         if self.reference is not None:

@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from composer_effalgos.plan import PerSampleLoss, Plan
+from composer_effalgos.plan import EpochPlanner, PerSampleLoss
 from composer_effalgos.plan.progress import parse_time, progress_of, times_passed
 from composer_effalgos.utils.errors import InputError
 
@@ -29,7 +29,7 @@ class Weighting(Algorithm):
     """
 
     by_token: ClassVar[bool]
-    _plan: Plan  # from INIT on
+    _planner: EpochPlanner  # from INIT on
     _state: State
 
     def __init__(self, burn_in: str | int | Time | None, *, global_batch: bool) -> None:
@@ -70,9 +70,9 @@ class Weighting(Algorithm):
         return self.global_batch and dist.get_world_size() > 1
 
     def _initialise(self, state: State, per_sample_loss: PerSampleLoss | None = None) -> None:
-        self._plan, self._state = Plan.of(state), state
-        self._plan.exchanges |= self._exchanges
-        loss = self._plan.request_loss(state, type(self).__name__, per_sample_loss, by_position=False)
+        self._planner, self._state = EpochPlanner.of(state), state
+        self._planner.exchanges |= self._exchanges
+        loss = self._planner.request_loss(state, type(self).__name__, per_sample_loss, by_position=False)
         if loss.weigher is not None:
             names = sorted((type(loss.weigher).__name__, type(self).__name__))
             what = f'{names[0]} is given twice' if names[0] == names[1] else f'{names[0]} and {names[1]} cannot be combined'
@@ -82,10 +82,10 @@ class Weighting(Algorithm):
     def _refuse(self, state: State) -> None:
         """Refuses algorithms that it cannot be combined with."""
         name = type(self).__name__
-        if self._plan.selectors.prune:
+        if self._planner.selectors.prune:
             raise InputError(
-                f'algorithms: {name} and {self._plan.selectors.names[-1]} cannot be combined: both decide by the losses how much a sample '
-                'counts, and the weights of one would be wrong for what the other leaves; keep one'
+                f'algorithms: {name} and {self._planner.selectors.names[-1]} cannot be combined: both decide by the losses how much a '
+                'sample counts, and the weights of one would be wrong for what the other leaves; keep one'
             )
 
     def _check_microbatches(self, state: State) -> None:

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from composer_effalgos import AdaBatch, InputError
 from composer_effalgos.adabatch.sizes import Size, Sizes
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 
 def epoch_sizes(trainer) -> list[int]:
@@ -24,14 +24,14 @@ def test_doubles_at_intervals_and_loses_no_sample(make_trainer):
     assert epoch_sizes(trainer) == [16, 16, 32, 32, 64, 64]
     assert [sum(sizes) for sizes in trainer.recorder.sizes] == [203] * 6
     assert trainer.recorder.sizes[4] == [64, 64, 32, 43]
-    assert Plan.of(trainer.state).loader.batch_size == 64
+    assert EpochPlanner.of(trainer.state).loader.batch_size == 64
 
 
 def test_milestones_replace_the_interval(make_trainer):
     trainer = make_trainer([AdaBatch(3, milestones=['1ep', '0.5dur'])])
     trainer.fit()
     assert epoch_sizes(trainer) == [16, 48, 48, 96, 96, 96]  # 144 and 59, of which 59 is less than half: 96 and 107
-    assert Plan.of(trainer.state).loader.batch_size == 144
+    assert EpochPlanner.of(trainer.state).loader.batch_size == 144
 
 
 def test_factors_that_are_not_whole(make_trainer):

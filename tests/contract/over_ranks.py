@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from composer_effalgos import Pruning
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 SAMPLES, BATCH = 96, 16
 
@@ -28,7 +28,7 @@ class Epochs(Callback):
         self.lrs.append(state.optimizers[0].param_groups[0]['lr'])
 
     def epoch_end(self, state, logger):
-        loader = Plan.of(state).loader
+        loader = EpochPlanner.of(state).loader
         weights = loader.plan.rank_weights(loader.rank, loader.world_size)
         self.orders.append(loader.rank_order.tolist())
         self.weights.append([1.0] * len(loader.rank_order) if weights is None else weights.tolist())

@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler
 
 from composer_effalgos import ESLM, AdaBatch, InputError, LinUpper, Pruning
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 SAMPLES = 203
 
@@ -100,7 +100,7 @@ def test_fit_again_goes_on(row, start, weights_of):
     assert int(trainer.state.timestamp.epoch) == 4
     assert len(trainer.recorder.sizes) == 4
     assert len(trainer.state.algorithms) == len(SETTINGS[row].algorithms(SAMPLES))
-    assert sum(isinstance(callback, Plan) for callback in trainer.state.callbacks) == 1
+    assert sum(isinstance(callback, EpochPlanner) for callback in trainer.state.callbacks) == 1
     assert torch.isfinite(weights_of(trainer)).all()
 
 

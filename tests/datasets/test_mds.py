@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.images import decode_image
-from composer_effalgos.plan import Plan, PlannedDataLoader, plan_epoch, resume_epoch
+from composer_effalgos.plan import EpochPlanner, PlannedDataLoader, plan_epoch, resume_epoch
 from composer_effalgos.utils.errors import InputError
 
 streaming = pytest.importorskip('streaming', reason='needs mosaicml-streaming; make setup installs it')
@@ -92,7 +92,7 @@ def test_a_pass_by_shard_reads_each_shard_once(digits_mds, make_trainer, monkeyp
     read: list[int] = []
     monkeypatch.setattr(type(data.shards), '__getitem__', _noting(type(data.shards).__getitem__, read))
     model = ComposerClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)), num_classes=10)
-    trainer = make_trainer(dataset=data, model=model, callbacks=[Plan()], max_duration='2ep')
+    trainer = make_trainer(dataset=data, model=model, callbacks=[EpochPlanner()], max_duration='2ep')
     trainer.fit()
     for epoch in (read[:LIMIT], read[LIMIT:]):
         assert sorted(epoch) == list(range(LIMIT))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch
 from composer_effalgos.models import build_model
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def test_no_host_synchronisation_in_a_step():
     algorithm = InfoBatch(delta=1.0)
     trainer = make([algorithm])
     loss = trainer.state.model.loss
-    plan = Plan.of(trainer.state)
+    plan = EpochPlanner.of(trainer.state)
     watched = []
 
     def watch(function):

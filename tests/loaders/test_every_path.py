@@ -13,7 +13,7 @@ from composer_effalgos import InfoBatch
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.convert import convert
 from composer_effalgos.loaders import DeviceDataLoader, FfcvDataLoader
-from composer_effalgos.plan import DataPath, PlannedDataLoader, plan_epoch, resume_epoch
+from composer_effalgos.plan import BatchReader, PlannedDataLoader, plan_epoch, resume_epoch
 
 LIMIT = 90
 NEEDS = {'mds': 'streaming', 'beton': 'ffcv', 'ffcv': 'ffcv', 'device': None}
@@ -78,7 +78,7 @@ def test_the_same_samples_at_any_rank_and_after_a_resume(make_path, world_size):
     for rank in range(world_size):
         batches, expected = read(path, rank, plan), read(plain('train'), rank, plan)
         assert [labels.tolist() for _, labels in batches] == [labels.tolist() for _, labels in expected]
-        if not isinstance(path, DataPath):  # by worker processes: augmented alike, whatever the samples are stored in
+        if not isinstance(path, BatchReader):  # by worker processes: augmented alike, whatever the samples are stored in
             assert all(torch.equal(images, others) for (images, _), (others, _) in zip(batches, expected, strict=True))
         resumed = read(path, rank, rest)
         assert resumed[:2] == [None, None]

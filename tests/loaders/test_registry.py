@@ -5,7 +5,7 @@ import torch
 
 from composer_effalgos import InputError
 from composer_effalgos.loaders import DeviceDataLoader
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.schema import load_recipe, parse_recipe
 from composer_effalgos.train import main
@@ -51,7 +51,7 @@ def test_a_recipe_trains_on_the_device_path(tmp_path):
     assert isinstance(trainer.state.evaluators[0].dataloader.dataloader, DeviceDataLoader)
     assert len(list((tmp_path / 'cache').iterdir())) == 2
     trainer.fit()
-    assert any(isinstance(callback, Plan) for callback in trainer.state.callbacks)
+    assert any(isinstance(callback, EpochPlanner) for callback in trainer.state.callbacks)
     assert int(trainer.state.timestamp.sample) == 400
 
 

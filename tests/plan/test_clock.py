@@ -25,7 +25,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
-from composer_effalgos.plan import Plan, split_batches
+from composer_effalgos.plan import EpochPlanner, split_batches
 from composer_effalgos.plan.clock import virtual_batch
 
 COMPOSER_SCHEDULES = [
@@ -159,7 +159,7 @@ def test_a_second_fit_goes_on_where_the_full_run_would(make_trainer):
         trainer.fit(duration='2ep', schedulers=LinearScheduler(t_max='10ep'))
         lrs.append([epoch[0] for epoch in trainer.recorder.lrs] + [lr_of(trainer)])
     assert lrs[1] == pytest.approx(lrs[0], rel=1e-6, abs=1e-9)
-    assert len([c for c in trainer.state.callbacks if isinstance(c, Plan)]) == 1
+    assert len([c for c in trainer.state.callbacks if isinstance(c, EpochPlanner)]) == 1
 
 
 def test_reset_time_starts_the_clock_anew(make_trainer):

@@ -236,7 +236,7 @@ def test_resumed_within_an_epoch(train, loader_of, weights_of, kind, tmp_path):
     assert resumed.batches == whole.batches[6:]
     assert torch.equal(resumed_weights, weights)
     final = [torch.load(tmp_path / folder / '8.pt', weights_only=False)['state'] for folder in ('whole', 'resumed')]
-    plans = [state['callbacks']['Plan']['plan'] for state in final]
+    plans = [state['callbacks']['EpochPlanner']['plan'] for state in final]
     assert torch.equal(plans[0]['sizes'][:8], plans[1]['sizes'][:8])
     assert final[0]['dataset_state'] == final[1]['dataset_state']
 

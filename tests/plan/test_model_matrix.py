@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError
-from composer_effalgos.plan import Plan, WeightedLoss
+from composer_effalgos.plan import EpochPlanner, WeightedLoss
 
 transformers = pytest.importorskip('transformers')
 F = nn.functional
@@ -503,7 +503,7 @@ class Compare(Callback):
         self.kind, self.compared = kind, 0
 
     def before_forward(self, state, logger):
-        loss = Plan.of(state).loss
+        loss = EpochPlanner.of(state).loss
         self.weights = None if loss._weights is None else loss._weights[loss._window]
         self.twin = None
         if self.weights is not None:

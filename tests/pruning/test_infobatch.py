@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 
-def plan_of(trainer: Trainer) -> Plan:
-    return Plan.of(trainer.state)
+def plan_of(trainer: Trainer) -> EpochPlanner:
+    return EpochPlanner.of(trainer.state)
 
 
 class EpochEnds(Callback):
@@ -22,7 +22,7 @@ class EpochEnds(Callback):
         self.algorithm, self.samples, self.weights, self.scores = algorithm, [], [], []
 
     def epoch_end(self, state, logger):
-        plan = Plan.of(state).loader.plan
+        plan = EpochPlanner.of(state).loader.plan
         self.samples.append(plan.order)
         self.weights.append(torch.ones(len(plan.order)) if plan.weights is None else plan.weights)
         self.scores.append(self.algorithm.scores)

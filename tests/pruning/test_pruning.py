@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from composer_effalgos import InfoBatch, InputError, Pruning, PruningRule, SubsetSelection
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.pruning import RULES
 from composer_effalgos.pruning.irreducible import irreducible_losses
 from composer_effalgos.recipes.build import build_trainer
@@ -29,7 +29,7 @@ class Kept(Callback):
         self.samples, self.weights = [], []
 
     def epoch_end(self, state, logger):
-        plan = Plan.of(state).loader.plan
+        plan = EpochPlanner.of(state).loader.plan
         self.samples.append(plan.order.sort().values)
         self.weights.append(plan.weights)
 
@@ -99,7 +99,7 @@ def test_samples_without_a_score_are_kept_and_hidden_from_rules(make_trainer, pr
     trainer = make_trainer([Pruning(rule, delta=1.0)], train_loader=loader, callbacks=[kept], max_duration='2ep')
     trainer.fit()
     assert [len(table) for table in rule.tables] == [200]
-    assert Plan.of(trainer.state).loader.plan.kept.tolist() == list(range(1, 203))
+    assert EpochPlanner.of(trainer.state).loader.plan.kept.tolist() == list(range(1, 203))
 
 
 @pytest.mark.parametrize('name', RULES)

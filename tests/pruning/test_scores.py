@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError
 from composer_effalgos import functional as ef
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 drawing = importlib.import_module('composer_effalgos.pruning.prune')
 
@@ -165,7 +165,7 @@ def test_classes_come_from_the_data_set(make_trainer, problem, kind):
     trainer = make_trainer([algorithm], dataset=dataset, callbacks=[note], max_duration='2ep')
     trainer.fit()
     classes = labels[: len(dataset)]
-    kept = Plan.of(trainer.state).loader.plan.order
+    kept = EpochPlanner.of(trainer.state).loader.plan.order
     for label in range(3):
         scores = note.scores[0][classes == label]
         below = int((scores.double() < scores.double().mean()).sum())
@@ -181,7 +181,7 @@ def test_bands_in_training(make_trainer):
     algorithm = InfoBatch(bands=[(0.25, 0.8), (0.5, 0.4)], delta=1.0)
     trainer = make_trainer([algorithm], max_duration='2ep', lr=0.01)
     trainer.fit()
-    weights = Plan.of(trainer.state).loader.plan.weights
+    weights = EpochPlanner.of(trainer.state).loader.plan.weights
     assert sorted({round(w, 3) for w in weights.tolist()}) == [1.0, 1.667, 5.0]
     assert weights.sum().item() == pytest.approx(203, abs=5 + 1.67)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from composer_effalgos import AdaBatch, EfficiencyMonitor, InfoBatch
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 WORDS, LENGTH, SAMPLES = 64, 16, 200
 
@@ -49,7 +49,7 @@ class Watch(Callback):
         self.batches: list[tuple[int, float]] = []
 
     def batch_start(self, state, logger):
-        plan = Plan.of(state).loader.plan
+        plan = EpochPlanner.of(state).loader.plan
         self.kept[int(state.timestamp.epoch)] = plan.order.sort().values.tolist()
         self.batches.append((len(state.batch['labels']), state.optimizers[0].param_groups[0]['lr']))
 

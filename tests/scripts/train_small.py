@@ -24,7 +24,7 @@ from composer_effalgos.datasets.images import ImageArray, small_image_transform
 from composer_effalgos.datasets.mds import mds
 from composer_effalgos.loaders import DeviceDataLoader
 from composer_effalgos.loaders.ffcv import FfcvDataLoader
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ class Watch(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def epoch_end(self, state, logger):
-        loader = Plan.of(state).loader
+        loader = EpochPlanner.of(state).loader
         weights = loader.plan.rank_weights(loader.rank, loader.world_size)
         self.epochs[int(state.timestamp.epoch) - 1] = {
             'order': loader.rank_order.tolist(),

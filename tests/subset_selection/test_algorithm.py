@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError, SubsetSelection
 from composer_effalgos import functional as ef
-from composer_effalgos.plan import Plan, stream_seed
+from composer_effalgos.plan import EpochPlanner, stream_seed
 from composer_effalgos.subset_selection import last_layer_gradients
 
 
@@ -19,7 +19,7 @@ class Subsets(Callback):
         self.candidates, self.trained, self.weights, self.metrics = [], [], [], []
 
     def epoch_end(self, state, logger):
-        plan = Plan.of(state)
+        plan = EpochPlanner.of(state)
         self.candidates.append(plan.selectors.candidates)
         self.trained.append(plan.loader.plan.order.sort().values)
         self.weights.append(plan.loader.plan.weights)
@@ -103,7 +103,7 @@ def test_weights_multiply_with_infobatch(fit):
     for trained, weights in list(zip(subsets.trained, subsets.weights, strict=True))[1:]:
         assert set(trained.tolist()) < set(subset.indices.tolist())
         assert weights.max() > 1
-    plan = Plan.of(subsets.trainer.state).loader.plan
+    plan = EpochPlanner.of(subsets.trainer.state).loader.plan
     by_index = dict(zip(subset.indices.tolist(), subset.weights.tolist(), strict=True))
     factors = torch.tensor(
         [w / by_index[i] if by_index[i] else 1.0 for i, w in zip(plan.order.tolist(), plan.weights.tolist(), strict=True)]
@@ -119,7 +119,7 @@ def test_weights_enter_the_loss(make_trainer, problem):
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     module.load_state_dict(trainer.state.model.module.state_dict())
     trainer.fit()
-    plan = Plan.of(trainer.state).loader.plan
+    plan = EpochPlanner.of(trainer.state).loader.plan
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     for indices, weights in zip(plan.order.split(plan.sizes), plan.weights.split(plan.sizes), strict=True):
         optimizer.zero_grad()

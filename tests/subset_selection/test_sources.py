@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import InfoBatch, InputError, SubsetSelection
 from composer_effalgos import functional as ef
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.subset_selection import last_layer_gradients, sources
 from composer_effalgos.subset_selection.strategies.milo import importance
 from composer_effalgos.subset_selection.subset_file import write_subset
@@ -30,7 +30,7 @@ class Subsets(Callback):
         self.trained, self.orders, self.seconds = [], [], []
 
     def epoch_end(self, state, logger):
-        loader = Plan.of(state).loader
+        loader = EpochPlanner.of(state).loader
         self.trained.append(loader.plan.order.sort().values)
         self.orders.append(loader.rank_order)
         self.seconds.append(loader.metrics.selection_seconds)
@@ -181,7 +181,7 @@ class Presentations(Callback):
         self.problem, self.right = problem, {i: [] for i in range(len(problem))}
 
     def batch_start(self, state, logger):
-        loader = Plan.of(state).loader
+        loader = EpochPlanner.of(state).loader
         where = loader.batch_slice(int(state.timestamp.batch_in_epoch))
         indices = loader.rank_order[where]
         with torch.no_grad():

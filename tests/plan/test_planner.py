@@ -12,7 +12,7 @@ from composer.optim import LinearScheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
-from composer_effalgos.plan import Plan
+from composer_effalgos.plan import EpochPlanner
 
 
 def all_three():
@@ -82,7 +82,7 @@ def test_resuming_within_this_process(make_trainer, save, weights_of, number):
 
 def test_checkpoints_at_epoch_ends_are_small(make_trainer, save):
     path = save([InfoBatch()], '1ep', 0, max_duration='1ep')
-    (plan,) = [v for k, v in torch.load(path, weights_only=False)['state']['callbacks'].items() if k == 'Plan']
+    (plan,) = [v for k, v in torch.load(path, weights_only=False)['state']['callbacks'].items() if k == 'EpochPlanner']
     assert plan['plan'] is None
 
 
@@ -130,9 +130,9 @@ def test_another_loader_within_an_epoch(make_trainer, problem):
 def test_the_same_data_in_another_loader_within_an_epoch_goes_on(make_trainer, problem):
     trainer = make_trainer([InfoBatch()], max_duration='5ba')
     trainer.fit()
-    before = Plan.of(trainer.state).loader.plan.order
+    before = EpochPlanner.of(trainer.state).loader.plan.order
     trainer.fit(train_dataloader=DataLoader(problem, batch_size=16, shuffle=True), duration='8ba')
-    assert torch.equal(Plan.of(trainer.state).loader.plan.order, before)
+    assert torch.equal(EpochPlanner.of(trainer.state).loader.plan.order, before)
     assert sum(trainer.recorder.sizes[0]) == 203
     assert not trainer.state.algorithms[0].scores.isnan().any()
 
@@ -197,14 +197,14 @@ def test_data_specs_keep_their_transforms(make_trainer, problem):
 def test_one_plan_a_run_found_again_in_later_fits(make_trainer, problem):
     trainer = make_trainer(all_three(), max_duration='2ep')
     trainer.fit()
-    plan = Plan.of(trainer.state)
+    plan = EpochPlanner.of(trainer.state)
     loader = plan.loader
     assert loader.dataset is problem
     trainer.fit(duration='1ep')
     assert plan.loader is loader
     trainer.fit(duration='1ep', train_dataloader=DataLoader(problem, batch_size=10, shuffle=True))
     assert plan.loader is not loader
-    assert [c for c in trainer.state.callbacks if isinstance(c, Plan)] == [plan]
+    assert [c for c in trainer.state.callbacks if isinstance(c, EpochPlanner)] == [plan]
 
 
 def test_after_the_run_the_state_has_the_loader_that_was_given(make_trainer, problem):
@@ -274,11 +274,11 @@ def test_a_compiled_model_sees_two_sizes_a_growth_stage(make_trainer):
         return trainer, {size for sizes in trainer.recorder.sizes for size in sizes}
 
     _, without = fit([])
-    trainer, sizes = fit([Plan(tail='half')])
+    trainer, sizes = fit([EpochPlanner(tail='half')])
     assert sizes == {16, 8, 32}  # of 16 and 8, then of 32 and 16
     assert len(compiled) == len(sizes) < 8 < len(without)
-    kept = [len(Plan.of(trainer.state).loader.plan.kept), sum(trainer.recorder.sizes[-1])]
+    kept = [len(EpochPlanner.of(trainer.state).loader.plan.kept), sum(trainer.recorder.sizes[-1])]
     assert 0 <= kept[0] - kept[1] < 16  # fewer than half a batch are left out
     assert sum(trainer.recorder.sizes[0]) == 200  # 12 x 16 + 8, of 203
     with pytest.raises(InputError, match="tail: expected 'shared' or 'half', got 'none'"):
-        Plan(tail='none')
+        EpochPlanner(tail='none')

@@ -8,10 +8,10 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
-from composer_effalgos.plan import DataPath, Plan, PlannedDataLoader, Reading, plan_epoch, resume_epoch
+from composer_effalgos.plan import BatchReader, EpochPlanner, PlannedDataLoader, Reading, plan_epoch, resume_epoch
 
 
-class Tensors(DataPath):
+class Tensors(BatchReader):
     """The shortest data path there is; notes what it read."""
 
     def __init__(self, dataset: Dataset, **settings) -> None:
@@ -98,7 +98,7 @@ def test_without_a_plan_a_path_iterates_as_a_data_loader(numbers, drop_last):
 def test_training_cannot_tell_the_paths_apart(make_trainer, problem, weights_of, algorithms):
     runs = []
     for path in (None, Tensors(problem, batch_size=16, shuffle=True)):
-        trainer = make_trainer(algorithms(), train_loader=path, callbacks=[Plan()])
+        trainer = make_trainer(algorithms(), train_loader=path, callbacks=[EpochPlanner()])
         trainer.fit()
         runs.append((trainer.recorder.sizes, trainer.recorder.lrs, weights_of(trainer).tolist()))
         assert isinstance(trainer.state.dataloader, PlannedDataLoader)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from composer.algorithms import SelectiveBackprop
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
@@ -27,7 +26,7 @@ from composer_effalgos.utils.errors import CheckpointError, InputError
 _ENDLESS = 2**62  # batches: the loader itself ends the epoch
 
 
-class Plan(Callback):
+class EpochPlanner(Callback):
     """Says which samples, with which weight, in batches of which size, each epoch trains on.
 
     Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` to ``selectors`` or set ``batch_size``, and do nothing else to the
@@ -39,7 +38,7 @@ class Plan(Callback):
         tail: What becomes of the samples that do not fill an epoch's last batch: ``'shared'`` puts a small rest together with the batch
             before it and splits both about evenly; ``'half'`` makes a batch of half the size, or none, and leaves the rest out, so that
             batches have two sizes in all for each that AdaBatch asks for. A model under ``torch.compile(dynamic=False)`` is then compiled
-            that often; add ``Plan(tail='half')`` to the callbacks.
+            that often; add ``EpochPlanner(tail='half')`` to the callbacks.
 
     Attributes:
         selectors: Choose the samples of each epoch.
@@ -49,6 +48,7 @@ class Plan(Callback):
         whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
         exchanges: Whether an algorithm exchanges something over the ranks at every microbatch.
         full_budget: Whether ``max_duration`` in samples or batches is what a run that prunes nothing would train.
+        expects_state: Whether an algorithm of the run was loaded from the checkpoint, which then holds the planner's state too.
         may_lengthen: Whether :meth:`resize` may give an epoch more batches than it began with.
         horizon: How long the run is planned to be.
     """
@@ -67,29 +67,30 @@ class Plan(Callback):
         self.clock, self.horizon = EpochClock(), Horizon()
         self.by_position: list[str] = []
         self._loaded: dict[str, Any] | None = None
+        self.expects_state = False
         self._done: tuple[int, ...] = ()  # sizes of the batches that a resumed epoch had trained, left out of the loader's plan
         self._started = self._in_epoch = self._duration_warned = False
 
     @classmethod
-    def of(cls, state: State) -> Plan:
-        """The run's plan: found, or made by whoever asks first.
+    def of(cls, state: State) -> EpochPlanner:
+        """The run's planner: found, or made by whoever asks first.
 
         Args:
             state: The trainer's state.
 
         Returns:
-            The plan, which is one of the run's callbacks.
+            The planner, which is one of the run's callbacks.
         """
-        plan = cls.find(state)
-        if plan is None:
-            plan = cls()
-            state.callbacks.append(plan)
-        plan._state = state
-        return plan
+        planner = cls.find(state)
+        if planner is None:
+            planner = cls()
+            state.callbacks.append(planner)
+        planner._state = state
+        return planner
 
     @classmethod
-    def find(cls, state: State) -> Plan | None:
-        """The run's plan where there is one.
+    def find(cls, state: State) -> EpochPlanner | None:
+        """The run's planner where there is one.
 
         Args:
             state: The trainer's state.
@@ -138,7 +139,7 @@ class Plan(Callback):
     # ------------------------------------------------------------------ events
 
     def init(self, state: State, logger: Logger) -> None:
-        """Notes the state, where the plan is one of the user's callbacks."""
+        """Notes the state, where the planner is one of the user's callbacks."""
         self._state = state
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -151,7 +152,7 @@ class Plan(Callback):
         self.install(state)
         if self.full_budget:
             self._convert_budget(state)
-        self.horizon.fit_start(state, None if self._loaded is None else self._loaded.get('planned_end'))
+        self.horizon.fit_start(state, None if self._loaded is None else self._loaded['planned_end'])
         # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
         loader = self.loader
@@ -165,6 +166,11 @@ class Plan(Callback):
             self.clock.load_state_dict({'batch_base': 0, 'sample_base': 0})
         elif self._loaded is not None:
             self.clock.load_state_dict(self._loaded['clock'])
+        elif self.expects_state and not self._started:
+            raise CheckpointError(
+                'state.callbacks: expected the state of EpochPlanner beside that of the algorithms, got none, as in checkpoints of an '
+                'earlier version of composer_effalgos; resume with the version that saved it, or load_weights_only=True'
+            )
         elif not self._started:  # a checkpoint of a run without us: its epochs were full ones
             samples = int(state.timestamp.sample - state.timestamp.sample_in_epoch)
             self.clock.load_state_dict({'batch_base': int(state.timestamp.batch) - in_epoch, 'sample_base': samples})
@@ -280,14 +286,7 @@ class Plan(Callback):
             'plan': None,
         }
         if plan is not None:
-            saved['plan'] = {
-                'order': plan.order,
-                'weights': plan.weights,
-                'sizes': torch.tensor((*self._done, *plan.sizes)),
-                'start': plan.start - sum(self._done),
-                'first_batch': plan.first_batch - len(self._done),
-                'world_size': loader.world_size,
-            }
+            saved['plan'] = {**plan.state_dict(self._done), 'world_size': loader.world_size}
         return saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -379,11 +378,8 @@ class Plan(Callback):
         """Goes on within an epoch: its decision comes from the checkpoint, or is still here when ``fit`` is called again."""
         loader = self.loader
         if self._loaded is not None and (saved := self._loaded['plan']) is not None:
-            loader.metrics = EpochMetrics(**(self._loaded.get('metrics') or self._loaded['facts']))  # 'facts' in older checkpoints
-            plan = EpochPlan(
-                saved['order'], saved['weights'], tuple(saved['sizes'].tolist()), start=saved['start'], first_batch=saved['first_batch']
-            )
-            world_size = saved['world_size']
+            loader.metrics = EpochMetrics(**self._loaded['metrics'])
+            plan, world_size = EpochPlan.from_state(saved), saved['world_size']
         elif loader.plan is not None:
             plan, world_size = loader.plan, loader.world_size
         elif self._started:  # fit() was given another loader within an epoch

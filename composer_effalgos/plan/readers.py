@@ -6,10 +6,10 @@ deals it out over the ranks, skips what was trained before a resume without read
 it alone. There are two kinds of path:
 
 * ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its data set, collate function and memory settings;
-* a :class:`DataPath`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in the place of a
+* a :class:`BatchReader`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in the place of a
   ``DataLoader``; without a plan it iterates as a ``DataLoader`` with a ``DistributedSampler`` would.
 
-A new path is a subclass of :class:`DataPath` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
+A new path is a subclass of :class:`BatchReader` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Reading:
         return (self.indices[start:stop] for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True))
 
 
-class DataPath(DataLoader):
+class BatchReader(DataLoader):
     """A loader that reads the samples it is told to, by itself; subclasses define :meth:`read_batches`.
 
     Args:
@@ -168,7 +168,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class WorkerPath:
+class WorkerReader:
     """Reads with the user's data set, collate function, workers and memory settings.
 
     One set of worker processes serves the whole run: they live on while the samples, their order and the batch size change.
