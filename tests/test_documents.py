@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from composer_effalgos import AdaBatch
 from composer_effalgos.cli import app
 from composer_effalgos.datasets import build_dataset
+from composer_effalgos.pruning import RULES
 from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.subset_selection.strategies import STRATEGIES
 
@@ -58,6 +59,12 @@ def test_relative_links_lead_somewhere(path):
         assert found.exists(), target
         if anchor:
             assert anchor in anchors(found), target
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_every_pruning_rule_is_on_the_card_and_in_the_readme(name):
+    assert name in anchors(ROOT / 'composer_effalgos/pruning/README.md')
+    assert f'`{name}`' in (ROOT / 'README.md').read_text(encoding='utf-8').replace('`InfoBatch`', '`infobatch`')
 
 
 def test_there_are_examples_and_commands_to_test():

@@ -48,8 +48,8 @@ class Pruning(Selector, Algorithm):
     Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``. The rules' sources are in the method card.
 
     Args:
-        rule: ``infobatch``, ``random``, ``seta``, ``pdd``, ``ucb``, ``epsilon_greedy``, ``ies``, ``rho``; one of these with its options,
-            as in ``{'name': 'seta', 'groups': 5}``; or a :class:`PruningRule` of your own.
+        rule: The name of one of the card's rules; its name and options, as in ``{'name': 'seta', 'groups': 5}``; or a
+            :class:`PruningRule` of your own.
         prune_ratio: The fraction to prune, in [0, 1); what of depends on the rule. A schedule is a function of the run's progress, or
             points ``[(progress, ratio), ...]`` with straight lines between them.
         delta: The share of the run in which samples are pruned, in [0, 1].

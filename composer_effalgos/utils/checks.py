@@ -10,7 +10,7 @@ from typing import Any
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import shown
 
-__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'is_whole']
+__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'check_whole', 'is_whole']
 
 LARGEST = 1e12  # of step sizes, factors and the like: no sensible value is larger, and its square is still far from a float's end
 MOST_CLASSES = 2**20  # above all class counts in use; a label of 2**60 would ask for as many class names
@@ -80,3 +80,21 @@ def check_number(
     allowed = Range(above, least, below, most)
     if value not in allowed:
         raise InputError(f'{name}: expected a number {allowed}, got {shown(value)}')
+
+
+def check_whole(name: str, value: Any, *, least: int, most: int | None = None, what: str = 'a whole number') -> None:
+    """Refuses what is not a whole number within bounds.
+
+    Args:
+        name: The argument's name, for the message.
+        value: Its value.
+        least: It must be at least this.
+        most: It must be at most this.
+        what: What is expected, such as ``a whole number of batches``.
+
+    Raises:
+        InputError: Where it is not.
+    """
+    if not is_whole(value) or value < least or (most is not None and value > most):
+        bounds = f'of at least {least}' if most is None else f'from {least} to {most}'
+        raise InputError(f'{name}: expected {what} {bounds}, got {shown(value)}')

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from algorithm_settings import RULE_OPTIONS
 from composer.algorithms import SelectiveBackprop
 from composer.core import Callback
 from torch import nn
@@ -105,8 +106,8 @@ def test_samples_without_a_score_are_kept_and_hidden_from_rules(make_trainer, pr
 @pytest.mark.parametrize('name', RULES)
 def test_every_rule_prunes_and_resumes_within_this_process(make_trainer, tmp_path, weights_of, name):
     def pruning():
-        options = {'rho': {'irreducible': torch.linspace(0, 1, 203)}, 'pdd': {'threshold': 0.5}, 'ies': {'threshold': 0.5, 'window': 1}}
-        return Pruning({'name': name, **options.get(name, {})}, prune_ratio=0.3)
+        options = RULE_OPTIONS[name](203) if name in RULE_OPTIONS else {}
+        return Pruning({'name': name, **options}, prune_ratio=0.3)
 
     save = {'save_folder': str(tmp_path), 'save_interval': '7ba', 'save_filename': '{batch}.pt'}
     whole = make_trainer([pruning()], max_duration='8ep', **save)

@@ -1,5 +1,6 @@
 """Each rule's decision against a straight-line implementation of its paper's, on fixed losses."""
 
+import itertools
 import math
 
 import numpy as np
@@ -16,15 +17,13 @@ from composer_effalgos.pruning.ratio import ratio_schedule
 from composer_effalgos.pruning.rules import RULES, find_rule
 from composer_effalgos.pruning.rules.seta import loss_groups
 
-OPTIONS = {'rho': {'irreducible': torch.zeros(203)}}
-
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def epoch(number: int = 1, ratio: float = 0.5, seed: int = 0) -> Epoch:
-    return Epoch(number, 10, number / 10, ratio, generator(seed))
+def epoch(number: int = 1, ratio: float = 0.5, seed: int = 0, labels: np.ndarray | None = None) -> Epoch:
+    return Epoch(number, 10, number / 10, ratio, generator(seed), None if labels is None else torch.from_numpy(labels))
 
 
 def table(losses: np.ndarray, trained: np.ndarray | None = None) -> SampleRows:
@@ -207,6 +206,54 @@ def test_rho_keeps_the_highest_reducible_losses(tmp_path, kind):
         rule.new_data(51)
 
 
+def rcap_counts_by_hand(losses, labels, keep):
+    """Samples of each class: the closed form of the released code, with what full classes leave divided over the others."""
+    classes = sorted(set(labels.tolist()))
+    sizes = {c: int((labels == c).sum()) for c in classes}
+    weight = {c: math.sqrt(np.minimum(losses[labels == c], math.log(len(classes))).mean() * sizes[c] / len(labels)) for c in classes}
+    counts, open_classes = {}, list(classes)
+    while True:
+        left = keep - sum(counts.values())
+        wanted = {c: weight[c] / sum(weight[d] for d in open_classes) * left for c in open_classes}
+        full = [c for c in open_classes if wanted[c] > sizes[c]]
+        if not full:
+            return counts | {c: math.ceil(round(wanted[c], 6)) for c in open_classes}
+        for c in full:
+            counts[c] = sizes[c]
+            open_classes.remove(c)
+
+
+@pytest.mark.parametrize('ratio', [0.2, 0.5, 0.9])
+@pytest.mark.parametrize('shares', [[0.25] * 4, [0.9, 0.05, 0.03, 0.02]])
+def test_rcap_divides_the_samples_over_the_classes(ratio, shares):
+    draw = np.random.default_rng(6)
+    labels = draw.choice(4, 400, p=shares)
+    losses = (draw.exponential(size=400) * (1 + labels)).astype(np.float32)
+    kept, weights = find_rule('rcap').keep(table(losses), epoch(ratio=ratio, labels=labels))
+    expected = rcap_counts_by_hand(losses.astype(float), labels, round(400 * (1 - ratio)))
+    assert {c: int((labels[kept] == c).sum()) for c in range(4)} == expected
+    assert round(400 * (1 - ratio)) <= len(kept) < round(400 * (1 - ratio)) + 4
+    assert weights is None
+
+
+def test_rcap_draws_within_a_class_by_the_softmax_of_the_losses():
+    losses, labels, runs = np.array([0.1, 0.3, 0.6, 5.0, 0.2, 0.2]), np.array([3, 3, 3, 3, 7, 7]), 4000
+    rule, counts, pairs = find_rule({'name': 'rcap', 'beta': 0.5, 'clip': 1.0}), np.zeros(6), set()
+    for seed in range(runs):
+        kept = rule.keep(table(losses), epoch(ratio=0.5, seed=seed, labels=labels))[0].numpy()
+        counts[kept] += 1
+        pairs.add(len(kept))
+    assert pairs == {4}  # 2.3 and 0.7 of 3, rounded up
+    p = np.exp(np.minimum(losses[:4], 1.0) / 0.5)
+    p /= p.sum()
+    expected = np.zeros(4)  # of three drawn one after the other, each with the probabilities of those that are left
+    for first, second, third in itertools.permutations(range(4), 3):
+        chance = p[first] * p[second] / (1 - p[first]) * p[third] / (1 - p[first] - p[second])
+        expected[[first, second, third]] += chance
+    assert abs(counts[:4] / runs - expected).max() < 5 * 0.5 / math.sqrt(runs)
+    assert abs(counts[4:] / runs - 0.5).max() < 5 * 0.5 / math.sqrt(runs)
+
+
 @given(st.sampled_from([name for name in RULES if name != 'rho']), st.integers(1, 40), st.integers(0, 20), st.integers(1, 12))
 def test_every_rule_gives_ascending_positions_whatever_the_losses(name, size, seed, number):
     rule = find_rule(name)
@@ -216,7 +263,7 @@ def test_every_rule_gives_ascending_positions_whatever_the_losses(name, size, se
     if not rule.history:
         rows = SampleRows.empty(0, size)
     for decide in (rule.keep, rule.keep_at_end):
-        answer = decide(rows, epoch(number, 0.5, seed))
+        answer = decide(rows, epoch(number, 0.5, seed, draw.integers(0, 3, size)))
         if answer is not None:
             kept, weights = answer
             assert kept.dtype == torch.int64
@@ -240,6 +287,8 @@ def test_every_rule_gives_ascending_positions_whatever_the_losses(name, size, se
         ({'name': 'ucb', 'history': 0}, 'rule.history'),
         ({'name': 'epsilon_greedy', 'epsilon': 1.5}, 'rule.epsilon'),
         ({'name': 'ies', 'window': True}, 'rule.window'),
+        ({'name': 'rcap', 'beta': 0}, 'rule.beta'),
+        ({'name': 'rcap', 'clip': -1}, 'rule.clip'),
         ('rho', 'rule.irreducible: missing'),
         ({'name': 'rho', 'irreducible': 'missing.npy'}, 'rule.irreducible: missing.npy: cannot be read'),
         ({'name': 'rho', 'irreducible': 'a.txt'}, 'rule.irreducible: expected a .npy'),

@@ -10,6 +10,7 @@ from composer_effalgos.pruning.rules.ies import IesRule
 from composer_effalgos.pruning.rules.infobatch import InfoBatchRule
 from composer_effalgos.pruning.rules.pdd import PddRule
 from composer_effalgos.pruning.rules.random import RandomRule
+from composer_effalgos.pruning.rules.rcap import RcapRule
 from composer_effalgos.pruning.rules.rho import RhoRule
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step, check_kept
 from composer_effalgos.pruning.rules.seta import SetaRule
@@ -28,6 +29,7 @@ RULES: dict[str, type[PruningRule]] = {
     'epsilon_greedy': EpsilonGreedyRule,
     'ies': IesRule,
     'rho': RhoRule,
+    'rcap': RcapRule,
 }
 
 

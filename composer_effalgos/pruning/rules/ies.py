@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule
-from composer_effalgos.utils.checks import check_number
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.checks import check_number, check_whole
 
 
 @dataclass
@@ -31,8 +30,7 @@ class IesRule(PruningRule):
 
     def __post_init__(self) -> None:
         check_number('rule.threshold', self.threshold, least=0)
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window <= 1000:
-            raise InputError(f'rule.window: expected a whole number from 1 to 1000, got {self.window!r}')
+        check_whole('rule.window', self.window, least=1, most=1000)
         self.history = self.window + 2
 
     def keep(self, table: SampleRows, epoch: Epoch) -> Kept:

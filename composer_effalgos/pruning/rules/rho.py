@@ -65,7 +65,7 @@ def read_numbers(path: Path) -> Tensor:
             import pyarrow.parquet as pq
 
             (column,) = pq.read_table(path).columns
-            return torch.from_numpy(column.to_numpy())
+            return torch.from_numpy(np.array(column))  # a copy, as Arrow's memory is read-only
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
 

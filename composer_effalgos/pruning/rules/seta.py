@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule
-from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.checks import check_number, check_whole
 from composer_effalgos.utils.errors import InputError
 
 
@@ -31,8 +31,7 @@ class SetaRule(PruningRule):
     window: float = 0.9
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
-            raise InputError(f'rule.groups: expected a whole number of at least 1, got {self.groups!r}')
+        check_whole('rule.groups', self.groups, least=1)
         check_number('rule.window', self.window, above=0, most=1)
         if round(self.groups * self.window) < 1:
             raise InputError(f'rule.window: expected at least one of {self.groups} groups, got {self.window}')

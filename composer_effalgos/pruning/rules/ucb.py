@@ -8,8 +8,7 @@ import torch
 
 from composer_effalgos.plan import SampleRows
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, highest, num_kept
-from composer_effalgos.utils.checks import check_number
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.checks import check_number, check_whole
 
 
 @dataclass
@@ -33,8 +32,7 @@ class UcbRule(PruningRule):
     def __post_init__(self) -> None:
         check_number('rule.confidence', self.confidence, least=0)
         check_number('rule.alpha', self.alpha, above=0, most=1)
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or not 1 <= self.history <= 1000:
-            raise InputError(f'rule.history: expected a whole number from 1 to 1000, got {self.history!r}')
+        check_whole('rule.history', self.history, least=1, most=1000)
 
     def keep(self, table: SampleRows, epoch: Epoch) -> Kept:
         mean = table.scores.clone()  # of samples with one loss
