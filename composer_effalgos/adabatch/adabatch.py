@@ -138,6 +138,7 @@ class AdaBatch(Algorithm):
         self._size = Size()  # of the last batch
         self._lr_scale = 1.0  # what the learning rate has been multiplied by
         self._memory = MemorySearch()
+        self._warned = False
 
     def __repr__(self) -> str:
         if isinstance(self.policy, SizePolicy):
@@ -223,9 +224,27 @@ class AdaBatch(Algorithm):
         self._sizes.check_known(loader)
         for size in self._sizes.known:
             self._check_schedulers(self._sizes.per_rank(size, loader.world_size))
+        self._warn_of_times()
         batch = int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
         sample = int(state.timestamp.sample) - int(state.timestamp.sample_in_epoch)
         return lambda b, s: self._size_at(progress_of(state, batch + b, sample + s)).samples
+
+    def _warn_of_times(self) -> None:
+        """Says once that all times at which the batch size would change lie past the end of the run."""
+        end, loader = self._planner.horizon.end, self._planner.loader
+        times = list(getattr(self.policy, 'times', ()))[1 if isinstance(self.policy, SizePolicy) else 0 :]
+        if self._warned or end is None or not times:
+            return
+        ends = {end.unit: end.value, TimeUnit.DURATION: 1.0}
+        if end.unit == TimeUnit.EPOCH and loader.num_samples is not None:
+            ends |= {TimeUnit.BATCH: end.value * loader.full_batches, TimeUnit.SAMPLE: end.value * loader.full_samples}
+        if all(time.unit in ends and time.value >= ends[time.unit] for time in times):
+            self._warned = True
+            warnings.warn(
+                f'AdaBatch: the batch size never changes in this run: {self._when()} lies at or past its end, {end.to_timestring()!r}; '
+                "give shorter times, or shares of the run such as '0.25dur'",
+                stacklevel=2,
+            )
 
     def _ask(self, state: State) -> None:
         """Before a batch is fetched: is what was planned what the policy wants now?"""

@@ -3,7 +3,7 @@
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
 from composer_effalgos.plan.horizon import Budget, Horizon, check_budget
-from composer_effalgos.plan.loader import PlannedDataLoader, class_labels
+from composer_effalgos.plan.loader import PlannedDataLoader, class_labels, tokens_per_sample
 from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.per_sample import check_per_sample_loss
 from composer_effalgos.plan.planner import EpochPlanner
@@ -42,4 +42,5 @@ __all__ = [
     'resume_epoch',
     'split_batches',
     'stream_seed',
+    'tokens_per_sample',
 ]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from composer_effalgos.plan.graph import OpaqueGraphError, edge_of
 from composer_effalgos.plan.order import is_due
-from composer_effalgos.plan.outputs import NotReadableError, is_near, tensors_of, total_of, with_added
+from composer_effalgos.plan.outputs import NotReadableError, is_near, same_structure, tensors_of, total_of, with_added
 from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
+from composer_effalgos.plan.repeated import repeated
 from composer_effalgos.plan.token_loss import read_tokens
 from composer_effalgos.utils.errors import InputError
 
@@ -133,13 +134,17 @@ class WeightedLoss:
         self._settle(outputs, batch)
         if not self._parted and not self._given:  # outside training there is no other check
             self._parted = True
-            self._refuse_dependent(self._refusing(self._form.depends_on_others, self._form.evaluate(outputs, batch), outputs, batch))
+            if dependent := self._why_dependent(self._form.evaluate(outputs, batch), outputs, batch):
+                self._refuse(dependent)
         return self._refusing(self._form.losses, outputs, batch)
 
     def _settle(self, outputs: Any, batch: Any) -> None:
-        """Looks once whether ``reduction`` does what its name says."""
-        if not self._settled and isinstance(self._form, Called) and self._form.ignores_reduction(outputs, batch):
-            self._form = ReadFromGraph(self.original)
+        """Looks once whether ``reduction`` does what its name says, and whether the loss can be computed twice for each batch."""
+        if not self._settled and not self._given and isinstance(self._form, Called):
+            with repeated(self._model) as changed:
+                ignores = self._form.ignores_reduction(outputs, batch)
+            if ignores or changed:
+                self._form = ReadFromGraph(self.original)
         self._settled = True
 
     def start_epoch(self, weights: Tensor | None) -> None:
@@ -219,8 +224,10 @@ class WeightedLoss:
             )
         if self.weigher is not None and self.weigher.by_token:
             return self._weigh_tokens(self.weigher, self.original(outputs, batch, *args, **kwargs), outputs, batch)
+        given_outputs, given_batch = outputs, batch
+        outputs, batch = same_structure(outputs), same_structure(batch)  # a loss may pop from what it is given
         self._settle(outputs, batch)
-        own = self._form.evaluate(outputs, batch, *args, **kwargs)
+        own = self._form.evaluate(given_outputs, given_batch, *args, **kwargs)
         samples = self._read_samples(own, outputs, batch)
         start = self._window.start + self._position
         where = slice(start, start + len(samples.losses))
@@ -288,16 +295,24 @@ class WeightedLoss:
 
     # ------------------------------------------------------------------ the check
 
-    def _refuse_dependent(self, dependent: bool) -> None:
-        if dependent:
-            self._refuse(
-                "its samples' losses depend on which others are in the batch (a mask or a mean over it; or the outputs do not have the "
-                'samples along their first dimension)'
-            )
+    def _why_dependent(self, own: Any, outputs: Any, batch: Any) -> str:
+        """Why samples' losses are other ones in another batch; empty where they are not."""
+        with repeated(self._model):
+            dependent = self._refusing(self._form.depends_on_others, own, outputs, batch)
+        if not dependent:
+            return ''
+        with repeated(self._model) as changed, torch.no_grad():
+            again = total_of(self.original(same_structure(outputs), same_structure(batch)))
+        if 'random numbers' in changed or not is_near(again, total_of(own).detach(), tensors_of(outputs)[0]):
+            return 'it is another number each time it is computed (it draws random numbers, or keeps a state)'
+        return (
+            "its samples' losses depend on which others are in the batch (a mask or a mean over it; or the outputs do not have the samples "
+            'along their first dimension)'
+        )
 
     def _check(self, own: Any, outputs: Any, batch: Any) -> None:
         """Holds the per-sample losses against the model's own loss and decides how the weights enter."""
-        dependent = self._refusing(self._form.depends_on_others, own, outputs, batch)  # first: it settles what the losses are
+        dependent = self._why_dependent(own, outputs, batch)  # first: it settles what the losses are
         probe: Probe = self._refusing(self._form.probe, own, outputs, batch)
         total = total_of(own)
         if not probe.shares.requires_grad:
@@ -322,7 +337,8 @@ class WeightedLoss:
                 'mean((weight - 1) * per_sample_loss)',
                 stacklevel=2,
             )
-        self._refuse_dependent(dependent)
+        if dependent:
+            self._refuse(dependent)
         self._foreign = difference is not None
         if isinstance(self._form, Called):
             self._form.plain_mean = compared.plain and not near

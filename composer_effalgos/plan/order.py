@@ -22,9 +22,10 @@ from composer_effalgos.utils.errors import InputError
 
 _MOST = 13  # samples that a check looks at; few other dimensions are as long
 _WRONG_ORDER = (
-    'expected row i of each tensor to be of sample i, got another order; leave the samples in their order (a model may sort them and undo '
-    'it), since scores and weights go by position'
+    'expected row i of each tensor to be of sample i, got another order, or rows mixed with others in a fixed way; leave the samples in '
+    'their order (a model may sort them and undo it) and mix them at random, since scores and weights go by position'
 )
+_CLONED = 2**20  # numbers of a tensor that is noted as it was; of a larger one only its replacement is noticed
 
 
 def is_due(count: int) -> bool:
@@ -56,8 +57,10 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
         raise InputError(f'collate_fn: {_WRONG_ORDER}')
 
 
-class TransformCheck:
-    """Holds the transforms of the training ``DataSpec`` to the order of the samples; in a run without any it costs a comparison.
+class OrderCheck:
+    """Holds the transforms of the training ``DataSpec``, and the model, to the order of the samples.
+
+    Without transforms it costs a comparison, in batches 1, 2, 4, ... of a fit.
 
     Args:
         state: The trainer's state.
@@ -69,9 +72,10 @@ class TransformCheck:
         self._batches = 0
         self._spec: DataSpec | None = None
         self._looked = False
+        self._noted: list[tuple[Tensor, int, Tensor]] = []  # tensors of a batch, their versions and content, before the forward pass
 
-    def check(self, loader: Any) -> None:
-        """At each forward pass: checks batches 1, 2, 4, ... of a fit.
+    def before_forward(self, loader: Any) -> None:
+        """Checks what the transforms made of a batch.
 
         Args:
             loader: The planned loader, which keeps the batch that it gave until it is taken.
@@ -85,6 +89,24 @@ class TransformCheck:
         self._batches += 1
         if is_due(self._batches):
             self._check(given)
+            tensors = [leaf for leaf in leaves_of(self._state.batch) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) > 1]
+            self._noted = [(t, t._version, t.clone() if t.numel() <= _CLONED else t) for t in tensors]
+
+    def after_forward(self) -> None:
+        """Checks that the model left the rows of the batch, which its loss reads, where they were.
+
+        Raises:
+            InputError: It put them in another order.
+        """
+        noted, self._noted = self._noted, []
+        found = [leaf for leaf in leaves_of(self._state.batch) if isinstance(leaf, Tensor)] if noted else []
+        kept = {id(leaf): leaf._version for leaf in found}
+        for tensor, version, content in noted:
+            if kept.get(id(tensor)) != version and any(_is_reordered(content, leaf) for leaf in found):
+                raise InputError(
+                    'model: expected forward() to leave the rows of the batch in their order, got another one; put them back before '
+                    'loss() is called, since scores and weights go by position'
+                )
 
     def _check(self, given: Any) -> None:
         size = next((len(leaf) for leaf in leaves_of(given) if isinstance(leaf, Tensor) and leaf.ndim), 0)
@@ -158,6 +180,16 @@ def _moved(before: Tensor, after: Tensor, order: list[int]) -> bool:
     if _near(after, before[order]):
         return True
     return before.ndim > 1 and before.shape[1] == len(order) and _near(after, before[order][:, order])
+
+
+def _is_reordered(before: Tensor, after: Tensor) -> bool:
+    """Whether a tensor has the rows of another one in another order."""
+    if before.shape != after.shape or before.dtype != after.dtype or torch.equal(before, after):
+        return False
+    rows = [tensor.detach().flatten(1).double() if tensor.ndim > 1 else tensor.detach().double()[:, None] for tensor in (before, after)]
+    factors = torch.linspace(1, 2, rows[0].shape[1], dtype=torch.float64, device=before.device)
+    ours, theirs = ((found * factors).sum(dim=1).sort().values for found in rows)
+    return torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def _near(ours: Tensor, theirs: Tensor) -> bool:

@@ -45,6 +45,11 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     return tree_map(visit, value)
 
 
+def same_structure(value: Any) -> Any:
+    """The same tensors in containers of their own."""
+    return mapped(lambda tensor: tensor, value)
+
+
 def _holds_tensors(leaf: Any) -> bool:
     if isinstance(leaf, Tensor | nn.Module | type) or not hasattr(leaf, '__dict__'):
         return False

@@ -11,7 +11,7 @@ from composer.models import ComposerClassifier, ComposerModel
 from torch import Tensor, nn
 
 from composer_effalgos.plan.graph import edge_of, walk
-from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, in_full, tensors_of, total_of
+from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, in_full, same_structure, tensors_of, total_of
 from composer_effalgos.plan.part import alike, evaluated, part_of, take_part
 from composer_effalgos.plan.probe import Probe
 from composer_effalgos.utils.errors import InputError
@@ -85,7 +85,7 @@ class Called:
     """
 
     def __init__(self, function: PerSampleLoss, name: str, original: Callable[..., Any], *, given: bool = False) -> None:
-        self.function, self.name, self.evaluate, self._given = function, name, original, given
+        self._function, self.name, self.evaluate, self._given = function, name, original, given
         self._per_batch = False  # whether its losses are divided by the size of the batch, as Composer's binary cross-entropy's are
         self.plain_mean = False  # whether the model's loss is their mean and terms for the whole batch
 
@@ -98,7 +98,7 @@ class Called:
             return False
         try:
             with torch.no_grad():
-                return all(entry.ndim == 0 for entry in entries_of(self.function(outputs, batch)))
+                return all(entry.ndim == 0 for entry in entries_of(self._call(outputs, batch)))
         except TypeError:
             return True
 
@@ -147,8 +147,11 @@ class Called:
         nodes = walk([edge_of(shares)], {edge_of(leaf) for leaf in leaves}).nodes
         return Probe(shares, slopes, any(hasattr(node, 'variable') for node in nodes))
 
+    def _call(self, outputs: Any, batch: Any) -> Any:
+        return self._function(same_structure(outputs), same_structure(batch))  # it may pop from what it is given
+
     def _each(self, outputs: Any, batch: Any) -> list[Tensor]:
-        returned = self.function(outputs, batch)
+        returned = self._call(outputs, batch)
         try:
             each = entries_of(returned)
         except NotReadableError as error:

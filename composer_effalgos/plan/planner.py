@@ -18,7 +18,7 @@ from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
-from composer_effalgos.plan.order import TransformCheck
+from composer_effalgos.plan.order import OrderCheck
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -159,7 +159,7 @@ class EpochPlanner(Callback):
         loader.note_microbatch(state)
         if self.loss is not None:
             self.loss.begin_fit()
-        self._transforms = TransformCheck(state, loader.seed)
+        self._order = OrderCheck(state, loader.seed)
         self._warn_of_duration(state)
         in_epoch = int(state.timestamp.batch_in_epoch)
         if state.timestamp.epoch == 0 and in_epoch == 0:
@@ -240,7 +240,11 @@ class EpochPlanner(Callback):
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Checks what came between loader and model."""
-        self._transforms.check(self.loader)
+        self._order.before_forward(self.loader)
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        """Checks what the model made of the batch."""
+        self._order.after_forward()
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Moves on to the next microbatch."""

@@ -22,24 +22,41 @@ class RandomStream:
         self._outside: tuple[Any, ...] = ()
 
     def __enter__(self) -> None:
-        self._outside = _states()
+        self._outside = random_states()
         if self._inside is not None:
-            _restore(self._inside)
+            restore_random(self._inside)
             return
         torch.default_generator.manual_seed(self._seed)  # not torch.manual_seed, which would seed the GPUs too
         np.random.seed(self._seed % 2**32)
         random.seed(self._seed)
 
     def __exit__(self, *exception: object) -> None:
-        self._inside = _states()
-        _restore(self._outside)
+        self._inside = random_states()
+        restore_random(self._outside)
 
 
-def _states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
+    """The states of PyTorch's generator on the CPU, NumPy's and Python's."""
     return torch.get_rng_state(), np.random.get_state(), random.getstate()
 
 
-def _restore(states: tuple[Any, ...]) -> None:
+def restore_random(states: tuple[Any, ...]) -> None:
+    """Puts back what :func:`random_states` gave.
+
+    Args:
+        states: The three states.
+    """
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])
     random.setstate(states[2])
+
+
+def is_random_state(states: tuple[Any, ...]) -> bool:
+    """Whether no number was drawn since :func:`random_states` gave this.
+
+    Args:
+        states: The three states.
+    """
+    now = random_states()
+    numpy_alike = np.array_equal(states[1][1], now[1][1]) and states[1][2:] == now[1][2:]
+    return torch.equal(states[0], now[0]) and numpy_alike and states[2] == now[2]

@@ -14,6 +14,8 @@ from composer_effalgos.plan.graph import Edge, between, edge_of, inputs_of, pull
 from composer_effalgos.plan.outputs import NotReadableError, in_full, tensors_of
 from composer_effalgos.plan.watch import Reduced
 
+_ONE_BY_ONE = 'it takes the loss of one sample at a time'
+
 
 class _Elements(NamedTuple):
     """What a node of the graph took the mean of."""
@@ -33,7 +35,12 @@ def token_losses(log_probabilities: Tensor, target: Tensor, ignore_index: int) -
 
     Returns:
         Losses, float32 or float64, 0 where left out; where they count, bool; and the targets, 0 where left out. All of one shape.
+
+    Raises:
+        NotReadableError: For a single sample without a dimension of its own.
     """
+    if log_probabilities.ndim < 2:
+        raise NotReadableError(_ONE_BY_ONE)
     counted = target != ignore_index
     target = target.masked_fill(~counted, 0)
     return -in_full(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1)) * counted, counted, target
@@ -192,6 +199,8 @@ def read_graph(entry: Tensor, outputs: Any, seen: Mapping[Any, Reduced] | None =
 
 def _watched_term(node: Any, reduced: Reduced, coefficient: Tensor) -> Term:
     elements = reduced.elements()
+    if elements.ndim == 0:
+        raise NotReadableError(_ONE_BY_ONE)
     divisor = {'mean': elements.numel(), 'sum': 1, 'batchmean': len(elements)}[reduced.how]
     factor = _constant_factor(elements)
     elements, coefficients = in_full(elements), (coefficient / divisor).expand(elements.shape)

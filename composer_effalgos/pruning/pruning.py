@@ -26,6 +26,7 @@ from composer_effalgos.plan import (
     check_seed,
     class_labels,
     stream_seed,
+    tokens_per_sample,
 )
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.pruning.prune import finite_mean
@@ -302,9 +303,15 @@ class Pruning(Selector, Algorithm):
         return math.floor(self.delta * end.value + 1e-9) if end.unit == TimeUnit.EPOCH else None
 
     def _within(self, epoch: int, progress: float) -> bool:
-        """Whether an epoch that begins at ``progress`` lies in the share of the run that is pruned."""
-        end = self._last_pruned()
-        return progress < self.delta if end is None else epoch < end
+        """Whether an epoch that begins at ``progress`` lies in the share of the run that is pruned, even if trained on in full."""
+        last, end, loader = self._last_pruned(), self._planner.horizon.end, self._planner.loader
+        if last is not None:
+            return epoch < last
+        assert end is not None
+        length = {TimeUnit.BATCH: loader.full_batches, TimeUnit.SAMPLE: loader.full_samples}.get(end.unit, 0)
+        if end.unit == TimeUnit.TOKEN:
+            length = (tokens_per_sample(loader.dataset) or 0) * loader.full_samples
+        return progress < self.delta and (self.delta == 1 or progress + length / end.value <= self.delta + 1e-9)
 
     def _first_prunable(self, state: State) -> tuple[int, float] | None:
         """Number and beginning of the first epoch that could be pruned; ``None`` where that cannot be foreseen."""

@@ -1,6 +1,8 @@
+import contextlib
 import itertools
 import math
 import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -309,3 +311,25 @@ def test_the_same_policy_object_in_a_second_run_begins_anew(make_trainer):
         trainer.fit()
         trainer.close()
         assert [epoch[0] for epoch in trainer.recorder.sizes] == [16, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ('settings', 'never'),
+    [
+        ({}, "interval='20ep' lies at or past its end, '3ep'"),
+        ({'milestones': ['40ba', '1000sp']}, 'lies at or past its end'),
+        ({'schedule': '0:16 3ep:32'}, 'lies at or past its end'),
+        ({'milestones': ['38ba', '1000sp']}, None),  # 39 batches
+        ({'interval': '0.5dur'}, None),
+        ({'milestones': ['1Mtok', '5ep']}, None),  # tokens are not known beforehand
+    ],
+)
+def test_a_batch_that_never_grows_is_said_once_at_the_start(make_trainer, settings, never):
+    trainer = make_trainer([AdaBatch(**settings)], max_duration='3ep')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        with contextlib.suppress(InputError):  # of tokens that the batches have not
+            trainer.fit()
+    found = [str(item.message) for item in caught if 'never changes' in str(item.message)]
+    assert len(found) == (never is not None)
+    assert never is None or never in found[0]

@@ -309,8 +309,11 @@ class Drifting(ComposerClassifier):
 
     calls = 0
 
+    def forward(self, batch):
+        self.calls += 1
+        return super().forward(batch)
+
     def loss(self, outputs, batch, reduction='mean'):
-        self.calls += reduction == 'mean'
         return nn.functional.cross_entropy(
             outputs, batch[1], reduction=reduction, label_smoothing=0.1 * (self.calls > 5 and reduction == 'mean')
         )

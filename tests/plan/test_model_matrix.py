@@ -1,5 +1,6 @@
 """Kinds of model in one table: InfoBatch leaves each one's own loss as it is, and weighs its samples, or refuses in one line."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,51 @@ class Uncertain(Temperature):
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         return F.cross_entropy(outputs, batch[1]) * (-self.scale).exp() + self.scale
+
+
+class Pops(Own):
+    """Takes the labels out of its batch, as nobody but the loss reads them."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return super().forward((batch['inputs'],))
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return self.function(outputs, batch.pop('labels'))
+
+
+class PopsWithReduction(Pops):
+    def loss(self, outputs: Any, batch: Any, reduction: str = 'mean') -> Any:
+        return self.function(outputs, batch.pop('labels'), reduction=reduction)
+
+
+class Counts(Own):
+    """Its loss grows with each call, slowly enough to pass for the same."""
+
+    calls = 0
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        self.calls += 1
+        return super().loss(outputs, batch) * (1 + 1e-5 * self.calls)
+
+
+class CountsWithReduction(Own):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.register_buffer('calls', torch.zeros(()))
+
+    def loss(self, outputs: Any, batch: Any, reduction: str = 'mean') -> Any:
+        self.calls += 1
+        return self.function(outputs, batch[1], reduction=reduction) * (1 + 1e-5 * self.calls)
+
+
+class Averages(Own):
+    """Keeps a moving average of its outputs, and takes it from them."""
+
+    centre = torch.zeros(3)
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(dim=0)
+        return super().loss(outputs - self.centre, batch)
 
 
 class Contrastive(ComposerModel):
@@ -397,6 +443,17 @@ KINDS = {
     'hard ones by index': Kind(lambda: Own(hard_ones_alone), VECTORS, refused='depend on which others are in the batch'),
     'hardest': Kind(lambda: Own(hardest), VECTORS, refused='a mean over 4 rows of 8 samples'),
     'hard ones with reduction': Kind(lambda: OwnWithReduction(hard_or_none), VECTORS, refused='depend on which others are in the batch'),
+    'one by one': Kind(lambda: Own(lambda o, t: sum(F.cross_entropy(o[i], t[i]) for i in range(len(t))) / len(t)), VECTORS,
+                       refused='it takes the loss of one sample at a time'),
+    'one by one, stacked': Kind(lambda: Own(lambda o, t: torch.stack([F.cross_entropy(o[i], t[i]) for i in range(len(t))]).mean()),
+                                VECTORS),
+    'takes its labels away': Kind(lambda: Pops(F.cross_entropy), Rows(inputs=INPUTS, labels=CLASSES)),
+    'takes its labels away, reduction': Kind(lambda: PopsWithReduction(F.cross_entropy), Rows(inputs=INPUTS, labels=CLASSES)),
+    'counts its calls': Kind(lambda: Counts(F.cross_entropy), VECTORS),
+    'counts its calls, reduction': Kind(lambda: CountsWithReduction(F.cross_entropy), VECTORS),
+    'moving average': Kind(lambda: Averages(F.cross_entropy), VECTORS, refused='another number each time it is computed'),
+    'noise': Kind(lambda: Own(lambda o, t: F.cross_entropy(o + torch.randn_like(o), t)), VECTORS,
+                  refused='another number each time it is computed'),
     'root of a mean': Kind(lambda: Own(lambda o, t: F.mse_loss(o, t).sqrt()), TensorDataset(INPUTS, SOFT),
                            refused='more than a weighted mean'),
     'learned factor': Kind(Uncertain, VECTORS, refused='more than a weighted mean'),
@@ -492,7 +549,7 @@ def reference(kind: Kind, model: ComposerModel, batch: Any, weights: Tensor) -> 
         if count > 0:
             alone = sample_of(batch, index)
             term = 0 if kind.batch_term is None else kind.batch_term(model, alone)
-            loss = loss + weight * count * (total(model.loss(model(alone), alone)) - term) / divisor
+            loss = loss + weight * count * (total(model.loss(model(alone), copy.copy(alone))) - term) / divisor
     return loss if kind.batch_term is None else loss + kind.batch_term(model, batch)
 
 
@@ -507,6 +564,7 @@ class Compare(Callback):
         self.weights = None if loss._weights is None else loss._weights[loss._window]
         self.twin = None
         if self.weights is not None:
+            self.batch = copy.copy(state.batch)  # the loss may pop from it
             torch.manual_seed(0)
             self.twin = self.kind.model()  # never compiled
             self.twin.load_state_dict({name.replace('_orig_mod.', ''): value for name, value in state.model.state_dict().items()})
@@ -515,7 +573,7 @@ class Compare(Callback):
         if self.twin is None or self.compared == 2:
             return
         self.twin.zero_grad()
-        expected = reference(self.kind, self.twin, state.batch, self.weights)
+        expected = reference(self.kind, self.twin, self.batch, self.weights)
         expected.backward()
         assert total(state.loss).item() == pytest.approx(expected.item(), rel=1e-5)
         for ours, theirs in zip(state.model.parameters(), self.twin.parameters(), strict=True):
@@ -524,7 +582,7 @@ class Compare(Callback):
         self.compared += not torch.equal(self.weights, torch.ones_like(self.weights))
 
 
-@pytest.mark.parametrize('name', [name for name, kind in KINDS.items() if kind.refused is None])
+@pytest.mark.parametrize('name', [name for name, kind in KINDS.items() if kind.refused is None and not name.startswith('counts')])
 def test_weighted_gradients_are_those_of_a_straight_loop(name, make_trainer):
     compare = Compare(KINDS[name])
     trainer = fit(make_trainer, KINDS[name], [InfoBatch(delta=1.0)], '3ep', [compare])

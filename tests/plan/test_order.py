@@ -3,6 +3,7 @@
 import pytest
 import torch
 from composer.core import DataSpec
+from composer.models import ComposerClassifier
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
@@ -116,7 +117,7 @@ def test_a_collate_function_that_sorts_is_refused_where_position_counts(make_tra
     planned.set_plan(planned.plan_epoch(None, None, 8, 0, even=False), 0)
     assert len(list(planned)) == 5  # nobody asks for positions
     planned.by_position = True
-    with pytest.raises(InputError, match=r'^collate_fn: expected row i of each tensor to be of sample i, got another order; ') as said:
+    with pytest.raises(InputError, match=r'^collate_fn: expected row i of each tensor to be of sample i, got another order, ') as said:
         list(planned)
     assert '\n' not in str(said.value)
     loader = DataLoader(Sentences(), batch_size=8, collate_fn=padded, num_workers=workers)
@@ -191,3 +192,45 @@ def test_the_check_leaves_a_collate_function_with_a_state_as_it_is():
     collate = Counting()
     check_collate(collate, [torch.full((2,), float(index)) for index in range(4)], 4, seed=0)
     assert collate.calls == 0
+
+
+class Sorting(ComposerClassifier):
+    """Sorts its samples, as a model of sequences may, and does not put them back."""
+
+    where = 'key'
+
+    def get_metrics(self, is_train):
+        return {}
+
+    def forward(self, batch):
+        order = batch['x'][:, 0].argsort()
+        outputs = self.module(batch['x'][order])
+        if self.where == 'key':
+            batch['labels'] = batch['labels'][order]
+        elif self.where == 'in place':
+            batch['labels'].copy_(batch['labels'][order])
+        else:
+            outputs = outputs[order.argsort()]
+        return outputs
+
+    def loss(self, outputs, batch):
+        return torch.nn.functional.cross_entropy(outputs, batch['labels'])
+
+
+@pytest.mark.parametrize('where', ['key', 'in place', 'undone'])
+def test_a_model_that_sorts_its_batch(make_trainer, where):
+    class Named(Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            return {'x': torch.randn(8, generator=torch.Generator().manual_seed(index)), 'labels': index % 3}
+
+    model = Sorting(torch.nn.Linear(8, 3), num_classes=3)
+    model.where = where
+    trainer = make_trainer([InfoBatch()], dataset=Named(), model=model, max_duration='1ep')
+    if where == 'undone':
+        trainer.fit()
+        return
+    with pytest.raises(InputError, match=r'^model: expected forward\(\) to leave the rows of the batch in their order'):
+        trainer.fit()

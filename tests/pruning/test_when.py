@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from composer.core import Time
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import InfoBatch, Pruning, SubsetSelection
@@ -157,3 +158,15 @@ def test_a_run_that_begins_anew_near_its_end_speaks_of_the_rest_alone(make_train
         warnings.simplefilter('always')
         make_trainer([InfoBatch()], max_duration='8ep', load_path=str(tmp_path / '7.pt')).fit()
     assert not said(caught)
+
+
+@pytest.mark.parametrize('duration', ['130ba', '2030sp'])  # 10 full epochs
+def test_in_batches_or_samples_no_pruned_epoch_could_reach_into_the_last_part(make_trainer, duration):
+    trainer = make_trainer([InfoBatch(delta=0.8)], max_duration=duration)
+    trainer.fit()
+    end, trained, full = Time.from_timestring(duration).value, 0, (13 if duration.endswith('ba') else 203)
+    lengths = [len(epoch) if duration.endswith('ba') else sum(epoch) for epoch in trainer.recorder.sizes]
+    pruned = [sum(epoch) < 203 for epoch in trainer.recorder.sizes[:-1]]
+    for length, short in zip(lengths, pruned, strict=False):
+        assert short == (trained > 0 and trained + full <= 0.8 * end)
+        trained += length
