@@ -7,8 +7,11 @@ from composer_effalgos.plan.loader import PlannedDataLoader, class_labels, token
 from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.per_sample import check_per_sample_loss
 from composer_effalgos.plan.planner import EpochPlanner
+from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.plan.readers import BatchReader, Reading
 from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
+from composer_effalgos.plan.shard import Shard
+from composer_effalgos.plan.shard_table import ShardTable
 from composer_effalgos.plan.table import SampleRows, SampleTable
 from composer_effalgos.plan.token_loss import Tokens
 
@@ -24,11 +27,14 @@ __all__ = [
     'Horizon',
     'PerSampleLoss',
     'PlannedDataLoader',
+    'Ranks',
     'Reading',
     'SampleRows',
     'SampleTable',
     'Selector',
     'Selectors',
+    'Shard',
+    'ShardTable',
     'Tokens',
     'Weigher',
     'WeightedLoss',

@@ -14,7 +14,9 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, split_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
+from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.plan.samples import Samples, StreamedSamples, is_streaming, iterates_as_usual, samples_of
+from composer_effalgos.plan.shard_loader import ShardLoader
 from composer_effalgos.plan.streams import BatchStream, WorkerStream
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
@@ -22,7 +24,15 @@ _HORIZON = 256  # batches that a stream of unknown length is planned ahead, and 
 
 
 def planned_loader(
-    given: Any, *, needs_numbers: Sequence[str], max_batches: int | None, tail: Tail, seed: int, rank: int, world_size: int
+    given: Any,
+    *,
+    needs_numbers: Sequence[str],
+    max_batches: int | None,
+    tail: Tail,
+    seed: int,
+    rank: int,
+    world_size: int,
+    ranks: Ranks | None = None,
 ) -> PlannedDataLoader:
     """The loader that takes the place of the user's.
 
@@ -34,6 +44,7 @@ def planned_loader(
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
+        ranks: The ranks, where each of them plans for its own part of the samples.
 
     Raises:
         InputError: For a loader that cannot be planned.
@@ -46,7 +57,10 @@ def planned_loader(
             samples_of(given, rank=rank, world_size=world_size)
         except InputError as error:
             raise InputError(f'{error} ({", ".join(dict.fromkeys(needs_numbers))} needs sample numbers, AdaBatch alone does not)') from None
-    loader = kind(given, seed=seed, rank=rank, world_size=world_size)
+    if ranks is not None:
+        loader: PlannedDataLoader = ShardLoader(given, seed=seed, ranks=ranks)
+    else:
+        loader = kind(given, seed=seed, rank=rank, world_size=world_size)
     try:
         length = len(given)
     except (TypeError, NotImplementedError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from composer_effalgos.plan.readers import BatchReader, Reading, WorkerReader
 from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
 from composer_effalgos.plan.singles import leave_out, num_surplus, spread, unpruned_has_single
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.errors import CheckpointError, InputError
 
 
 def class_labels(dataset: Any) -> Tensor | None:
@@ -237,6 +237,15 @@ class PlannedDataLoader(DataLoader):
             even=even,
         )
         return (rest, plan.sizes[: batches - plan.first_batch]) if same else (replace(rest, sizes=self._spread(rest.sizes)), ())
+
+    def plan_from_state(self, saved: Mapping[str, Any]) -> EpochPlan:
+        """The plan that its ``state_dict`` saved."""
+        if 'order' not in saved:
+            raise CheckpointError(
+                'the checkpoint was saved within an epoch by a run with shard=True; give shard=True, or resume from one saved at the end '
+                'of an epoch'
+            )
+        return EpochPlan.from_state(saved)
 
     def resize_rest(self, batches: int, batch_size: BatchSize) -> EpochPlan:
         """The plan with its rest in batches of other sizes.

@@ -19,6 +19,7 @@ from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.order import OrderCheck
+from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -329,6 +330,7 @@ class EpochPlanner(Callback):
             seed=state.rank_zero_seed,
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),
+            ranks=Ranks.of(state) if self.selectors.shard else None,
         )
         self.loader.by_position = bool(self.by_position)
         self.loader.catch_up(state)
@@ -383,7 +385,7 @@ class EpochPlanner(Callback):
         loader = self.loader
         if self._loaded is not None and (saved := self._loaded['plan']) is not None:
             loader.metrics = EpochMetrics(**self._loaded['metrics'])
-            plan, world_size = EpochPlan.from_state(saved), saved['world_size']
+            plan, world_size = loader.plan_from_state(saved), saved['world_size']
         elif loader.plan is not None:
             plan, world_size = loader.plan, loader.world_size
         elif self._started:  # fit() was given another loader within an epoch

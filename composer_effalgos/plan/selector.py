@@ -22,10 +22,17 @@ class Choice(NamedTuple):
     Attributes:
         positions: Positions among the candidates, int64 ``[k]``, ascending.
         weights: Loss weights aligned with ``positions``, float32 ``[k]``; ``None`` for ones.
+        total: Samples that all ranks keep, where ``positions`` are those of a rank's own part; ``None`` for the number of ``positions``.
     """
 
     positions: Tensor
     weights: Tensor | None
+    total: int | None = None
+
+    @property
+    def num_kept(self) -> int:
+        """Samples that are kept, over all ranks."""
+        return len(self.positions) if self.total is None else self.total
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Selector:
     """
 
     stage: ClassVar[Literal['coarse', 'fine']]
+    shard = False  # whether each rank decides on its own part of the samples
 
     @property
     def sample_scores(self) -> Tensor | None:
@@ -107,6 +115,11 @@ class Selectors:
                 twice = type(other) is type(selector)
                 what = f'{name} is given twice' if twice else f'{type(other).__name__} and {name} cannot be combined'
                 raise InputError(f'algorithms: {what}: {_TWICE[selector.stage]}; keep one')
+            if other.shard or selector.shard:
+                fine, coarse = (name, type(other).__name__) if selector.shard else (type(other).__name__, name)
+                raise InputError(
+                    f'shard: {fine}(shard=True) cannot be combined with {coarse}, whose subset every rank holds; leave one of the two out'
+                )
         self._items = sorted([*self._items, selector], key=lambda item: item.stage)  # 'coarse' < 'fine'
 
     @property
@@ -118,6 +131,11 @@ class Selectors:
     def prune(self) -> bool:
         """Whether one of them is fine."""
         return any(selector.stage == 'fine' for selector in self._items)
+
+    @property
+    def shard(self) -> bool:
+        """Whether each rank decides on its own part of the samples."""
+        return any(selector.shard for selector in self._items)
 
     @property
     def sample_scores(self) -> Tensor | None:
@@ -153,8 +171,8 @@ class Selectors:
         weights: Tensor | None = None
         for selector in self._items:
             choice = selector.choose(samples, epoch)
-            if choice is not None and len(choice.positions) >= world_size:
-                positions, factors = choice
+            if choice is not None and choice.num_kept >= world_size:
+                positions, factors, _ = choice
                 if weights is not None:
                     factors = weights[positions] if factors is None else weights[positions] * factors
                 samples, weights = positions if samples is None else samples[positions], factors

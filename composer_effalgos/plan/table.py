@@ -12,8 +12,9 @@ from composer.utils import dist
 from torch import Tensor
 
 from composer_effalgos.plan.planner import EpochPlanner
+from composer_effalgos.plan.selector import Choice
 
-_SAVED = ('history', 'scored', 'offered', 'trained')
+SAVED = ('history', 'scored', 'offered', 'trained')
 
 
 @dataclass
@@ -49,11 +50,11 @@ class SampleRows:
 
     def take(self, samples: Tensor) -> SampleRows:
         """The rows of some samples, int64 ``[n]``."""
-        return SampleRows(self.history[:, samples], *(getattr(self, name)[samples] for name in _SAVED[1:]))
+        return SampleRows(self.history[:, samples], *(getattr(self, name)[samples] for name in SAVED[1:]))
 
     def clone(self) -> SampleRows:
         """A copy."""
-        return SampleRows(*(getattr(self, name).clone() for name in _SAVED))
+        return SampleRows(*(getattr(self, name).clone() for name in SAVED))
 
 
 class SampleTable:
@@ -81,6 +82,14 @@ class SampleTable:
         """What is known of all samples, as of the last exchange."""
         return self._rows
 
+    def total(self, number: int) -> int:
+        """What a number of :attr:`rows` comes to over all samples; a collective call where the table is sharded."""
+        return number
+
+    def agreed(self, choice: Choice | None) -> Choice | None:
+        """A decision on :attr:`rows` as all ranks take it; a collective call where the table is sharded."""
+        return choice
+
     def reset(self, num_samples: int) -> None:
         """Begins anew for another data set."""
         self._rows, self._noted = SampleRows.empty(self._history, num_samples), None
@@ -105,7 +114,7 @@ class SampleTable:
         """The rows with what this rank noted since the last exchange."""
         if self._noted is None:
             return self._rows
-        return self._with([_scores_of(self._planner.loader.rank_order, self._noted)])
+        return self._with([scores_of(self._planner.loader.rank_order, self._noted)])
 
     def of_all_ranks(self, state: State) -> SampleRows:
         """The rows with what every rank noted since the last exchange; a collective call."""
@@ -115,7 +124,7 @@ class SampleTable:
         padded = state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
         padded[: len(self._noted)] = self._noted
         gathered = dist.all_gather(padded)
-        return self._with([_scores_of(order, values[: len(order)]) for order, values in zip(orders, gathered, strict=True)])
+        return self._with([scores_of(order, values[: len(order)]) for order, values in zip(orders, gathered, strict=True)])
 
     def exchange(self, state: State) -> None:
         """Takes in what every rank noted; a collective call."""
@@ -146,11 +155,11 @@ class SampleTable:
         """
         rows = self._rows if state is None else self.of_all_ranks(state)
         rows = rows.clone() if rows is self._rows else rows  # what is saved does not change with the run
-        return {name: getattr(rows, name) for name in _SAVED}
+        return {name: getattr(rows, name) for name in SAVED}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self._rows, self._noted = SampleRows(*(saved[name].cpu() for name in _SAVED)), None
+        self._rows, self._noted = SampleRows(*(saved[name].cpu() for name in SAVED)), None
 
     def _with(self, noted: list[tuple[Tensor, Tensor]]) -> SampleRows:
         rows = self._rows.clone()
@@ -166,7 +175,8 @@ class SampleTable:
         return rows
 
 
-def _scores_of(order: Tensor, noted: Tensor) -> tuple[Tensor, Tensor]:
+def scores_of(order: Tensor, noted: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples that scores were noted of, int64 ``[n]``, and these scores, float32 ``[n]``."""
     noted = noted.cpu()
     trained = ~torch.isnan(noted)
     return order[trained], noted[trained]

@@ -39,6 +39,7 @@ class InfoBatch(Pruning):
         budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
             ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
             batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
+        shard: Whether each rank keeps the scores of its own part of the samples, see :class:`Pruning`; not with ``class_balanced``.
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
@@ -62,11 +63,19 @@ class InfoBatch(Pruning):
         class_balanced: bool = False,
         labels: Sequence[int] | Tensor | None = None,
         budget: Budget = 'trained',
+        shard: bool = False,
     ) -> None:
         check_number('prune_ratio', prune_ratio, least=0, below=1)
         rule = InfoBatchRule(score, score_decay, bands, class_balanced)
         super().__init__(
-            rule, prune_ratio=prune_ratio, delta=delta, per_sample_loss=per_sample_loss, seed=seed, labels=labels, budget=budget
+            rule,
+            prune_ratio=prune_ratio,
+            delta=delta,
+            per_sample_loss=per_sample_loss,
+            seed=seed,
+            labels=labels,
+            budget=budget,
+            shard=shard,
         )
         self.score, self.score_decay, self.bands, self.class_balanced = score, score_decay, rule.bands, class_balanced
 
@@ -76,4 +85,5 @@ class InfoBatch(Pruning):
         settings |= {'score_decay': self.score_decay} if self.score == 'ema' else {}
         settings |= {'bands': self.bands} if self.bands is not None else {}
         settings |= {'class_balanced': True} if self.class_balanced else {}
+        settings |= {'shard': True} if self.shard else {}
         return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in settings.items())})'

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from composer_effalgos.plan import Shard
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
@@ -62,6 +63,41 @@ def prune(
         )
         for number, ratio in enumerate(ratios, 1):
             keep[members] &= ~_drop(own_groups == number, ratio, draws)
+    return _weighted(keep, groups, ratios)
+
+
+def prune_part(
+    scores: Tensor, prune_ratio: float, seed: int, shard: Shard, *, bands: Sequence[tuple[float, float]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The decision of :func:`prune` for a rank that knows its own part of the samples; a collective call.
+
+    As many samples are dropped over all ranks, and every choice is as likely; which ones is drawn by sample, so it does not depend on the
+    number of ranks, and is not what :func:`prune` draws.
+
+    Args:
+        scores: One score a sample of this part, float32 ``[n]``, on the CPU.
+        prune_ratio: As for :func:`prune`.
+        seed: Of the draws, in [0, 2**63), the same on every rank.
+        shard: This rank's part.
+        bands: As for :func:`prune`.
+
+    Returns:
+        The positions in this part that are kept, int64 ``[k]``, and their weights, float32 ``[k]``.
+    """
+    pairs = None if bands is None else checked_bands(bands)
+    ratios = [prune_ratio] if pairs is None else [ratio for _, ratio in pairs]
+    limits = [shard.finite_mean(scores)] if pairs is None else shard.quantiles(scores, [quantile for quantile, _ in pairs])
+    groups = _groups(scores.numpy(), limits)
+    keep, keys = np.ones(len(scores), bool), shard.keys(seed)
+    for number, ratio in enumerate(ratios, 1):
+        members = np.flatnonzero(groups == number)
+        dropped = shard.smallest(keys[members], _num_dropped(shard.total(len(members)), ratio))
+        keep[members[dropped.numpy()]] = False
+    return _weighted(keep, groups, ratios)
+
+
+def _weighted(keep: np.ndarray, groups: np.ndarray, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What is kept, and the weights that make up for what is dropped of its group."""
     kept = np.flatnonzero(keep)
     group, weights = groups.take(kept), np.ones(len(kept), np.float32)
     for number, ratio in enumerate(ratios, 1):  # several times faster than looking them up by group
@@ -104,6 +140,10 @@ def _groups(values: np.ndarray, limits: list[float]) -> np.ndarray:
     return np.where(below > 0, len(limits) + 1 - below, 0).astype(np.uint8) if len(limits) > 1 else below
 
 
+def _num_dropped(size: int, ratio: float) -> int:
+    return size - math.floor(size * (1 - ratio) + 1e-9)  # (1 - 0.9) * 10 must be 1
+
+
 def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.ndarray:
     """Draws ``m - floor((1 - ratio) m)`` of a group's ``m`` members, every choice as likely as any other.
 
@@ -120,7 +160,7 @@ def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.n
         Bool ``[N]``.
     """
     size = np.count_nonzero(members)
-    wanted = size - math.floor(size * (1 - ratio) + 1e-9)  # (1 - 0.9) * 10 must be 1
+    wanted = _num_dropped(size, ratio)
     dropped = np.zeros(len(members), bool)
     if not wanted:
         return dropped

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from composer_effalgos.plan import (
     Choice,
     EpochPlanner,
     PerSampleLoss,
+    Ranks,
     SampleRows,
     SampleTable,
     Selector,
+    ShardTable,
     check_budget,
     check_per_sample_loss,
     check_seed,
@@ -31,7 +34,7 @@ from composer_effalgos.plan import (
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.pruning.prune import finite_mean
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
-from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, check_kept, find_rule
+from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, check_kept, check_shard, find_rule
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
@@ -61,6 +64,10 @@ class Pruning(Selector, Algorithm):
         budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
             ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
             batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
+        shard: Whether each rank keeps the rows of its own part of the samples and 1 / ranks of each epoch's plan, for very large data sets.
+            As many samples are pruned, every choice as likely; which ones, and the order, are drawn by sample, so they are others than
+            without it, and the same on any number of ranks. ``scores`` are then this rank's. For the rules ``infobatch``, ``random``,
+            ``pdd``, ``ies`` and those of your own with ``pointwise`` or ``keep_part``; not with ``labels`` or ``SubsetSelection``.
 
     Raises:
         InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
@@ -86,6 +93,7 @@ class Pruning(Selector, Algorithm):
         seed: int | None = None,
         labels: Sequence[int] | Tensor | None = None,
         budget: Budget = 'trained',
+        shard: bool = False,
     ) -> None:
         self.rule = find_rule(rule)
         self._ratio: Callable[[float], float] = ratio_schedule(prune_ratio)
@@ -93,12 +101,14 @@ class Pruning(Selector, Algorithm):
         check_seed(seed)
         check_per_sample_loss(per_sample_loss)
         check_budget(budget)
+        check_shard(shard, self.rule, type(self).__name__, labels)
         self.prune_ratio = prune_ratio
         self.delta = delta
         self.per_sample_loss = per_sample_loss
         self.seed = seed
         self.labels = labels
         self.budget = budget
+        self.shard = shard
         self.samples_saved = 0
         self.epochs_pruned = 0
         self._decided = 0  # epochs in which the rule was asked what to prune
@@ -108,13 +118,15 @@ class Pruning(Selector, Algorithm):
         self._said: set[str] = set()
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.rule!r}, prune_ratio={self.prune_ratio!r}, delta={self.delta}, seed={self.seed})'
+        shard = ', shard=True' if self.shard else ''
+        return f'{type(self).__name__}({self.rule!r}, prune_ratio={self.prune_ratio!r}, delta={self.delta}, seed={self.seed}{shard})'
 
     @property
     def scores(self) -> Tensor:
         """The score of each sample, float32 ``[N]`` on the CPU; NaN where a sample has none yet, inf where its loss was not finite.
 
-        Within an epoch, what other ranks trained on comes in at its end.
+        Within an epoch, what other ranks trained on comes in at its end. With ``shard=True`` those of this rank's samples, ``rank``,
+        ``rank + ranks``, ..., as of the end of the last epoch.
         """
         if self._table is None:
             return torch.empty(0)
@@ -123,7 +135,7 @@ class Pruning(Selector, Algorithm):
 
     @property
     def sample_scores(self) -> Tensor | None:
-        return self.scores if self.rule.history else None
+        return self.scores if self.rule.history and not self.shard else None
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.FIT_START, Event.EPOCH_END, Event.FIT_END)
@@ -172,7 +184,8 @@ class Pruning(Selector, Algorithm):
         self._planner, self._state = EpochPlanner.of(state), state
         self._planner.selectors.add(self)
         self._planner.full_budget |= self.budget == 'full'
-        self._table = SampleTable(self._planner, self.rule.history, self.rule.decay)
+        about = self._planner, self.rule.history, self.rule.decay
+        self._table = ShardTable(*about, Ranks.of(state)) if self.shard else SampleTable(*about)
         self.samples_saved = self.epochs_pruned = self._decided = 0
         self._open_ended, self._said = False, set()
         if self.rule.history:
@@ -223,7 +236,8 @@ class Pruning(Selector, Algorithm):
         table, loader = self._known(), self._planner.loader
         rows = table.rows if candidates is None else table.rows.take(candidates)
         # an epoch that its samples have been through may have left some without a score: drop_last, a limit of batches
-        ready = not self.rule.history or (bool(rows.offered.all()) and 2 * int(rows.scored.sum()) > len(rows))
+        size = table.total(len(rows))
+        ready = not self.rule.history or (self._all_offered(rows) and 2 * table.total(int(rows.scored.sum())) > size)
         table.offer(candidates)
         if not ready or not self._wanted():
             return None
@@ -234,15 +248,15 @@ class Pruning(Selector, Algorithm):
         seed = self._state.rank_zero_seed if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch))
         asked = Epoch(epoch, total, progress, self._ratio(progress), generator, labels)
-        choice = self._ask(rows, asked, self._open_ended or self._within(epoch, progress))
-        if choice is None or self._too_few(len(choice.positions), len(rows), epoch):
+        choice = table.agreed(self._ask(rows, asked, self._open_ended or self._within(epoch, progress)))
+        if choice is None or self._too_few(choice.num_kept, size, epoch):
             return None
-        limit = len(rows) if loader.max_batches is None else loader.full_samples  # an epoch has no more samples than that
-        surplus = loader.surplus(len(choice.positions), self._planner.current_batch_size(), even=self._planner.in_step(self._state))
-        saved = min(len(rows), limit) - min(len(choice.positions) - surplus, limit)
+        limit = size if loader.max_batches is None else loader.full_samples  # an epoch has no more samples than that
+        surplus = loader.surplus(choice.num_kept, self._planner.current_batch_size(), even=self._planner.in_step(self._state))
+        saved = min(size, limit) - min(choice.num_kept - surplus, limit)
         self.samples_saved += saved
         self.epochs_pruned += saved > 0
-        loader.metrics.pruned_fraction = 1 - len(choice.positions) / len(rows)
+        loader.metrics.pruned_fraction = 1 - choice.num_kept / size
         return choice
 
     def _too_few(self, kept: int, candidates: int, epoch: int) -> bool:
@@ -262,7 +276,9 @@ class Pruning(Selector, Algorithm):
         """The rule's decision. Rules that go by scores see samples that have one, and all others are kept."""
         if pruning and self.rule.uses_ratio and epoch.prune_ratio == 0:
             return None
-        decide = self.rule.keep if pruning else self.rule.keep_at_end
+        decide: Callable[[SampleRows, Epoch], Any] = self.rule.keep if pruning else self.rule.keep_at_end
+        if pruning and isinstance(self._table, ShardTable):
+            decide = partial(self.rule.keep_part, shard=self._table.shard)
         self._decided += pruning
         if not self.rule.history or self.rule.takes_unscored or bool(rows.scored.all()):
             return _choice(self.rule, decide(rows, epoch), len(rows))
@@ -291,6 +307,10 @@ class Pruning(Selector, Algorithm):
 
     # ------------------------------------------------------------------ when
 
+    def _all_offered(self, rows: SampleRows) -> bool:
+        table = self._known()
+        return table.total(int(rows.offered.all())) == table.total(1)
+
     def _wanted(self) -> bool:
         """Whether the arguments ask for pruning at all."""
         return self.delta > 0 and not (self.rule.uses_ratio and self.prune_ratio == 0)
@@ -318,7 +338,7 @@ class Pruning(Selector, Algorithm):
         loader, end, now = self._planner.loader, self._planner.horizon.end, state.timestamp
         assert end is not None
         rows = self._known().rows
-        fresh = bool(self.rule.history) and not bool(rows.offered.all())
+        fresh = bool(self.rule.history) and not self._all_offered(rows)
         if not fresh and int(now.batch_in_epoch) == 0:
             return int(now.epoch), self._planner.horizon.progress(state)
         begins = {
@@ -333,9 +353,10 @@ class Pruning(Selector, Algorithm):
     def _log(self, logger: Logger) -> None:
         metrics = {'samples_saved': self.samples_saved, 'pruned_fraction': self._planner.loader.metrics.pruned_fraction}
         if self.rule.history:
-            rows = self._known().rows
-            scores = rows.scores[rows.scored]
-            metrics |= {'mean_score': finite_mean(scores.numpy()), 'not_finite': int(torch.isinf(scores).sum())}
+            table = self._known()
+            scores = table.rows.scores[table.rows.scored]
+            mean = table.shard.finite_mean(scores) if isinstance(table, ShardTable) else finite_mean(scores.numpy())
+            metrics |= {'mean_score': mean, 'not_finite': table.total(int(torch.isinf(scores).sum()))}
         logger.log_metrics({f'{type(self).__name__.lower()}/{name}': value for name, value in metrics.items()})
 
     def _say_once(self, what: str, message: str) -> None:
@@ -348,8 +369,12 @@ class Pruning(Selector, Algorithm):
         end = self._planner.horizon.end
         if event != Event.FIT_END or end is None or state.timestamp.get(end.unit) < end or self.epochs_pruned or not self._wanted():
             return
-        rows, limit = self._known().rows, self._planner.loader.max_batches
-        why = f'{int(rows.scored.sum())} of {len(rows)} samples have a score' if self.rule.history else 'the rule was never asked'
+        table, limit = self._known(), self._planner.loader.max_batches
+        why = (
+            f'{table.total(int(table.rows.scored.sum()))} of {len(table)} samples have a score'
+            if self.rule.history
+            else 'the rule was never asked'
+        )
         if self._decided:
             why = f'{type(self.rule).__name__} decided on {self._decided} of {int(state.timestamp.epoch)} epochs'
             few = ' or too few to train on' if 'too few' in self._said else ''

@@ -18,7 +18,7 @@ from composer_effalgos.pruning.rules.ucb import UcbRule
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 
-__all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'check_kept', 'find_rule']
+__all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'check_kept', 'check_shard', 'find_rule']
 
 RULES: dict[str, type[PruningRule]] = {
     'infobatch': InfoBatchRule,
@@ -31,6 +31,37 @@ RULES: dict[str, type[PruningRule]] = {
     'rho': RhoRule,
     'rcap': RcapRule,
 }
+
+
+def check_shard(shard: Any, rule: PruningRule, name: str, labels: Any) -> None:
+    """Refuses ``shard=True`` where ranks cannot decide on their own parts of the samples.
+
+    Args:
+        shard: The argument of this name.
+        rule: The rule.
+        name: The algorithm's, for the message.
+        labels: The argument of this name.
+
+    Raises:
+        InputError: Where that is so, or for something else than ``True`` or ``False``.
+    """
+    if not isinstance(shard, bool):
+        raise InputError(f'shard: expected True or False, got {shard!r}')
+    if not shard:
+        return
+    if labels is not None or rule.needs_labels:
+        what = 'class_balanced=True' if rule.needs_labels and labels is None else 'labels'
+        raise InputError(f'shard: {name}(shard=True) cannot be combined with {what}, a class for every sample on every rank; leave one out')
+    if not _in_parts(type(rule)) or not (rule.pointwise or rule.takes_unscored or not rule.history):
+        names = ', '.join(known for known, kind in RULES.items() if _in_parts(kind))
+        raise InputError(
+            f'shard: expected a rule that each rank can follow on its own part of the samples ({names}, or one of your own with pointwise '
+            f'or keep_part), got {type(rule).__name__}; leave shard out'
+        )
+
+
+def _in_parts(kind: type[PruningRule]) -> bool:
+    return kind.pointwise or kind.keep_part is not PruningRule.keep_part
 
 
 def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:

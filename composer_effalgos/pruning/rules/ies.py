@@ -27,6 +27,7 @@ class IesRule(PruningRule):
     window: int = 3
 
     uses_ratio = False
+    pointwise = True
 
     def __post_init__(self) -> None:
         check_number('rule.threshold', self.threshold, least=0)

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan import PerSampleLoss, SampleRows, per_sample_mean
-from composer_effalgos.pruning.prune import checked_bands, prune
+from composer_effalgos.plan import PerSampleLoss, SampleRows, Shard, per_sample_mean
+from composer_effalgos.pruning.prune import checked_bands, prune, prune_part
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
@@ -49,6 +49,13 @@ class InfoBatchRule(PruningRule):
         return per_sample_mean(self.score_by(step.outputs, step.batch)).float()
 
     def keep(self, table: SampleRows, epoch: Epoch) -> Kept:
-        scores = table.scores if bool(table.scored.all()) else torch.where(table.scored, table.scores, math.nan)
+        scores = _with_nan(table)
         labels = epoch.labels if self.class_balanced else None
         return prune(scores, epoch.prune_ratio, epoch.generator, bands=self.bands, labels=labels)
+
+    def keep_part(self, table: SampleRows, epoch: Epoch, shard: Shard) -> Kept:
+        return prune_part(_with_nan(table), epoch.prune_ratio, epoch.draw_seed(), shard, bands=self.bands)
+
+
+def _with_nan(table: SampleRows) -> Tensor:
+    return table.scores if bool(table.scored.all()) else torch.where(table.scored, table.scores, math.nan)

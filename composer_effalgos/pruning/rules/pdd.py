@@ -28,6 +28,7 @@ class PddRule(PruningRule):
     threshold: float = 0.3
 
     uses_ratio = False
+    pointwise = True
 
     def __post_init__(self) -> None:
         check_number('rule.threshold', self.threshold, above=0, most=1)

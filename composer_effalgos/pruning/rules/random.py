@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from composer_effalgos.plan import SampleRows
+from composer_effalgos.plan import SampleRows, Shard
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, num_kept
 from composer_effalgos.utils.checks import check_number
 
@@ -36,3 +36,8 @@ class RandomRule(PruningRule):
         shuffled = epoch.draw(size, size)
         least_trained = table.trained[shuffled].argsort(stable=True)[:count]
         return shuffled[least_trained].sort().values, None
+
+    def keep_part(self, table: SampleRows, epoch: Epoch, shard: Shard) -> Kept:
+        count = num_kept(shard.size, epoch.prune_ratio if self.gamma is None else 1 - self.gamma**epoch.number)
+        keys = table.trained.long() * shard.size + shard.keys(epoch.draw_seed())  # the least trained first, at random among them
+        return shard.smallest(keys, count).nonzero()[:, 0], None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan import SampleRows
+from composer_effalgos.plan import SampleRows, Shard
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import shown
 
@@ -58,6 +58,10 @@ class Epoch:
         """Draws ``count`` of ``size`` positions without replacement: int64 ``[count]``, in random order."""
         return torch.randperm(size, generator=self.generator)[:count]
 
+    def draw_seed(self) -> int:
+        """Draws a seed, in [0, 2**62)."""
+        return int(torch.randint(2**62, (), generator=self.generator))
+
 
 class PruningRule:
     """Scores samples while they are trained on, and decides before each epoch which of them to keep.
@@ -72,6 +76,8 @@ class PruningRule:
         uses_ratio: Whether ``prune_ratio`` decides how many are pruned, so that 0 prunes none.
         needs_labels: Whether ``keep`` needs ``epoch.labels``.
         takes_unscored: Whether the table may hold samples without a score. Otherwise ``keep`` does not see them, and they are kept.
+        pointwise: Whether ``keep`` decides on each row by that row and the epoch's numbers alone, without ``epoch.generator`` or a
+            statistic of others, so that it decides alike on any part of the table: it then works with ``shard=True`` as it is.
     """
 
     history: int = 1
@@ -79,6 +85,7 @@ class PruningRule:
     uses_ratio: bool = True
     needs_labels: bool = False
     takes_unscored: bool = False
+    pointwise: bool = False
 
     def new_data(self, num_samples: int) -> None:
         """Called when the dataset is known, and when ``fit`` brings another.
@@ -110,6 +117,22 @@ class PruningRule:
             their loss weights, float ``[k]``, finite, or ``None`` for ones. ``None`` in place of the two keeps everything.
         """
         raise NotImplementedError
+
+    def keep_part(self, table: SampleRows, epoch: Epoch, shard: Shard) -> Kept | None:
+        """Decides on this rank's part of the samples, where the table is sharded; called on all ranks at once.
+
+        A rule that is not ``pointwise`` works with ``shard=True`` if it defines this, and takes samples without a score. What all ranks
+        must know, and random numbers that do not depend on how many there are, come from ``shard``.
+
+        Args:
+            table: The rows of this rank's samples.
+            epoch: The epoch; its generator is in the same state on every rank.
+            shard: This rank's part of the samples.
+
+        Returns:
+            As :meth:`keep`, of the rows in ``table``.
+        """
+        return self.keep(table, epoch)
 
     def keep_at_end(self, table: SampleRows, epoch: Epoch) -> Kept | None:
         """Decides in the last ``1 - delta`` of the run, where everything is kept unless a rule says otherwise."""

@@ -1,0 +1,76 @@
+"""The sample table where each rank keeps the rows of its own part of the samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.core import State
+
+from composer_effalgos.plan.planner import EpochPlanner
+from composer_effalgos.plan.ranks import Ranks
+from composer_effalgos.plan.selector import Choice
+from composer_effalgos.plan.shard import Shard
+from composer_effalgos.plan.shard_loader import ShardPlan
+from composer_effalgos.plan.table import SAVED, SampleRows, SampleTable, scores_of
+
+
+class ShardTable(SampleTable):
+    """Keeps the rows of this rank's samples, ``rank``, ``rank + W``, ...; ``rows`` has these alone.
+
+    A rank notes scores of the samples that it trains on, which other ranks keep the rows of, as a rule: they go there once an epoch, and
+    when a checkpoint is written within one. A checkpoint holds the rows of all samples, as that of a table that is not sharded: rank 0
+    gathers them piece by piece, and holds all of them while it saves. So a run may go on with another number of ranks.
+
+    Args:
+        planner: The run's planner.
+        history: As for :class:`SampleTable`.
+        decay: As for :class:`SampleTable`.
+        ranks: The ranks.
+    """
+
+    def __init__(self, planner: EpochPlanner, history: int, decay: float, ranks: Ranks) -> None:
+        super().__init__(planner, history, decay)
+        self.shard = Shard(0, ranks)
+
+    def __len__(self) -> int:
+        return self.shard.size
+
+    def reset(self, num_samples: int) -> None:
+        self.shard = Shard(num_samples, self.shard.ranks)
+        super().reset(len(self.shard))
+
+    def total(self, number: int) -> int:
+        return self.shard.total(number)
+
+    def agreed(self, choice: Choice | None) -> Choice | None:
+        none, weighted = self.total(choice is None), self.total(choice is not None and choice.weights is not None)
+        if none == self.shard.ranks.world_size:
+            return None
+        positions, weights = (torch.arange(len(self.shard)), None) if choice is None else (choice.positions, choice.weights)
+        if weighted and weights is None:
+            weights = torch.ones(len(positions))
+        return Choice(positions, weights, self.total(len(positions)))
+
+    def of_this_rank(self) -> SampleRows:
+        """The rows as of the last exchange: what was noted since is of other ranks' samples."""
+        return self._rows
+
+    def of_all_ranks(self, state: State) -> SampleRows:
+        if self._noted is None:
+            return self._rows
+        return self._with([self.shard.to_owners(*scores_of(self._planner.loader.rank_order, self._noted))])
+
+    def end_epoch(self, state: State) -> None:
+        self.exchange(state)
+        plan = self._planner.loader.plan
+        assert isinstance(plan, ShardPlan)
+        self._rows.trained[plan.trained()] += 1
+
+    def state_dict(self, state: State | None) -> dict[str, Any]:
+        rows = self._rows if state is None else self.of_all_ranks(state)
+        return {name: self.shard.whole(getattr(rows, name)) for name in SAVED}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.shard = Shard(len(saved['scored']), self.shard.ranks)
+        self._rows, self._noted = SampleRows(*(self.shard.part(saved[name]).cpu() for name in SAVED)), None
