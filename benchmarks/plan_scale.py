@@ -3,12 +3,17 @@
 Planning is what every rank does once an epoch: ``ef.prune`` on the scores, ``plan_epoch`` on what is kept, and the rank's order,
 weights and batch boundaries. It is set against ``torch.randperm(N)``, which plain shuffling would cost, timed in turns with it. Each N
 has a process of its own; its peak memory is that of the first plan, scores and interpreter not counted.
+
+``--shard`` measures ``shard=True`` instead: each of ``--world-size`` processes on this machine keeps the rows of its own samples, they
+plan an epoch together over gloo, and bring the scores back to their owners. Peak memory has the table, the plan and the exchange in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +24,14 @@ from typing import Any
 
 import record
 import torch
+import torch.distributed
 from torch import Tensor
 
 from composer_effalgos import functional as ef
-from composer_effalgos.plan import EpochPlan, plan_epoch
+from composer_effalgos.plan import EpochPlan, Ranks, SampleRows, Shard, plan_epoch, stream_seed
+from composer_effalgos.plan.epoch import epoch_sizes
+from composer_effalgos.plan.shard_loader import ShardPlan
+from composer_effalgos.pruning.prune import prune_part
 
 WARM_UP = 10_000
 
@@ -84,6 +93,103 @@ def measure(samples: int, repeats: int, **settings: Any) -> dict[str, Any]:
     }
 
 
+def measure_shard(samples: int, *, prune_ratio: float, batch_size: int, world_size: int) -> dict[str, Any]:
+    """Plans one epoch as a rank of several that keep their own parts, in this process, which is one of them.
+
+    Args:
+        samples: N.
+        prune_ratio: As for InfoBatch.
+        batch_size: Samples per rank and batch.
+        world_size: Number of ranks.
+
+    Returns:
+        This rank's samples, those that it trains on, its CPU seconds to plan and to exchange scores, and its peak memory in bytes beyond
+        that of the interpreter.
+    """
+    torch.distributed.init_process_group('gloo')
+
+    def epoch(size: int) -> dict[str, Any]:
+        shard = Shard(size, Ranks())
+        rows = SampleRows.empty(1, len(shard))
+        rows.history[0].uniform_(generator=torch.Generator().manual_seed(shard.ranks.rank))
+
+        def plan() -> ShardPlan:
+            kept, weights = prune_part(rows.scores, prune_ratio, stream_seed(0, 10, 1), shard)
+            sizes = epoch_sizes(shard.total(len(kept)), batch_size, world_size)
+            return ShardPlan(kept, weights, tuple(sizes), shard=shard, seed=stream_seed(0, 0, 1)).dealt()
+
+        planned, seconds = _timed(plan)
+        order = planned.rank_order(shard.ranks.rank, world_size)
+        (positions, fresh), exchanged = _timed(lambda: shard.to_owners(order, torch.rand(len(order))))
+        rows.history[0, positions] = fresh
+        return {'own': len(shard), 'trained_on': len(order), 'plan_seconds': seconds, 'exchange_seconds': exchanged}
+
+    epoch(WARM_UP)
+    before = record.peak_bytes()
+    return {**epoch(samples), 'peak_bytes': record.peak_bytes() - before}
+
+
+def sharded(samples: int, world_size: int, options: Sequence[Any]) -> dict[str, Any]:
+    """Measures one N on ranks of this machine; of each number the largest of all ranks."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        meet = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': str(world_size)}
+    command = [sys.executable, __file__, '--one', '--shard', '--samples', samples, *options]
+    ranks = [
+        subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env={**os.environ, **meet, 'RANK': str(rank)})
+        for rank in range(world_size)
+    ]
+    found = [json.loads(rank.communicate()[0]) for rank in ranks]
+    row = {name: max(one[name] for one in found) for name in found[0]}
+    seconds = row['plan_seconds'] + row['exchange_seconds']
+    return {
+        'samples': samples,
+        **row,
+        'nanoseconds_per_own_sample': 1e9 * seconds / row['own'],
+        'bytes_per_own_sample': row['peak_bytes'] / row['own'],
+    }
+
+
+def markdown_sharded(results: dict[str, Any]) -> str:
+    """The results of ``--shard`` as a table, and what 1e9 samples would cost each of 64 ranks."""
+    settings, rows = results['settings'], results['rows']
+    text = (
+        f'`shard=True`, `prune_ratio` {settings["prune_ratio"]}, {settings["world_size"]} processes on one machine over gloo, uniform '
+        'scores. CPU seconds of a process, its waiting for the others included where it is busy; peak memory beyond the interpreter: the '
+        'table, the plan and both exchanges.\n\n'
+    )
+    header = [
+        'samples',
+        'a rank keeps',
+        'it trains on',
+        'plan, s',
+        'scores back, s',
+        'ns a sample it keeps',
+        'peak, GB',
+        'peak, bytes a sample it keeps',
+    ]
+    cells = [
+        [
+            f'{row["samples"]:,}',
+            f'{row["own"]:,}',
+            f'{row["trained_on"]:,}',
+            f'{row["plan_seconds"]:.3g}',
+            f'{row["exchange_seconds"]:.3g}',
+            f'{row["nanoseconds_per_own_sample"]:.0f}',
+            f'{row["peak_bytes"] / 1e9:.2f}',
+            f'{row["bytes_per_own_sample"]:.1f}',
+        ]
+        for row in rows
+    ]
+    last, own = rows[-1], 10**9 / 64
+    text += record.table(header, cells)
+    return text + (
+        f'\nIn proportion to the last row, 10^9 samples on 64 ranks are {own / 1e6:.1f} million a rank: '
+        f'{own * last["bytes_per_own_sample"] / 1e9:.2f} GB and {own * last["nanoseconds_per_own_sample"] / 1e9:.1f} s of CPU time an '
+        'epoch. The ranks of a real network wait longer for each other; that was not measured.\n'
+    )
+
+
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     """The result and the CPU seconds: all of this runs in one thread, and what else the machine does is not counted."""
     started = time.process_time()
@@ -125,24 +231,29 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     parser.add_argument('--prune-ratio', type=float, default=0.5)
     parser.add_argument('--batch-size', type=int, default=128, help='samples per rank and batch')
     parser.add_argument('--world-size', type=int, default=8, help='ranks')
+    parser.add_argument('--shard', action='store_true', help='with shard=True, on as many processes of this machine as there are ranks')
     parser.add_argument('--one', action='store_true', help='measure one size in this process and print JSON')
     args = parser.parse_args(argv)
     settings = {'prune_ratio': args.prune_ratio, 'batch_size': args.batch_size, 'world_size': args.world_size}
+    if args.one and args.shard:
+        print(json.dumps(measure_shard(int(args.samples[0]), **settings)))
+        return None
     if args.one:
         print(json.dumps(measure(int(args.samples[0]), args.repeats, **settings)))
         return None
     rows = []
+    options = [
+        part
+        for name in ('repeats', 'prune_ratio', 'batch_size', 'world_size')
+        for part in (f'--{name}'.replace('_', '-'), vars(args)[name])
+    ]
+    if args.shard:
+        rows = [sharded(int(samples), args.world_size, options) for samples in args.samples]
+        results = {'settings': settings, 'rows': rows}
+        target = record.write(args.out, 'plan_scale_sharded', results, markdown_sharded(results), title='Planning an epoch, shard=True')
+        print(target.read_text(encoding='utf-8'))
+        return target
     for samples in args.samples:
-        options = [
-            '--repeats',
-            args.repeats,
-            '--prune-ratio',
-            args.prune_ratio,
-            '--batch-size',
-            args.batch_size,
-            '--world-size',
-            args.world_size,
-        ]
         command = [sys.executable, __file__, '--one', '--samples', samples, *options]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout))

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from test_resume_entries import differences
 
 
 def assert_identical(one: dict, other: dict) -> None:
@@ -51,10 +52,29 @@ def test_killed_at_random_batches_on_two_ranks(train_small, kills):
     assert_identical(whole, train_small('killed', *arguments, ranks=2))
 
 
+@pytest.mark.distributed
+def test_killed_on_two_ranks_that_keep_their_own_scores(train_small, tmp_path):
+    """The checkpoints too are those of the run that was not killed, entry by entry, within an epoch and at its end."""
+    arguments = ['--batch-size', '4', '--simple', '--subset', 'none', '--shard']
+    whole = train_small('whole', *arguments, ranks=2)
+    train_small('killed', *arguments, '--kill-at', '17', ranks=2)
+    assert_identical(whole, train_small('killed', *arguments, ranks=2))
+    assert whole['saved'] > 0
+    saved = sorted(path.relative_to(tmp_path / 'whole') for path in (tmp_path / 'whole').rglob('checkpoints/**/ep*.pt'))
+    plans = []
+    for path in saved:
+        one, other = (torch.load(tmp_path / run / path, weights_only=False) for run in ('whole', 'killed'))
+        assert not differences(one['rng'], other['rng'])
+        assert not differences(one['state'], other['state'])
+        plans.append(one['state']['callbacks']['EpochPlanner']['plan'])
+    assert any(plan is not None for plan in plans)
+
+
+@pytest.mark.parametrize('shard', [[], ['--shard']], ids=['', 'sharded'])
 @pytest.mark.parametrize(('before', 'after'), [(1, 2), (2, 1)])
-def test_saved_on_some_ranks_and_resumed_on_others(train_small, before, after):
+def test_saved_on_some_ranks_and_resumed_on_others(train_small, before, after, shard):
     def batch(ranks):
-        return ['--simple', '--batch-size', str(8 // ranks), '--subset', 'none']
+        return ['--simple', '--batch-size', str(8 // ranks), '--subset', 'none', *shard]
 
     whole = train_small('whole', *batch(before), ranks=before)
     kill_at = 16  # within the second epoch, of 12 batches

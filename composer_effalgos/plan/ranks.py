@@ -94,7 +94,7 @@ def send(ranks: Ranks, to: Tensor, *columns: Tensor) -> list[Tensor]:
 
     Args:
         ranks: The ranks.
-        to: Rank of each row, int64 ``[n]``.
+        to: Rank of each row, of whole numbers, ``[n]``.
         *columns: What is sent of each row, ``[n]``.
 
     Returns:

@@ -41,7 +41,7 @@ class Shard:
         Args:
             number: This rank's.
         """
-        return int(self.ranks.total(torch.tensor([number])))
+        return int(self.ranks.total(torch.tensor([int(number)])))
 
     def keys(self, seed: int) -> Tensor:
         """A random key of each sample, all of them different, which depends on the sample and the seed alone.
@@ -127,7 +127,7 @@ class Shard:
         Returns:
             Positions in this rank's part, int64 ``[k]``, and their values, ``[k]``.
         """
-        found, came = send(self.ranks, samples % self.ranks.world_size, samples, values)
+        found, came = send(self.ranks, (samples % self.ranks.world_size).int(), samples, values)
         return found // self.ranks.world_size, came
 
     def whole(self, part: Tensor) -> Tensor | None:

@@ -128,8 +128,9 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
         return order.inverse(torch.arange(start + ranks.rank, shard.size, ranks.world_size)), None
     width = -(-shard.size // ranks.world_size)
     first = ranks.rank * width
-    positions = order(shard.samples[kept])
-    found, *came = send(ranks, positions // width, positions, *(() if weights is None else (weights,)))
+    positions = order(kept * ranks.world_size + ranks.rank)
+    found, *came = send(ranks, (positions // width).int(), positions, *(() if weights is None else (weights,)))
+    del positions  # large, like all that follows
     there = torch.zeros(max(0, min(width, shard.size - first)), dtype=torch.bool)
     there[found - first] = True
     columns = [there.nonzero()[:, 0] + first]
@@ -138,8 +139,9 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
         dense[found - first] = values
         columns.append(dense[there])
     sizes = torch.zeros(ranks.world_size, dtype=torch.int64)
-    sizes[ranks.rank] = len(found)
+    sizes[ranks.rank] = len(columns[0])
     before = int(ranks.total(sizes)[: ranks.rank].sum())
+    del found, came, there
     columns = [column[max(0, start - before) :] for column in columns]
     number = max(0, before - start)  # of the first of them, from start on
     parts = [slice((rank - number) % ranks.world_size, None, ranks.world_size) for rank in range(ranks.world_size)]

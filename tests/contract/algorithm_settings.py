@@ -101,6 +101,13 @@ SETTINGS: dict[str, Setting] = {
     'infobatch by class, moving average, bands': Setting(
         lambda samples: [InfoBatch(delta=1.0, score='ema', bands=[(0.3, 0.8), (0.6, 0.4)], class_balanced=True)]
     ),
+    'infobatch_sharded': Setting(lambda samples: [InfoBatch(delta=1.0, shard=True)]),
+    'infobatch_sharded by bands, moving average': Setting(
+        lambda samples: [InfoBatch(delta=1.0, shard=True, score='ema', bands=[(0.3, 0.8), (0.6, 0.4)])]
+    ),
+    'rule random, sharded, adabatch': Setting(
+        lambda samples: [Pruning('random', delta=1.0, shard=True), AdaBatch(schedule='0:16 20ba:32 3ep:24', lr='linear', global_sizes=True)]
+    ),
     'infobatch of token sequences': Setting(lambda samples: [InfoBatch(delta=1.0)], problem=tokens),
     **{f'rule {name}': Setting(functools.partial(with_rule, name)) for name in RULES},
     'adabatch': adabatch(growth_factor=2, interval='2ep', lr_factor=0.75),

@@ -35,6 +35,17 @@ class Epochs(Callback):
         self.batches.append(len(loader))
 
 
+def all_scores(algorithm: Pruning) -> torch.Tensor:
+    """The score of each sample, in the order of the samples; of sharded ones each rank knows its own alone."""
+    if not algorithm.shard:
+        return algorithm.scores
+    parts = dist.all_gather_object(algorithm.scores)
+    whole = torch.empty(sum(map(len, parts)))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
 def train(row: str) -> dict[str, Any]:
     """What one row came to, on this rank."""
     torch.manual_seed(0)
@@ -55,7 +66,7 @@ def train(row: str) -> dict[str, Any]:
     )
     trainer.fit()
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    scores = [algorithm.scores for algorithm in algorithms if isinstance(algorithm, Pruning) and algorithm.rule.history]
+    scores = [all_scores(algorithm) for algorithm in algorithms if isinstance(algorithm, Pruning) and algorithm.rule.history]
     trainer.close()
     return {**vars(epochs), 'model': weights, 'scores': scores}
 

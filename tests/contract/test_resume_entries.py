@@ -14,7 +14,7 @@ from composer_effalgos import EfficiencyMonitor, InfoBatch
 from composer_effalgos.utils.errors import CheckpointError
 
 SAMPLES = 203
-QUICK = ('infobatch', 'all')  # the others are for the long run
+QUICK = ('infobatch', 'infobatch_sharded', 'all')  # the others are for the long run
 # of the clock on the wall, of the process, or of the folder
 TIMES = {
     'total_wct',

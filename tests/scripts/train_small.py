@@ -62,8 +62,8 @@ def small_images() -> ImageArray:
 class Watch(Callback):
     """Notes which samples each epoch trains on, and kills the process when told to."""
 
-    def __init__(self, kill_at: int | None) -> None:
-        self.kill_at = kill_at
+    def __init__(self, kill_at: int | None, shard: bool = False) -> None:
+        self.kill_at, self.shard = kill_at, shard
         self.epochs: dict[int, dict] = {}
 
     def batch_end(self, state, logger):
@@ -78,7 +78,7 @@ class Watch(Callback):
             'weights': [1.0] * len(loader.rank_order) if weights is None else weights.tolist(),
             'batches': len(loader),
             'start': loader.plan.start,
-            'kept': len(loader.plan.kept),
+            'kept': loader.plan.num_samples if self.shard else len(loader.plan.kept),
         }
 
 
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument('--packed', type=Path, help='what effalgos convert wrote of the digits, for ffcv and mds')
     parser.add_argument('--images', action='store_true', help='images and augmentation that either loader can read')
     parser.add_argument('--rule', help="a pruning rule in InfoBatch's place; 'own' is that of own_rule.py")
+    parser.add_argument('--shard', action='store_true', help='each rank keeps the scores of its own samples')
     parser.add_argument('--subset', default='gradmatch')
     parser.add_argument('--backend', default='torch')
     parser.add_argument('--unused', action='store_true', help='with an algorithm that makes DDP look for unused parameters')
@@ -123,9 +124,9 @@ def main() -> None:
     else:
         dataset = small_images() if options.images else Augmented(augment=not options.simple)
     if options.rule is None:
-        pruning = InfoBatch(0.5, 0.9)
+        pruning = InfoBatch(0.5, 0.9, shard=options.shard)
     else:
-        pruning = Pruning(HardOrRising() if options.rule == 'own' else options.rule, prune_ratio=0.4, delta=0.9)
+        pruning = Pruning(HardOrRising() if options.rule == 'own' else options.rule, prune_ratio=0.4, delta=0.9, shard=options.shard)
     algorithms = [pruning, AdaBatch(2, '25ba' if not options.simple else '2ep', lr_factor=0.75)]
     if options.subset != 'none':
         subset = {'backend': options.backend, 'kappa': options.kappa, 'val_share': options.val_share}
@@ -134,7 +135,7 @@ def main() -> None:
         algorithms += [BlurPool(min_channels=1), SqueezeExcite(latent_channels=2, min_channels=4), EMA(half_life='10ba')]
     if options.unused:
         algorithms.append(LayerFreezing(freeze_start=1.0, freeze_level=0.0))
-    watch = Watch(options.kill_at)
+    watch = Watch(options.kill_at, options.shard)
     drop_last = options.simple  # a last batch that is not full is shared out differently over different ranks
     if options.loader in ('device', 'ffcv'):
         make = DeviceDataLoader if options.loader == 'device' else FfcvDataLoader
@@ -168,6 +169,10 @@ def main() -> None:
     )
     trainer.fit()
     scores = algorithms[0].scores
+    if options.shard:
+        parts, scores = dist.all_gather_object(scores), torch.empty(len(dataset))
+        for rank, part in enumerate(parts):
+            scores[rank :: len(parts)] = part
     everyone = dist.all_gather_object(watch.epochs)
     if dist.get_global_rank() == 0:
         torch.save(
