@@ -19,7 +19,6 @@ from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
 from composer_effalgos.plan.order import OrderCheck
-from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -156,11 +155,10 @@ class EpochPlanner(Callback):
         self.horizon.fit_start(state, None if self._loaded is None else self._loaded['planned_end'])
         # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
         warnings.filterwarnings('ignore', message='Cannot split tensor of length')
-        loader = self.loader
-        loader.note_microbatch(state)
+        self.loader.note_microbatch(state)
         if self.loss is not None:
             self.loss.begin_fit()
-        self._order = OrderCheck(state, loader.seed)
+        self._order = OrderCheck(state, self.loader.seed)
         self._warn_of_duration(state)
         in_epoch = int(state.timestamp.batch_in_epoch)
         if state.timestamp.epoch == 0 and in_epoch == 0:
@@ -179,9 +177,9 @@ class EpochPlanner(Callback):
         if in_epoch > 0:
             self._resume(state)
         else:
-            loader.plan = None
+            self.loader.plan = None
         self._loaded, self._started = None, True
-        self.clock.start(state, loader)
+        self.clock.start(state, self.loader)
 
     def _convert_budget(self, state: State) -> None:
         full = {TimeUnit.SAMPLE: self.loader.full_samples}
@@ -330,7 +328,7 @@ class EpochPlanner(Callback):
             seed=state.rank_zero_seed,
             rank=dist.get_global_rank(),
             world_size=dist.get_world_size(),
-            ranks=Ranks.of(state) if self.selectors.shard else None,
+            ranks=self.selectors.ranks(state),
         )
         self.loader.by_position = bool(self.by_position)
         self.loader.catch_up(state)

@@ -11,6 +11,8 @@ from composer.core import State
 from composer.utils import dist
 from torch import Tensor
 
+from composer_effalgos.utils.errors import InputError
+
 _PIECE = 1 << 24  # rows of all ranks that are gathered at a time
 
 
@@ -35,7 +37,15 @@ class Ranks:
 
         Args:
             state: The trainer's state.
+
+        Raises:
+            InputError: With FSDP's sharded checkpoints, which save what is the same on every rank.
         """
+        if state.fsdp_sharded_state_dict_enabled:
+            raise InputError(
+                "shard: cannot be combined with FSDP's sharded checkpoints, which hold what is the same on every rank; leave shard out, or "
+                "set state_dict_type='full'"
+            )
         return cls(state.device.tensor_to_device(torch.empty(0)).device)
 
     def total(self, values: Tensor) -> Tensor:
@@ -105,6 +115,7 @@ def send(ranks: Ranks, to: Tensor, *columns: Tensor) -> list[Tensor]:
     counts = torch.bincount(to, minlength=ranks.world_size).tolist()
     # NumPy sorts integers of 16 bits by counting them
     order = torch.from_numpy(np.argsort(to.numpy().astype(np.uint16 if ranks.world_size < 2**16 else np.int64), kind='stable'))
+    order = order.int() if len(order) < 2**31 else order  # half as wide where that is enough
     return [ranks.swap(column.index_select(0, order), counts) for column in columns]
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 from composer.core import State
 from torch import Tensor
 
+from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.utils.errors import InputError
 
 _TWICE = {
@@ -132,10 +133,13 @@ class Selectors:
         """Whether one of them is fine."""
         return any(selector.stage == 'fine' for selector in self._items)
 
-    @property
-    def shard(self) -> bool:
-        """Whether each rank decides on its own part of the samples."""
-        return any(selector.shard for selector in self._items)
+    def ranks(self, state: State) -> Ranks | None:
+        """The ranks, where each of them decides on its own part of the samples.
+
+        Args:
+            state: The trainer's state.
+        """
+        return Ranks.of(state) if any(selector.shard for selector in self._items) else None
 
     @property
     def sample_scores(self) -> Tensor | None:

@@ -127,8 +127,10 @@ class Shard:
         Returns:
             Positions in this rank's part, int64 ``[k]``, and their values, ``[k]``.
         """
-        found, came = send(self.ranks, (samples % self.ranks.world_size).int(), samples, values)
-        return found // self.ranks.world_size, came
+        positions = samples // self.ranks.world_size
+        positions = positions.int() if self.size < 2**31 else positions  # half as wide where that is enough
+        found, came = send(self.ranks, (samples % self.ranks.world_size).int(), positions, values)
+        return found.long(), came
 
     def whole(self, part: Tensor) -> Tensor | None:
         """The rows of all ranks, on rank 0; see :func:`~composer_effalgos.plan.ranks.whole`."""

@@ -201,3 +201,20 @@ def checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     if not 0 < len(pairs) < 250 or [q for q, _ in pairs] != sorted({q for q, _ in pairs}):
         raise InputError(f'bands: quantiles must ascend, got {[q for q, _ in pairs]}')
     return pairs
+
+
+def least_kept(candidates: int, global_batch: int, world_size: int = 1) -> int:
+    """How many samples a pruned epoch has at least.
+
+    An epoch is one share of the learning-rate schedule, however few samples it has. One that is less than a batch would take that share in
+    a step on a handful of samples, so everything is trained on instead.
+
+    Args:
+        candidates: Samples that the epoch may train on.
+        global_batch: Samples of a batch, over all ranks.
+        world_size: Number of ranks, each of which needs a sample.
+
+    Returns:
+        A global batch, or half of the candidates where they make less than two.
+    """
+    return max(world_size, min(global_batch, candidates // 2))

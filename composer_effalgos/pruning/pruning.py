@@ -32,7 +32,7 @@ from composer_effalgos.plan import (
     tokens_per_sample,
 )
 from composer_effalgos.plan.sharded import pack, unpack
-from composer_effalgos.pruning.prune import finite_mean
+from composer_effalgos.pruning.prune import finite_mean, least_kept
 from composer_effalgos.pruning.ratio import Ratio, ratio_schedule
 from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, check_kept, check_shard, find_rule
 from composer_effalgos.utils.checks import check_number
@@ -387,20 +387,3 @@ class Pruning(Selector, Algorithm):
 def _choice(rule: PruningRule, answer: Any, size: int) -> Choice | None:
     kept = check_kept(rule, answer, size)
     return None if kept is None else Choice(*kept)
-
-
-def least_kept(candidates: int, global_batch: int, world_size: int = 1) -> int:
-    """How many samples a pruned epoch has at least.
-
-    An epoch is one share of the learning-rate schedule, however few samples it has. One that is less than a batch would take that share in
-    a step on a handful of samples, so everything is trained on instead.
-
-    Args:
-        candidates: Samples that the epoch may train on.
-        global_batch: Samples of a batch, over all ranks.
-        world_size: Number of ranks, each of which needs a sample.
-
-    Returns:
-        A global batch, or half of the candidates where they make less than two.
-    """
-    return max(world_size, min(global_batch, candidates // 2))

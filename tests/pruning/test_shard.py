@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from composer.core import State
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks_in_threads import on_ranks
@@ -199,6 +200,12 @@ def test_refused_with_a_subset(make_trainer, first):
     algorithms = [InfoBatch(shard=True), SubsetSelection('random', 0.5, '2ep')]
     with pytest.raises(InputError, match=r'InfoBatch\(shard=True\) cannot be combined with SubsetSelection'):
         make_trainer(algorithms[::-1] if first else algorithms)
+
+
+def test_refused_with_sharded_checkpoints(make_trainer, monkeypatch):
+    monkeypatch.setattr(State, 'fsdp_sharded_state_dict_enabled', True)
+    with pytest.raises(InputError, match="shard: cannot be combined with FSDP's sharded checkpoints"):
+        make_trainer([InfoBatch(shard=True)])
 
 
 def test_refused_where_the_order_goes_by_shards(make_trainer, problem):
