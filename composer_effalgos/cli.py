@@ -186,7 +186,7 @@ def interpolate(
     from composer_effalgos import landscape
 
     if out.exists() and not out.is_dir():
-        raise InputError(f'--out: {out} is a file; expected a folder')
+        raise InputError(f'--out: expected a folder, got the file {out}')
     settings = landscape.Settings(points, samples, sharpness_samples, batch_size, tuple(epsilon), subspace, iterations, seed)
     study = landscape.interpolate(a, b, load_recipe(recipe, overrides or []), settings, progress=typer.echo)
     for path in study.write(out, (name_a, name_b)):
@@ -222,7 +222,7 @@ def check_data(
 ) -> None:
     """Decode every image of a data set; list those that are broken and end with status 1 if there are any."""
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f'--out: {out}: expected a file in a folder that exists')
+        raise InputError(f'--out: expected a file in a folder that exists, got {out}')
     if source.is_dir():
         data = DatasetRecipe(name='image_folder', batch_size=1, path=str(source))
     else:

@@ -131,7 +131,9 @@ class EfficiencyMonitor(Callback):
         try:
             self.recipe = json.loads(json.dumps(recipe or {}))
         except TypeError as error:
-            raise InputError(f'EfficiencyMonitor recipe: {error}; give plain dicts, lists, strings, numbers, booleans and None') from error
+            raise InputError(
+                f'recipe: expected plain dicts, lists, strings, numbers, booleans and None, got something else ({error})'
+            ) from error
         self.save_folder = Path(save_folder)
         self._epochs: dict[int, _Epoch] = {}
         self._running = _Running()
@@ -167,9 +169,9 @@ class EfficiencyMonitor(Callback):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f'save_folder {str(self.save_folder)!r}: {folder} cannot be made ({error.strerror})') from error
+                raise InputError(f'save_folder: expected a folder that can be made, got {folder} ({error.strerror})') from error
             if not os.access(folder, os.W_OK):
-                raise InputError(f'save_folder {str(self.save_folder)!r}: {folder} is not writable')
+                raise InputError(f'save_folder: expected a folder that can be written, got {folder}')
 
     def fit_start(self, state: State, logger: Logger) -> None:
         # After fit(reset_time=True) the epochs are counted from 0 again: what was recorded beyond now is of another run.

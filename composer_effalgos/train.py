@@ -48,7 +48,7 @@ def train(recipe: Recipe) -> None:
             raise refused from error
     elif not recipe.trainer.get('autoresume', False):
         raise InputError(
-            f'{recipe.source}: max_duration: {recipe.max_duration}, but the checkpoint has reached {elapsed.to_timestring()} already'
+            f'{recipe.source}: max_duration: expected more than the {elapsed.to_timestring()} of the checkpoint, got {recipe.max_duration}'
         )
     trainer.close()
 

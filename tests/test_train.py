@@ -148,7 +148,7 @@ def test_checkpoints_of_finished_runs(recipe_file, tmp_path, capfd):
     before = latest.resolve().stat().st_mtime_ns
     capfd.readouterr()
     assert 'choose another run_name' in refused(capfd, *saving)
-    assert 'has reached 1ep already' in refused(capfd, *saving, f'load_path={latest}', 'run_name=other')
+    assert 'max_duration: expected more than the 1ep of the checkpoint' in refused(capfd, *saving, f'load_path={latest}', 'run_name=other')
     assert 'checkpoint is of another model' in refused(capfd, *saving, f'load_path={latest}', 'run_name=other', 'model.name=resnet56_cifar')
     # Nothing is left to do, and nothing is done
     assert main([*saving, 'autoresume=true']) == 0
@@ -282,8 +282,8 @@ def test_unknown_placeholders_in_load_path_are_refused(recipe_file, capfd, path)
 @pytest.mark.parametrize(
     ('override', 'expected'),
     [
-        ('dataset.batch_size=65', 'dataset.batch_size: 65 is larger than the data set of 64 samples'),
-        ('model.num_classes=3', 'model.num_classes: 3, but the data set has 4 classes'),
+        ('dataset.batch_size=65', 'dataset.batch_size: expected at most the 64 samples of the data set, got 65'),
+        ('model.num_classes=3', 'model.num_classes: expected at least the 4 classes of the data set, got 3'),
         ('model.name=resnet21_cifar', 'model.name'),
         ('optimizer.lr=-1', 'optimizer: Invalid learning rate'),
         ('scheduler.max_lr=0', 'scheduler: max_lr: expected a number greater than 0, got 0'),
@@ -306,7 +306,7 @@ def test_what_cannot_run_is_refused_with_nothing_written(recipe_file, tmp_path, 
 
 
 def test_a_network_for_images_of_another_size_is_refused(recipe_file, capfd):
-    assert 'model.image_size: the network is for images of 32x32 pixels, got 8x8' in refused(capfd, recipe_file, 'model.name=keskar_c1')
+    assert 'model.image_size: expected the size of the images, 8x8 pixels, got 32x32' in refused(capfd, recipe_file, 'model.name=keskar_c1')
 
 
 def test_a_schedules_time_below_a_batch_is_refused(recipe_file, capfd):
@@ -318,7 +318,7 @@ def test_a_schedules_time_below_a_batch_is_refused(recipe_file, capfd):
 def test_missing_data_is_refused(recipe_file, tmp_path, capfd, name):
     nowhere = tmp_path / 'nowhere'
     recipe_file.write_text(re.sub('dataset:.*', f'dataset: {{name: {name}, path: {nowhere}, batch_size: 4}}', recipe_file.read_text()))
-    assert f'dataset.path: no folder {nowhere}' in refused(capfd, recipe_file)
+    assert f'got {nowhere}, which is no folder' in refused(capfd, recipe_file)
     nowhere.mkdir()
     assert str(nowhere) in refused(capfd, recipe_file)
 
@@ -433,7 +433,10 @@ def test_two_ranks_share_the_batch(recipe_file, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ('override', 'line'),
-    [('dataset.batch_size=15', 'dataset.batch_size: 15 is not divisible by the 2 ranks'), ('optimiser.lr=1', 'optimiser: unknown key')],
+    [
+        ('dataset.batch_size=15', 'dataset.batch_size: expected a multiple of the 2 ranks, got 15'),
+        ('optimiser.lr=1', 'optimiser: unknown key'),
+    ],
 )
 def test_two_ranks_refuse_once(recipe_file, override, line):
     """After the ranks have met, and before."""

@@ -26,7 +26,7 @@ from composer_effalgos.adabatch.sizes import Size, Sizes
 from composer_effalgos.plan import BatchSize, EpochPlanner
 from composer_effalgos.plan.clock import is_composer_schedule
 from composer_effalgos.plan.progress import Progress, progress_of
-from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.checks import check_number, check_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import shown
 
@@ -102,8 +102,8 @@ class AdaBatch(Algorithm):
     ) -> None:
         check_number('growth_factor', growth_factor, above=1, most=_LARGEST_FACTOR)
         check_number('lr_factor', lr_factor, least=1 / _LARGEST_FACTOR, most=_LARGEST_FACTOR)
-        if max_batch_size is not None and (isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1):
-            raise InputError(f'max_batch_size: expected a whole number of samples per rank, at least 1, got {max_batch_size!r}')
+        if max_batch_size is not None:
+            check_whole('max_batch_size', max_batch_size, least=1, what='a whole number of samples per rank')
         _check_one({'interval': interval, 'milestones': milestones, 'policy': policy, 'schedule': schedule})
         _check_lr(lr, lr_factor, beta2)
         if schedule is not None:
@@ -127,7 +127,10 @@ class AdaBatch(Algorithm):
             self.policy = Every('20ep' if interval is None else interval) if milestones is None else Milestones(milestones)
         if isinstance(self.policy, Seesaw):
             if lr_factor != 1 or lr == 'none':
-                raise InputError("lr: expected 'auto', 'sqrt' or 'linear' beside seesaw, which couples the learning rate to the batch size")
+                got = "'none'" if lr == 'none' else f'lr_factor={lr_factor}'
+                raise InputError(
+                    f"lr: expected 'auto', 'sqrt' or 'linear' beside seesaw, which couples the learning rate to the batch size, got {got}"
+                )
             self.lr, self.policy.growth_factor = lr or 'auto', growth_factor
         if isinstance(self.policy, SizePolicy) and max_batch_size is not None and max(self.policy.known_sizes, default=0) > max_batch_size:
             raise InputError(f'max_batch_size: expected at least the {max(self.policy.known_sizes)} of the schedule, got {max_batch_size}')
@@ -255,7 +258,7 @@ class AdaBatch(Algorithm):
         progress = progress_of(state)
         if progress.batch > 0 and progress.token == 0 and any(time.unit == TimeUnit.TOKEN for time in getattr(self.policy, 'times', ())):
             raise InputError(
-                f'{self._when()}: counts tokens, but the batches have none; give samples, or get_num_tokens_in_batch in a DataSpec'
+                f'{self._when()}: expected batches with tokens to count, got none; give samples, or get_num_tokens_in_batch in a DataSpec'
             )
         size, before = self._size_at(progress), self._size
         self._size = size
@@ -302,8 +305,8 @@ class AdaBatch(Algorithm):
         logarithm = growths * math.log10(self.lr_factor)
         if not _SCALES[0] <= logarithm <= _SCALES[1]:
             raise InputError(
-                f'lr_factor: {self.lr_factor} at each of {growths} growths multiplies the learning rate by 1e{logarithm:+.0f}; '
-                'a factor nearer to 1, or fewer growths, are right'
+                f'lr_factor: expected a factor nearer to 1, or fewer growths, got {self.lr_factor} at each of {growths} growths, which '
+                f'multiplies the learning rate by 1e{logarithm:+.0f}'
             )
         return self.lr_factor**growths
 

@@ -17,7 +17,7 @@ from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.plan.progress import Progress
-from composer_effalgos.utils.checks import LARGEST, check_number
+from composer_effalgos.utils.checks import LARGEST, check_number, check_whole
 from composer_effalgos.utils.errors import InputError
 
 
@@ -66,8 +66,7 @@ class GradientNoise(Watching):
 
     def __init__(self, window: str | int | Time, measure_every: int, decay: float) -> None:
         check_number('decay', decay, least=0, below=1)
-        if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 1:
-            raise InputError(f'measure_every: expected a whole number of batches, at least 1, got {measure_every!r}')
+        check_whole('measure_every', measure_every, least=1, what='a whole number of batches')
         self.measure_every, self.decay = measure_every, decay
         self._hooks: list[Any] = []  # on the parameters, while a batch is measured
         self._measuring = False

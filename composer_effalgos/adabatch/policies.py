@@ -20,7 +20,7 @@ from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.plan.progress import Progress, parse_time, times_passed
-from composer_effalgos.utils.checks import LARGEST, check_number
+from composer_effalgos.utils.checks import LARGEST, check_number, check_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 
@@ -86,8 +86,7 @@ class LossPlateau(Watching):
     """
 
     def __init__(self, patience: int = 2, threshold: float = 0.01, window: str | int | Time = '1ep') -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-            raise InputError(f'patience: expected a whole number of windows, at least 0, got {patience!r}')
+        check_whole('patience', patience, least=0, what='a whole number of windows')
         check_number('threshold', threshold, least=0, most=LARGEST)
         self.patience, self.threshold = patience, threshold
         super().__init__(window)

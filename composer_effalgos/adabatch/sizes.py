@@ -57,9 +57,7 @@ class Sizes:
             size = initial if wanted is None else self.per_rank(wanted, loader.world_size)
             return Size(min(size, limit), refused=_refusal(size, why, limit) if size > limit else '')
         if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
-            raise InputError(
-                f'policy: must give how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}'
-            )
+            raise InputError(f'policy: expected how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}')
         wanted = wanted if isinstance(self._policy, Seesaw) else max(asked, wanted)
         growths = min(wanted, math.ceil(math.log((limit + 1) / initial, self._factor)))
         while round(initial * self._factor**growths) > limit:

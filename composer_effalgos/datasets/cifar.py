@@ -217,7 +217,7 @@ def _from_torchvision(
         data = kind.source(path, train=train, download=download)
     except (RuntimeError, OSError) as error:
         reason = ' '.join(str(error).split())
-        raise InputError(f'dataset.path: {path}: no usable {kind.name} ({reason}); expected a folder with {contents}') from error
+        raise InputError(f'dataset.path: expected a folder with {contents} for {kind.name}, got {path} ({reason})') from error
     targets = torch.tensor(data.targets)
     rows = altered.rows(targets, kind.num_classes)
     return data.data[rows.numpy()], targets[rows], list(data.classes)

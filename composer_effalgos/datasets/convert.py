@@ -56,7 +56,7 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
         InputError: Unknown names, data that cannot be read, output that is there or cannot be written.
     """
     if to not in {**FORMATS, **TEXT_FORMATS}:
-        raise InputError(f'--to: {to!r} is no format; {did_you_mean(to, {**FORMATS, **TEXT_FORMATS})}')
+        raise InputError(f'--to: expected a format, got {to!r}; {did_you_mean(to, {**FORMATS, **TEXT_FORMATS})}')
     name, settings = _source(source, overrides)
     formats: Mapping[str, tuple[Callable[..., None], str]] = TEXT_FORMATS if name in TEXT else FORMATS
     if to not in formats:
@@ -65,7 +65,7 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     targets = {split: out / f'{"val" if split == "eval" and name in TEXT else split}{ending}' for split in SPLITS}
     for target in targets.values():
         if target.exists():
-            raise InputError(f'{target} is there already; remove it or give another --out')
+            raise InputError(f'--out: expected none of its files to exist, got {target}; remove it or give another --out')
     if name in TEXT:
         return _convert_text(source, name, settings, to, targets, shard_bytes, shuffle)
     datasets = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
@@ -136,10 +136,10 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
         data = load_recipe(source, overrides).dataset
         return data.name, {'path': data.path, **data.options}
     if source not in DATASETS:
-        raise InputError(f'{source}: neither a recipe (*.yaml) nor a data set; {did_you_mean(source, DATASETS)}')
+        raise InputError(f'SOURCE: expected a recipe (*.yaml) or the name of a data set, got {source!r}; {did_you_mean(source, DATASETS)}')
     for override in overrides:
         if '=' not in override:
-            raise InputError(f'{override}: expected key=value, an option of {source} such as path=data')
+            raise InputError(f'override {override!r}: expected key=value, an option of {source} such as path=data')
     settings = merge_settings(source, {}, overrides, example='path=data')
     for key in ('name', 'split'):
         if key in settings:

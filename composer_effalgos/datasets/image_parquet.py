@@ -89,4 +89,4 @@ def _eval_file(folder: Path) -> Path:
     for name in ('test.parquet', 'val.parquet'):
         if (folder / name).is_file():
             return folder / name
-    raise InputError(f'dataset.path: {folder} has no test.parquet or val.parquet; image_parquet expects one of them beside train.parquet')
+    raise InputError(f'dataset.path: expected test.parquet or val.parquet beside train.parquet, got {folder} without them')

@@ -287,12 +287,12 @@ def data_folder(name: str, path: str | None, contents: str) -> Path:
         InputError: No path, no such folder, or an empty one.
     """
     if path is None:
-        raise InputError(f'dataset.path: {name} needs a folder with {contents}')
+        raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got none')
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InputError(f'dataset.path: no folder {path}; {name} expects one with {contents}')
+        raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got {path}, which is no folder')
     if not any(folder.iterdir()):
-        raise InputError(f'dataset.path: {path} is empty; {name} expects a folder with {contents}')
+        raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got {path}, which is empty')
     return folder
 
 

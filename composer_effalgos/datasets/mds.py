@@ -106,7 +106,9 @@ class Shards:
         kept, pil = set(), None
         for key, (column, known) in columns.items():
             if column not in encodings:
-                raise InputError(f'dataset.{key}: {self.folder} has no column {column!r}; it has {", ".join(sorted(encodings))[:200]}')
+                raise InputError(
+                    f'dataset.{key}: expected a column of {self.folder}, got {column!r}; it has {", ".join(sorted(encodings))[:200]}'
+                )
             kind = encodings[column].partition(':')[0]
             if kind not in known:
                 wanted = ', '.join(known)

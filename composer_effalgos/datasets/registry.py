@@ -64,8 +64,8 @@ def build_dataset(name: str, split: Split, *, path: str | None = None, **options
         InputError: Unknown name or option, missing or empty folder, columns or files that are not there, labels out of range.
     """
     if name not in DATASETS:
-        raise InputError(f'dataset.name: {name!r} is no data set; {did_you_mean(name, DATASETS)}')
+        raise InputError(f'dataset.name: expected a data set, got {name!r}; {did_you_mean(name, DATASETS)}')
     if split not in ('train', 'eval'):
-        raise InputError(f"dataset split: {split!r} is no split; known: 'train', 'eval'")
+        raise InputError(f"split: expected 'train' or 'eval', got {split!r}")
     options = check_arguments('dataset', DATASETS[name], options, given=('split', 'path'))
     return DATASETS[name](split, path, **options)

@@ -217,7 +217,9 @@ def split_transform(transform: Any) -> tuple[list[Callable[[Any], Any]], BatchTr
             raise _cannot(step)
         stage = rank
     if not to_float:
-        raise InputError('DeviceDataLoader: needs a transform that ends in ToTensor or ToDtype(torch.float32, scale=True)')
+        raise InputError(
+            'DeviceDataLoader: expected a transform with ToTensor or ToDtype(torch.float32, scale=True) at its end, got one without'
+        )
     return fixed, found
 
 
@@ -269,7 +271,7 @@ def _is_zero(fill: Any) -> bool:
 
 def _cannot(step: Any) -> InputError:
     return InputError(
-        f'DeviceDataLoader: cannot run {" ".join(repr(step).split())} here; it takes Resize and CenterCrop, then '
-        'RandomCrop, RandomHorizontalFlip, Resize, ToTensor, Normalize, Cutout, in this order; use worker processes (in a recipe '
-        '`loader: workers`) for others'
+        'DeviceDataLoader: expected a transform of Resize and CenterCrop, then RandomCrop, RandomHorizontalFlip, Resize, ToTensor, '
+        f'Normalize, Cutout, in this order, got {" ".join(repr(step).split())}; use worker processes (in a recipe `loader: workers`) '
+        'for others'
     )

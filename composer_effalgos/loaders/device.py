@@ -154,8 +154,8 @@ class DeviceDataLoader(BatchReader):
                 if image.shape != images.shape[1:]:
                     height, width = images.shape[1:3]
                     raise InputError(
-                        f'DeviceDataLoader: sample {done} has {image.shape[1]}x{image.shape[0]} pixels, those before it {width}x{height}; '
-                        'all must have one size: resize them first (a Resize at the head of the transform)'
+                        f'DeviceDataLoader: expected images of one size, {width}x{height}, got {image.shape[1]}x{image.shape[0]} for '
+                        f'sample {done}; resize them first (a Resize at the head of the transform)'
                     )
                 images[done] = torch.from_numpy(image)
                 labels[done] = int(label)
@@ -183,7 +183,7 @@ class _ToStore:
         for step in self.steps:
             image = step(image)
         if not isinstance(image, Image.Image):
-            raise InputError(f'DeviceDataLoader: takes PIL images before the transform, got {type(image).__name__}')
+            raise InputError(f'DeviceDataLoader: expected PIL images before the transform, got {type(image).__name__}')
         return np.array(image.convert('RGB'))
 
 
@@ -192,8 +192,8 @@ def _innermost(dataset: Any) -> Any:
         dataset = dataset.dataset
     if getattr(dataset, 'transform', None) is None:
         raise InputError(
-            f'DeviceDataLoader: needs a data set whose attribute `transform` is a torchvision pipeline over PIL images; '
-            f'{type(dataset).__name__} has none; use worker processes (in a recipe `loader: workers`)'
+            'DeviceDataLoader: expected a data set whose attribute `transform` is a torchvision pipeline over PIL images, got '
+            f'{type(dataset).__name__} without one; use worker processes (in a recipe `loader: workers`)'
         )
     return dataset
 

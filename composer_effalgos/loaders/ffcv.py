@@ -62,7 +62,7 @@ class FfcvDataLoader(BatchReader):
     ) -> None:
         if not isinstance(dataset, Beton):
             raise InputError(
-                f'FfcvDataLoader: reads .beton files (in a recipe `dataset: {{name: beton, ...}}`), got {type(dataset).__name__}; '
+                f'FfcvDataLoader: expected a .beton file (in a recipe `dataset: {{name: beton, ...}}`), got {type(dataset).__name__}; '
                 'effalgos convert --to ffcv writes them'
             )
         super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
@@ -165,7 +165,8 @@ def _split(dataset: Beton) -> tuple[Decoding, BatchTransform]:
         raise _cannot(dataset.transform)
     if not (dataset.sizes == dataset.sizes[0]).all():
         raise InputError(
-            f'{dataset.file}: images of several sizes need a transform that begins with RandomResizedCrop, or Resize and CenterCrop'
+            'FfcvDataLoader: expected a transform that begins with RandomResizedCrop, or Resize and CenterCrop, for images of several '
+            f'sizes, got another for {dataset.file}'
         )
     height, width = dataset.sizes[0].tolist()
     return Decoding((height, width), lambda _, samples, __, ___: np.tile(np.array([0, 0, height, width]), (len(samples), 1))), rest
@@ -180,8 +181,8 @@ def _sides(size: int | Sequence[int]) -> list[int]:
 
 def _cannot(transform: Any) -> InputError:
     return InputError(
-        f'FfcvDataLoader: cannot run {" ".join(repr(transform).split())}; before what DeviceDataLoader takes it takes RandomResizedCrop, '
-        'or Resize(shorter side) and CenterCrop; use worker processes (in a recipe `loader: workers`) for others'
+        'FfcvDataLoader: expected RandomResizedCrop, or Resize(shorter side) and CenterCrop, and then what DeviceDataLoader takes, got '
+        f'{" ".join(repr(transform).split())}; use worker processes (in a recipe `loader: workers`) for others'
     )
 
 

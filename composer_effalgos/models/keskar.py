@@ -89,8 +89,7 @@ class _OfOneSize(nn.Sequential):
         height, width = images.shape[-2:]
         if (height, width) != (self.image_size, self.image_size):
             raise InputError(
-                f'model.image_size: the network is for images of {self.image_size}x{self.image_size} pixels, got {height}x{width}; '
-                'the size of the images is right'
+                f'model.image_size: expected the size of the images, {height}x{width} pixels, got {self.image_size}x{self.image_size}'
             )
         return super().forward(images)
 

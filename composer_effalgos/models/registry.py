@@ -53,8 +53,8 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
     library, plain_name = _find(name)
     if library == 'cifar' and pretrained is True:
         raise InputError(
-            f"model.pretrained: {name} has no published weights; expected false, the name of torchvision's for the same layers, "
-            'or the path of a file of weights'
+            "model.pretrained: expected false, the name of torchvision's weights for the same layers, or the path of a file of weights, "
+            f'got true; {name} has no published weights'
         )
     by_name = isinstance(pretrained, str) and re.fullmatch(r'\w+_Weights\.[A-Z]\w*', pretrained) is not None
     try:
@@ -84,7 +84,7 @@ def _published(name: str) -> Mapping[str, Tensor]:
     known = {str(weights): weights for enum in enums for weights in enum}
     if name not in known:
         named = 'they are called as in torchvision.models, e.g. ResNet18_Weights.IMAGENET1K_V1'
-        raise InputError(f'model.pretrained: torchvision has no weights {name!r}; {did_you_mean(name, known, otherwise=named)}')
+        raise InputError(f'model.pretrained: expected weights of torchvision, got {name!r}; {did_you_mean(name, known, otherwise=named)}')
     return known[name].get_state_dict(check_hash=True)
 
 
@@ -100,7 +100,9 @@ def _find(name: str) -> tuple[str, str]:
             return library, name
     every = [item for names in known.values() for item in names]
     listed = f'known: {", ".join(MODELS)}, and what torchvision.models.list_models() and timm.list_models() list'
-    raise InputError(f'model.name: {name!r} is no model of ours, torchvision or timm; {did_you_mean(name, every, otherwise=listed)}')
+    raise InputError(
+        f'model.name: expected a model of this package, torchvision or timm, got {name!r}; {did_you_mean(name, every, otherwise=listed)}'
+    )
 
 
 def _from_cifar(name: str, num_classes: int, download: bool, options: dict[str, Any]) -> nn.Module:

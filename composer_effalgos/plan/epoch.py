@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.checks import check_whole
 
 BatchSize = int | Callable[[int, int], int]
 """Samples per rank and batch: a constant, or a function of (batch in epoch, samples of the epoch already planned)."""
@@ -41,8 +41,8 @@ def check_seed(seed: Any) -> None:
     Raises:
         InputError: Where it is neither ``None`` nor a whole number of at least 0.
     """
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise InputError(f'seed: expected a whole number of at least 0, got {seed!r}')
+    if seed is not None:
+        check_whole('seed', seed, least=0)
 
 
 def split_batches(

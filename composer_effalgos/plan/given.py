@@ -114,11 +114,13 @@ class GivenOrder(PlannedDataLoader):
         else:
             batch_size, drop_last = getattr(sampler, 'batch_size', None), getattr(sampler, 'drop_last', False)
             if type(batch_size) is not int:
-                raise InputError(f'train_dataloader: batch_sampler {type(sampler).__name__} has no batch_size; give it this attribute')
+                raise InputError(
+                    f'train_dataloader: expected a batch_sampler with the attribute batch_size, got {type(sampler).__name__} without it'
+                )
             try:
                 length = len(sampler.sampler) if type(sampler) is BatchSampler else len(sampler) * batch_size  # type: ignore[arg-type]
             except (TypeError, NotImplementedError) as error:
-                raise InputError(f'train_dataloader: sampler {type(sampler).__name__} has no length; define __len__') from error
+                raise InputError(f'train_dataloader: expected a sampler with __len__, got {type(sampler).__name__} without it') from error
             self._unit = 1 if type(sampler) is BatchSampler else batch_size
         samples = Samples(dataset, length * world_size, batch_size, drop_last)
         super().__init__(loader, seed=seed, rank=rank, world_size=world_size, samples=samples)
@@ -128,7 +130,7 @@ class GivenOrder(PlannedDataLoader):
         order = self._streamed(epoch) if is_streaming(self.given.dataset) else self._sampled(epoch)
         sizes = split_batches(len(order), self._whole(batch_size), self.world_size, self.drop_last, self.max_batches, self.tail)
         if not sizes:
-            raise InputError(f'train_dataloader: its sampler gives no batch in epoch {epoch}')
+            raise InputError(f'train_dataloader: expected a sampler that gives batches, got none in epoch {epoch}')
         full = split_batches(len(order), self.initial_batch_size, self.world_size, self.drop_last, self.max_batches, self.tail)
         self.full_samples, self.full_batches = sum(full), len(full)
         return EpochPlan(order, None, tuple(sizes), tail=self.tail)

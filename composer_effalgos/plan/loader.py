@@ -113,8 +113,9 @@ class PlannedDataLoader(DataLoader):
             raise InputError(f'train_dataloader: expected at least one sample for each of {world_size} ranks, got {self.num_samples}')
         elif self.drop_last and world_size * self.initial_batch_size > self.num_samples:
             raise InputError(
-                f'train_dataloader: drop_last drops the only batch: batch_size {self.initial_batch_size} on {world_size} rank(s) is more '
-                f'than the {self.num_samples} samples; leave it out, or use a batch_size of at most {self.num_samples // world_size}'
+                f'train_dataloader: expected at least one whole batch with drop_last, got {self.num_samples} samples for batch_size '
+                f'{self.initial_batch_size} on {world_size} rank(s); leave drop_last out, or use a batch_size of at most '
+                f'{self.num_samples // world_size}'
             )
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.shuffle, self.shard_starts, self.shuffle_block = samples.shuffle, samples.shard_starts, samples.shuffle_block

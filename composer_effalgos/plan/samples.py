@@ -92,20 +92,21 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
         raise InputError(f'train_dataloader: expected a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
     if not iterates_as_usual(loader):
         raise InputError(
-            f'train_dataloader: {type(loader).__name__} iterates in a way of its own, which the plan would replace; use a '
-            'torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
+            f'train_dataloader: expected a DataLoader that iterates as PyTorch does, got {type(loader).__name__}, whose __iter__ '
+            'the plan would replace; use a torch.utils.data.DataLoader, with collate_fn or a DataSpec for what it does to batches'
         )
     if is_streaming(loader.dataset):
         return _streamed(loader)
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, '__len__') or not hasattr(loader.dataset, '__getitem__'):
         raise InputError(
-            f'train_dataloader: {type(loader.dataset).__name__} has no sample numbers; pruning and selection need a map-style dataset '
-            'with __getitem__ and __len__ or a StreamingDataset, not another IterableDataset'
+            'train_dataloader: expected a map-style dataset with __getitem__ and __len__ or a StreamingDataset, as pruning and selection '
+            f'need sample numbers, got {type(loader.dataset).__name__}'
         )
     batches = loader.batch_sampler
     if type(batches) is not BatchSampler:
         raise InputError(
-            f'train_dataloader: batch_sampler {type(batches).__name__} would be replaced by the plan; give batch_size instead of it'
+            f'train_dataloader: expected batch_size, got batch_sampler {type(batches).__name__}, which the plan would replace; '
+            'give batch_size instead of it'
         )
     if hasattr(loader, 'read_batches') and isinstance(batches.sampler, DistributedSampler):  # a BatchReader reads what it is told to
         rank, world_size = batches.sampler.rank, batches.sampler.num_replicas
@@ -148,20 +149,20 @@ def _sampled(sampler: Any, size: int, rank: int, world_size: int) -> tuple[Tenso
     """The indices that a sampler yields over all ranks, ascending, ``None`` for all of them; and whether it shuffles them."""
     name = type(sampler).__name__
     if type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler, SubsetRandomSampler):
-        raise InputError(f'train_dataloader: sampler {name} would be replaced by the plan; {_WAY_OUT}')
+        raise InputError(f'train_dataloader: expected a sampler of PyTorch, got {name}, which the plan would replace; {_WAY_OUT}')
     if isinstance(sampler, SubsetRandomSampler):
         return _checked(sampler.indices, size), True
     source = len(sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source)  # type: ignore[arg-type]
     if source > size:
-        raise InputError(f'train_dataloader: sampler {name} is over {source} samples, the dataset has {size}; {_WAY_OUT}')
+        raise InputError(f'train_dataloader: expected a sampler over the {size} samples, got {name} over {source}; {_WAY_OUT}')
     if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != source):
-        raise InputError(f'train_dataloader: a RandomSampler with replacement or num_samples would be replaced by the plan; {_WAY_OUT}')
+        raise InputError(f'train_dataloader: expected a RandomSampler without replacement or num_samples, got one with; {_WAY_OUT}')
     shuffle = isinstance(sampler, RandomSampler)
     if isinstance(sampler, DistributedSampler):
         if (sampler.num_replicas, sampler.rank) != (world_size, rank):
             raise InputError(
-                f'train_dataloader: the DistributedSampler is that of rank {sampler.rank} of {sampler.num_replicas}, this is rank {rank} '
-                f'of {world_size}; {_WAY_OUT}'
+                f'train_dataloader: expected the DistributedSampler of rank {rank} of {world_size}, got that of rank {sampler.rank} '
+                f'of {sampler.num_replicas}; {_WAY_OUT}'
             )
         shuffle = sampler.shuffle
         if sampler.drop_last and not shuffle:
@@ -174,7 +175,7 @@ def _checked(indices: Sequence[int], size: int) -> Tensor | None:
     ascending = torch.as_tensor(indices, dtype=torch.int64).flatten().sort().values
     if not len(ascending) or ascending[0] < 0 or ascending[-1] >= size or bool((ascending.diff() == 0).any()):
         raise InputError(
-            f'train_dataloader: a SubsetRandomSampler to be planned must have different numbers from 0 to {size - 1}; {_WAY_OUT}'
+            f'train_dataloader: expected a SubsetRandomSampler of different numbers from 0 to {size - 1}, got others; {_WAY_OUT}'
         )
     return None if len(ascending) == size else ascending
 
@@ -184,16 +185,17 @@ def _streamed(loader: DataLoader) -> Samples:
     dataset: Any = loader.dataset
     name = type(dataset).__name__
     if loader.batch_size is None:
-        raise InputError(f'train_dataloader: {name} needs the batch_size of a DataLoader to be planned')
+        raise InputError(f'train_dataloader: expected a DataLoader with batch_size around {name}, got batch_size=None')
     if [stream.choose for stream in dataset.streams] != dataset.samples_per_stream.tolist():
         raise InputError(
-            f'train_dataloader: {name} reads some samples more or less than once an epoch (proportion, repeat, choose or epoch_size), '
-            'which the plan would replace; leave these out'
+            f'train_dataloader: expected a {name} that reads every sample once an epoch, got one with proportion, repeat, choose or '
+            'epoch_size, which the plan would replace; leave these out'
         )
     for option, usual in (('replication', (None, 1)), ('batching_method', ('random',))):
         if getattr(dataset, option) not in usual:
             raise InputError(
-                f'train_dataloader: {name}({option}={getattr(dataset, option)!r}) would be replaced by the plan; leave {option} out'
+                f'train_dataloader: expected {name} without {option}, got {option}={getattr(dataset, option)!r}, which the plan would '
+                f'replace; leave {option} out'
             )
     starts = torch.from_numpy(np.asarray(dataset.sample_offset_per_shard, dtype=np.int64))
     nodes = dataset.num_canonical_nodes

@@ -47,7 +47,7 @@ def prune(
     """
     check_number('prune_ratio', prune_ratio, least=0, below=1)
     if scores.ndim != 1:
-        raise InputError(f'scores: must have one dimension, got shape {tuple(scores.shape)}')
+        raise InputError(f'scores: expected one dimension, got shape {tuple(scores.shape)}')
     if labels is not None and (labels.shape != scores.shape or labels.is_floating_point()):
         raise InputError(f'labels: expected class indices of shape {tuple(scores.shape)}, got {labels.dtype} {tuple(labels.shape)}')
     values = scores.detach().numpy()
@@ -199,7 +199,7 @@ def checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, flo
         check_number(f'bands[{number}] ratio', ratio, least=0, below=1)
         check_number(f'bands[{number}] quantile', quantile, above=0, most=1)
     if not 0 < len(pairs) < 250 or [q for q, _ in pairs] != sorted({q for q, _ in pairs}):
-        raise InputError(f'bands: quantiles must ascend, got {[q for q, _ in pairs]}')
+        raise InputError(f'bands: expected 1 to 249 bands with ascending quantiles, got {[q for q, _ in pairs]}')
     return pairs
 
 

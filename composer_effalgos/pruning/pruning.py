@@ -202,7 +202,7 @@ class Pruning(Selector, Algorithm):
             found = class_labels(loader.dataset) if self.labels is None else self.labels
             if found is None:
                 raise InputError(
-                    f'labels: the rule needs the class of every sample, and {type(loader.dataset).__name__} has no targets; '
+                    f'labels: expected the class of every sample, got none, and {type(loader.dataset).__name__} has no targets; '
                     f'pass {type(self).__name__}(labels=[...])'
                 )
             self._labels = torch.as_tensor(found)

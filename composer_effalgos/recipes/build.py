@@ -147,9 +147,9 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
         key, batch_size = 'eval_batch_size', data.eval_batch_size
     ranks, samples = dist.get_world_size(), len(dataset)  # type: ignore[arg-type]
     if batch_size % ranks:
-        raise InputError(f'{recipe.source}: dataset.{key}: {batch_size} is not divisible by the {ranks} ranks')
+        raise InputError(f'{recipe.source}: dataset.{key}: expected a multiple of the {ranks} ranks, got {batch_size}')
     if train and batch_size > samples:
-        raise InputError(f'{recipe.source}: dataset.batch_size: {batch_size} is larger than the data set of {samples} samples')
+        raise InputError(f'{recipe.source}: dataset.batch_size: expected at most the {samples} samples of the data set, got {batch_size}')
     drop_last = train and data.drop_last
     if recipe.loader is not None:
         return recipe.loader.build(
@@ -183,12 +183,14 @@ def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
     settings, num_classes = recipe.model, dataset.num_classes
     _check_kind(recipe)
     if settings.num_classes is not None and settings.num_classes < num_classes:
-        raise InputError(f'{recipe.source}: model.num_classes: {settings.num_classes}, but the data set has {num_classes} classes')
+        raise InputError(
+            f'{recipe.source}: model.num_classes: expected at least the {num_classes} classes of the data set, got {settings.num_classes}'
+        )
     num_classes = settings.num_classes or num_classes
     if settings.name in LANGUAGE_MODELS or settings.name in TEXT_CLASSIFIERS:
         return _text_model(recipe, dataset, num_classes)
     if num_classes < 2:
-        raise InputError(f'{recipe.source}: dataset: has one class; a classifier needs at least two')
+        raise InputError(f'{recipe.source}: dataset: expected at least two classes for a classifier, got one')
     component = Component(recipe.source, build_model, {'pretrained': settings.pretrained, **settings.options})
     train_metrics = None if settings.train_metrics else MetricCollection([])  # None: Composer's default, accuracy
     return ComposerClassifier(component.build(settings.name, num_classes), num_classes=num_classes, train_metrics=train_metrics)

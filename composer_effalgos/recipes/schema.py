@@ -257,7 +257,7 @@ def _dataset(key: str, settings: Any) -> DatasetRecipe:
         if value is not None:
             check_number(f'{key}.{name}', value, least=least, most=most)
     if dataset.prefetch_factor is not None and dataset.num_workers == 0:
-        raise InputError(f'{key}.prefetch_factor: needs num_workers of at least 1')
+        raise InputError(f'{key}.prefetch_factor: expected num_workers of at least 1 beside it, got 0')
     return dataset
 
 

@@ -45,7 +45,7 @@ def write_report(
     """
     out = Path(runs_dir) / 'report.html' if out is None else Path(out)
     if out.suffix.lower() not in ('.html', '.htm'):
-        raise InputError(f'{out}: the report is an HTML page; give a name that ends in .html')
+        raise InputError(f'--out: expected a name that ends in .html, got {out}')
     if not all(0 < target <= 1 for target in targets):
         raise InputError(f'target: expected accuracies in (0, 1], got {", ".join(map(str, targets))}')
     runs, problems = read_runs(runs_dir)

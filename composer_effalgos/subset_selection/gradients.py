@@ -51,7 +51,7 @@ class LastLayerGradients:
                 raise InputError(f'gradients.{name}: expected a float tensor with one row a sample, [N, features], got {found}')
         if self.embedding is not None:
             if len(self.embedding) != len(self.error):
-                raise InputError(f'gradients: error has {len(self.error)} rows and embedding {len(self.embedding)}; both need one a sample')
+                raise InputError(f'gradients: expected as many rows in embedding as in error, {len(self.error)}, got {len(self.embedding)}')
             if self.embedding.device != self.error.device:
                 raise InputError(
                     f'gradients: expected one device, got error on {self.error.device} and embedding on {self.embedding.device}'
@@ -147,7 +147,7 @@ def find_final_linear(module: nn.Module) -> nn.Linear:
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer not in gates]
     if not linears:
         raise InputError(
-            f'model: {type(module).__name__} has no linear layer, and last-layer gradients need one; '
+            f'model: expected a linear layer, which last-layer gradients need, got {type(module).__name__} without one; '
             'end the model in torch.nn.Linear, or use strategy random'
         )
     return linears[-1]
@@ -205,7 +205,7 @@ def last_layer_gradients(
             if embedding is not None:
                 embeddings.append(embedding if device is None else embedding.to(device))
     if not errors:
-        raise InputError('batches: there is none; last-layer gradients need at least one sample')
+        raise InputError('batches: expected at least one, got none')
     return LastLayerGradients(torch.cat(errors), torch.cat(embeddings) if linear_layer else None), torch.cat(labels)
 
 
@@ -259,7 +259,7 @@ def _last_called_linear(model: nn.Module, batch: Any) -> nn.Linear:
     if position is None or after:
         found = type(after[-1]).__name__ if after else 'no layer'
         raise InputError(
-            f'model: its forward pass ends in {found}, not in a linear layer; '
+            f'model: expected a forward pass that ends in a linear layer, got one that ends in {found}; '
             'end the model in torch.nn.Linear, pass linear_layer=False, or use strategy random'
         )
     linear = called[position]
@@ -307,7 +307,7 @@ def _batch_gradients(
     if losses is None:
         return torch.zeros_like(logits, requires_grad=False), embedding
     if not losses.requires_grad:
-        raise InputError('per_sample_loss: its value does not depend on the output of the last linear layer, so there is no gradient')
+        raise InputError("per_sample_loss: expected a function of the last linear layer's output, got a value without a gradient")
     (error,) = torch.autograd.grad(losses.sum(), logits)
     return error, embedding
 
@@ -338,7 +338,7 @@ def labels_of(batch: Any) -> Tensor:
     else:
         labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
     if not isinstance(labels, Tensor):
-        raise InputError("batch: found no labels; (inputs, labels) or a mapping with a key 'labels' is right")
+        raise InputError("batch: expected (inputs, labels) or a mapping with a key 'labels', got no labels")
     labels = labels.detach()
     labels = labels.int() if labels.dtype == torch.bool else labels
     if labels.ndim == 2 and labels.shape[1] == 1:

@@ -14,7 +14,7 @@ from composer_effalgos.subset_selection.strategies.options import Options, check
 from composer_effalgos.subset_selection.strategies.random import random_subset
 from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
+from composer_effalgos.utils.text import described, did_you_mean
 
 __all__ = ['check_options', 'select_subset']
 
@@ -140,17 +140,17 @@ def _check_rows(
         # by the extremes, which are not finite either then, because isfinite() itself makes a copy of what it looks at
         if factor is not None and factor.numel() and not all(extreme.isfinite() for extreme in factor.aminmax()):
             row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
-            raise InputError(f'{name}.{part}: sample {row} has a value that is not finite; check the loss and the precision')
+            raise InputError(f'{name}.{part}: expected finite values, got another for sample {row}; check the loss and the precision')
     if spec.targets:
         if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.shape != (len(gradients),):
-            raise InputError(f'{label_name}: expected the numbers to predict, a float tensor of shape [{len(gradients)}]')
+            raise InputError(f'{label_name}: expected the numbers to predict, a float tensor [{len(gradients)}], got {described(labels)}')
         if not torch.isfinite(labels).all():
             row = int((~torch.isfinite(labels)).nonzero()[0])
-            raise InputError(f'{label_name}: sample {row} is not finite')
+            raise InputError(f'{label_name}: expected finite numbers, got {labels[row].item()} for sample {row}')
         labels = labels.detach().float().to(gradients.device)
     elif labels is not None:
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(gradients),):
-            raise InputError(f'{label_name}: expected class indices, an integer tensor of shape [{len(gradients)}]')
+            raise InputError(f'{label_name}: expected class indices, an integer tensor [{len(gradients)}], got {described(labels)}')
         classes = settings.num_classes or max(gradients.error.shape[1], 2)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise InputError(f'{label_name}: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}')
@@ -167,7 +167,7 @@ def _scores(scores: Any, gradients: LastLayerGradients) -> Tensor | None:
     if scores is None:
         return None
     if not isinstance(scores, Tensor) or scores.shape != (len(gradients),) or scores.isnan().any():
-        raise InputError(f'scores: expected one number a sample, a tensor of shape [{len(gradients)}] without NaN')
+        raise InputError(f'scores: expected one number a sample, a tensor [{len(gradients)}] without NaN, got {described(scores)}')
     return scores.detach().float().to(gradients.device)
 
 

@@ -291,7 +291,7 @@ class _Milo(Source):
 
     def _prepare(self, train: Rows, context: SelectionContext) -> dict[str, Tensor]:
         if context.total is None:
-            raise InputError('strategy: milo needs max_duration in epochs, to share out its two phases')
+            raise InputError('max_duration: expected epochs with strategy milo, which divides the run into two phases, got another unit')
         assert train.gradients is not None
         classes = None if self.settings.selection_type == 'Supervised' else self._classes(train)
         subsets = [
@@ -320,7 +320,7 @@ class _File(Source):
         path = options.get('path')
         if path is None or set(options) != {'path'}:
             other = next((name for name in options if name != 'path'), None)
-            raise InputError('path: missing; strategy=file needs the file' if other is None else f'{other}: not an option of strategy file')
+            raise InputError('path: missing; strategy=file needs the file' if other is None else f'{other}: unknown option of file')
         self.path = Path(path)
         self.subset = read_subset(self.path)
         self.weighted = bool((self.subset.weights != self.subset.weights[0]).any())

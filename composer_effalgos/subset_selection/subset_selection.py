@@ -124,7 +124,9 @@ class SubsetSelection(Selector, Algorithm):
             other = 'strategy=file, whose samples are chosen already' if strategy == 'file' else 'val_dataloader, which does the same'
             raise InputError(f'val_share: cannot be combined with {other}; leave it 0')
         if strategy == 'forgetting' and kappa == 0:
-            raise InputError('kappa: strategy forgetting counts while the run trains on all data; a share above 0 is right, such as 0.2')
+            raise InputError(
+                'kappa: expected a share above 0 with strategy forgetting, which counts while the run trains on all data, got 0; try 0.2'
+            )
         options = dict(strategy_options) if selection_type is None else {**strategy_options, 'selection_type': selection_type}
         self._source = make_source(strategy, backend, options, linear_layer=linear_layer, val_dataloader=val_dataloader)
         self.strategy = strategy
@@ -260,7 +262,7 @@ class SubsetSelection(Selector, Algorithm):
         if end.unit == TimeUnit.EPOCH:
             return math.ceil(self.kappa * end.value - 1e-9)
         if self.kappa > 0:
-            raise InputError(f'kappa: needs max_duration in epochs, got {end.to_timestring()!r}; leave it 0')
+            raise InputError(f'kappa: expected max_duration in epochs beside it, got {end.to_timestring()!r}; leave it 0')
         return 0
 
     def new_data(self, *, first: bool) -> None:
@@ -293,15 +295,16 @@ class SubsetSelection(Selector, Algorithm):
         if batch > loader.num_samples:  # no epoch has a full one
             batch = loader.world_size
         if budget < batch and self.strategy == 'file':
-            raise InputError(f'path: the file has {budget} samples, less than one batch of {batch}; use a larger subset or a smaller batch')
+            raise InputError(f'path: expected at least one batch of {batch} samples, got {budget}; use a larger subset or a smaller batch')
         if budget < batch:
             raise InputError(
-                f'fraction: {self.fraction} of {loader.num_samples} samples is {budget}, less than one batch of {batch}; '
+                f'fraction: expected at least one batch of {batch} samples, got {budget} ({self.fraction} of {loader.num_samples}); '
                 f'use a fraction of at least {batch / loader.num_samples:.4g} or a smaller batch'
             )
         if budget > self._num_candidates:
             raise InputError(
-                f'fraction: {self.fraction} of {loader.num_samples} samples is {budget}, but val_share leaves {self._num_candidates}; '
+                f'fraction: expected at most the {self._num_candidates} samples that val_share leaves, got {budget} ({self.fraction} of '
+                f'{loader.num_samples}); '
                 f'use a fraction of at most {self._num_candidates / loader.num_samples:.4g} or a smaller val_share'
             )
         return budget

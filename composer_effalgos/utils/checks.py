@@ -96,5 +96,5 @@ def check_whole(name: str, value: Any, *, least: int, most: int | None = None, w
         InputError: Where it is not.
     """
     if not is_whole(value) or value < least or (most is not None and value > most):
-        bounds = f'of at least {least}' if most is None else f'from {least} to {most}'
-        raise InputError(f'{name}: expected {what} {bounds}, got {shown(value)}')
+        bounds = f', at least {least}' if most is None else f' from {least} to {most}'
+        raise InputError(f'{name}: expected {what}{bounds}, got {shown(value)}')

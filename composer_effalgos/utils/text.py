@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ['did_you_mean', 'one_line', 'plain', 'shown']
+__all__ = ['described', 'did_you_mean', 'one_line', 'plain', 'shown']
 
 _LONGEST = 700  # characters of a message
 
@@ -32,6 +32,15 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes no whole number of more than 4300 digits
         text = 'a number of more than 4300 digits'
     return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def described(value: Any) -> str:
+    """What a value is, for a message: the type and shape of a tensor, the length of a list, else the type."""
+    if hasattr(value, 'dtype') and hasattr(value, 'shape'):
+        return f'a tensor of {str(value.dtype).removeprefix("torch.")} {list(value.shape)}'
+    if isinstance(value, tuple | list):
+        return f'a {type(value).__name__} of {len(value)}'
+    return type(value).__name__
 
 
 def did_you_mean(name: object, known: Iterable[str], *, otherwise: str | None = None) -> str:

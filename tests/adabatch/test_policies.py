@@ -134,7 +134,7 @@ def test_grows_by_tokens(make_trainer, problem):
 
 
 def test_tokens_where_there_are_none(make_trainer):
-    with pytest.raises(InputError, match=r"interval='100tok': counts tokens, but the batches have none"):
+    with pytest.raises(InputError, match=r"interval='100tok': expected batches with tokens to count, got none"):
         make_trainer([AdaBatch(2, '100tok')]).fit()
 
 
@@ -225,7 +225,7 @@ def test_a_policy_from_a_recipe():
 
 @pytest.mark.parametrize('answer', [True, -1, 1.0, None])
 def test_a_policy_that_does_not_count(make_trainer, answer):
-    with pytest.raises(InputError, match='policy: must give how often the batch should have grown'):
+    with pytest.raises(InputError, match='policy: expected how often the batch should have grown'):
         make_trainer([AdaBatch(policy=lambda progress: answer)]).fit()
 
 

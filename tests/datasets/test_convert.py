@@ -93,17 +93,17 @@ def test_shuffled_and_from_a_recipe(kind, tmp_path, capsys, monkeypatch):
 
 def test_what_it_refuses(kind, tmp_path, folder):
     out = tmp_path / 'out'
-    with pytest.raises(InputError, match=r'--to: .tfrecord. is no format; known: ffcv, mds'):
+    with pytest.raises(InputError, match=r'--to: expected a format, got .tfrecord.; known: ffcv, mds'):
         convert('digits', [], 'tfrecord', out)
-    with pytest.raises(InputError, match=r"digit: neither a recipe .* did you mean 'digits'"):
+    with pytest.raises(InputError, match=r"SOURCE: expected a recipe .*, got .digit.; did you mean 'digits'"):
         convert('digit', [], kind, out)
-    with pytest.raises(InputError, match='limit: expected key=value'):
+    with pytest.raises(InputError, match="override 'limit': expected key=value"):
         convert('digits', ['limit'], kind, out)
     with pytest.raises(InputError, match='synthetic holds no images'):
         convert('synthetic', [], kind, out)
     assert not out.exists()
     convert('digits', ['limit=10'], kind, out)
-    with pytest.raises(InputError, match='is there already; remove it or give another --out'):
+    with pytest.raises(InputError, match=r'expected none of its files to exist, got .*; remove it or give another --out'):
         convert('digits', ['limit=10'], kind, out)
     other = 'ffcv' if kind == 'mds' else 'mds'
     with pytest.raises(InputError, match=r'dataset\.json describes other data, or another order'):
@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_nothing_behind(kind, tmp_path, monkeypatch):
         convert('digits', ['limit=10'], kind, out)
     assert {path.name.split('.')[0] for path in out.iterdir()} == {'train'}  # whole; the other split is not there
     monkeypatch.undo()
-    with pytest.raises(InputError, match='is there already'):
+    with pytest.raises(InputError, match='expected none of its files to exist'):
         convert('digits', ['limit=10'], kind, out)
 
 

@@ -82,9 +82,9 @@ def test_class_folders_of_the_splits_must_agree(folder: Path) -> None:
 @pytest.mark.parametrize(
     ('split', 'prepare', 'message'),
     [
-        ('train', lambda path: (path / 'val').mkdir(), r'no folder .*train'),
-        ('eval', lambda path: (path / 'train' / 'ant').mkdir(parents=True), r'no folder .*val'),
-        ('train', lambda path: (path / 'train').mkdir(), r'train is empty'),
+        ('train', lambda path: (path / 'val').mkdir(), r'train, which is no folder'),
+        ('eval', lambda path: (path / 'train' / 'ant').mkdir(parents=True), r'val, which is no folder'),
+        ('train', lambda path: (path / 'train').mkdir(), r'train, which is empty'),
         ('train', lambda path: (path / 'train' / 'ant').mkdir(parents=True), r'Found no valid file for the classes ant'),
         (
             'eval',

@@ -71,7 +71,7 @@ def test_shards_of_another_tool(tmp_path, pixels):
     assert len(data.shards.starts) > 1
     assert all(np.array_equal(np.asarray(decode_image(data.stored(index), 'here')), images[index]) for index in range(30))
     assert data[3][0].shape == (3, 20, 20)
-    with pytest.raises(InputError, match=r"dataset.label_column: .*has no column 'label'; it has x, y"):
+    with pytest.raises(InputError, match=r"dataset.label_column: expected a column of .*, got 'label'; it has x, y"):
         build_dataset('mds', 'eval', **{**options, 'label_column': 'label'})
 
 

@@ -212,7 +212,7 @@ def test_text_to_tokens_to_shards_and_back_is_the_same(texts, tmp_path, tokenize
     by_shard = build_dataset('mds_tokens', 'train', path=str(tmp_path / 'shards'), shuffle='shards')
     assert by_shard.shard_starts[0] == 0
     assert len(by_shard.shard_starts) > 1
-    with pytest.raises(InputError, match='is there already'):
+    with pytest.raises(InputError, match='expected none of its files to exist'):
         convert('tokens', [f'path={tmp_path / "flat"}', 'seq_len=16'], 'mds', tmp_path / 'shards')
 
 

@@ -221,7 +221,7 @@ def test_the_command(
     for arguments, message in [
         ([str(a), 'none.pt', '--recipe', str(recipe)], 'error: checkpoint B: no file none.pt'),
         ([str(a), str(b), '--recipe', 'none.yaml'], 'error: none.yaml: expected a file, got none'),
-        ([str(a), str(b), '--recipe', str(recipe), '--out', str(a)], f'error: --out: {a} is a file'),
+        ([str(a), str(b), '--recipe', str(recipe), '--out', str(a)], f'error: --out: expected a folder, got the file {a}'),
         ([str(a), str(b), 'nonsense', '--recipe', str(recipe)], "error: override 'nonsense'"),
         ([str(a), str(b), 'device=tpu', '--recipe', str(recipe)], f'error: {recipe}: device: '),
     ]:

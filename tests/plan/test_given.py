@@ -292,8 +292,8 @@ class Endless(IterableDataset):
             lambda data: DataLoader(data, batch_size=None),
             'expected a batch_size, of the DataLoader or as an attribute of DataLoader, got None',
         ),
-        (lambda data: DataLoader(data, batch_sampler=[[0, 1], [2]]), 'batch_sampler list has no batch_size'),
-        (lambda data: DataLoader(data, 16, sampler=iter(range(9))), 'has no length; define __len__'),
+        (lambda data: DataLoader(data, batch_sampler=[[0, 1], [2]]), 'expected a batch_sampler with the attribute batch_size, got list'),
+        (lambda data: DataLoader(data, 16, sampler=iter(range(9))), 'expected a sampler with __len__'),
     ],
 )
 def test_refused_in_one_line(train, problem, make, message):

@@ -141,7 +141,7 @@ def test_refuses_loaders_with_an_iteration_of_their_own():
         def __iter__(self):
             yield from super().__iter__()
 
-    with pytest.raises(InputError, match='Own iterates in a way of its own'):
+    with pytest.raises(InputError, match='expected a DataLoader that iterates as PyTorch does, got Own'):
         planned(Own(Noisy(), batch_size=4))
 
 

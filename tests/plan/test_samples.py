@@ -95,14 +95,14 @@ class Chunks(BatchSampler):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'sampler': ByLength(Numbers(40))}, 'sampler ByLength would be replaced'),
-        ({'sampler': Backwards(Numbers(40))}, 'sampler Backwards would be replaced'),
-        ({'batch_sampler': Chunks(SequentialSampler(range(40)), 3, False)}, 'batch_sampler Chunks would be replaced'),
-        ({'sampler': RandomSampler(range(40), num_samples=10)}, 'num_samples would be replaced.*Subset'),
-        ({'sampler': SequentialSampler(range(41))}, 'is over 41 samples, the dataset has 40'),
-        ({'sampler': SubsetRandomSampler([1, 1, 2])}, 'must have different numbers from 0 to 39'),
-        ({'sampler': SubsetRandomSampler([-1, 2])}, 'must have different numbers from 0 to 39'),
-        ({'sampler': DistributedSampler(range(40), 2, 0)}, 'that of rank 0 of 2, this is rank 0 of 1'),
+        ({'sampler': ByLength(Numbers(40))}, 'expected a sampler of PyTorch, got ByLength'),
+        ({'sampler': Backwards(Numbers(40))}, 'expected a sampler of PyTorch, got Backwards'),
+        ({'batch_sampler': Chunks(SequentialSampler(range(40)), 3, False)}, 'expected batch_size, got batch_sampler Chunks'),
+        ({'sampler': RandomSampler(range(40), num_samples=10)}, 'without replacement or num_samples.*Subset'),
+        ({'sampler': SequentialSampler(range(41))}, 'over the 40 samples, got SequentialSampler over 41'),
+        ({'sampler': SubsetRandomSampler([1, 1, 2])}, 'expected a SubsetRandomSampler of different numbers from 0 to 39'),
+        ({'sampler': SubsetRandomSampler([-1, 2])}, 'expected a SubsetRandomSampler of different numbers from 0 to 39'),
+        ({'sampler': DistributedSampler(range(40), 2, 0)}, 'expected the DistributedSampler of rank 0 of 1, got that of rank 0 of 2'),
     ],
 )
 def test_refused_in_one_line(arguments, message):

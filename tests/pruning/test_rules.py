@@ -278,7 +278,7 @@ def test_every_rule_gives_ascending_positions_whatever_the_losses(name, size, se
         ('sita', "rule: expected .*; did you mean 'seta'"),
         (3, 'rule: expected'),
         ({'groups': 3}, 'rule: expected'),
-        ({'name': 'seta', 'group': 3}, "rule.group: not an option of 'seta'; known: groups, window"),
+        ({'name': 'seta', 'group': 3}, "rule.group: unknown option of 'seta'; known: groups, window"),
         ({'name': 'seta', 'groups': 0}, 'rule.groups: expected'),
         ({'name': 'seta', 'window': 0.01}, 'rule.window: expected'),
         ({'name': 'random', 'gamma': 0}, 'rule.gamma'),

@@ -231,7 +231,7 @@ def test_refuses_arguments(arguments, message):
 
 def test_refuses_less_than_one_batch_before_training(make_trainer):
     with pytest.raises(
-        InputError, match=r'fraction: 0.05 of 203 samples is 10, less than one batch of 16; use a fraction of at least 0.0788'
+        InputError, match=r'fraction: expected at least one batch of 16 samples, got 10 \(0.05 of 203\); use a fraction of at least 0.0788'
     ):
         make_trainer([SubsetSelection('glister', 0.05, kappa=0.5)]).fit()
 

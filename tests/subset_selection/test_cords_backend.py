@@ -205,7 +205,7 @@ def test_selcon_refuses(regression, monkeypatch):
     for arguments, message in (
         ({'delta': None}, '^delta: missing'),
         ({'labels': torch.zeros(40, dtype=torch.int64)}, '^labels: expected the numbers to predict'),
-        ({'labels': torch.full((40,), torch.nan)}, '^labels: sample 0 is not finite'),
+        ({'labels': torch.full((40,), torch.nan)}, '^labels: expected finite numbers, got nan for sample 0'),
         ({'gradients': gradients.without_embedding()}, '^gradients: expected embeddings'),
         ({'budget': 1}, '^budget: expected at least 2 for selcon'),
     ):

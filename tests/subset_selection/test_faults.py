@@ -90,7 +90,7 @@ def test_a_gradient_that_is_not_finite(pick, value):
     for part in ('error', 'embedding'):
         factors = {'error': pick.gradients.error.clone(), 'embedding': pick.gradients.embedding.clone()}
         factors[part][7, 0] = value
-        with pytest.raises(InputError, match=rf'^gradients\.{part}: sample 7 has a value that is not finite'):
+        with pytest.raises(InputError, match=rf'^gradients\.{part}: expected finite values, got another for sample 7'):
             pick(9, LastLayerGradients(**factors))
 
 

@@ -89,7 +89,7 @@ def test_selects_with_the_first_weights(recipe, tmp_path, monkeypatch):
         (['--checkpoint', 'small.yaml'], '--checkpoint: small.yaml is no readable file of weights'),
         (['algorithms.subset_selection={strategy: file, path: none.parquet}'], 'none.parquet: no such file'),
         (['algorithms.subset_selection={strategy: forgetting, fraction: 0.4, kappa: 0.5}'], 'forgetting has counted nothing yet'),
-        (['algorithms.subset_selection.fraction=0.1'], 'less than one batch'),
+        (['algorithms.subset_selection.fraction=0.1'], 'expected at least one batch'),
     ],
 )
 def test_refuses_in_one_line(recipe, tmp_path, monkeypatch, capsys, arguments, message):

@@ -84,5 +84,5 @@ def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:
     known = getattr(RULES[name], '__dataclass_fields__', {})
     unknown = next((option for option in options if option not in known), None)
     if unknown is not None:
-        raise InputError(f'rule.{unknown}: not an option of {name!r}; known: {", ".join(known) or "none"}')
+        raise InputError(f'rule.{unknown}: unknown option of {name!r}; known: {", ".join(known) or "none"}')
     return RULES[name](**options)

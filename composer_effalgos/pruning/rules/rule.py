@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composer_effalgos.plan import SampleRows, Shard
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import shown
+from composer_effalgos.utils.text import described, shown
 
 Kept = tuple[Tensor, Tensor | None]
 """Positions in the table, int64 ``[k]`` ascending, and their loss weights, float32 ``[k]``, or ``None`` for ones."""
@@ -176,12 +176,12 @@ def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
     name = f'{type(rule).__name__}.keep'
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         raise InputError(
-            f'{name}: expected (positions, weights), an int64 tensor [k] and a float tensor [k] or None, got {_described(answer)}; '
+            f'{name}: expected (positions, weights), an int64 tensor [k] and a float tensor [k] or None, got {described(answer)}; '
             'of a mask, return (mask.nonzero()[:, 0], None)'
         )
     positions, weights = answer
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.ndim != 1:
-        raise InputError(f'{name}: expected positions as an int64 tensor [k], got {_described(positions)}; of a mask, mask.nonzero()[:, 0]')
+        raise InputError(f'{name}: expected positions as an int64 tensor [k], got {described(positions)}; of a mask, mask.nonzero()[:, 0]')
     positions = positions.cpu()
     if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= size or not bool((positions[1:] > positions[:-1]).all())):
         raise InputError(
@@ -192,13 +192,5 @@ def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
         return positions, None
     if not isinstance(weights, Tensor) or weights.shape != positions.shape or not bool(torch.isfinite(weights).all()):
         some = ', some not finite' if isinstance(weights, Tensor) and weights.shape == positions.shape else ''
-        raise InputError(f'{name}: expected weights as {len(positions)} finite numbers or None, got {_described(weights)}{some}')
+        raise InputError(f'{name}: expected weights as {len(positions)} finite numbers or None, got {described(weights)}{some}')
     return positions, weights.cpu().float()
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f'a tensor of {str(value.dtype).removeprefix("torch.")} {list(value.shape)}'
-    if isinstance(value, tuple | list):
-        return f'a {type(value).__name__} of {len(value)}'
-    return f'{type(value).__name__}'

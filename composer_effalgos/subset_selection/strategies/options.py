@@ -55,7 +55,7 @@ class Options:
         if generator is not None and (
             not isinstance(generator, torch.Generator) or generator.device.type != 'cpu' or self.seed is not None
         ):
-            raise InputError('generator: expected a torch.Generator on the CPU, without a seed beside it')
+            raise InputError(f'generator: expected a torch.Generator on the CPU without seed, got {generator!r} and seed={self.seed}')
 
 
 def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> OptionsT:
@@ -75,7 +75,7 @@ def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> Optio
     hints = get_type_hints(kind, include_extras=True)
     for name, value in options.items():
         if name not in hints:
-            raise InputError(f'{name}: expected an option of {owner}; {did_you_mean(name, hints)}')
+            raise InputError(f'{name}: unknown option of {owner}; {did_you_mean(name, hints)}')
         _check_value(name, value, hints[name])
     return kind(**options)
 
