@@ -13,11 +13,12 @@ import resource
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from composer_effalgos.utils.machine import versions
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # of malloc.h
 
@@ -26,12 +27,6 @@ PACKAGES = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'timm', 'nu
 
 def environment() -> dict[str, Any]:
     """The machine, the versions, the date and the command."""
-    versions = {'python': platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
     hardware = {
         'cpu': _cpu_name(),
         'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
@@ -41,7 +36,7 @@ def environment() -> dict[str, Any]:
     }
     script = Path(sys.argv[0])
     command = shlex.join(['python', f'{script.parent.name}/{script.name}', *sys.argv[1:]])
-    return {'date': datetime.date.today().isoformat(), 'command': command, 'hardware': hardware, 'versions': versions}
+    return {'date': datetime.date.today().isoformat(), 'command': command, 'hardware': hardware, 'versions': versions(PACKAGES)}
 
 
 def without_paths(summary: dict[str, Any]) -> dict[str, Any]:

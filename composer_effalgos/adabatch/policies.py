@@ -20,9 +20,8 @@ from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.plan.progress import Progress, parse_time, times_passed
-from composer_effalgos.utils.checks import LARGEST, check_number, check_whole
+from composer_effalgos.utils.checks import LARGEST, check_number, check_whole, name_and_options
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
 
 Policy = Callable[[Progress], int]
 """``progress -> growths``: how often the batch should have grown by now. AdaBatch never shrinks it, except with
@@ -146,13 +145,7 @@ def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy | SizePolicy:
     """
     if callable(given):
         return given
-    arguments = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    name = arguments.pop('name', None)
-    if not isinstance(name, str) or name not in POLICIES:
-        raise InputError(
-            f"policy: expected a function of the progress, or a policy's name, alone or with its arguments, got {given!r}; "
-            f'{did_you_mean(name, POLICIES)}'
-        )
+    name, arguments = name_and_options('policy', given, POLICIES, 'a function of the progress')
     try:
         return POLICIES[name](**arguments)
     except TypeError as error:

@@ -22,12 +22,13 @@ from rich.progress import track
 from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.mds import LABELS
 from composer_effalgos.datasets.mds_index import INDEX
-from composer_effalgos.datasets.packed import DESCRIPTION, Description, labels_digest
+from composer_effalgos.datasets.packed import DESCRIPTION, Description
 from composer_effalgos.datasets.registry import TEXT
 from composer_effalgos.datasets.text import TOKENIZER
 from composer_effalgos.datasets.tokens import META, Meta, write_tokens
 from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.recipes.settings import merge_settings
+from composer_effalgos.utils.digest import labels_digest
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 from composer_effalgos.utils.text import did_you_mean, one_line

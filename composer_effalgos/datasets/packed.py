@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torchvision import transforms
 
@@ -16,10 +14,11 @@ from composer_effalgos.datasets.cifar import cifar_transform
 from composer_effalgos.datasets.digits import digits_transform
 from composer_effalgos.datasets.images import large_image_transform
 from composer_effalgos.datasets.parquet import check_labels
-from composer_effalgos.recipes.arguments import check_type
+from composer_effalgos.utils.digest import labels_digest
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import did_you_mean, one_line, shown
+from composer_effalgos.utils.type_hints import check_type
 
 DESCRIPTION = 'dataset.json'
 _SMALL = {'cifar10': cifar_transform, 'cifar100': cifar_transform, 'digits': digits_transform}
@@ -69,11 +68,6 @@ class Description:
     def text(self) -> str:
         """The description as it is written."""
         return json.dumps(asdict(self), indent=2) + '\n'
-
-
-def labels_digest(targets: Tensor) -> str:
-    """SHA-256 of labels as little-endian 64-bit integers."""
-    return hashlib.sha256(targets.to(torch.int64).numpy().astype('<i8').tobytes()).hexdigest()
 
 
 def class_names(description: Description | None, split: str, targets: Tensor, source: Path) -> list[str]:

@@ -12,10 +12,10 @@ import numpy as np
 
 from composer_effalgos.datasets.images import check_at_least, data_folder
 from composer_effalgos.datasets.sequences import TokenSequences, cut
-from composer_effalgos.recipes.arguments import check_type
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line
+from composer_effalgos.utils.type_hints import check_type
 
 META = 'meta.json'
 LARGEST_VOCABULARY = 2**32

@@ -153,8 +153,9 @@ class EpochPlanner(Callback):
         if self.full_budget:
             self._convert_budget(state)
         self.horizon.fit_start(state, None if self._loaded is None else self._loaded['planned_end'])
-        # the last batch of a pruned epoch is smaller than a microbatch, as a rule: Composer would say so for each new size
-        warnings.filterwarnings('ignore', message='Cannot split tensor of length')
+        # The last batch of a pruned epoch is usually smaller than a microbatch, and Composer warns once per size. The Trainer calls
+        # split_batch itself and the state does not lead to its DataSpec, so only a filter for the process can silence this.
+        warnings.filterwarnings('ignore', 'Cannot split tensor of length', UserWarning, module=r'composer\.core\.data_spec')
         self.loader.note_microbatch(state)
         if self.loss is not None:
             self.loss.begin_fit()

@@ -21,13 +21,14 @@ from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS
 from composer_effalgos.recipes import components
-from composer_effalgos.recipes.arguments import check_arguments, check_type, describe, parameters, takes_time
+from composer_effalgos.recipes.arguments import check_arguments, parameters
 from composer_effalgos.recipes.components import Component, find
 from composer_effalgos.recipes.faults import blamed, explain, is_ours
 from composer_effalgos.recipes.settings import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, read_settings
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, shown
+from composer_effalgos.utils.type_hints import check_type, describe, takes_time
 
 __all__ = [
     'DatasetRecipe',

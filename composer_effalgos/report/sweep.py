@@ -27,11 +27,11 @@ from typing import Any
 
 from composer.core import TimeUnit, ensure_time
 
-from composer_effalgos.recipes.arguments import check_type
 from composer_effalgos.recipes.schema import Recipe, parse_recipe
 from composer_effalgos.recipes.settings import read_settings, recipe_folder
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
+from composer_effalgos.utils.type_hints import check_type
 
 # What a sweep sets itself in every recipe
 _PLACED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from torch.utils.data import Dataset
 
 from composer_effalgos.plan import class_labels
 from composer_effalgos.utils.checks import check_number
+from composer_effalgos.utils.digest import labels_digest
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ['SubsetFile', 'labels_digest', 'read_subset', 'write_subset']
+__all__ = ['SubsetFile', 'read_subset', 'write_subset']
 
 _KEY = b'composer_effalgos.subset'
 
@@ -44,10 +44,10 @@ class SubsetFile:
     facts: Mapping[str, Any]
 
 
-def labels_digest(dataset: Dataset[Any]) -> str | None:
-    """A fingerprint of a data set's labels, in their order; ``None`` where it carries none."""
+def _fingerprint(dataset: Dataset[Any]) -> str | None:
+    """Of a data set's labels; ``None`` where it has none."""
     labels = class_labels(dataset)
-    return None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
+    return None if labels is None else labels_digest(labels)[:16]
 
 
 def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Dataset[Any], facts: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Datas
     pa, pq = _parquet()
     order = indices.argsort()
     table = pa.table({'index': indices[order].numpy(), 'weight': weights[order].numpy().astype(np.float32)})
-    known = {**facts, 'num_samples': len(dataset), 'labels': labels_digest(dataset)}  # type: ignore[arg-type]
+    known = {**facts, 'num_samples': len(dataset), 'labels': _fingerprint(dataset)}  # type: ignore[arg-type]
     try:
         with whole_file(path) as unfinished:
             pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(known)}), unfinished)
@@ -144,7 +144,7 @@ def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
         raise InputError(f'path: {path}: is a subset of {written_for} samples, and this data set has {size}; select from this one')
     if int(subset.indices[-1]) >= size:
         raise InputError(f'path: {path}: expected 0 to {size - 1}, the samples of this data set, got index {int(subset.indices[-1])}')
-    labels, ours = subset.facts.get('labels'), labels_digest(dataset)
+    labels, ours = subset.facts.get('labels'), _fingerprint(dataset)
     if labels is not None and ours is not None and labels != ours:
         raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
 

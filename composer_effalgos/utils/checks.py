@@ -1,16 +1,17 @@
-"""Range checks for numeric arguments."""
+"""Checks of arguments."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import shown
+from composer_effalgos.utils.text import did_you_mean, shown
 
-__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'check_whole', 'is_whole']
+__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'check_whole', 'is_whole', 'name_and_options']
 
 LARGEST = 1e12  # of step sizes, factors and the like: no sensible value is larger, and its square is still far from a float's end
 MOST_CLASSES = 2**20  # above all class counts in use; a label of 2**60 would ask for as many class names
@@ -98,3 +99,25 @@ def check_whole(name: str, value: Any, *, least: int, most: int | None = None, w
     if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f', at least {least}' if most is None else f' from {least} to {most}'
         raise InputError(f'{name}: expected {what}{bounds}, got {shown(value)}')
+
+
+def name_and_options(key: str, given: Any, known: Iterable[str], what: str) -> tuple[str, dict[str, Any]]:
+    """Reads ``'seta'`` or ``{'name': 'seta', 'groups': 5}``.
+
+    Args:
+        key: The argument's name, for the message.
+        given: The name, or a mapping of ``name`` and the options.
+        known: The right names.
+        what: What else is allowed, for the message.
+
+    Returns:
+        The name and the options.
+
+    Raises:
+        InputError: For an unknown name, or something else.
+    """
+    options = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = options.pop('name', None)
+    if not isinstance(name, str) or name not in set(known):
+        raise InputError(f'{key}: expected {what} or a name, alone or with its options, got {shown(given)}; {did_you_mean(name, known)}')
+    return name, options

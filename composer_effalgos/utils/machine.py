@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 
 import psutil
@@ -33,10 +34,17 @@ def peak_memory_bytes(state: State) -> int:
     return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
 
 
-def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on, as far as it is installed."""
+def versions(packages: Iterable[str] = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords')) -> dict[str, str]:
+    """The versions of Python and of those packages that are installed.
+
+    Args:
+        packages: Names of distributions.
+
+    Returns:
+        Versions by name, with underscores for hyphens.
+    """
     found = {'python': platform.python_version()}
-    for name in ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords'):
+    for name in packages:
         try:
             found[name.replace('-', '_')] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -130,7 +130,11 @@ def test_a_network_of_ours_takes_torchvisions_weights_by_name(monkeypatch: pytes
 @pytest.mark.parametrize(
     ('name', 'weights', 'message'),
     [
-        ('mobilenet_v2_cifar', 'MobileNet_V2_Weights.IMAGENET1K_V7', r"expected weights of torchvision, .*did you mean 'MobileNet_V2_Weights\.IMAGENET1K_V[12]'"),
+        (
+            'mobilenet_v2_cifar',
+            'MobileNet_V2_Weights.IMAGENET1K_V7',
+            r"expected weights of torchvision, .*did you mean 'MobileNet_V2_Weights\.IMAGENET1K_V[12]'",
+        ),
         ('mobilenet_v2_cifar', 'X_Weights.Y', r'expected weights of torchvision, .*as in torchvision\.models'),
         ('resnet20_cifar', 'MobileNet_V2_Weights.IMAGENET1K_V1', r'of another model \(missing: '),
     ],

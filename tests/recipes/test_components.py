@@ -15,10 +15,11 @@ from composer.optim import ComposerScheduler
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
 from composer_effalgos.recipes import components
-from composer_effalgos.recipes.arguments import check_arguments, check_type, parameters
+from composer_effalgos.recipes.arguments import check_arguments, parameters
 from composer_effalgos.recipes.components import Component, find
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
+from composer_effalgos.utils.type_hints import check_type
 
 
 def composers(module, base):

@@ -15,8 +15,8 @@ from composer_effalgos.pruning.rules.rho import RhoRule
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step, check_kept
 from composer_effalgos.pruning.rules.seta import SetaRule
 from composer_effalgos.pruning.rules.ucb import UcbRule
+from composer_effalgos.utils.checks import name_and_options
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
 
 __all__ = ['RULES', 'Epoch', 'Kept', 'PruningRule', 'Step', 'check_kept', 'check_shard', 'find_rule']
 
@@ -75,12 +75,7 @@ def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:
     """
     if isinstance(given, PruningRule):
         return given
-    options = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    name = options.pop('name', None)
-    if not isinstance(name, str) or name not in RULES:
-        raise InputError(
-            f'rule: expected a PruningRule, or the name of one, alone or with its options, got {given!r}; {did_you_mean(name, RULES)}'
-        )
+    name, options = name_and_options('rule', given, RULES, 'a PruningRule')
     known = getattr(RULES[name], '__dataclass_fields__', {})
     unknown = next((option for option in options if option not in known), None)
     if unknown is not None:

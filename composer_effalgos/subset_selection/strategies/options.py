@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 
-from composer_effalgos.utils.checks import LARGEST, Range, is_whole
+from composer_effalgos.utils.checks import LARGEST, Range
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean, shown
+from composer_effalgos.utils.text import did_you_mean
+from composer_effalgos.utils.type_hints import check_type
 
 __all__ = ['ByClass', 'Count', 'Options', 'Positive', 'check', 'selection_types']
 
@@ -76,7 +76,7 @@ def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> Optio
     for name, value in options.items():
         if name not in hints:
             raise InputError(f'{name}: unknown option of {owner}; {did_you_mean(name, hints)}')
-        _check_value(name, value, hints[name])
+        check_type(name, value, hints[name])
     return kind(**options)
 
 
@@ -84,23 +84,3 @@ def selection_types(kind: type[Options]) -> tuple[str, ...]:
     """The selection types of a strategy, its default first."""
     literal, _ = get_args(get_type_hints(kind)['selection_type'])
     return get_args(literal)
-
-
-def _check_value(name: str, value: Any, hint: Any) -> None:
-    """Raises InputError unless a value is of a type: a Literal, bool, Annotated number with its Range, one of these or None, or Any."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):  # or None
-        if value is not None:
-            _check_value(name, value, arguments[0])
-    elif origin is Literal:
-        if value not in arguments:
-            near = did_you_mean(value, arguments, otherwise='')
-            raise InputError(f'{name}: expected one of {", ".join(arguments)}, got {shown(value)}{near and "; "}{near}')
-    elif hint is bool:
-        if not isinstance(value, bool):
-            raise InputError(f'{name}: expected true or false, got {shown(value)}')
-    elif origin is Annotated:
-        number, allowed = arguments
-        whole = number is int
-        if value not in allowed or (whole and not is_whole(value)):
-            raise InputError(f'{name}: expected a {"whole " if whole else ""}number {allowed}, got {shown(value)}')

@@ -1,0 +1,17 @@
+"""Fingerprints of data."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+__all__ = ['labels_digest']
+
+
+def labels_digest(labels: Tensor) -> str:
+    """SHA-256 of labels, in their order, as little-endian 64-bit integers.
+
+    Args:
+        labels: Integers ``[N]``, on the CPU.
+    """
+    return hashlib.sha256(labels.to(torch.int64).numpy().astype('<i8').tobytes()).hexdigest()
