@@ -53,7 +53,7 @@ def recipes(folder: Annotated[Path | None, typer.Argument(help='Folder to look i
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help='Folder for the runs and the report.')] = Path('runs/demo')) -> None:
-    """Train the small sweep yamls/sweeps/demo.yaml anew; print a table and write a report."""
+    """Train the small sweep yamls/sweeps/demo.yaml from scratch; print a table and write a report."""
     _exit(run_sweep(recipe_folder() / SWEEPS / 'demo.yaml', out, fresh=True))
 
 
@@ -220,7 +220,7 @@ def check_data(
     workers: Annotated[int, typer.Option(help='Processes that decode.', min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help='File for the list of broken images.')] = None,
 ) -> None:
-    """Decode every image of a data set; list those that are broken and end with status 1 if there are any."""
+    """Decode every image of a dataset; list broken ones and exit with status 1 if there are any."""
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f'--out: expected a file in a folder that exists, got {out}')
     if source.is_dir():
@@ -254,7 +254,7 @@ def convert(
     shard_mb: Annotated[float, typer.Option(help='Size of an MDS shard, in units of 2^20 bytes, below 4096.')] = 64,
     shuffle: Annotated[int | None, typer.Option(min=0, help='Write training samples in the random order of this seed.')] = None,
 ) -> None:
-    """Write a data set as ffcv's .beton files, as MDS shards or as files of tokens (train.bin, val.bin)."""
+    """Write a dataset as ffcv's .beton files, as MDS shards or as files of tokens (train.bin, val.bin)."""
     check_number('--shard-mb', shard_mb, least=0.001, below=4096)
     typer.echo(write_converted(source, overrides or (), to, out, shard_bytes=int(shard_mb * 2**20), shuffle=shuffle))
 
@@ -265,7 +265,7 @@ def options(traceback: Annotated[bool, typer.Option('--traceback', help='Show wh
 
 
 def main() -> int:
-    """Run the command line; bad input is one line on stderr and exit status 2."""
+    """Run the command line; bad input gives one line on stderr and exit status 2."""
     print_any_text()
     try:
         sys.exit(app(standalone_mode=False) or 0)  # the exit status of typer.Exit; commands return nothing

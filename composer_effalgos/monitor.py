@@ -104,7 +104,7 @@ class EfficiencyMonitor(Callback):
 
     The summary is replaced as a whole after every epoch, after every evaluation and at the end of ``fit``, by global rank 0; an epoch
     that ``max_duration`` cut short is in it too. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Time
-    spent on batches that no checkpoint kept is not in it.
+    spent on batches after the last checkpoint of an interrupted run is excluded.
 
     ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
     name ends in ``Accuracy``; ``eval_loss`` likewise the first whose name ends in ``CrossEntropy``, in nats. What is not measured is null;

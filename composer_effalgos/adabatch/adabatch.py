@@ -37,12 +37,12 @@ _SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by 
 class AdaBatch(Algorithm):
     """Changes the batch size during training, with the learning rate coupled to it.
 
-    Either the batch size per rank is multiplied by ``growth_factor`` at each growth, at times that ``interval``, ``milestones`` or
-    ``policy`` say, or ``schedule`` gives the batch size itself. The size changes at the very batch that was asked for, whatever was
-    prefetched; no sample is lost or repeated, workers live on, and learning-rate schedules keep the time of the run with a fixed batch.
+    Either the batch size per rank is multiplied by ``growth_factor`` at the times given by ``interval``, ``milestones`` or ``policy``, or
+    ``schedule`` gives the batch size itself. The size changes exactly at the requested batch despite prefetching; no sample is lost or
+    repeated, workers persist, and learning-rate schedules run on the clock of the run with a fixed batch size.
 
-    Without ``device_train_microbatch_size`` the microbatch grows with the batch. Where it does not fit on the device, the batch is trained
-    again in microbatches of the last size that did, and gradients are accumulated from then on.
+    Without ``device_train_microbatch_size`` the microbatch grows with the batch. If it does not fit on the device, the batch is repeated
+    in microbatches of the last size that did, and gradients are accumulated from then on.
 
     Runs on ``INIT``, ``BEFORE_LOAD``, ``FIT_START``, ``BEFORE_DATALOADER``, ``BATCH_START``, ``BEFORE_TRAIN_BATCH``, ``BATCH_END`` and
     ``FIT_END``.
@@ -50,7 +50,7 @@ class AdaBatch(Algorithm):
     Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
 
     Args:
-        growth_factor: What the batch size is multiplied by at a growth, greater than 1, at most 1e6. Sizes are rounded to whole samples.
+        growth_factor: Factor of the batch size at each growth, greater than 1, at most 1e6. Sizes are rounded to whole samples.
         interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1Msp'``), tokens (``'50Mtok'``) or a share
             of the run (``'0.2dur'``). By default ``'20ep'``, where neither ``milestones`` nor ``policy`` nor ``schedule`` is given.
         milestones: Times of the growths, in place of ``interval``.
@@ -58,8 +58,8 @@ class AdaBatch(Algorithm):
             (``{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see
             :func:`~composer_effalgos.adabatch.schedules.ramp`), or a function of the
             :class:`~composer_effalgos.plan.progress.Progress` that gives a size. Sizes may shrink.
-        max_batch_size: Largest batch size per rank; a growth past it, or past the samples there are, does not happen.
-        lr_factor: What the learning rate is multiplied by at each growth: 0.75 with factor 2 is the paper's, in place of a step decay of
+        max_batch_size: Largest batch size per rank; growths beyond it, or beyond the number of samples, are skipped.
+        lr_factor: Factor of the learning rate at each growth: 0.75 with factor 2 is the paper's, instead of a step decay of
             0.375; 1 grows instead of decaying; ``growth_factor`` is linear scaling.
         lr: How the learning rate follows the batch size, in place of ``lr_factor``: ``'linear'``, ``'sqrt'``, ``'none'``, or ``'auto'``
             (square root for Adam and other adaptive optimizers, linear for SGD). The optimizer's rate is meant for the loader's batch size.
@@ -69,11 +69,11 @@ class AdaBatch(Algorithm):
             :class:`~composer_effalgos.adabatch.seesaw.Seesaw`, or one of these by name (``'seesaw'``, ``{'name': 'noise_scale', 'ratio':
             1.0}``).
         beta2: ``'rescale'`` keeps the half-life of Adam's second moment in samples as the batch size changes; ``'keep'`` leaves it.
-        global_sizes: Whether ``schedule`` gives sizes over all ranks. By default every batch size here is per rank.
+        global_sizes: Whether the sizes in ``schedule`` are global. By default all batch sizes are per rank.
 
     Raises:
         InputError: For an argument outside its range or a schedule with a mistake; in ``fit``, for a schedule with sizes larger than the
-            data set, a policy that gives something else than a number of growths, or times in tokens where the batches have none.
+            dataset, a policy that does not return a number of growths, or times in tokens if the batches have none.
 
     Example:
         >>> from composer import Trainer
@@ -222,7 +222,7 @@ class AdaBatch(Algorithm):
         return self._sizes.at(progress, self._planner.loader, self._planner.num_candidates, self._size.asked)
 
     def _batch_sizes(self) -> BatchSize:
-        """The plan asks for this epoch's batch sizes, as far as the policy knows them beforehand."""
+        """This epoch's batch sizes for the plan, as far as the policy knows them in advance."""
         state, loader = self._state, self._planner.loader
         self._sizes.check_known(loader)
         for size in self._sizes.known:
@@ -233,7 +233,7 @@ class AdaBatch(Algorithm):
         return lambda b, s: self._size_at(progress_of(state, batch + b, sample + s)).samples
 
     def _warn_of_times(self) -> None:
-        """Says once that all times at which the batch size would change lie past the end of the run."""
+        """Warns once if all times at which the batch size would change lie after the end of the run."""
         end, loader = self._planner.horizon.end, self._planner.loader
         times = list(getattr(self.policy, 'times', ()))[1 if isinstance(self.policy, SizePolicy) else 0 :]
         if self._warned or end is None or not times:
@@ -250,7 +250,7 @@ class AdaBatch(Algorithm):
             )
 
     def _ask(self, state: State) -> None:
-        """Before a batch is fetched: is what was planned what the policy wants now?"""
+        """Before a batch is fetched: replans the rest of the epoch if the policy now wants another size."""
         plan = self._planner.loader.plan
         batch = int(state.timestamp.batch_in_epoch)
         if plan is None or batch >= plan.num_batches:  # the epoch is over
@@ -270,7 +270,7 @@ class AdaBatch(Algorithm):
     # ------------------------------------------------------------------ what follows the size
 
     def _check_schedulers(self, size: int) -> None:
-        """Refuses batches smaller than the loader's beside schedulers that the clock can step more often than once a batch, not less."""
+        """Refuses sizes below the loader's with per-batch schedulers, which the clock cannot step less than once per batch."""
         initial, length = self._planner.loader.initial_batch_size, self._state.max_duration
         counting = [scheduler for scheduler in self._state.schedulers if not is_composer_schedule(scheduler)]
         if size < initial and counting and length is not None and length.unit == TimeUnit.EPOCH:
@@ -280,7 +280,7 @@ class AdaBatch(Algorithm):
             )
 
     def _resize(self, state: State, logger: Logger) -> None:
-        """Before a batch: the learning rate, microbatch and loader follow the batch size."""
+        """Before a batch: updates the learning rate, microbatch size and loader to the batch size."""
         loader, at = self._planner.loader, self._size_at(progress_of(state))
         size = at.samples
         if size != loader.batch_size:
@@ -299,7 +299,7 @@ class AdaBatch(Algorithm):
             logger.log_metrics({'adabatch/batch_size': size * loader.world_size, 'adabatch/lr_scale': scale})
 
     def _scale(self, growths: int) -> float:
-        """What so many growths multiply the learning rate by."""
+        """The factor of the learning rate after this many growths."""
         if isinstance(self.policy, SizePolicy):
             return 1.0
         logarithm = growths * math.log10(self.lr_factor)
@@ -312,7 +312,7 @@ class AdaBatch(Algorithm):
 
 
 def _check_one(given: Mapping[str, Any]) -> None:
-    """Refuses two of the arguments that say when the batch grows."""
+    """Refuses more than one of the arguments that determine when the batch grows."""
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         first, other = names[:2]

@@ -55,11 +55,11 @@ class Window(Callback):
         self.complete = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Notes where the window begins."""
+        """Records the start of the window."""
         self._start = self._before = progress_of(state).of(self.length.unit)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Adds a batch's loss, weighted by how much of it is in the second half."""
+        """Adds the loss of a batch, weighted by its share in the second half."""
         now = progress_of(state).of(self.length.unit)
         if self.length.unit == TimeUnit.EPOCH:
             now += int(state.timestamp.sample_in_epoch) / _epoch_samples(state)
@@ -82,14 +82,14 @@ def _epoch_samples(state: State) -> int:
 
 
 def critical_size(branches: Sequence[Branch], tolerance: float) -> int:
-    """The largest batch size up to which larger ones cost nothing.
+    """The largest batch size without a loss in quality.
 
     Args:
-        branches: In ascending order of their sizes, of equally many samples each.
-        tolerance: By how much a branch's loss may be above the first one's.
+        branches: In ascending order of their sizes, each with the same number of samples.
+        tolerance: How far the loss of a branch may be above that of the first.
 
     Returns:
-        The last size whose loss, and that of all smaller ones, is within the tolerance.
+        The largest size such that its loss, and the loss of all smaller sizes, is within the tolerance.
     """
     largest = branches[0].size
     for branch in branches[1:]:
@@ -110,23 +110,23 @@ def measure(
     lr: str = 'auto',
     progress: Callable[[str], None] = print,
 ) -> int:
-    """Trains the branches that ``out`` does not hold yet, and writes the table, the numbers and a picture.
+    """Trains the branches that are missing in ``out``, and writes the table, the numbers and a plot.
 
-    Every branch goes on from the same weights, optimizer state and samples, under the recipe's schedules, with a batch size of its own
-    and the learning rate that ``lr`` says for it.
+    Every branch continues from the same weights, optimizer state and samples, under the recipe's schedules, with its own batch size
+    and the learning rate that ``lr`` gives for it.
 
     Args:
-        recipe: The run. Its batch size is the one that its learning rate is meant for.
+        recipe: The run; its learning rate is the one for its batch size.
         out: Folder for the branches and the results.
         checkpoint: Where to branch off, saved at the end of an epoch or by a run with AdaBatch; ``None`` for the beginning of the run.
         window: Length of a branch: epochs, samples or tokens.
         sizes: Batch sizes over all ranks; by default the recipe's and 2, 4, 8 and 16 times that, as far as there are samples.
-        tolerance: By how much the training loss of a branch may be above that of the smallest size.
+        tolerance: How far the training loss of a branch may be above that of the smallest size.
         lr: As for :class:`~composer_effalgos.adabatch.AdaBatch`.
-        progress: Takes a line for each branch that ends.
+        progress: Called with a line for each finished branch.
 
     Returns:
-        The critical batch size, over all ranks; the largest one measured where none costs anything.
+        The critical batch size over all ranks; the largest measured size if none exceeds the tolerance.
 
     Raises:
         InputError: For an argument outside its range, a recipe or checkpoint that cannot be run, or an ``out`` with other branches.
@@ -153,7 +153,7 @@ def measure(
 
 
 def _fingerprint(recipe: Recipe, checkpoint: Path | None, length: Time, lr: str) -> str:
-    """Names everything but the size that a branch depends on."""
+    """A fingerprint of everything except the size that a branch depends on."""
     found = None
     if checkpoint is not None:
         try:
@@ -165,7 +165,7 @@ def _fingerprint(recipe: Recipe, checkpoint: Path | None, length: Time, lr: str)
 
 
 def _branch(recipe: Recipe, out: Path, key: str, size: int, checkpoint: Path | None, length: Time, lr: str) -> Branch:
-    """One branch: read from ``out`` where it is finished, else trained."""
+    """One branch: read from ``out`` if it is finished, otherwise trained."""
     folder = out / f'size{size}'
     done = folder / 'branch.json'
     if done.exists():

@@ -1,4 +1,4 @@
-"""What the gradient's noise says about the batch size, measured from the gradients of a batch's parts without an extra backward pass."""
+"""Policies based on the gradient noise, which is measured from the gradients of a batch's parts without an extra backward pass."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ class GradientNoise(Watching):
     Every ``measure_every`` batches the squared norms of the gradients of the batch's parts (microbatches, ranks) and of the whole batch
     give unbiased estimates of noise and signal; both are averaged exponentially. Subclasses decide at the end of each window.
 
-    A batch that has one part only, on one rank without microbatches, is trained on in two halves when it is measured. Under FSDP, whose
-    ranks hold shards of the gradient, a part is a microbatch over all ranks, and a copy of the shard is kept while a batch is measured.
-    The norms stay on the device: nothing waits for it but the decision at the end of a window. They are taken from the gradients before
-    gradients are clipped and without the loss scale of mixed precision.
+    A measured batch that has only one part, on one rank without microbatches, is trained in two halves. Under FSDP, where ranks hold shards
+    of the gradient, a part is a microbatch over all ranks, and a copy of the shard is kept while a batch is measured.
+    The norms stay on the device; only the decision at the end of a window synchronises with the host. They are computed before
+    gradient clipping and without the loss scale of mixed precision.
 
     Args:
         window: Time between decisions: epochs, batches, samples, tokens or a share of the run.
         measure_every: Batches between measurements, at least 1.
-        decay: Weight of the old average, in [0, 1). No decision is taken before ``1 / (1 - decay)`` measurements.
+        decay: Weight of the old average, in [0, 1). No decision is made before ``1 / (1 - decay)`` measurements.
 
     Raises:
-        InputError: For an argument outside its range; in ``fit``, for a run whose gradients it cannot see.
+        InputError: For an argument outside its range; in ``fit``, for a run whose gradients cannot be measured.
     """
 
     def __init__(self, window: str | int | Time, measure_every: int, decay: float) -> None:
@@ -79,7 +79,7 @@ class GradientNoise(Watching):
 
     @property
     def noise_scale(self) -> float:
-        """The estimate, in samples; NaN before the first measurement, infinite where the noise hides the signal."""
+        """The estimate, in samples; NaN before the first measurement, infinite if the noise hides the signal."""
         if self._averages is None:
             return math.nan
         noise, signal = self._averages.tolist()
@@ -125,14 +125,14 @@ class GradientNoise(Watching):
             self._hooks = [p.register_hook(self._see) for p in state.model.parameters() if p.requires_grad]
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Begins it anew where a batch is replayed."""
+        """Restarts the measurement when a batch is replayed."""
         self._norms: list[Tensor] = []
         self._shards: list[Tensor | None] = []  # this rank's shards of the gradient before this microbatch
         self._seen = self._parts = 0
         self._weighted_squares: Any = 0.0
 
     def _see(self, gradient: Tensor) -> None:
-        """One parameter's gradient of this microbatch on this rank, before it is accumulated or summed over the ranks."""
+        """Takes one parameter's gradient of this microbatch on this rank, before it is accumulated or summed over the ranks."""
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     def after_backward(self, state: State, logger: Logger) -> None:
@@ -224,8 +224,9 @@ class NoiseScale(GradientNoise):
     noise scale is at least ``ratio`` times the global batch.
 
     Args:
-        ratio: The noise scale must be at least so many times the global batch, greater than 0. With 2, doubling never passes it.
-        window: As for :class:`GradientNoise`, as are the others.
+        ratio: Smallest ratio of the noise scale to the global batch size for a growth, greater than 0. With 2, doubling never exceeds the
+            noise scale.
+        window: As for :class:`GradientNoise`, like the other arguments.
         measure_every: Batches between measurements.
         decay: Weight of the old average.
 
@@ -253,11 +254,11 @@ class NormTest(GradientNoise, SizePolicy):
     it never shrinks. ``S`` and ``|g|^2`` are averages, unless ``decay`` is 0.
 
     Since ``|g|^2`` is on average ``|G|^2 + S / b`` with the true gradient ``G``, the test passes from ``1 / eta^2 - 1`` times the noise
-    scale ``S / |G|^2`` on, and a jump is by ``1 / eta^2`` at most.
+    scale ``S / |G|^2`` on, and a jump is at most a factor of ``1 / eta^2``.
 
     Args:
-        eta: Noise over gradient that is allowed, in (0, 1). 0.5 stops at three times the noise scale.
-        window: As for :class:`GradientNoise`, as are the others.
+        eta: Largest allowed ratio of noise to gradient, in (0, 1). 0.5 stops at three times the noise scale.
+        window: As for :class:`GradientNoise`, like the other arguments.
         measure_every: Batches between measurements.
         decay: Weight of the old average.
 
@@ -299,7 +300,7 @@ def _sum_of_squares(norms: Sequence[Tensor], device: torch.device | None = None)
 
 
 def _loss_scale(state: State) -> Tensor | float:
-    """What mixed precision has multiplied the loss by, on the device."""
+    """The loss scale of mixed precision, on the device."""
     if state.precision != Precision.AMP_FP16 or state.scaler is None:
         return 1.0
     scale = state.scaler.scale(torch.ones((), device=next(state.model.parameters()).device))

@@ -1,4 +1,4 @@
-"""The learning rate that goes with a batch size."""
+"""Couples the learning rate to the batch size."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def lr_exponent(rule: str, state: State) -> float:
 
 
 def note_originals(state: State, *, beta2: bool) -> None:
-    """Notes what is scaled later where checkpoints keep it, with the schedules and the parameter groups.
+    """Stores the original values with the schedules and the parameter groups, so that checkpoints contain them.
 
-    Sharded checkpoints are loaded into what is there before: an entry that appears with the first growth would not be read.
+    Sharded checkpoints are loaded into existing entries: an entry that appears only with the first growth would not be read.
 
     Args:
         state: The trainer's state at ``BEFORE_LOAD``.
@@ -56,7 +56,7 @@ def note_originals(state: State, *, beta2: bool) -> None:
 
 
 def scale_learning_rate(state: State, factor: float) -> None:
-    """Multiplies the learning rates in use, not those that schedules start from."""
+    """Multiplies the current learning rates, not the base rates of schedules."""
     for group in _groups(state):
         group['lr'] = group['lr'] * factor
 
@@ -64,7 +64,7 @@ def scale_learning_rate(state: State, factor: float) -> None:
 def rescale_beta2(state: State, ratio: float) -> None:
     """Keeps the half-life of Adam's second moment in samples: ``beta2 ** ratio`` (Marek et al., arXiv 2507.07101).
 
-    The ``beta2`` that the optimizer was made with is noted in its parameter groups, and travels with them in checkpoints.
+    The original ``beta2`` is stored in the optimizer's parameter groups, and so in checkpoints.
 
     Args:
         state: The trainer's state.
@@ -81,15 +81,15 @@ def rescale_beta2(state: State, ratio: float) -> None:
 
 
 def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
-    """Makes every schedule set ``scale`` times the learning rates that it was made for.
+    """Makes every schedule set ``scale`` times its original learning rates.
 
-    What a schedule is scaled by is noted on it and travels in its checkpoint, so a schedule that was restored is found as it is and one
-    that was given to a later ``fit`` is scaled too.
+    The scale is stored in the schedule and its checkpoint, so a restored schedule is not scaled twice, and a schedule that is passed to a
+    later ``fit`` is scaled too.
 
     Args:
         state: The trainer's state.
         scale: The factor.
-        now: Whether learning rates that the schedule has already set are scaled as well.
+        now: Whether to scale learning rates that are already set as well.
     """
     for scheduler in state.schedulers:
         factor = scale / getattr(scheduler, 'adabatch_lr_scale', 1.0)

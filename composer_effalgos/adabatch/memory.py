@@ -14,12 +14,12 @@ _TRIES = 8  # batches after a growth in which an out-of-memory error is taken fo
 class MemorySearch:
     """Lets the microbatch grow with the batch, and falls back to the last one that fitted.
 
-    After a growth, Composer's automatic microbatching is on for a few batches: it catches an out-of-memory error and trains the same batch
-    again in smaller parts. The search then settles on the largest microbatch that is known to fit and switches it off again. A microbatch
-    size that the user gave is left alone.
+    After a growth, Composer's automatic microbatching is on for a few batches: it catches an out-of-memory error and repeats the batch
+    in smaller parts. The search then keeps the largest microbatch that is known to fit and ends automatic microbatching. A microbatch size
+    set by the user is not changed.
 
     Attributes:
-        fits: Samples per rank that fitted where more did not; ``None`` while nothing has failed. Part of checkpoints.
+        fits: Largest number of samples per rank that fitted; ``None`` if nothing has failed yet. Saved in checkpoints.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class MemorySearch:
             self._explicit = True
 
     def resize(self, state: State, planner: EpochPlanner, size: int, smallest: int) -> bool:
-        """Sets the microbatch for a batch size, and searches where the batch is larger than what is known to fit.
+        """Sets the microbatch for a batch size, and starts a search if the batch is larger than what is known to fit.
 
         Args:
             state: The trainer's state, before the first batch of this size.
@@ -51,7 +51,7 @@ class MemorySearch:
             smallest: The run's smallest batch size, which is taken to fit.
 
         Returns:
-            Whether the size is another than before.
+            Whether the size has changed.
         """
         if size == self._size:
             return False
@@ -70,7 +70,7 @@ class MemorySearch:
         self._tried = self._tried or state.device_train_microbatch_size
 
     def after_batch(self, state: State, planner: EpochPlanner, smallest: int) -> None:
-        """Ends the search when the batch fitted often enough, or did not fit."""
+        """Ends the search once the batch has fitted often enough, or did not fit."""
         tried, self._tried = self._tried, None
         if not self._tries_left:
             return
@@ -95,7 +95,7 @@ class MemorySearch:
         self._end(state, planner)
 
     def stop(self, state: State, planner: EpochPlanner) -> None:
-        """Ends a search that is under way, at the end of ``fit``."""
+        """Ends a running search at the end of ``fit``."""
         if self._tries_left:
             self._end(state, planner)
 

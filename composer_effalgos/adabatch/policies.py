@@ -1,9 +1,9 @@
 """Growth policies: when the batch grows.
 
-A policy is any function of how far the run is, ``policy(progress) -> growths``: how often the batch should have grown by now. It is asked
-before every batch, and at the start of an epoch about its later batches too, so it must not count its calls, and every rank must come to
-the same answer. One that has to see the training is a Composer ``Callback`` with ``__call__`` as well; AdaBatch adds it to the run, whose
-events it gets and whose checkpoints hold its ``state_dict``.
+A policy is a function of the run's progress, ``policy(progress) -> growths``, that returns how often the batch should have grown by now.
+It is called before every batch, and at the start of an epoch also for its later batches, so it must not count its calls. It must return the
+same number on every rank. A policy that has to observe the training is also a Composer ``Callback``; AdaBatch adds it to the run, so it receives the
+run's events, and its ``state_dict`` is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Milestones:
         milestones: Times as for :class:`Every`, in any order and mixture of units.
 
     Raises:
-        InputError: Where they are not a list of such times, or there are none.
+        InputError: If they are not a non-empty list of such times.
     """
 
     def __init__(self, milestones: Sequence[str | int | Time]) -> None:
@@ -68,16 +68,16 @@ class Milestones:
 
 
 class LossPlateau(Watching):
-    """Grows when the training loss does not fall any more.
+    """Grows when the training loss stops falling.
 
-    The mean training loss of each window is held against the best one so far; after more than ``patience`` windows in a row that were not
-    better by the share ``threshold``, the batch grows and the count begins anew. This is the rule of
-    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (``mode='min'``, ``threshold_mode='rel'``). Composer has brought the loss of all ranks
-    to the host already, so looking at it costs nothing.
+    The mean training loss of each window is compared with the best so far. After more than ``patience`` consecutive windows that
+    were not better by the share ``threshold``, the batch grows and the count starts over. This is the rule of
+    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (``mode='min'``, ``threshold_mode='rel'``). Composer has already moved the loss of all ranks
+    to the host, so reading it costs nothing.
 
     Args:
-        patience: Windows without progress that are borne, at least 0.
-        threshold: By what share of itself the best loss must fall to be progress, at least 0.
+        patience: Allowed windows without improvement, at least 0.
+        threshold: Relative decrease of the best loss that counts as an improvement, at least 0.
         window: Time over which the loss is averaged: epochs, batches, samples, tokens or a share of the run.
 
     Raises:
@@ -135,7 +135,7 @@ POLICIES: Mapping[str, Callable[..., Policy | SizePolicy]] = {
 
 
 def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy | SizePolicy:
-    """A policy from what a recipe can say.
+    """Finds a policy by name.
 
     Args:
         given: A policy, or one of :data:`POLICIES` by name: ``'noise_scale'``, or ``{'name': 'noise_scale', 'ratio': 1}``.

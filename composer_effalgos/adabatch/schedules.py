@@ -1,4 +1,4 @@
-"""Batch schedules: the batch size itself as a function of how far the run is."""
+"""Batch schedules: the batch size as a function of the run's progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ScheduleLike = str | Mapping[str, Any] | Callable[[Progress], int | None]
 
 
 class SizePolicy:
-    """Answers with the batch size itself, where other policies answer with a number of growths. Sizes may shrink."""
+    """A policy that returns the batch size instead of a number of growths. Sizes may shrink."""
 
     times: Sequence[Time] = ()
 
@@ -59,9 +59,9 @@ class Function(SizePolicy):
 
 
 class Steps(SizePolicy):
-    """A batch size from each of several times on.
+    """Steps between batch sizes at given times.
 
-    The size in use is that of the last entry in the list whose time has come.
+    The current size is that of the last entry whose time was reached.
 
     Args:
         times: When each size begins. The first is 0; times of one unit ascend.

@@ -48,7 +48,7 @@ class Sizes:
         Args:
             progress: The point.
             loader: The planned loader.
-            available: Samples that there are, over all ranks; ``None`` where that is not known.
+            available: Number of samples over all ranks; ``None`` if unknown.
             asked: Growths that were asked for before.
         """
         wanted, initial = self._policy(progress), loader.initial_batch_size
@@ -75,7 +75,7 @@ class Sizes:
         return list(self._policy.known_sizes) if isinstance(self._policy, SizePolicy) else []
 
     def check_known(self, loader: PlannedDataLoader) -> None:
-        """Refuses a schedule with sizes that the data set or the ranks do not allow.
+        """Refuses a schedule with sizes that the dataset or the ranks do not allow.
 
         Args:
             loader: The planned loader.

@@ -1,4 +1,4 @@
-"""Data sets by name.
+"""Datasets by name.
 
 Those of images are map-style, give ``(image, label)`` with a normalised float32 ``[3, H, W]`` tensor and an ``int``, and have
 

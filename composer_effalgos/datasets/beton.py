@@ -1,4 +1,4 @@
-"""ffcv's ``.beton`` files as a map-style data set; ``loader: ffcv`` reads the same files faster."""
+"""ffcv's ``.beton`` files as a map-style dataset; ``loader: ffcv`` reads the same files faster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RAW = 1  # ffcv's number for images that are stored as pixels
 
 
 def import_ffcv(key: str) -> None:
-    """See that ffcv is there.
+    """Check that ffcv is installed.
 
     Args:
         key: What needs it; begins the message.
@@ -127,7 +127,7 @@ class Beton(StoredImages):
 
     Args:
         file: The file.
-        rows: int64 ``[N]``, ascending: the samples that belong to the data set.
+        rows: int64 ``[N]``, ascending: the samples that belong to the dataset.
         reader: ffcv's reader of the file.
         targets: int64 ``[N]``, their labels.
         classes: Class names.
@@ -196,12 +196,12 @@ def beton(
     Args:
         split: ``'train'`` or ``'eval'``.
         path: Folder of the files.
-        augment: As for the data set that was converted.
-        image_size: Height and width wanted, in pixels; null for that of the data set that was converted.
-        limit: Train on so many images, chosen at random, the same ones every time.
+        augment: As for the dataset that was converted.
+        image_size: Height and width wanted, in pixels; null for that of the dataset that was converted.
+        limit: Train on this many images, chosen at random, the same ones every time.
 
     Raises:
-        InputError: Missing files or fields, a file that is cut off or of another data set than ``dataset.json`` describes.
+        InputError: Missing files or fields, a file that is cut off or of another dataset than ``dataset.json`` describes.
     """
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     folder = data_folder('beton', path, 'train.beton and eval.beton')

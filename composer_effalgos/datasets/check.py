@@ -14,15 +14,15 @@ PORTION = 64  # images
 
 
 def check_images(dataset: Any, num_workers: int = 0) -> Iterator[list[str]]:
-    """Reads and decodes every image of a data set.
+    """Reads and decodes every image of a dataset.
 
     Args:
-        dataset: A data set that :func:`composer_effalgos.datasets.build_dataset` gave. What its ``transform`` would do is left out.
+        dataset: A dataset built by :func:`composer_effalgos.datasets.build_dataset`. Its ``transform`` is not applied.
         num_workers: Processes that decode.
 
     Yields:
         For up to 64 images at a time, in their order, what is wrong with those that are broken: the file or row and the reason. As many
-        lists as the data set has such portions.
+        lists as the dataset has portions.
 
     Raises:
         InputError: A worker process died, as a broken image can make a decoder do; the message says near which image.
@@ -44,7 +44,7 @@ def check_images(dataset: Any, num_workers: int = 0) -> Iterator[list[str]]:
 
 
 class _Tried(Dataset[str | None]):
-    """Gives what goes wrong with an image in the place of the image."""
+    """Returns the error of an image instead of the image."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

@@ -94,9 +94,9 @@ def cifar10(
             folder, the one that holds ``cifar-10-batches-py``.
         augment: Pad the training images by 4 reflected pixels, crop them back at random, and flip half of them left to right.
         image_size: Height and width wanted, in pixels; the images are resized.
-        limit: Train on so many images, chosen at random, the same ones every time; from Parquet the others are not decoded.
+        limit: Train on this many images, chosen at random, the same ones every time; from Parquet the others are not decoded.
         download: Let torchvision fetch what ``path`` lacks. Where several processes share ``path``, build in one of them first.
-        cutout: Blank a square of so many pixels a side in each training image (DeVries and Taylor 2017 take 16); 0 for none. A part of
+        cutout: Blank a square of this many pixels a side in each training image (DeVries and Taylor 2017 take 16); 0 for none. A part of
             ``augment``.
         label_noise: Share of the training labels that are replaced by another class, exactly; each other class is as likely.
         imbalance: Size of the first class over that of the last in the training set; those between fall exponentially.

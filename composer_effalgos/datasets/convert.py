@@ -1,6 +1,6 @@
-"""Write a data set as ffcv's ``.beton`` files, as MDS shards or as files of tokens: ``effalgos convert``.
+"""Write a dataset as ffcv's ``.beton`` files, as MDS shards or as files of tokens: ``effalgos convert``.
 
-Pixels are stored as the data set holds them: encoded files stay as they are, decoded images are stored without loss. What is there under
+Pixels are stored as the dataset holds them: encoded files stay as they are, decoded images are stored without loss. What is there under
 its final name is whole: the rest is written beside it, under a name that begins with a dot, and the next attempt removes it.
 """
 
@@ -39,11 +39,11 @@ SPLITS = ('train', 'eval')
 
 
 def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_bytes: int = 1 << 26, shuffle: int | None = None) -> str:
-    """Convert both splits of a data set.
+    """Convert both splits of a dataset.
 
     Args:
-        source: A recipe's file, or the name of a data set.
-        overrides: ``key=value`` settings: of the recipe, or options of the data set.
+        source: A recipe's file, or the name of a dataset.
+        overrides: ``key=value`` settings: of the recipe, or options of the dataset.
         to: ``'ffcv'`` or ``'mds'`` for images, ``'mds'`` or ``'tokens'`` for text.
         out: Folder to write into; ``train`` and ``eval`` (``val`` for text) with the format's ending must not be in it.
         shard_bytes: Size at which a new shard begins, 1 to 2**32 - 1 (MDS counts in 32 bits).
@@ -132,7 +132,7 @@ def _convert_text(
 
 
 def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The name of the data set, and what it is built with."""
+    """The name of the dataset, and what it is built with."""
     if source.endswith(('.yaml', '.yml')):
         data = load_recipe(source, overrides).dataset
         return data.name, {'path': data.path, **data.options}
@@ -240,7 +240,7 @@ def _as_png(image: np.ndarray) -> bytes:
 def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
     """Write ffcv's file with the fields ``image`` and ``label``: JPEG files as they are, all other images as pixels.
 
-    ffcv's own writer hands the samples to processes, and waits for ever for one that a full disk has stopped; this is the same work with
+    ffcv's own writer hands the samples to processes, and waits forever for one that a full disk has stopped; this is the same work with
     the same parts in this process.
 
     Args:

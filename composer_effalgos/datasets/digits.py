@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real data that is there without a download."""
+"""scikit-learn's handwritten digits: real data that needs no download."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def digits(
         path: Ignored: the data comes with scikit-learn.
         augment: Shift the training images by up to one of the 8 pixels each way. No flips: a mirrored digit is another sign.
         image_size: Height and width wanted, in pixels; the images are resized.
-        limit: Train on so many images, chosen at random, the same ones every time.
+        limit: Train on this many images, chosen at random, the same ones every time.
 
     Raises:
         InputError: ``limit`` or ``image_size`` out of range.

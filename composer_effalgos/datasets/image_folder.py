@@ -34,7 +34,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         root: Folder of one split.
         classes: Class names; a folder of another name is an error, one that is missing is not. None takes the folders' names.
         transform: PIL image to float32 ``[3, H, W]``.
-        limit: Keep so many images, chosen at random, the same ones every time.
+        limit: Keep this many images, chosen at random, the same ones every time.
     """
 
     samples: list[tuple[str, int]]
@@ -86,8 +86,8 @@ def image_folder(
         path: The folder that holds ``train`` and ``val``. The classes are the folders in ``train``, in the order of their names.
         augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
         image_size: Height and width of the crop, in pixels.
-        limit: Train on so many images, chosen at random, the same ones every time.
-        padding: For images that have one size, such as Tiny-ImageNet's: ``augment`` pads the training images by so many reflected pixels,
+        limit: Train on this many images, chosen at random, the same ones every time.
+        padding: For images that have one size, such as Tiny-ImageNet's: ``augment`` pads the training images by this many reflected pixels,
             crops them back at random and flips half of them, and nothing else is cropped; images of another size are squeezed or stretched
             to ``image_size``. Null for the crops above. ``loader: device`` needs a number here.
 

@@ -21,7 +21,7 @@ class ParquetImages(StoredImages):
     Args:
         file: The Parquet file, for messages.
         images: Encoded images, one a row of the file.
-        rows: int64 ``[N]``, the rows that belong to the data set.
+        rows: int64 ``[N]``, the rows that belong to the dataset.
         targets: int64 ``[N]``, the labels of these rows.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
@@ -66,8 +66,8 @@ def image_parquet(
             ``classes`` (names with commas between) or Hugging Face's description. Otherwise the classes are 0 to its largest label.
         augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
         image_size: Height and width of the crop, in pixels.
-        limit: Train on so many images, chosen at random, the same ones every time.
-        image_column: Column of the encoded images: binary, or a struct with binary ``bytes`` as Hugging Face's data sets write it.
+        limit: Train on this many images, chosen at random, the same ones every time.
+        image_column: Column of the encoded images: binary, or a struct with binary ``bytes`` as Hugging Face's datasets write it.
         label_column: Column of the labels: integers from 0.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What the image data sets share: pixels, decoding, transforms and subsets.
+"""What the image datasets share: pixels, decoding, transforms and subsets.
 
-The pipelines are ``transforms.Compose`` lists around ``transforms.ToTensor``, and the data sets are torchvision ``VisionDataset``, because
+The pipelines are ``transforms.Compose`` lists around ``transforms.ToTensor``, and the datasets are torchvision ``VisionDataset``, because
 that is where Composer's RandAugment, AugMix and ColOut look for the place to insert themselves.
 """
 
@@ -74,7 +74,7 @@ class StoredImages(VisionDataset):
 
     Args:
         file: Where they lie.
-        rows: int64 ``[N]``: the samples in it that belong to the data set.
+        rows: int64 ``[N]``: the samples in it that belong to the dataset.
         targets: int64 ``[N]``, their labels.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
@@ -203,7 +203,7 @@ def small_image_transform(
         image_size: Height and width wanted; another one than ``size`` resizes (bilinear, anti-aliased).
         mean: Channel means, of pixels in [0, 1].
         std: Channel standard deviations.
-        padding: The image is padded by so many pixels on each side and cropped back at random; 0 for none.
+        padding: The image is padded by this many pixels on each side and cropped back at random; 0 for none.
         padding_mode: What is padded, ``'constant'`` (black) or ``'reflect'``.
         flip: Flip half of the images left to right.
         cutout: Side of the square to blank, in pixels of the final image; 0 for none.
@@ -242,10 +242,10 @@ def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, a
 
 
 def with_transform(dataset: Any, transform: Callable[[Any], Any]) -> Any:
-    """The same data set with another transform; the one given stays as it is.
+    """The same dataset with another transform; the one given stays as it is.
 
     Args:
-        dataset: A data set with an attribute ``transform``, or a ``Subset`` of one.
+        dataset: A dataset with an attribute ``transform``, or a ``Subset`` of one.
         transform: The new one.
     """
     same = copy.copy(dataset)
@@ -276,10 +276,10 @@ def limited(count: int, limit: int | None) -> Tensor:
 
 
 def data_folder(name: str, path: str | None, contents: str) -> Path:
-    """The folder of a data set.
+    """The folder of a dataset.
 
     Args:
-        name: Name of the data set, for the message.
+        name: Name of the dataset, for the message.
         path: The folder.
         contents: What is expected in it, for the message.
 

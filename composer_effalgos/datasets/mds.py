@@ -1,4 +1,4 @@
-"""MDS shards of mosaicml-streaming, on this machine or in a remote folder, as a map-style data set."""
+"""MDS shards of mosaicml-streaming, on this machine or in a remote folder, as a map-style dataset."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _decompress(source: Path, compression: str, target: Path, size: int) -> None
         OSError: It is damaged.
     """
     codec = COMPRESSIONS[compression.partition(':')[0]]
-    if codec == 'snappy':  # which Arrow decompresses whole, into so many bytes
+    if codec == 'snappy':  # which Arrow decompresses whole, into this many bytes
         target.write_bytes(pa.decompress(read_bytes(source, size + size // 6 + 32), size, codec, asbytes=True))
     else:
         with target.open('wb') as out, pa.input_stream(str(source), compression=codec) as stream:
@@ -242,7 +242,7 @@ class MdsImages(StoredImages):
 
     Args:
         shards: The split's shards.
-        rows: int64 ``[N]``, ascending: the samples that belong to the data set.
+        rows: int64 ``[N]``, ascending: the samples that belong to the dataset.
         targets: int64 ``[N]``, their labels.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
@@ -282,7 +282,7 @@ def located(kind: str, path: str | None, remote: str | None, names: Sequence[str
     """The folder of the splits; one with a remote place may be empty yet, and gets the description of what is there.
 
     Args:
-        kind: Name of the data set, for messages.
+        kind: Name of the dataset, for messages.
         path: The folder on this machine.
         remote: Its place elsewhere, if any.
         names: The splits' folders in it.
@@ -319,9 +319,9 @@ def mds(
     Args:
         split: ``'train'`` or ``'eval'``.
         path: Folder on this machine that holds the splits, or what was fetched of them.
-        augment: As for the data set that was converted.
-        image_size: Height and width wanted, in pixels; null for that of the data set that was converted.
-        limit: Train on so many images, chosen at random, the same ones every time.
+        augment: As for the dataset that was converted.
+        image_size: Height and width wanted, in pixels; null for that of the dataset that was converted.
+        limit: Train on this many images, chosen at random, the same ones every time.
         shuffle: ``'shards'`` shuffles the shards, and the samples in each: a pass then reads one shard after the other. ``'samples'``
             shuffles all samples together.
         remote: A folder like ``path`` elsewhere, e.g. ``s3://bucket/data``: shards are fetched into ``path`` when they are first read, and

@@ -26,7 +26,7 @@ _LONGEST_NAME = 240  # bytes
 def check_index(folder: Path) -> list[dict[str, Any]]:
     """Reads the index of a folder of shards, and refuses what could write outside the folder or run code.
 
-    It works for any folder that a ``StreamingDataset`` reads (its ``local``, with the ``split``); call it before the data set is built.
+    It works for any folder that a ``StreamingDataset`` reads (its ``local``, with the ``split``); call it before the dataset is built.
 
     Args:
         folder: Holds ``index.json``. Where the data are remote, fetch that file first.

@@ -23,7 +23,7 @@ class MdsTokens(Dataset[dict[str, Tensor]]):
 
     Args:
         shards: The split's shards.
-        rows: int64 ``[N]``, ascending: the samples that belong to the data set.
+        rows: int64 ``[N]``, ascending: the samples that belong to the dataset.
         num_classes: Size of the vocabulary.
         seq_len: Tokens in a sequence; those of longer samples that come after are left out, null for the length of the first sample.
         column: Name of the column.
@@ -100,8 +100,8 @@ def mds_tokens(
         seq_len: Tokens in a sequence, at most those of the shortest sample; null for those of the first sample.
         vocab_size: Tokens are below this. Null: as ``meta.json`` says, which ``effalgos convert`` writes.
         dtype: Type of a token where the column is of MDS's type ``bytes``: llm-foundry's ``token_encoding_type``.
-        limit: Train on so many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+        limit: Train on this many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
         shuffle: ``'shards'`` shuffles the shards, and the samples in each; ``'samples'`` all samples together.
         remote: A folder like ``path`` elsewhere, e.g. ``s3://bucket/data``: shards are fetched into ``path`` when they are first read, and
             stay there.

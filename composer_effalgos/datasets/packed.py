@@ -1,4 +1,4 @@
-"""What the data sets that ``effalgos convert`` writes have in common: a description beside the data, and the pipelines by name."""
+"""What the datasets that ``effalgos convert`` writes have in common: a description beside the data, and the pipelines by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Description:
     """What ``dataset.json`` says about a folder of converted data.
 
     Attributes:
-        like: Name of the data set whose pipeline the images go through.
+        like: Name of the dataset whose pipeline the images go through.
         classes: Class names.
         labels: A digest of the labels of each split, in the order of the samples.
     """
@@ -71,7 +71,7 @@ class Description:
 
 
 def class_names(description: Description | None, split: str, targets: Tensor, source: Path) -> list[str]:
-    """Hold a split's labels against the description, and give the class names.
+    """Check a split's labels against the description, and give the class names.
 
     Args:
         description: Of the folder; without one, the classes are 0 to the largest label.
@@ -91,7 +91,7 @@ def class_names(description: Description | None, split: str, targets: Tensor, so
 def pipeline(
     description: Description | None, split: Literal['train', 'eval'], *, augment: bool, image_size: int | None
 ) -> transforms.Compose:
-    """The pipeline that the original data set has.
+    """The pipeline that the original dataset has.
 
     Args:
         description: Names the original; ``None`` for ImageNet's pipeline.

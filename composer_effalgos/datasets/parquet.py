@@ -25,7 +25,7 @@ def read_images(file: Path, column: str) -> pa.ChunkedArray:
 
     Args:
         file: A Parquet file.
-        column: A binary column, or a struct with a binary field ``bytes`` as Hugging Face's data sets write it.
+        column: A binary column, or a struct with a binary field ``bytes`` as Hugging Face's datasets write it.
 
     Returns:
         The encoded images, one a row.
@@ -71,7 +71,7 @@ def read_labels(file: Path, column: str, num_classes: int | None) -> Tensor:
 
 
 def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
-    """Hold labels against the number of classes.
+    """Check labels against the number of classes.
 
     Args:
         targets: int64 ``[N]``.
@@ -91,7 +91,7 @@ def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
 def read_class_names(file: Path, label_column: str) -> list[str] | None:
     """Find the class names in the metadata of a file's schema.
 
-    They are under the key ``classes`` (names with commas between), or in the description that Hugging Face's data sets write for a
+    They are under the key ``classes`` (names with commas between), or in the description that Hugging Face's datasets write for a
     ``ClassLabel`` column.
 
     Args:

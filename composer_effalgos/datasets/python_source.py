@@ -1,4 +1,4 @@
-"""The source code of Python's standard library: text that is there without a download."""
+"""The source code of Python's standard library: text that needs no download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from composer_effalgos.datasets.sequences import TokenSequences, chosen
 from composer_effalgos.datasets.text import Coding, text_sequences
 from composer_effalgos.utils.errors import InputError
 
-HELD_OUT = 10  # one file in so many
+HELD_OUT = 10  # one file in this many
 
 # Distributions put these into packages of their own, or patch them
 _OMITTED = frozenset({'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'sysconfig', 'test', 'tkinter', 'turtledemo', 'venv'})
@@ -48,8 +48,8 @@ def python_source(
             ``~/.cache/composer_effalgos``.
         vocab_size: Of ``'bpe'``: 257 to 65,536; null for 1,024.
         seq_len: Tokens in a sequence.
-        limit: Train on so many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+        limit: Train on this many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
         seed: Decides which files are held out, and their order.
 
     Raises:
@@ -104,8 +104,8 @@ def python_packages(
         path: Ignored: the files are those of the running Python.
         seq_len: Bytes in a piece.
         num_packages: Classes: the packages with most files.
-        limit: Train on so many pieces, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+        limit: Train on this many pieces, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
         seed: Decides which files are held out, and which pieces stand for a package that has more than others.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The names under which recipes and scripts find the data sets."""
+"""The names under which recipes and scripts find the datasets."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ LABELLED_TEXT = ('python_packages',)
 
 
 def build_dataset(name: str, split: Split, *, path: str | None = None, **options: Any) -> Dataset[Any]:
-    """Build a data set.
+    """Build a dataset.
 
     Args:
         name: One of :data:`DATASETS`.
         split: ``'train'`` (with random augmentation, unless the option ``augment`` is false) or ``'eval'``.
         path: Folder of the data; ``digits``, ``python_packages``, ``python_source`` and ``synthetic`` need none and ignore it.
-        **options: Options of that data set, see its builder in :data:`DATASETS`.
+        **options: Options of that dataset, see its builder in :data:`DATASETS`.
 
     Returns:
-        A map-style data set of ``(image, label)``: float32 ``[3, H, W]``, normalised, and ``int``; with the attributes ``targets``
+        A map-style dataset of ``(image, label)``: float32 ``[3, H, W]``, normalised, and ``int``; with the attributes ``targets``
         (int64 ``[N]``), ``classes`` (names) and ``num_classes``; or text, see :data:`TEXT` and :data:`LABELLED_TEXT`. Random
         augmentation draws from torch's global generator and from nothing else.
 

@@ -75,8 +75,8 @@ def cut(
         num_classes: Size of the vocabulary.
         split: ``'train'`` or ``'eval'``.
         seq_len: Tokens in a sequence.
-        limit: Train on so many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most so many, chosen likewise; ``None`` for all.
+        limit: Train on this many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most this many, chosen likewise; ``None`` for all.
         source: Where the text comes from, for messages.
 
     Raises:

@@ -27,7 +27,7 @@ class Synthetic(Dataset[tuple[Tensor, int]]):
 
     Args:
         split: ``'train'`` or ``'eval'``: the same patterns, other noise.
-        num_samples: Length of the data set.
+        num_samples: Length of the dataset.
         num_classes: Number of classes.
         image_size: Height and width, in pixels.
         seed: Seed of patterns and noise.
@@ -48,7 +48,7 @@ class Synthetic(Dataset[tuple[Tensor, int]]):
 
     @property
     def targets(self) -> Tensor:
-        """All labels, int64 ``[num_samples]``, made anew at each call."""
+        """All labels, int64 ``[num_samples]``, created again at each call."""
         return torch.arange(self.num_samples) % self.num_classes
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ def synthetic(
     seed: int = 0,
     noise: float = 1.0,
 ) -> Synthetic:
-    """A learnable data set of any size that needs no files: see :class:`Synthetic`.
+    """A learnable dataset of any size that needs no files: see :class:`Synthetic`.
 
     Args:
         split: ``'train'`` or ``'eval'``.

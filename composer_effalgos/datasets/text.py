@@ -79,8 +79,8 @@ def text_files(
         tokenizer: ``'bytes'``, or ``'bpe'``: an encoding trained on the training split and kept in ``~/.cache/composer_effalgos``.
         vocab_size: Of ``'bpe'``: 257 to 65,536; null for 1,024.
         seq_len: Tokens in a sequence.
-        limit: Train on so many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+        limit: Train on this many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
 
     Raises:
         InputError: Missing folders, files that cannot be read, or too little text for a sequence.

@@ -120,8 +120,8 @@ def tokens(
         seq_len: Tokens in a sequence.
         vocab_size: Tokens are below this: 50257 for GPT-2's. Null: as ``meta.json`` says.
         dtype: Type of a token in the files. Null: ``uint32`` where the vocabulary in ``meta.json`` needs it, else ``uint16``.
-        limit: Train on so many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most so many, chosen likewise; null for all.
+        limit: Train on this many sequences, chosen at random, the same ones every time.
+        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
 
     Raises:
         InputError: No such file, one that is cut off or of another type, no ``vocab_size``, a token beyond it (when it is read).

@@ -271,7 +271,7 @@ def _fitting(source: str, weights: Mapping[str, Tensor], model: nn.Module, recip
 
 
 def _read(dataset: Dataset[Any], samples: int | None, settings: Settings, workers: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of a data set, or of some of its samples, in an order of their own."""
+    """Images and labels of a dataset, or of some of its samples, in an order of their own."""
     count = len(dataset)  # type: ignore[arg-type]
     if samples is not None:
         check_number('samples', samples, least=1, most=count)

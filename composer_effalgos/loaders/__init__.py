@@ -1,4 +1,4 @@
-"""Data paths besides worker processes: loaders that are given to the Trainer in the place of a ``DataLoader``."""
+"""Data paths besides worker processes: loaders that are given to the Trainer in place of a ``DataLoader``."""
 
 from composer_effalgos.loaders.device import DeviceDataLoader
 from composer_effalgos.loaders.ffcv import FfcvDataLoader

@@ -1,7 +1,7 @@
 """Image augmentation for whole batches, on the device where the images lie.
 
 A torchvision pipeline such as ``RandomCrop, RandomHorizontalFlip, ToTensor, Normalize`` is split in two: what always gives the same image
-(a resize, a centre crop) is done once, when a data set is decoded; the rest becomes a :class:`BatchTransform`. Its random numbers belong
+(a resize, a centre crop) is done once, when a dataset is decoded; the rest becomes a :class:`BatchTransform`. Its random numbers belong
 to samples: sample *i* is cropped alike in a run whatever the batch, the rank, the device or the batches before it.
 """
 

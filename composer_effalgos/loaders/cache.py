@@ -1,4 +1,4 @@
-"""Decoded images on disk, so that a data set is decoded once and not once a run."""
+"""Decoded images on disk, so that a dataset is decoded once and not once a run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _FORMAT = 'decoded images 1'
 
 
 def identity_of(dataset: Any, *how: str) -> str:
-    """Names the images that decoding a data set gives.
+    """Names the images that decoding a dataset gives.
 
-    Two data sets have the same name only if they hold the same samples in the same order: files count by path, size and time of change,
+    Two datasets have the same name only if they hold the same samples in the same order: files count by path, size and time of change,
     arrays by their contents.
 
     Args:
-        dataset: A data set of images in files (``samples`` as torchvision has it), in arrays (``data`` or ``images``), in Parquet, a
+        dataset: A dataset of images in files (``samples`` as torchvision has it), in arrays (``data`` or ``images``), in Parquet, a
             ``Subset`` of one, or one with a method ``fingerprint() -> str``.
         *how: What else the images depend on.
 
@@ -92,11 +92,11 @@ def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
 
     Args:
         folder: Where they lie.
-        identity: Of the data set wanted.
+        identity: Of the dataset wanted.
 
     Returns:
         Images, uint8 ``[N, H, W, 3]``, and labels, int64 ``[N]``; ``None`` where there are none, and, with a warning, where the file is
-        cut off, damaged or another data set's.
+        cut off, damaged or another dataset's.
     """
     path = _path(folder, identity)
     if not path.exists():
@@ -132,7 +132,7 @@ def save(folder: Path, identity: str, images: Tensor, labels: Tensor) -> None:
 
     Args:
         folder: Where to; made if it is not there.
-        identity: Of their data set.
+        identity: Of their dataset.
         images: uint8 ``[N, H, W, 3]``.
         labels: int64 ``[N]``.
     """

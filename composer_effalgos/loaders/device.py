@@ -1,4 +1,4 @@
-"""Decoded once, kept on the device, batched there: the data path for image data sets that fit into memory."""
+"""Decoded once, kept on the device, batched there: the data path for image datasets that fit into memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from composer_effalgos.loaders.augment import split_transform, steps_of, with_bl
 from composer_effalgos.plan import BatchReader, Reading
 from composer_effalgos.utils.errors import InputError
 
-# On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to so many bytes
+# On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to this many bytes
 TOGETHER = 64 * 2**20  # bytes
 
 
@@ -36,7 +36,7 @@ class DeviceDataLoader(BatchReader):
     it is the same at any number of ranks, on any device, and in a run that was resumed.
 
     Args:
-        dataset: A map-style data set of ``(image, label)`` whose attribute ``transform`` is a torchvision pipeline over PIL images, as
+        dataset: A map-style dataset of ``(image, label)`` whose attribute ``transform`` is a torchvision pipeline over PIL images, as
             ``torchvision.datasets`` and ours have it, or a ``Subset`` of one; see
             :func:`~composer_effalgos.loaders.augment.split_transform` for the steps it may have. The images that come out before the
             random steps must all have one size.
@@ -45,11 +45,11 @@ class DeviceDataLoader(BatchReader):
         drop_last: Drops a last batch that is not full.
         seed: Seeds order and augmentation where no plan does, which brings the run's seed.
         device: Where the images lie; by default this rank's GPU, or else the CPU.
-        cache: Folder for decoded images; ``None`` decodes them in each run. A file of another data set, or a damaged one, is not used.
+        cache: Folder for decoded images; ``None`` decodes them in each run. A file of another dataset, or a damaged one, is not used.
         num_workers: Processes that decode.
 
     Raises:
-        InputError: For a data set or a transform that it cannot take; on :meth:`load`, for images of several sizes or too many to fit.
+        InputError: For a dataset or a transform that it cannot take; on :meth:`load`, for images of several sizes or too many to fit.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class DeviceDataLoader(BatchReader):
 
 
 def _together(offsets: Sequence[int], samples: int) -> Iterator[tuple[int, int]]:
-    """Ranges of batches with at most so many samples together, one batch at least: on a CPU, one, which stays in its cache."""
+    """Ranges of batches with at most this many samples together, one batch at least: on a CPU, one, which stays in its cache."""
     first = 0
     while first < len(offsets) - 1:
         last = max(first + 1, bisect.bisect_right(offsets, offsets[first] + samples) - 1)

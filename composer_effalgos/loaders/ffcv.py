@@ -45,7 +45,7 @@ class FfcvDataLoader(BatchReader):
         batches_ahead: Batches decoded ahead.
 
     Raises:
-        InputError: Another data set or a transform that it cannot run, ffcv missing, a file that is cut off.
+        InputError: Another dataset or a transform that it cannot run, ffcv missing, a file that is cut off.
     """
 
     def __init__(

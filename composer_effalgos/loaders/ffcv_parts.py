@@ -1,4 +1,4 @@
-"""What this package adds to ffcv; imported where ffcv is there."""
+"""Extensions of ffcv; imported only if ffcv is installed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Epoch(EpochIterator):
     def run(self) -> None:
         try:
             super().run()
-        except BaseException as error:  # else whoever waits for the batch would wait for ever
+        except BaseException as error:  # else whoever waits for the batch would wait forever
             self.error = error
             while not self.terminate_event.is_set():
                 with contextlib.suppress(Full):

@@ -19,8 +19,8 @@ def device(
     """``loader: device``: decoded once, batched and augmented on the device.
 
     Args:
-        dataset: The data set.
-        train: Whether the order is drawn anew each epoch.
+        dataset: The dataset.
+        train: Whether the order is drawn again each epoch.
         batch_size: Samples per rank and batch.
         drop_last: Leave the last, smaller batch of an epoch out.
         seed: The run's seed.
@@ -40,8 +40,8 @@ def ffcv(
     """``loader: ffcv``: decoded by ffcv's threads, augmented on the device.
 
     Args:
-        dataset: The data set, ``dataset: beton``.
-        train: Whether the order is drawn anew each epoch.
+        dataset: The dataset, ``dataset: beton``.
+        train: Whether the order is drawn again each epoch.
         batch_size: Samples per rank and batch.
         drop_last: Leave the last, smaller batch of an epoch out.
         seed: The run's seed.

@@ -70,7 +70,7 @@ def hf_sequence_classification(
         seq_len: Longest sequence.
         vocab_size: Size of the vocabulary; the configuration's own may be larger where it comes from a folder.
         pretrained_model_name_or_path: Name of a configuration (``bert``, ``gpt2``, ...), or a folder that holds one.
-        pretrained: Take the weights that lie in the folder; the last layer starts anew where the folder has none for it.
+        pretrained: Load the weights in the folder; the last layer is initialised at random if the folder has no weights for it.
         config_overrides: Attributes of the configuration, e.g. ``num_hidden_layers``.
 
     Returns:

@@ -112,7 +112,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
 
 
 def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> str:
-    """Hold weights against a network's own.
+    """Check weights against a network's own.
 
     Args:
         own: The network's state dict.

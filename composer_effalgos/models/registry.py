@@ -43,7 +43,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
         pretrained: True for the library's own weights (downloaded, or from its cache); the name of weights of torchvision's, e.g.
             ``MobileNet_V2_Weights.IMAGENET1K_V1``, for a network of ours with the same layers too; or the path of a local file of
             weights (see :func:`~composer_effalgos.models.pretrained.read_weights`). Where the weights' head has another number of
-            classes, the model's head starts anew, with a line in the log.
+            classes, the model's head is initialised at random, with a line in the log.
         **options: Arguments of the network's constructor.
 
     Raises:

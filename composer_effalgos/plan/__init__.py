@@ -1,4 +1,4 @@
-"""The heart of the package: which samples, with which weight, in batches of which size, each epoch. Nothing here knows an algorithm."""
+"""The plan of each epoch: samples, weights and batch sizes. Independent of any particular algorithm."""
 
 from composer_effalgos.plan.clock import EpochClock
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed

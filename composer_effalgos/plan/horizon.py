@@ -59,7 +59,7 @@ class Horizon:
 
     Attributes:
         end: The planned end, from ``FIT_START`` on.
-        budget: The ``max_duration`` that :meth:`convert` put epochs in the place of; ``None`` for none.
+        budget: The ``max_duration`` that :meth:`convert` put epochs in place of; ``None`` for none.
         extended: Whether the current ``fit`` began at or past the end that was planned before: how far the run will go is then unknown.
     """
 
@@ -80,7 +80,7 @@ class Horizon:
         self._given = state.max_duration
 
     def convert(self, state: State, full: Mapping[TimeUnit, int], sample_tokens: int | None = None) -> None:
-        """Puts epochs in the place of a ``max_duration`` in another unit: as many as a run that prunes nothing would train.
+        """Puts epochs in place of a ``max_duration`` in another unit: as many as a run that prunes nothing would train.
 
         Args:
             state: The trainer's state at ``FIT_START``, before :meth:`fit_start`.
@@ -96,7 +96,7 @@ class Horizon:
         assert length is not None
         if length.unit != TimeUnit.EPOCH:
             self.budget = length
-        elif self.end is None or length != self.end:  # else fit() goes on
+        elif self.end is None or length != self.end:  # else fit() continues
             self.budget = None
         state.max_duration = in_full_epochs(length, full)
         if self._given is not None:
@@ -105,7 +105,7 @@ class Horizon:
         self._sample_tokens = sample_tokens if in_tokens else None
 
     def check_tokens(self, state: State) -> None:
-        """Holds the tokens that Composer counted in a batch against those that a budget in tokens was converted with.
+        """Checks the tokens that Composer counted in a batch against those that a budget in tokens was converted with.
 
         Args:
             state: The trainer's state at ``BATCH_END``.
@@ -125,7 +125,7 @@ class Horizon:
             )
 
     def fit_start(self, state: State, loaded: str | None = None) -> None:
-        """Plans the end anew for this ``fit``.
+        """Plans the end again for this ``fit``.
 
         Args:
             state: The trainer's state at ``FIT_START``.

@@ -30,10 +30,10 @@ from composer_effalgos.utils.errors import CheckpointError, InputError
 
 
 def class_labels(dataset: Any) -> Tensor | None:
-    """The class indices that a data set carries beside its samples.
+    """The class indices that a dataset carries beside its samples.
 
     Args:
-        dataset: A map-style data set.
+        dataset: A map-style dataset.
 
     Returns:
         Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` where that is not one whole
@@ -58,10 +58,10 @@ def tokens_per_sample(dataset: Any) -> int | None:
     """The tokens of each sample, where all have as many.
 
     Args:
-        dataset: A map-style data set.
+        dataset: A map-style dataset.
 
     Returns:
-        Its ``seq_len``, as the data sets of text here have it; ``None`` where there is no such whole number.
+        Its ``seq_len``, as the datasets of text here have it; ``None`` where there is no such whole number.
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
@@ -220,7 +220,7 @@ class PlannedDataLoader(DataLoader):
         Args:
             plan: The epoch's plan, as the run that was stopped had it.
             batches: Batches of the epoch trained before.
-            batch_size: Samples per rank and batch, where the rest must be split anew.
+            batch_size: Samples per rank and batch, where the rest must be split again.
             world_size: Number of ranks of the run that was stopped.
             even: Gives every rank as many samples as the others.
 
@@ -376,7 +376,7 @@ class PlannedDataLoader(DataLoader):
         Args:
             indices: Sample indices.
             batch_size: Samples a batch; the last may have fewer.
-            seed: Seeds what random augmentation the data set does.
+            seed: Seeds what random augmentation the dataset does.
 
         Yields:
             Batches as the path gives them, on the host or on the device of training.

@@ -38,7 +38,7 @@ def is_due(count: int) -> bool:
 
 
 def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, seed: int) -> None:
-    """Holds a collate function to the order of the samples, on samples that were read anyway.
+    """Checks that a collate function keeps the order of the samples, on samples that were read anyway.
 
     Args:
         collate: The function.
@@ -58,7 +58,7 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
 
 
 class OrderCheck:
-    """Holds the transforms of the training ``DataSpec``, and the model, to the order of the samples.
+    """Checks that the transforms of the training ``DataSpec``, and the model, keep the order of the samples.
 
     Without transforms it costs a comparison, in batches 1, 2, 4, ... of a fit.
 

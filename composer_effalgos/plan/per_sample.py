@@ -127,7 +127,7 @@ class Called:
             return Samples(total, [losses / len(losses) for losses in each])
         if len(each) != len(entries):
             return Samples(total, [total * _factor(total, total_of(own))])
-        # whatever the mean is taken over (class weights, ignored labels, a scale), it is found anew in every batch
+        # whatever the mean is taken over (class weights, ignored labels, a scale), it is found again in every batch
         pairs = zip(each, entries, strict=True)
         return Samples(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
 

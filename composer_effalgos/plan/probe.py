@@ -1,4 +1,4 @@
-"""Holds per-sample losses against the loss that a model returns, by their gradients at the model's outputs."""
+"""Checks per-sample losses against the loss that a model returns, by their gradients at the model's outputs."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 
 class RandomStream:
-    """The random numbers of Python, NumPy and PyTorch (on the CPU) while it is entered; they go on where they were left.
+    """The random numbers of Python, NumPy and PyTorch (on the CPU) while it is entered; they continue where they were left.
 
     Args:
         seed: Of the stream, in [0, 2**63).

@@ -5,8 +5,8 @@ which order, cut where into batches, and under which seed. :class:`PlannedDataLo
 deals it out over the ranks, skips what was trained before a resume without reading it, and serves the selection pass; algorithms talk to
 it alone. There are two kinds of path:
 
-* ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its data set, collate function and memory settings;
-* a :class:`BatchReader`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in the place of a
+* ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its dataset, collate function and memory settings;
+* a :class:`BatchReader`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in place of a
   ``DataLoader``; without a plan it iterates as a ``DataLoader`` with a ``DistributedSampler`` would.
 
 A new path is a subclass of :class:`BatchReader` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
@@ -75,7 +75,7 @@ class BatchReader(DataLoader):
     """A loader that reads the samples it is told to, by itself; subclasses define :meth:`read_batches`.
 
     Args:
-        dataset: Has a length; what else is needed of it is the subclass's affair. ``InfoBatch(class_balanced=True)`` asks it for
+        dataset: Has a length; subclasses may require more. ``InfoBatch(class_balanced=True)`` asks it for
             ``targets``.
         batch_size: Samples per rank and batch.
         shuffle: Draws a new order each epoch.
@@ -169,9 +169,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class WorkerReader:
-    """Reads with the user's data set, collate function, workers and memory settings.
+    """Reads with the user's dataset, collate function, workers and memory settings.
 
-    One set of worker processes serves the whole run: they live on while the samples, their order and the batch size change.
+    One set of worker processes serves the whole run: they persist while the samples, their order and the batch size change.
 
     Args:
         loader: The user's loader.

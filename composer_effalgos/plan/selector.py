@@ -64,10 +64,10 @@ class Selector:
         return None
 
     def new_data(self, *, first: bool) -> None:
-        """Called when ``fit`` brings another data set, and once for the first.
+        """Called when ``fit`` brings another dataset, and once for the first.
 
         Args:
-            first: Whether it is the run's first data set, which a loaded checkpoint describes.
+            first: Whether it is the run's first dataset, which a loaded checkpoint describes.
         """
 
     def begin(self, state: State) -> None:

@@ -63,7 +63,7 @@ def num_surplus(num_samples: int, sizes_of: Callable[[int], Sequence[int]], worl
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
-        sizes_of: Batch sizes of an epoch of so many samples.
+        sizes_of: Batch sizes of an epoch of this many samples.
         world_size: Number of ranks.
         microbatch: As for :func:`has_single`.
 

@@ -28,8 +28,8 @@ SizeOf = Callable[[int], int | None]
 class _Task(NamedTuple):
     """What a worker is asked for: the next ``size`` samples of its share, none where that is 0.
 
-    A new ``reading`` begins the dataset anew. The first task of a new ``generation`` means that sizes have changed: what was read for tasks
-    from number ``back_to`` on was not trained on and is read again.
+    A new ``reading`` starts the dataset from the beginning. The first task of a new ``generation`` means that sizes have changed: samples
+    read for tasks from number ``back_to`` on were not trained on and are read again.
     """
 
     number: int
@@ -212,7 +212,7 @@ class _Sending:
             yield _Task(self._number - 1, size, self._epoch, self._reading, self.generation, self._back_to)
 
     def begin_again(self, number: int, batch: int) -> None:
-        """Asks anew for all batches from ``batch`` on, the first of them from the worker that had task ``number``."""
+        """Asks again for all batches from ``batch`` on, the first of them from the worker that had task ``number``."""
         self.generation, self._back_to, self.batch = self.generation + 1, number, batch
         self._idle = (number - self._number) % self._workers
 

@@ -38,7 +38,7 @@ class InfoBatch(Pruning):
         labels: Class indices of the training samples, ``[N]``, for ``class_balanced``; ``None`` to read the dataset's ``targets``.
         budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
             ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
-            batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
+            batches allow no AdaBatch beside it, and tokens need a dataset that says how many each sample has (``seq_len``).
         shard: Whether each rank keeps the scores of its own part of the samples, see :class:`Pruning`; not with ``class_balanced``.
 
     Raises:

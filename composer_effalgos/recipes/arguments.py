@@ -19,7 +19,7 @@ __all__ = ['Parameter', 'check_arguments', 'parameters']
 
 
 def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, Any], *, given: Iterable[str] = ()) -> dict[str, Any]:
-    """Hold keyword arguments against a signature.
+    """Check keyword arguments against a signature.
 
     Args:
         key: Where the recipe says so; begins the error message.

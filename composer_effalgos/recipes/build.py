@@ -119,7 +119,7 @@ def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
 
 
 def build_split(recipe: Recipe, split: str) -> Any:
-    """Build one of a recipe's data sets.
+    """Build one of a recipe's datasets.
 
     Args:
         recipe: A checked recipe.
@@ -178,7 +178,7 @@ def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
         A classifier of images or texts with its cross-entropy and accuracy, or a language model with its own loss.
 
     Raises:
-        InputError: The network cannot be built, does not read such data, or has fewer outputs than the data set has classes.
+        InputError: The network cannot be built, does not read such data, or has fewer outputs than the dataset has classes.
     """
     settings, num_classes = recipe.model, dataset.num_classes
     _check_kind(recipe)

@@ -23,7 +23,7 @@ from composer_effalgos.utils.text import one_line, shown
 
 __all__ = ['Loading', 'check_checkpoint', 'checkpoint_folder', 'loading', 'only_weights', 'trainer_arguments']
 
-# What of a checkpoint a run goes on with. Composer passes over what is missing: the run would begin anew there without a word.
+# State that a run needs to resume. Composer ignores missing entries, so the run would silently start them from scratch.
 _STATE: dict[str, type | tuple[type, ...]] = {
     'model': dict,
     'optimizers': dict,
@@ -124,7 +124,7 @@ class Loading:
             raise InputError(f'{self.key}: {self.path}: the checkpoint is of another model ({other})')
 
     def check_state(self, state: State) -> None:
-        """Composer begins anew, with a warning at most, what a checkpoint lacks: no run must go on with half of its state.
+        """Composer at most warns about missing state and initialises it: no run may continue with half of its state.
 
         Args:
             state: The trainer's state, loaded.
@@ -196,7 +196,7 @@ def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> Non
         weights_only: Whether nothing but the weights is wanted.
 
     Raises:
-        InputError: The file is missing, cut off, or something else; or it lacks what a run goes on with.
+        InputError: The file is missing, cut off, or something else; or it lacks what a run continues with.
     """
     if not path.is_file():
         raise InputError(f'{key}: {path}: no such checkpoint')

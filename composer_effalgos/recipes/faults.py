@@ -1,4 +1,4 @@
-"""What went wrong, told from a fault of the program: one line for a user, said by one rank."""
+"""Tells user errors from bugs: a user error becomes one line, printed by one rank."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def print_any_text() -> None:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether the code that raised an error is this package's; what others raise is mostly about the arguments that they were given."""
+    """Whether this package's code raised an error; errors of other packages are mostly about the arguments that they were given."""
     names = modules(error)
     return bool(names) and names[0].split('.')[0] == __name__.split('.')[0]
 

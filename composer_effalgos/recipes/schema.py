@@ -41,18 +41,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DatasetRecipe:
-    """The ``dataset`` section; a key that is not listed here is an option of the data set itself.
+    """The ``dataset`` section; a key that is not listed here is an option of the dataset itself.
 
     Attributes:
         name: A name that :func:`composer_effalgos.datasets.build_dataset` knows.
         batch_size: Training samples in a step, over all ranks together.
-        path: Folder with the data, where the data set needs one.
+        path: Folder with the data, where the dataset needs one.
         eval_batch_size: Evaluation samples in a step, over all ranks; ``batch_size`` when null.
         num_workers: Worker processes of each loader on each rank.
         drop_last: Leave the last, smaller batch of an epoch out.
         pin_memory: Page-locked batches; on exactly when training on a GPU when null.
         prefetch_factor: Batches that a worker prepares ahead; the ``DataLoader``'s own default when null.
-        options: What goes to the data set.
+        options: What goes to the dataset.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ModelRecipe:
 
     Attributes:
         name: A name that :func:`composer_effalgos.models.build_model` knows.
-        num_classes: Outputs; as many as the data set has classes when null.
+        num_classes: Outputs; as many as the dataset has classes when null.
         pretrained: True for the library's weights, or a file of weights.
         train_metrics: Measure the accuracy on each training batch, as Composer does by default. It costs host time in every step (see
             docs/data_paths.md), and on pruned or chosen samples it is not the training set's.

@@ -45,9 +45,9 @@ def run_sweep(
         seeds: In place of the sweep's seeds, where there are any.
         only: The methods to train; all where empty.
         at_once: Runs side by side.
-        minutes: Stop after so many; the same call goes on. None for no limit.
+        minutes: Stop after this many; the same call continues. None for no limit.
         ranks: Processes a run.
-        fresh: Train everything anew.
+        fresh: Train everything again.
         keep_checkpoints: Whether finished runs keep their checkpoints.
         equal_budget: Set every method against plain runs of the same budget, see :mod:`composer_effalgos.report.frontier`; runs of earlier
             calls count too.

@@ -78,7 +78,7 @@ def published() -> tuple[dict[str, Any], ...]:
 
 
 def published_for(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The published runs on the data sets and models of the rows.
+    """The published runs on the datasets and models of the rows.
 
     Args:
         rows: Rows of the table.

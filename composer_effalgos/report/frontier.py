@@ -27,7 +27,7 @@ MOST_LEFT = 0.1  # of the highest learning rate a sample: more at the end is no 
 
 # What a training is, but for its length
 _TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')
-# What is not the data itself; and data sets whose name alone does not say which data they hold
+# What is not the data itself; and datasets whose name alone does not say which data they hold
 _BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
 _BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
 _READERS: Mapping[str, Callable[[dict[str, Any]], float | None]] = {

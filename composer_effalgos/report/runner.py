@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep, and goes on where an earlier call stopped."""
+"""Trains the runs of a sweep, and continues where an earlier call stopped."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def run_jobs(
 ) -> Outcome:
     """Trains runs, each in a process of its own.
 
-    What is finished in ``out`` is kept. A run that was stopped goes on from its last checkpoint where its recipe has ``save_interval``,
-    else it starts anew. One that fails is named, and the others go on. What a run prints is in ``train.log`` in its folder. On the CPU a
+    What is finished in ``out`` is kept. A run that was stopped continues from its last checkpoint where its recipe has ``save_interval``,
+    else it starts over. One that fails is named, and the others continue. What a run prints is in ``train.log`` in its folder. On the CPU a
     run computes with one thread, or with as many as ``OMP_NUM_THREADS`` says.
 
     Args:
         jobs: The runs; their recipes' ``save_folder`` is ``out``.
         out: The folder of the runs.
         at_once: Runs side by side. They share the machine: compare their ``cpu_seconds``, not their ``seconds``.
-        fresh: Train everything anew and remove what earlier calls left of these runs.
+        fresh: Train everything again and remove what earlier calls left of these runs.
         ranks: Processes a run, one a GPU.
-        minutes: Stop after so many, from 0; the rest is left for the next call. None for no limit.
+        minutes: Stop after this many, from 0; the rest is left for the next call. None for no limit.
         keep_checkpoints: Whether a finished run keeps its checkpoints; otherwise they are there for a run that is stopped alone.
         console: Where progress goes; the standard output when None.
 
@@ -150,7 +150,7 @@ class _Meter:
 
 
 def deadline_in(minutes: float | None) -> float | None:
-    """The monotonic clock in so many minutes.
+    """The monotonic clock in this many minutes.
 
     Args:
         minutes: A number from 0; None for no deadline.
@@ -263,7 +263,7 @@ class _Training:
         self.job = job
         self._folder = folder = job.recipe.run_folder
         if not (checkpoint_folder(job.recipe) / 'latest-rank0.pt').exists():
-            _clear(folder)  # what a run left that cannot go on must not pass for this one
+            _clear(folder)  # what a run left that cannot continue must not pass for this one
         folder.mkdir(exist_ok=True)
         (folder / RECIPE).write_text(yaml.safe_dump(job.recipe.settings, sort_keys=False), encoding='utf-8')
         # Small networks do not share a step between threads with gain, and threads that wait for each other starve on a busy machine.
@@ -316,7 +316,7 @@ def train_jobs(
     deadline: float | None = None,
     enough: Callable[[Job, list[dict[str, Any]]], bool],
 ) -> Iterator[tuple[Job, str]]:
-    """Trains runs in turn, so many side by side.
+    """Trains runs in turn, this many side by side.
 
     Args:
         jobs: The runs.

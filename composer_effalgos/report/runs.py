@@ -55,7 +55,7 @@ class Run:
 
     @property
     def task(self) -> str:
-        """Data set and its limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
+        """Dataset and its limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
         recipe = self.summary['recipe']
         dataset, model = (section if isinstance(section, dict) else {} for section in (recipe.get('dataset'), recipe.get('model')))
         duration = recipe.get('max_duration')

@@ -74,7 +74,7 @@ def run_search(
 
     Optuna's tree-structured Parzen estimator suggests combinations, the first choices of all axes to begin with. A run ends as soon as it
     is above the target, and as soon as it has taken as long as the best one so far: it cannot win any more. What has been trained is kept:
-    the same call goes on, and a larger ``trials`` searches further. Times are compared, so nothing else should run on the machine.
+    the same call continues, and a larger ``trials`` searches further. Times are compared, so nothing else should run on the machine.
 
     Seconds to one accuracy rank as the equivalent-budget factor at that accuracy does: it is the quickest plain
     combination's seconds, whatever its length, over those of the combination.
@@ -89,8 +89,8 @@ def run_search(
         target: The accuracy, in [0, 1]; the last of the sweep's ``targets`` when None.
         trials: How many combinations to train.
         seed: Seeds the search and the runs.
-        minutes: Stop after so many; the same call goes on. None for no limit.
-        fresh: Train everything anew.
+        minutes: Stop after this many; the same call continues. None for no limit.
+        fresh: Train everything again.
         console: Where progress and table go; the standard output when None.
 
     Returns:

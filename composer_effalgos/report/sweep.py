@@ -80,8 +80,8 @@ class Sweep:
         recipe: The recipe of the methods that name none.
         seeds: Seeds of the methods that name none.
         targets: Accuracies in [0, 1] whose first epoch and seconds the report gives.
-        settings: What goes on top of every recipe.
-        methods: What goes on top of each method's recipe, and its own ``recipe`` and ``seeds``, by name.
+        settings: What continues top of every recipe.
+        methods: What continues top of each method's recipe, and its own ``recipe`` and ``seeds``, by name.
         matrix: Axes, each with its choices by name; every combination of them is a method too.
         search: Axes for ``effalgos search``, in the same form.
     """
@@ -158,7 +158,7 @@ class Sweep:
             if any(key in layer for layer in method.layers) or any(item.split('=')[0].strip() == key for item in overrides):
                 raise InputError(f'{self.path}: {name}: {key}: {_PLACED[key]}')
         run_name = f'{name}_seed{seed}'
-        # Not part of what is compared. One who gives save_interval wants a run that was stopped to go on from there.
+        # Not part of what is compared. One who gives save_interval wants a run that was stopped to continue from there.
         placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}
         settings = read_settings(method.recipe, [*method.layers, *overrides, placed])
         if settings.get('save_interval') is not None:

@@ -245,7 +245,7 @@ def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
     """Sets runs against their baseline.
 
     Runs of the same name, settings, device and number of ranks that differ in the seed alone share a row. The baseline of a row is the
-    first method of the same data set, limit, model and duration whose name has ``baseline`` in it.
+    first method of the same dataset, limit, model and duration whose name has ``baseline`` in it.
 
     Args:
         runs: Runs as :func:`read_runs` gives them.

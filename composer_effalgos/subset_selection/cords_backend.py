@@ -73,7 +73,7 @@ def _cords_modules() -> dict[str, ModuleType]:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f'backend: cords is not installed; to install it, run: {INSTALL_COMMAND}')
     root = Path(next(iter(spec.submodule_search_locations))) / 'selectionstrategies'
-    # selectionstrategies/SL/__init__.py fails to import: it wants torchtext and a data set that scikit-learn has dropped. Empty packages
+    # selectionstrategies/SL/__init__.py fails to import: it wants torchtext and a dataset that scikit-learn has dropped. Empty packages
     # stand in for it and its parent.
     for name, folder in ((PRIVATE_PACKAGE, root), (f'{PRIVATE_PACKAGE}.SL', root / 'SL')):
         package = types.ModuleType(name)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def data_sets() -> Iterator[None]:
-    """Lets SELCON's module find its data sets, whose package imports a data set that scikit-learn has dropped, and torchtext."""
+    """Lets SELCON's module find its datasets, whose package imports a dataset that scikit-learn has dropped, and torchtext."""
     name = 'cords.utils.data.datasets.SL.custom_dataset_selcon'
     before, stand_in = sys.modules.get(name), types.ModuleType(name)
     for unused in ('CustomDataset_SELCON', 'CustomDataset_WithId_SELCON'):
@@ -41,7 +41,7 @@ def data_sets() -> Iterator[None]:
 
 
 class _WithNumbers(Dataset):
-    """Inputs, targets and their numbers, as SELCON's data sets give them."""
+    """Inputs, targets and their numbers, as SELCON's datasets give them."""
 
     def __init__(self, data: Tensor, targets: Tensor) -> None:
         self.data, self.targets = data, targets
@@ -54,7 +54,7 @@ class _WithNumbers(Dataset):
 
 
 class _SubsetWithNumbers(_WithNumbers):
-    """Some rows of such a data set, numbered anew."""
+    """Some rows of such a dataset, renumbered."""
 
     def __init__(self, dataset: _WithNumbers, rows: list[int]) -> None:
         super().__init__(dataset.data[rows], dataset.targets[rows])
@@ -133,7 +133,7 @@ class _Regression(nn.Module):
 
 
 class _BoundedSquaredLoss:
-    """The squared loss, for so many calls: SELCON's first loop goes on until the validation loss meets its bound, or for ever."""
+    """The squared loss, for this many calls: SELCON's first loop continues until the validation loss meets its bound, or forever."""
 
     def __init__(self, delta: float, calls: int) -> None:
         self.delta, self.calls = delta, calls

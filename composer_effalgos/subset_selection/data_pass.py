@@ -1,4 +1,4 @@
-"""What a selection looks at: every rank reads its share of the data, then the ranks exchange what they found."""
+"""The data pass of a selection: every rank reads its share of the data, then the ranks exchange the results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class DataPass:
         state: The trainer's state.
         loader: The planned loader.
         loss: The weighted loss, whose per-sample form is differentiated.
-        seed: Seeds what random augmentation the data set does.
+        seed: Seeds what random augmentation the dataset does.
     """
 
     def __init__(self, state: State, loader: PlannedDataLoader, loss: WeightedLoss, seed: int) -> None:
@@ -88,7 +88,7 @@ class DataPass:
         """The same of this rank's share of a validation set.
 
         Args:
-            dataloader: Its loader; without a ``DistributedSampler`` its batches are dealt out over the ranks.
+            dataloader: Its loader; without a ``DistributedSampler`` its batches are divided over the ranks.
             like: Training rows; a rank without a batch of its own has none of the same kind.
             linear_layer: As for the training rows.
             softmax: As for the training rows.
@@ -105,7 +105,7 @@ class DataPass:
         return self._gradients_of(itertools.chain([first], transformed), linear_layer, softmax, errors)
 
     def labels(self) -> Rows:
-        """Labels of this rank's training samples: those that the data set carries, or read sample by sample where it carries none."""
+        """Labels of this rank's training samples: those that the dataset carries, or read sample by sample where it carries none."""
         known = class_labels(self._loader.dataset)
         if known is not None:
             return Rows(self._state.device.tensor_to_device(known[self._loader.rank :: self._loader.world_size]))

@@ -185,7 +185,7 @@ def last_layer_gradients(
             gives them, int64 or float32 ``[N]``.
 
     Raises:
-        InputError: if there is no final linear layer, no batch, or a batch, a loss or a layer without one row a sample.
+        InputError: if there is no final linear layer, no batch, or a batch, a loss or a layer without one row per sample.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module

@@ -1,4 +1,4 @@
-"""Picks a weighted subset of a data set from its last-layer gradients."""
+"""Picks a weighted subset of a dataset from its last-layer gradients."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ def select_subset(
 
     Args:
         strategy (str): ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
-            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, drawn anew by the caller with another seed), ``el2n``,
+            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, drawn again by the caller with another seed), ``el2n``,
             ``grand``, ``forgetting``, ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``; with
             ``backend='cords'`` alone ``fixedweight``, ``adapweights``, ``selcon``.
         gradients (LastLayerGradients): of the N candidates.

@@ -34,7 +34,7 @@ class SelectionContext:
     Attributes:
         budget: Samples to pick.
         num_candidates: Samples to pick from.
-        candidates: Their numbers in the data set, int64, ascending; ``None`` for all samples.
+        candidates: Their numbers in the dataset, int64, ascending; ``None`` for all samples.
         generator: The only source of randomness.
         number: Selections made before it, had none failed.
         total: Selections in the whole run; ``None`` where its length is not in epochs.
@@ -77,7 +77,7 @@ class Source:
         """At the end of an epoch or a fit, and before one that follows an interrupted fit; on every rank."""
 
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
-        """Before the first epoch on a data set; ``known`` where what was loaded from a checkpoint is about it."""
+        """Before the first epoch on a dataset; ``known`` where what was loaded from a checkpoint is about it."""
 
     def budget(self, num_samples: int, fraction: float) -> int:
         """How many samples a subset has."""

@@ -1,4 +1,4 @@
-"""A subset as a file: Parquet with the columns ``index`` and ``weight``, and in its metadata which data set it belongs to."""
+"""A subset as a file: Parquet with the columns ``index`` and ``weight``, and in its metadata which dataset it belongs to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SubsetFile:
     Attributes:
         indices: Sample numbers, int64 ``[k]``, ascending.
         weights: Their loss weights, float32 ``[k]``.
-        facts: What is known about its origin: ``num_samples`` and ``labels`` of the data set, and whatever the writer added.
+        facts: What is known about its origin: ``num_samples`` and ``labels`` of the dataset, and whatever the writer added.
     """
 
     indices: Tensor
@@ -45,7 +45,7 @@ class SubsetFile:
 
 
 def _fingerprint(dataset: Dataset[Any]) -> str | None:
-    """Of a data set's labels; ``None`` where it has none."""
+    """Of a dataset's labels; ``None`` where it has none."""
     labels = class_labels(dataset)
     return None if labels is None else labels_digest(labels)[:16]
 
@@ -57,7 +57,7 @@ def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Datas
         path: The file, which is replaced if there is one.
         indices: Sample numbers, int64 ``[k]``.
         weights: Their loss weights, float32 ``[k]``.
-        dataset: The data set they number.
+        dataset: The dataset they number.
         facts: What else the file should say of itself; plain data.
 
     Raises:
@@ -128,15 +128,15 @@ def read_subset(path: Path) -> SubsetFile:
 
 
 def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
-    """Refuses a subset of another data set.
+    """Refuses a subset of another dataset.
 
     Args:
         path: Where it came from, for messages.
         subset: The subset.
-        dataset: The data set to train on.
+        dataset: The dataset to train on.
 
     Raises:
-        InputError: It was written for a data set of another size or with other labels, or names samples that are not there.
+        InputError: It was written for a dataset of another size or with other labels, or names samples that are not there.
     """
     size = len(dataset)  # type: ignore[arg-type]
     written_for = subset.facts.get('num_samples', size)

@@ -1,4 +1,4 @@
-"""SubsetSelection: trains on a weighted subset that a selection strategy picks anew every few epochs."""
+"""SubsetSelection: trains on a weighted subset that a selection strategy picks again every few epochs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SubsetSelection(Selector, Algorithm):
         seed: Seeds the selections; ``None`` for the trainer's seed.
         budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that a subset saves no time; or
             ``'full'``, what a run on all samples would train. It must then be a whole number of full epochs;
-            batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
+            batches allow no AdaBatch beside it, and tokens need a dataset that says how many each sample has (``seq_len``).
         **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
             ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the
             selections that are made by stochastic greedy.

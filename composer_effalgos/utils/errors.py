@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that a run cannot go on with.
+    """A checkpoint that a run cannot continue with.
 
     Args:
         reason: What is wrong and what would be right. The message begins with ``load_path``; a recipe may have another key for it.

@@ -65,7 +65,7 @@ def _in_parts(kind: type[PruningRule]) -> bool:
 
 
 def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:
-    """A rule from what a recipe can say.
+    """Finds a rule by name.
 
     Args:
         given: A rule, or one of :data:`RULES` by name: ``'seta'``, or ``{'name': 'seta', 'groups': 5}``.

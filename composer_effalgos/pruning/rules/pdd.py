@@ -19,7 +19,7 @@ class PddRule(PruningRule):
 
     Difficulty-based progressive dropout of "Progressive Data Dropout", NeurIPS 2025, arXiv 2505.22342. The authors' code makes a forward
     pass over every batch to decide; this one goes by the probability last seen, so that a sample once left out stays out until the end of
-    the run, when everything is trained on. For classifiers with one class a sample.
+    the run, when everything is trained on. For classifiers with one class per sample.
 
     Args:
         threshold: In (0, 1].

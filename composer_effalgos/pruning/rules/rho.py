@@ -53,7 +53,7 @@ class RhoRule(PruningRule):
 
 
 def read_numbers(path: Path) -> Tensor:
-    """One number a sample from a file.
+    """One number per sample from a file.
 
     Raises:
         InputError: Where the file cannot be read, or holds something else.

@@ -1,4 +1,4 @@
-"""What a pruning rule is: how a sample is scored, and which samples an epoch keeps."""
+"""The interface of pruning rules: how a sample is scored, and which samples an epoch keeps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Kept = tuple[Tensor, Tensor | None]
 
 
 class Step:
-    """One microbatch, as it is trained on.
+    """One microbatch of training.
 
     Attributes:
         losses: The loss of each sample, float32 ``[B]``, detached, on the training device.
-        outputs: What the model gave.
+        outputs: The model's outputs.
         batch: The microbatch.
     """
 
@@ -36,15 +36,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The epoch that is decided on.
+    """The epoch for which a rule decides.
 
     Attributes:
         number: Counted from 0.
         total: Epochs of the run; ``None`` where its length is not in epochs.
         progress: The share of the run that has passed, in [0, 1).
-        prune_ratio: The fraction to prune now.
-        generator: The only source of randomness; the same on every rank, another in each epoch.
-        labels: Class indices aligned with the table, int64 ``[n]``, where the rule needs them or the user gave them.
+        prune_ratio: The fraction to prune in this epoch.
+        generator: The only source of randomness; the same on every rank, different in each epoch.
+        labels: Class indices aligned with the table, int64 ``[n]``, if the rule needs them or the user gave them.
     """
 
     number: int
@@ -66,18 +66,18 @@ class Epoch:
 class PruningRule:
     """Scores samples while they are trained on, and decides before each epoch which of them to keep.
 
-    A rule is a pure function of the table and the epoch. Delta, exchange between ranks, checkpoints and new data are not its affair, and
-    the table holds an epoch's candidates only: with a coarse selector, positions are positions among its samples.
+    A rule is a pure function of the table and the epoch. ``Pruning`` handles delta, exchange between ranks, checkpoints and new data.
+    The table holds only the candidates of the epoch: with a coarse selector, positions refer to its samples.
 
     Attributes:
-        history: Scores of each sample that the table keeps, the newest first. With 0 nothing is scored: the rule prunes from the first
+        history: Number of scores per sample that the table keeps, newest first. With 0 nothing is scored: the rule prunes from the first
             epoch on, and the model's loss needs no per-sample form.
-        decay: Weight of the old score, where the score is an exponential moving average; 0 keeps the last one.
-        uses_ratio: Whether ``prune_ratio`` decides how many are pruned, so that 0 prunes none.
+        decay: Weight of the old score in an exponential moving average; 0 keeps only the last score.
+        uses_ratio: Whether ``prune_ratio`` determines how many samples are pruned, so that 0 prunes none.
         needs_labels: Whether ``keep`` needs ``epoch.labels``.
-        takes_unscored: Whether the table may hold samples without a score. Otherwise ``keep`` does not see them, and they are kept.
-        pointwise: Whether ``keep`` decides on each row by that row and the epoch's numbers alone, without ``epoch.generator`` or a
-            statistic of others, so that it decides alike on any part of the table: it then works with ``shard=True`` as it is.
+        takes_unscored: Whether ``keep`` handles samples without a score. Otherwise it does not see them, and they are kept.
+        pointwise: Whether ``keep`` decides on each row from that row and the epoch's numbers only, without ``epoch.generator`` or
+            statistics of other rows. It then decides the same on any part of the table and works with ``shard=True`` unchanged.
     """
 
     history: int = 1
@@ -88,7 +88,7 @@ class PruningRule:
     pointwise: bool = False
 
     def new_data(self, num_samples: int) -> None:
-        """Called when the dataset is known, and when ``fit`` brings another.
+        """Called when the dataset is known, and when ``fit`` gets another one.
 
         Args:
             num_samples: Its number of samples, ``N``.
@@ -101,7 +101,7 @@ class PruningRule:
             step: The microbatch.
 
         Returns:
-            One number a sample, float ``[B]``; NaN and inf are kept as inf.
+            One number per sample, float ``[B]``; NaN and inf are kept as inf.
         """
         return step.losses
 
@@ -119,10 +119,10 @@ class PruningRule:
         raise NotImplementedError
 
     def keep_part(self, table: SampleRows, epoch: Epoch, shard: Shard) -> Kept | None:
-        """Decides on this rank's part of the samples, where the table is sharded; called on all ranks at once.
+        """Decides on this rank's part of the samples if the table is sharded; called on all ranks at once.
 
-        A rule that is not ``pointwise`` works with ``shard=True`` if it defines this, and takes samples without a score. What all ranks
-        must know, and random numbers that do not depend on how many there are, come from ``shard``.
+        A rule that is not ``pointwise`` works with ``shard=True`` if it defines this and handles samples without a score. ``shard``
+        provides statistics over all ranks, and random numbers that do not depend on the number of ranks.
 
         Args:
             table: The rows of this rank's samples.
@@ -135,12 +135,12 @@ class PruningRule:
         return self.keep(table, epoch)
 
     def keep_at_end(self, table: SampleRows, epoch: Epoch) -> Kept | None:
-        """Decides in the last ``1 - delta`` of the run, where everything is kept unless a rule says otherwise."""
+        """Decides in the last ``1 - delta`` of the run; by default everything is kept."""
         return None
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
-    """Positions of the ``count`` highest scores, ascending; of equal ones those that come first.
+    """Positions of the ``count`` highest scores, ascending; ties are broken by position.
 
     Args:
         scores: Float ``[n]``.
@@ -153,23 +153,23 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 
 def num_kept(size: int, prune_ratio: float) -> int:
-    """How many of ``size`` samples a fraction of ``prune_ratio`` leaves, at least one."""
+    """Number of samples that remain of ``size`` after pruning a fraction of ``prune_ratio``, at least one."""
     return max(1, round(size * (1 - prune_ratio)))
 
 
 def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
-    """Holds what a rule's ``keep`` or ``keep_at_end`` gave to its contract.
+    """Checks the return value of a rule's ``keep`` or ``keep_at_end``.
 
     Args:
         rule: The rule, for the message.
-        answer: What it gave.
-        size: Rows of the table that it was given.
+        answer: The return value.
+        size: Number of rows of the table that it received.
 
     Returns:
-        The answer, its weights in float32.
+        The return value, with weights in float32.
 
     Raises:
-        InputError: Where it is something else.
+        InputError: If it is something else.
     """
     if answer is None:
         return None

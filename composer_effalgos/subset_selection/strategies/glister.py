@@ -35,7 +35,7 @@ def glister(problem: Problem) -> Selection:
     """Greedy maximisation of the first-order fall of the validation loss, GLISTER-ONLINE (Killamsetty et al., arXiv 2012.10630, section 4).
 
     The gain of a sample is the inner product of its gradient with the mean validation gradient; after every pick (or round of picks) the
-    last layer takes a step of ``eta`` along the picked gradients, and the validation gradient is evaluated anew. That needs the validation
+    last layer takes a step of ``eta`` along the picked gradients, and the validation gradient is evaluated again. That needs the validation
     loss itself: it is the cross-entropy wherever the gradients are those of a cross-entropy with hard labels. For another loss the
     validation gradient stays what it is, as if ``eta`` were zero. ``greedy`` is ``Naive`` (one pick a step), ``RGreedy`` (``budget // r``
     picks a step) or ``Stochastic`` (one pick a step among a random sample of the rest, Mirzasoleiman et al., arXiv 1409.7938).

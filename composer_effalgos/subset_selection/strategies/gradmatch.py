@@ -91,7 +91,7 @@ def matching_pursuit(
 ) -> Selection:
     """Minimises ``|sum_i w_i g_i - target|^2 + lam |w|^2`` over ``w >= 0`` with at most ``budget`` entries above zero, greedily.
 
-    Each step takes the gradient best aligned with the residual and solves for all weights anew; weights that would turn negative leave on
+    Each step takes the gradient best aligned with the residual and solves for all weights again; weights that would turn negative leave on
     the way there (the active-set rule of Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23), so that the objective never
     rises. All in the space of inner products; the device is waited for once a step. Memory: ``4 budget n + 8 budget^2`` bytes, three times
     as much in the rare step that a weight leaves in.
@@ -202,7 +202,7 @@ class _ActiveSet:
         return dropped
 
     def _drop(self, position: int) -> Tensor:
-        """Lets one of the gradients go and solves for the others anew."""
+        """Lets one of the gradients go and solves for the others again."""
         left = self.chosen[position].clone()
         self.size -= 1
         size = self.size

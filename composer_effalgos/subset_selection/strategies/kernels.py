@@ -14,7 +14,7 @@ from composer_effalgos.subset_selection.strategies.options import Options
 
 __all__ = ['Distances', 'KernelOptions', 'batch_mean_gram']
 
-KERNEL_BYTES = 2**28  # a kernel above this is computed anew, block by block, whenever a part of it is needed
+KERNEL_BYTES = 2**28  # a kernel above this is computed again, block by block, whenever a part of it is needed
 BLOCK_BYTES = 2**20  # of one block; some four of them are in use at a time
 
 
