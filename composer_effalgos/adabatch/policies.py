@@ -2,8 +2,8 @@
 
 A policy is a function of the run's progress, ``policy(progress) -> growths``, that returns how often the batch should have grown by now.
 It is called before every batch, and at the start of an epoch also for its later batches, so it must not count its calls. It must return the
-same number on every rank. A policy that has to observe the training is also a Composer ``Callback``; AdaBatch adds it to the run, so it receives the
-run's events, and its ``state_dict`` is saved in checkpoints.
+same number on every rank. A policy that has to observe the training is also a Composer ``Callback``; AdaBatch adds it to the run, so it
+receives the run's events, and its ``state_dict`` is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Every:
             or a share of the run (``'0.2dur'``).
 
     Raises:
-        InputError: Where it is not such a time.
+        InputError: If it is not such a time.
     """
 
     def __init__(self, interval: str | int | Time) -> None:
@@ -72,8 +72,8 @@ class LossPlateau(Watching):
 
     The mean training loss of each window is compared with the best so far. After more than ``patience`` consecutive windows that
     were not better by the share ``threshold``, the batch grows and the count starts over. This is the rule of
-    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (``mode='min'``, ``threshold_mode='rel'``). Composer has already moved the loss of all ranks
-    to the host, so reading it costs nothing.
+    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (``mode='min'``, ``threshold_mode='rel'``). Composer has already moved the loss of all
+    ranks to the host, so reading it costs nothing.
 
     Args:
         patience: Allowed windows without improvement, at least 0.

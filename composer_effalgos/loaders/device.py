@@ -43,7 +43,7 @@ class DeviceDataLoader(BatchReader):
         batch_size: Samples per rank and batch.
         shuffle: Draws a new order each epoch.
         drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+        seed: Seeds order and augmentation without a plan; a plan uses the run's seed.
         device: Where the images lie; by default this rank's GPU, or else the CPU.
         cache: Folder for decoded images; ``None`` decodes them in each run. A file of another dataset, or a damaged one, is not used.
         num_workers: Processes that decode.

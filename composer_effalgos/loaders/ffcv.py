@@ -39,7 +39,7 @@ class FfcvDataLoader(BatchReader):
         batch_size: Samples per rank and batch.
         shuffle: Draws a new order each epoch.
         drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+        seed: Seeds order and augmentation without a plan; a plan uses the run's seed.
         device: Where the batches go; by default this rank's GPU, or else the CPU.
         num_threads: Threads that decode.
         batches_ahead: Batches decoded ahead.

@@ -1,8 +1,8 @@
-"""The epoch clock: learning-rate schedules run on the time of the unpruned epoch at the initial batch size.
+"""The epoch clock: learning-rate schedules run on the clock of the unpruned epoch at the initial batch size.
 
-Composer's schedules convert epochs into batches through the length of the *current* epoch, so epochs of varying length bend and shift
-them; PyTorch schedulers stepped per batch fall behind. Under the clock both are, at every epoch boundary, where they would be without
-pruning, selection or batch growth.
+Composer's schedules convert epochs into batches through the length of the *current* epoch, so epochs of varying length distort
+them; PyTorch schedulers stepped per batch fall behind. With the clock, both have the value they would have without pruning, selection or
+batch growth at every epoch boundary.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def virtual_batch(samples: int, samples_before_last: int, full_batches: int, bat
     """Maps a batch of the planned epoch to a batch of the full one, by the samples before it.
 
     Schedules are stepped *after* a batch's update and *before* the timestamp moves on, so the last batch must map to the last batch:
-    ``s -> s (L - 1) / S``, rounded. Every batch that is still to come takes a step of its own, so a small one before the last must not map
-    to where the last does.
+    ``s -> s (L - 1) / S``, rounded. Every remaining batch needs its own step, so a small batch before the last must not map to
+    the same step as the last.
 
     Args:
         samples: Samples of the planned epoch before the batch, ``s``.
@@ -38,7 +38,7 @@ def virtual_batch(samples: int, samples_before_last: int, full_batches: int, bat
 
 
 def is_composer_schedule(scheduler: LRScheduler) -> bool:
-    """Composer compiles its schedules into ``LambdaLR``s whose functions read the trainer's state."""
+    """Whether a schedule is Composer's: a ``LambdaLR`` whose functions read the trainer's state."""
     return isinstance(scheduler, LambdaLR) and all(
         getattr(f, '__module__', None) == 'composer.optim.scheduler' or hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas
     )
@@ -48,7 +48,7 @@ class EpochClock:
     """Shows schedules the time of the unpruned run.
 
     Composer's schedules are pure functions of the state: they are evaluated while the state shows virtual time. Every other PyTorch
-    scheduler that the trainer steps per batch is stepped again, as often as the full epoch would have stepped it meanwhile.
+    scheduler that the trainer steps per batch is stepped again, as often as the full epoch would have stepped it.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class EpochClock:
         self.batches_done = state.get('batches_done', 0)
 
     def start(self, state: State, loader: PlannedDataLoader) -> None:
-        """Puts the run's schedules on this clock; those that are on it already stay as they are.
+        """Puts the run's schedules on this clock, unless they already are.
 
         Args:
             state: The trainer's state at ``FIT_START``.
@@ -99,7 +99,7 @@ class EpochClock:
 
     @contextmanager
     def virtual_time(self, state: State) -> Iterator[None]:
-        """Lets the state show the time and epoch length of the unpruned run. Real time stays where the run's length is not in epochs.
+        """Makes the state show the time and epoch length of the unpruned run; the real time if the run's length is not in epochs.
 
         Args:
             state: The trainer's state.

@@ -123,7 +123,7 @@ def pull(result: Tensor, stops: Collection[Edge], scale: float = 1.0) -> dict[Ed
         The gradients of those that the result depends on.
 
     Raises:
-        OpaqueGraphError: Where a Python ``autograd.Function`` lies between.
+        OpaqueGraphError: If a Python ``autograd.Function`` lies between.
     """
     root = edge_of(result)
     order = between(root, stops)

@@ -1,4 +1,4 @@
-"""How long a run is planned to be, over however many calls of ``fit``."""
+"""The planned length of a run over any number of calls of ``fit``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Budget = Literal['trained', 'full']
 
 
 def check_budget(budget: str) -> None:
-    """Refuses what is no :data:`Budget`.
+    """Refuses anything that is not a :data:`Budget`.
 
     Args:
         budget: The argument.
@@ -31,7 +31,7 @@ def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
         full: Samples, batches and tokens of a full epoch, as far as they are known.
 
     Raises:
-        InputError: Where that is no whole number of epochs.
+        InputError: If it is not a whole number of epochs.
     """
     if length.unit == TimeUnit.EPOCH:
         return length
@@ -54,13 +54,13 @@ def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
 class Horizon:
     """The planned end of the run.
 
-    ``fit(duration=...)`` sets ``max_duration`` to the end of that call alone. The run is planned to end where the Trainer's own
-    ``max_duration`` says, if that is later and in the same unit. Past that end, each ``fit`` moves it.
+    ``fit(duration=...)`` sets ``max_duration`` to the end of that call only. The planned end is the Trainer's own
+    ``max_duration``, if that is later and in the same unit. After that end, each ``fit`` moves it.
 
     Attributes:
         end: The planned end, from ``FIT_START`` on.
-        budget: The ``max_duration`` that :meth:`convert` put epochs in place of; ``None`` for none.
-        extended: Whether the current ``fit`` began at or past the end that was planned before: how far the run will go is then unknown.
+        budget: The ``max_duration`` that :meth:`convert` replaced by epochs; ``None`` for none.
+        extended: Whether the current ``fit`` began at or after the previously planned end, so that the end of the run is unknown.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Horizon:
         self._given = state.max_duration
 
     def convert(self, state: State, full: Mapping[TimeUnit, int], sample_tokens: int | None = None) -> None:
-        """Puts epochs in place of a ``max_duration`` in another unit: as many as a run that prunes nothing would train.
+        """Replaces a ``max_duration`` in another unit by epochs: as many as a run without pruning would train.
 
         Args:
             state: The trainer's state at ``FIT_START``, before :meth:`fit_start`.
@@ -88,7 +88,7 @@ class Horizon:
             sample_tokens: Tokens of each sample, where all have as many.
 
         Raises:
-            InputError: Where that is no whole number of epochs.
+            InputError: If it is not a whole number of epochs.
         """
         if sample_tokens is not None:
             full = {**full, TimeUnit.TOKEN: sample_tokens * full[TimeUnit.SAMPLE]}
@@ -125,7 +125,7 @@ class Horizon:
             )
 
     def fit_start(self, state: State, loaded: str | None = None) -> None:
-        """Plans the end again for this ``fit``.
+        """Updates the planned end for this ``fit``.
 
         Args:
             state: The trainer's state at ``FIT_START``.

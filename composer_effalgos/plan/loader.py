@@ -1,4 +1,4 @@
-"""The loader that takes the place of the user's: it yields the batches of the epoch's plan."""
+"""The loader that replaces the user's: it yields the batches of the epoch's plan."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from composer_effalgos.utils.errors import CheckpointError, InputError
 
 
 def class_labels(dataset: Any) -> Tensor | None:
-    """The class indices that a dataset carries beside its samples.
+    """The class indices that a dataset has as an attribute.
 
     Args:
         dataset: A map-style dataset.
 
     Returns:
-        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` where that is not one whole
-        number a sample: class names, several labels a sample, numbers to predict, a method.
+        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` unless these are one whole
+        number per sample (not class names, several labels per sample, regression targets or a method).
     """
     if isinstance(dataset, Subset):
         labels = class_labels(dataset.dataset)
@@ -55,13 +55,13 @@ def class_labels(dataset: Any) -> Tensor | None:
 
 
 def tokens_per_sample(dataset: Any) -> int | None:
-    """The tokens of each sample, where all have as many.
+    """The number of tokens per sample, if all samples have the same number.
 
     Args:
         dataset: A map-style dataset.
 
     Returns:
-        Its ``seq_len``, as the datasets of text here have it; ``None`` where there is no such whole number.
+        Its ``seq_len``, which the text datasets here have; ``None`` without such a whole number.
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
@@ -74,27 +74,27 @@ class PlannedDataLoader(DataLoader):
 
     Args:
         loader: The user's loader over a map-style dataset or a ``StreamingDataset``: ``DataLoader`` or :class:`BatchReader`. Its sampler
-            says which samples there are and whether their order is shuffled.
+            determines the samples and whether their order is shuffled.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
 
     Attributes:
-        dataset: The samples that the user's loader reads, by number; the user's dataset where it reads all of it.
-        indices: What the user's dataset calls these samples, int64 ``[N]``, ascending; ``None`` for the same numbers.
+        dataset: The samples that the user's loader reads, by index; the user's dataset if it reads all of it.
+        indices: Indices of these samples in the user's dataset, int64 ``[N]``, ascending; ``None`` if they are the same.
         num_samples: Number of these samples.
         full_samples: Samples, over all ranks, of an epoch that trains on everything at the initial batch size.
         full_batches: Its number of batches.
         shard_starts: First sample of every shard, int64 ``[S]``, where the dataset has an attribute of this name or is a
             ``StreamingDataset``. A new order then goes shard by shard.
-        shuffle_block: Samples that such an order mixes with each other, at least a shard.
+        shuffle_block: Samples that such an order shuffles together, at least a shard.
         given: The user's loader.
         metrics: What the selectors measured of the epoch.
-        by_position: Whether samples are told apart by their position in a batch, so that the loader's batches must keep their order.
-        given_batch: The batch that was yielded last, as the loader made it; kept where ``by_position`` is set, until somebody takes it.
+        by_position: Whether samples are identified by their position in a batch, so that the loader's batches must keep their order.
+        given_batch: The last batch that was yielded, as the loader made it; kept until it is taken if ``by_position`` is set.
 
     Raises:
-        InputError: For a loader that cannot be planned, or that reads fewer samples than there are ranks.
+        InputError: For a loader that cannot be planned, or with fewer samples than ranks.
     """
 
     by_position = False
@@ -144,11 +144,11 @@ class PlannedDataLoader(DataLoader):
         """Plans an epoch.
 
         Args:
-            kept: Samples to train on, int64 ``[n]``, no sample twice; ``None`` for all. Of them :meth:`surplus` are left out, at random.
+            kept: Samples to train on, int64 ``[n]``, no sample twice; ``None`` for all. :meth:`surplus` of them are left out at random.
             weights: Their loss weights, float32 ``[n]``; ``None`` for ones.
             batch_size: Samples per rank and batch.
             epoch: The epoch's number.
-            even: Gives every rank as many samples as the others.
+            even: Whether every rank gets the same number of samples.
         """
         if kept is not None and (surplus := self.surplus(len(kept), batch_size, even=even)):
             kept, weights = leave_out(kept, weights, surplus, torch.Generator().manual_seed(stream_seed(self.seed, 5, epoch)))
@@ -170,9 +170,9 @@ class PlannedDataLoader(DataLoader):
         return replace(plan, sizes=self._spread(plan.sizes))
 
     def surplus(self, count: int, batch_size: BatchSize, *, even: bool) -> int:
-        """How many of the samples that an epoch keeps are left out of it, so that no batch has one sample a rank.
+        """The number of kept samples that are left out of an epoch, so that no batch has only one sample per rank.
 
-        BatchNorm cannot be trained on one sample. None are left out where the ``DataLoader`` itself would make such a batch of all samples.
+        BatchNorm cannot be trained on one sample. None are left out if the ``DataLoader`` would also make such a batch without pruning.
 
         Args:
             count: Samples that are kept, over all ranks.
@@ -197,7 +197,7 @@ class PlannedDataLoader(DataLoader):
         return num_surplus(count, sizes_of, self.world_size, criteria[0])
 
     def _spread(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Batch sizes, the last two cut elsewhere where a rank would be left with one sample."""
+        """Batch sizes; the last two are split differently if a rank would be left with one sample."""
         if self.tail != 'shared' or self.drop_last or not (criteria := self._single_criteria()):
             return tuple(sizes)
         return tuple(spread(sizes, self.world_size, criteria[0]))
@@ -215,17 +215,17 @@ class PlannedDataLoader(DataLoader):
     def resume(
         self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool
     ) -> tuple[EpochPlan, tuple[int, ...]]:
-        """The rest of an epoch of which some batches were trained before.
+        """The rest of an epoch after some of its batches were trained.
 
         Args:
-            plan: The epoch's plan, as the run that was stopped had it.
+            plan: The epoch's plan in the interrupted run.
             batches: Batches of the epoch trained before.
-            batch_size: Samples per rank and batch, where the rest must be split again.
-            world_size: Number of ranks of the run that was stopped.
-            even: Gives every rank as many samples as the others.
+            batch_size: Samples per rank and batch, if the rest must be split again.
+            world_size: Number of ranks of the interrupted run.
+            even: Whether every rank gets the same number of samples.
 
         Returns:
-            The rest, and the sizes of the batches in ``plan`` that were trained before, where they are still known.
+            The rest, and the sizes of the batches in ``plan`` that were already trained, if they are known.
         """
         same = world_size == self.world_size
         rest = resume_epoch(
@@ -273,21 +273,21 @@ class PlannedDataLoader(DataLoader):
         self.rank_offsets = plan.rank_offsets(self.rank, self.world_size)
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Says what the batch size per rank is now, for whoever asks the loader."""
+        """Sets the batch size per rank that the loader reports."""
         self._batch_size = batch_size
 
     def limit(self, max_batches: int | None) -> None:
-        """Limits every epoch, the full one too.
+        """Limits every epoch, also the full one.
 
         Args:
-            max_batches: Batches an epoch at most (``train_subset_num_batches``); ``None`` for no limit.
+            max_batches: Largest number of batches per epoch (``train_subset_num_batches``); ``None`` for no limit.
         """
         self.max_batches = max_batches
         full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last, max_batches, self.tail)
         self.full_samples, self.full_batches = sum(full), len(full)
 
     def reads_as(self, other: PlannedDataLoader) -> bool:
-        """Whether the samples are those of another planned loader.
+        """Whether another planned loader reads the same samples.
 
         Args:
             other: The other loader.
@@ -298,7 +298,7 @@ class PlannedDataLoader(DataLoader):
         return self.indices is None or other.indices is None or torch.equal(self.indices, other.indices)
 
     def catch_up(self, state: State) -> None:
-        """Brings the user's loader to where it was in the run that is resumed; at ``FIT_START``, before random numbers are restored.
+        """Brings the user's loader to its position in the interrupted run; at ``FIT_START``, before random states are restored.
 
         Nothing here: the plan says what to read.
 
@@ -309,7 +309,7 @@ class PlannedDataLoader(DataLoader):
         state.dataset_resumption.pop('train', None)
 
     def note_microbatch(self, state: State) -> None:
-        """Notes how many samples are trained on at a time, and says so where Composer has not found it out; at ``FIT_START``.
+        """Records the microbatch size, and warns if Composer has not determined it yet; at ``FIT_START``.
 
         Args:
             state: The trainer's state.
@@ -342,10 +342,10 @@ class PlannedDataLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yields the epoch's batches.
 
-        Batches that were trained before a resume come as ``None``: the trainer skips them by number without looking, so nothing is read
-        or decoded for them, on any path. The same holds before there is a plan, when the trainer spins its loaders. A plan whose rest
-        changes between two batches (:func:`~composer_effalgos.plan.epoch.resize_rest`) holds from the next batch on, whatever was
-        prefetched.
+        Batches that were trained before a resume are yielded as ``None``: the trainer skips them without reading them, so nothing is read
+        or decoded for them on any path. The same holds before there is a plan, when the trainer spins its loaders. A plan whose rest
+        changes between two batches (:func:`~composer_effalgos.plan.epoch.resize_rest`) takes effect from the next batch on, despite
+        prefetching.
         """
         if self.plan is None:
             yield None
@@ -371,12 +371,12 @@ class PlannedDataLoader(DataLoader):
         return Reading(indices, offsets, stream_seed(self.seed, 2, self._epoch), batch_seeds, self.by_position)
 
     def read(self, indices: Sequence[int], batch_size: int, seed: int = 0) -> Iterator[Any]:
-        """Reads some samples in the order given, on the same path, outside the epoch's plan.
+        """Reads given samples in their order on the same path, outside the epoch's plan.
 
         Args:
             indices: Sample indices.
             batch_size: Samples a batch; the last may have fewer.
-            seed: Seeds what random augmentation the dataset does.
+            seed: Seeds the dataset's random augmentation.
 
         Yields:
             Batches as the path gives them, on the host or on the device of training.

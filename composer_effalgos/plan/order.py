@@ -1,4 +1,4 @@
-"""Whether a batch keeps the samples in their order: scores and weights go by position."""
+"""Checks that a batch keeps the order of its samples, because scores and weights are assigned by position."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
         seed: Of its random numbers.
 
     Raises:
-        InputError: Where its batches have another order.
+        InputError: If its batches have another order.
     """
     if collate is default_collate or not isinstance(samples, list) or len(samples) != size:
         return
@@ -81,7 +81,7 @@ class OrderCheck:
             loader: The planned loader, which keeps the batch that it gave until it is taken.
 
         Raises:
-            InputError: Where a transform gives the samples another order.
+            InputError: If a transform gives the samples another order.
         """
         given, loader.given_batch = loader.given_batch, None
         if given is None:  # not a batch's first microbatch

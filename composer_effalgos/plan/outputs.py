@@ -1,4 +1,4 @@
-"""What a model returns: tensors inside any structure, and one loss or several."""
+"""Model outputs: tensors inside any structure, and one loss or several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NotReadableError(InputError):
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """What a structure holds, in a fixed order; objects that hold tensors in their attributes (a ``BatchEncoding``) are looked into."""
+    """The leaves of a structure in a fixed order, including those of objects with tensors as attributes (a ``BatchEncoding``)."""
     leaves = []
     for leaf in tree_leaves(value):
         leaves += tree_leaves(dict(vars(leaf))) if _holds_tensors(leaf) else [leaf]

@@ -51,7 +51,7 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
         What was found; ``None`` where all gradients are zero, which shows nothing.
 
     Raises:
-        OpaqueGraphError: Where the graph between outputs and loss cannot be followed.
+        OpaqueGraphError: If the graph between outputs and loss cannot be followed.
     """
     tensors, factors = tensors_of(outputs), _uneven(probe.shares)
     scale = 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0  # a mean's gradients underflow

@@ -1,4 +1,4 @@
-"""How far a run is, and times in Composer's units."""
+"""The progress of a run, and times in Composer's units."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _WITH_SUFFIX = re.compile(r'(\d+|\d*\.\d+)([KMBT])(ep|ba|sp|tok)', re.IGNORECASE
 
 
 class Progress(NamedTuple):
-    """How far a run is before a batch.
+    """The progress of a run before a batch.
 
     Attributes:
-        epoch: Epochs that are over.
+        epoch: Finished epochs.
         batch: Batches trained.
         sample: Samples trained, over all ranks.
-        token: Tokens trained, over all ranks; 0 where the batches have none. For later batches: an estimate from the tokens per sample so
+        token: Tokens trained, over all ranks; 0 if the batches have none. For later batches, an estimate from the tokens per sample so
             far.
-        share: Share of the run that is over, in [0, 1]; in whole epochs where the run's length is in epochs.
+        share: Finished share of the run, in [0, 1]; in whole epochs if the run's length is in epochs.
     """
 
     epoch: int
@@ -74,7 +74,7 @@ def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = U
         The time, greater than 0.
 
     Raises:
-        InputError: Where it is not a time, not positive, in another unit, or a share of the run above 1.
+        InputError: If it is not a time, not positive, in another unit, or a share of the run above 1.
     """
     allowed = ', '.join(f"'{unit.value}'" for unit in units)
     found = _WITH_SUFFIX.fullmatch(value) if isinstance(value, str) else None
@@ -96,7 +96,7 @@ def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = U
 
 
 def reached(progress: Progress, unit: TimeUnit) -> float:
-    """The progress in a unit, for comparisons: 0.6 of a run has reached 3 * 0.2, whatever floats say."""
+    """The progress in a unit, for comparisons: 0.6 of a run has reached 3 * 0.2, despite rounding."""
     return progress.of(unit) + (1e-9 if unit == TimeUnit.DURATION else 0)
 
 

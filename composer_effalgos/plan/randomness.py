@@ -1,4 +1,4 @@
-"""Random numbers of their own for parts of a run, beside those of the process."""
+"""Separate random streams for parts of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RandomStream:
-    """The random numbers of Python, NumPy and PyTorch (on the CPU) while it is entered; they continue where they were left.
+    """A context with its own random states of Python, NumPy and PyTorch (on the CPU), which continue where they were left.
 
     Args:
         seed: Of the stream, in [0, 2**63).
@@ -41,7 +41,7 @@ def random_states() -> tuple[Any, ...]:
 
 
 def restore_random(states: tuple[Any, ...]) -> None:
-    """Puts back what :func:`random_states` gave.
+    """Restores the states returned by :func:`random_states`.
 
     Args:
         states: The three states.

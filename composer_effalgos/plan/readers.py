@@ -1,13 +1,13 @@
-"""The seam between the plan and the data: one plan drives every data path, and nothing above this module knows which one runs.
+"""The interface between plan and data: the same plan works with every data path.
 
-A *path* turns sample numbers into batches. It has one method, ``read_batches(reading)``, where a :class:`Reading` says which samples, in
-which order, cut where into batches, and under which seed. :class:`PlannedDataLoader` is the same on every path: it holds the epoch's plan,
-deals it out over the ranks, skips what was trained before a resume without reading it, and serves the selection pass; algorithms talk to
-it alone. There are two kinds of path:
+A *path* turns sample indices into batches. It has one method, ``read_batches(reading)``; a :class:`Reading` has the samples in order, the
+batch boundaries and the seed. :class:`PlannedDataLoader` is the same on every path: it holds the epoch's plan, divides it over the ranks,
+skips finished batches after a resume without reading them, and serves the selection pass. Algorithms only use this loader. There are two
+kinds of path:
 
 * ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its dataset, collate function and memory settings;
-* a :class:`BatchReader`, a loader that reads by itself, such as ``DeviceDataLoader``. It is given to the Trainer in place of a
-  ``DataLoader``; without a plan it iterates as a ``DataLoader`` with a ``DistributedSampler`` would.
+* a :class:`BatchReader`, a loader with its own way of reading, such as ``DeviceDataLoader``. It is passed to the Trainer instead of a
+  ``DataLoader``; without a plan it iterates like a ``DataLoader`` with a ``DistributedSampler``.
 
 A new path is a subclass of :class:`BatchReader` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
 """
@@ -34,15 +34,15 @@ from composer_effalgos.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Reading:
-    """What a path is asked to read on this rank: samples in an order, cut into batches.
+    """What a path reads on this rank: samples in order, divided into batches.
 
     Attributes:
-        indices: Sample numbers in the order of reading, int64 ``[m]``, on the CPU.
-        offsets: Where the batches begin and end in ``indices``: ascending, one more than there are batches.
-        seed: Seeds random augmentation; the same on every rank, another one in each epoch and pass. With a sample's number it names a
-            stream of that sample's own, which depends neither on the number of ranks nor on where a run was resumed.
-        batch_seeds: One seed a batch, for paths that cannot seed samples; it depends on rank and batch.
-        by_position: Whether samples are told apart by their position in a batch, so that its order matters.
+        indices: Sample indices in the order of reading, int64 ``[m]``, on the CPU.
+        offsets: Batch boundaries in ``indices``, ascending, one more than batches.
+        seed: Seeds random augmentation; the same on every rank, different in each epoch and pass. Together with a sample's index it
+            seeds a random stream per sample, which depends neither on the number of ranks nor on where a run was resumed.
+        batch_seeds: One seed per batch, for paths that cannot seed samples; it depends on rank and batch.
+        by_position: Whether samples are identified by their position in a batch, so that its order matters.
     """
 
     indices: Tensor
@@ -72,7 +72,7 @@ class Reading:
 
 
 class BatchReader(DataLoader):
-    """A loader that reads the samples it is told to, by itself; subclasses define :meth:`read_batches`.
+    """A loader that reads given samples; subclasses define :meth:`read_batches`.
 
     Args:
         dataset: Has a length; subclasses may require more. ``InfoBatch(class_balanced=True)`` asks it for
@@ -80,7 +80,7 @@ class BatchReader(DataLoader):
         batch_size: Samples per rank and batch.
         shuffle: Draws a new order each epoch.
         drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation where no plan does, which brings the run's seed.
+        seed: Seeds order and augmentation without a plan; a plan uses the run's seed.
     """
 
     def __init__(self, dataset: Dataset, *, batch_size: int, shuffle: bool = False, drop_last: bool = False, seed: int = 0) -> None:
@@ -115,10 +115,10 @@ class _Task(NamedTuple):
 
 
 class _BatchMaker(Dataset):
-    """Reads and collates a batch under random numbers of its own.
+    """Reads and collates a batch with its own random stream.
 
-    Random augmentations and collate functions then depend on (seed, epoch, rank, batch) alone: not on the number of workers, on what a
-    worker that lives across epochs read before, or on where a run was resumed.
+    Random augmentations and collate functions then depend only on (seed, epoch, rank, batch), not on the number of workers, on what a
+    persistent worker read before, or on where a run was resumed.
     """
 
     def __init__(self, dataset: Dataset, collate_fn: Callable[[Any], Any]) -> None:
@@ -143,7 +143,7 @@ class _BatchMaker(Dataset):
 
 
 def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
-    """Lets the user's ``worker_init_fn`` and dataset find the user's dataset; theirs is the ``dataset`` of ours.
+    """Makes the user's dataset visible to the user's ``worker_init_fn``, instead of the wrapper around it.
 
     Args:
         users: The user's ``worker_init_fn``.
@@ -156,7 +156,7 @@ def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
 
 
 class _Tasks:
-    """A batch sampler that yields the tasks it was last given."""
+    """A batch sampler that yields the tasks that were set last."""
 
     tasks: Iterable[_Task] = ()
 
@@ -171,12 +171,12 @@ def _as_it_is(batch: Any) -> Any:
 class WorkerReader:
     """Reads with the user's dataset, collate function, workers and memory settings.
 
-    One set of worker processes serves the whole run: they persist while the samples, their order and the batch size change.
+    The worker processes persist for the whole run while the samples, their order and the batch size change.
 
     Args:
         loader: The user's loader.
-        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers leaves the training generator alone.
-        indices: What the dataset calls the samples, int64 ``[N]``; ``None`` for the same numbers.
+        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers does not change the training generator.
+        indices: Indices of the samples in the dataset, int64 ``[N]``; ``None`` if they are the same.
     """
 
     def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Which samples a loader reads in an epoch, by number: what a plan needs to know of it."""
+"""The samples that a loader reads in an epoch, by index."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Samples:
 
     Attributes:
         dataset: Holds them: sample ``i`` is ``dataset[i]``.
-        size: Their number; ``None`` where it is not known.
+        size: Number of samples; ``None`` if unknown.
         batch_size: Samples per rank and batch.
         drop_last: Whether a last batch that is not full is dropped.
-        indices: What the loader's own dataset calls them, int64, ascending; ``None`` for the same numbers.
+        indices: Their indices in the loader's dataset, int64, ascending; ``None`` if they are the same.
         shuffle: Whether each epoch has a new order.
         shard_starts: First sample of each shard, int64 ``[S]``, where a new order should go shard by shard.
-        shuffle_block: Samples that such an order mixes with each other, at least a shard.
+        shuffle_block: Samples that such an order shuffles together, at least a shard.
     """
 
     dataset: Dataset
@@ -86,7 +86,7 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
         The samples, the same on every rank.
 
     Raises:
-        InputError: Where they have no numbers, or where it is not known which of them the loader reads, with the reason and the way out.
+        InputError: If they have no indices, or if it is unknown which of them the loader reads; with the reason and a workaround.
     """
     if not isinstance(loader, DataLoader):
         raise InputError(f'train_dataloader: expected a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')

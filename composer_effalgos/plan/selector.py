@@ -1,4 +1,4 @@
-"""What the planner asks each epoch: which of the candidates are trained on, with which weights."""
+"""Selectors: which candidates an epoch trains on, with which weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 @dataclass
 class EpochMetrics:
-    """What the selectors measured of the current epoch; part of the checkpoint.
+    """Metrics of the current epoch from the selectors; saved in checkpoints.
 
     Attributes:
         pruned_fraction: Fraction of the candidates that the fine selector left out.
@@ -52,7 +52,7 @@ class EpochMetrics:
 class Selector:
     """Chooses samples for an epoch. The planner asks the coarse selector first, then the fine one among what is left; weights multiply.
 
-    A run has at most one of each stage: a second one would decide on the epochs of the first, with weights that correct for nothing.
+    A run has at most one of each stage: with two, the weights of the second would not correct for the choices of the first.
     """
 
     stage: ClassVar[Literal['coarse', 'fine']]
@@ -94,7 +94,7 @@ class Selectors:
     """A run's selectors, coarse before fine.
 
     Attributes:
-        candidates: The samples that the coarse selector left in this epoch, int64 ``[n]``, ascending; ``None`` for all.
+        candidates: The samples that the coarse selector keeps in this epoch, int64 ``[n]``, ascending; ``None`` for all.
     """
 
     def __init__(self) -> None:
@@ -102,13 +102,13 @@ class Selectors:
         self.candidates: Tensor | None = None
 
     def add(self, selector: Selector) -> None:
-        """Takes in a selector.
+        """Adds a selector.
 
         Args:
             selector: The selector.
 
         Raises:
-            InputError: Where there is one of its stage already.
+            InputError: If there is already one of its stage.
         """
         name = type(selector).__name__
         for other in self._items:
@@ -130,7 +130,7 @@ class Selectors:
 
     @property
     def prune(self) -> bool:
-        """Whether one of them is fine."""
+        """Whether there is a fine selector."""
         return any(selector.stage == 'fine' for selector in self._items)
 
     def ranks(self, state: State) -> Ranks | None:
@@ -162,11 +162,11 @@ class Selectors:
         self.candidates = None if coarse is None else coarse.candidates(epoch)
 
     def choose(self, epoch: int, world_size: int) -> tuple[Tensor | None, Tensor | None]:
-        """Asks each among what those before it left; weights multiply.
+        """Asks each selector among the samples that the previous ones kept; weights multiply.
 
         Args:
             epoch: Number of the epoch.
-            world_size: Ranks that each need a sample; a selector that leaves fewer is passed over.
+            world_size: Number of ranks; a selector that keeps fewer samples is ignored.
 
         Returns:
             Sample indices, int64 ``[n]``, ascending, ``None`` for all; and their weights, float32 ``[n]`` or ``None`` for ones.

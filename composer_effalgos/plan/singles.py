@@ -1,4 +1,4 @@
-"""Batches that would leave a rank with a single sample, on which BatchNorm cannot be trained."""
+"""Avoids batches that leave a rank with a single sample, on which BatchNorm cannot be trained."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def num_surplus(num_samples: int, sizes_of: Callable[[int], Sequence[int]], worl
         microbatch: As for :func:`has_single`.
 
     Returns:
-        The smallest such number below two a rank; 0 where none is enough.
+        The smallest such number below two per rank; 0 if none is enough.
     """
     for surplus in range(min(2 * world_size, num_samples - world_size)):
         if not has_single(sizes_of(num_samples - surplus), world_size, microbatch):
@@ -79,7 +79,7 @@ def num_surplus(num_samples: int, sizes_of: Callable[[int], Sequence[int]], worl
 def leave_out(kept: Tensor, weights: Tensor | None, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
     """Leaves samples out at random, each as likely as any other.
 
-    A batch is a random part of what is kept before and after, so what a step's gradient is on average stays the same, weights or not.
+    A batch is a random part of the kept samples before and after, so the expected gradient of a step stays the same, weights or not.
 
     Args:
         kept: Sample indices, int64 ``[n]``.

@@ -1,7 +1,7 @@
-"""Batches of other sizes from loaders whose samples have no numbers, with every sample read once.
+"""Batches of changing size from loaders whose samples have no indices; every sample is read once.
 
-A *stream* has one method, ``read(epoch, size_of)``, which yields an epoch's batches; ``size_of(k)`` says how many samples batch ``k`` shall
-have and is asked again for every batch, so sizes may change between any two.
+A *stream* has one method, ``read(epoch, size_of)``, which yields an epoch's batches; ``size_of(k)`` is the size of batch ``k`` and
+is called for every batch, so sizes may change between any two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SizeOf = Callable[[int], int | None]
 
 
 class _Task(NamedTuple):
-    """What a worker is asked for: the next ``size`` samples of its share, none where that is 0.
+    """A request to a worker: the next ``size`` samples of its share.
 
     A new ``reading`` starts the dataset from the beginning. The first task of a new ``generation`` means that sizes have changed: samples
     read for tasks from number ``back_to`` on were not trained on and are read again.
@@ -103,7 +103,7 @@ class _Reader(Dataset):
 
 
 class _Tasks:
-    """A batch sampler that yields the tasks it was last given."""
+    """A batch sampler that yields the tasks that were set last."""
 
     tasks: Iterator[_Task] = iter(())
 
@@ -118,9 +118,9 @@ def _as_it_is(batch: Any) -> Any:
 class WorkerStream:
     """Reads a ``DataLoader`` over an ``IterableDataset``, with its collate function, workers and memory settings.
 
-    Batches come from the workers in turns, each of the worker's next samples, as a ``DataLoader`` has it: at its own batch size they are
-    its own batches, in its order. Where a size changes, what workers have read ahead goes back to the front of their share, so order and
-    sizes are those of a run that reads nothing ahead.
+    As in a ``DataLoader``, batches come from the workers in turn, each with the worker's next samples: at the original batch size they are
+    the loader's own batches in its order. When a size changes, samples that workers have read ahead go back to the front of their share, so
+    order and sizes equal those of a run without prefetching.
 
     Args:
         loader: The user's loader.
@@ -218,7 +218,7 @@ class _Sending:
 
 
 class BatchStream:
-    """Puts together whole batches of a loader that makes them by itself.
+    """Concatenates whole batches of a loader that makes them itself.
 
     Args:
         loader: An iterable of batches, with an attribute ``batch_size``.
@@ -259,13 +259,13 @@ class BatchStream:
 
 
 def put_together(batches: Sequence[Any]) -> Any:
-    """One batch of several; the inverse of Composer's ``default_split_batch``.
+    """Concatenates batches; the inverse of Composer's ``default_split_batch``.
 
     Args:
         batches: Batches of one kind: tensors, mappings, or pairs and lists of tensors.
 
     Raises:
-        InputError: Where it is not clear what one batch of them would be.
+        InputError: If it is not clear what one batch of them would be.
     """
     first = batches[0]
     if len(batches) == 1:

@@ -1,4 +1,4 @@
-"""A cross-entropy token by token, and weights for its tokens."""
+"""The per-token losses of a cross-entropy, and weights for its tokens."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_tokens(own: Any, outputs: Any) -> Tokens:
         outputs: The model's outputs.
 
     Raises:
-        NotReadableError: Where it is not one cross-entropy over class indices.
+        NotReadableError: If it is not one cross-entropy over class indices.
     """
     entries = entries_of(own)
     reading = read_graph(entries[0], outputs) if len(entries) == 1 else None
@@ -124,7 +124,7 @@ def watched_tokens(compute: Callable[[], Any]) -> tuple[Tensor, Tensor]:
         Negative log-likelihoods, float ``[n]``, and labels, int64 ``[n]``, as :class:`Tokens` has them.
 
     Raises:
-        NotReadableError: Where it does not compute one cross-entropy.
+        NotReadableError: If it does not compute one cross-entropy.
     """
     with torch.no_grad(), _Watch() as watch:
         compute()

@@ -33,7 +33,7 @@ def irreducible_losses(
         Float32 ``[N]``, on the CPU.
 
     Raises:
-        InputError: Where the loader leaves samples out or gives them another order within a batch, or the loss has no per-sample form.
+        InputError: If the loader leaves samples out or gives them another order within a batch, or the loss has no per-sample form.
     """
     loss = WeightedLoss(model, per_sample_loss, user='irreducible_losses')
     on = get_device(device)

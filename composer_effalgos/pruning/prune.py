@@ -43,7 +43,7 @@ def prune(
         The kept samples in ascending order, int64 ``[n]``, and their weights, float32 ``[n]``.
 
     Raises:
-        InputError: Where ``prune_ratio`` or ``bands`` is outside its range, or ``scores`` or ``labels`` has another shape.
+        InputError: If ``prune_ratio`` or ``bands`` is outside its range, or ``scores`` or ``labels`` has another shape.
     """
     check_number('prune_ratio', prune_ratio, least=0, below=1)
     if scores.ndim != 1:
@@ -189,7 +189,7 @@ def checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     """``bands`` as :func:`prune` takes them.
 
     Raises:
-        InputError: Where they are something else.
+        InputError: If they are something else.
     """
     try:
         pairs = [(quantile, ratio) for quantile, ratio in bands]

@@ -22,7 +22,7 @@ def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, A
     """Check keyword arguments against a signature.
 
     Args:
-        key: Where the recipe says so; begins the error message.
+        key: The recipe key that begins the error message.
         target: The class or function that will be called.
         kwargs: What the recipe gives it.
         given: Parameters that are filled in elsewhere and may not come from the recipe.

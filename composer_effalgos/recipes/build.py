@@ -1,4 +1,4 @@
-"""From a recipe to a Trainer that is ready to fit."""
+"""Builds a Trainer from a recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def build_trainer(recipe: Recipe) -> Trainer:
     """Build everything that a recipe names.
 
-    The order is that of the costs: what is quick to refuse is built first. The model's weights depend on the recipe's seed alone.
+    Cheap parts are built first, so that errors appear early. The model's weights depend only on the recipe's seed.
 
     Args:
         recipe: A checked recipe.
@@ -112,7 +112,7 @@ def _too_short(recipe: Recipe, error: Exception) -> InputError | None:
 
 
 def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
-    """TensorBoard's files go into the run's folder, where the recipe names no other."""
+    """Puts TensorBoard's files into the run's folder, unless the recipe names another."""
     if logger.target is TensorboardLogger and 'log_dir' not in logger.kwargs:
         return replace(logger, kwargs={'log_dir': str(recipe.run_folder / 'tensorboard'), **logger.kwargs})
     return logger
@@ -129,7 +129,7 @@ def build_split(recipe: Recipe, split: str) -> Any:
         What :func:`~composer_effalgos.datasets.build_dataset` returns.
 
     Raises:
-        InputError: The data cannot be had.
+        InputError: The data cannot be read.
     """
     data = recipe.dataset
     component = Component(recipe.source, build_dataset, {'path': data.path, **data.options})

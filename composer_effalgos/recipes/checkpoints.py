@@ -67,13 +67,13 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Loading:
-    """A checkpoint that a run begins with.
+    """A checkpoint that a run starts from.
 
     Attributes:
         key: Where the recipe says so, e.g. ``recipe.yaml: load_path``; begins every message.
         path: The file, or its address.
-        weights_only: Whether nothing but the weights is loaded.
-        partly: Whether the recipe leaves some of it out.
+        weights_only: Whether only the weights are loaded.
+        partly: Whether the recipe excludes parts of it.
     """
 
     key: str
@@ -83,11 +83,11 @@ class Loading:
 
     @property
     def is_local(self) -> bool:
-        """Whether it can be looked at before Composer loads it."""
+        """Whether the file can be read before Composer loads it."""
         return '://' not in self.path and not self.path.startswith('dbfs:')
 
     def check(self) -> None:
-        """Looks at the file, where it is here; raises as :func:`check_checkpoint`."""
+        """Checks the file if it is local; raises as :func:`check_checkpoint`."""
         if self.is_local:
             check_checkpoint(self.key, Path(self.path), weights_only=self.weights_only)
 
@@ -111,7 +111,7 @@ class Loading:
         return InputError(f'{self.key}: {self.path}: the checkpoint is {reason}')
 
     def check_weights(self, model: nn.Module) -> None:
-        """Composer loads what fits and leaves the rest as it was: weights of another network must not pass for this one's.
+        """Refuses weights of another network, of which Composer would load what fits and ignore the rest.
 
         Args:
             model: The network, after every change that algorithms make to it.
@@ -159,13 +159,13 @@ class Loading:
 
 
 def loading(recipe: Recipe) -> Loading | None:
-    """The checkpoint that a run begins with.
+    """The checkpoint that a run starts from.
 
     Args:
         recipe: A checked recipe.
 
     Returns:
-        The one of autoresume where there is one, else that of ``load_path``; None where there is neither.
+        The one of autoresume if there is one, else that of ``load_path``, else None.
 
     Raises:
         InputError: ``load_path`` holds unknown placeholders.
@@ -188,15 +188,15 @@ def loading(recipe: Recipe) -> Loading | None:
 
 
 def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> None:
-    """See that a file is a whole checkpoint of Composer's.
+    """Check that a file is a complete checkpoint of Composer's.
 
     Args:
-        key: Where the recipe says so; begins the error message.
+        key: The recipe key that begins the error message.
         path: The file.
-        weights_only: Whether nothing but the weights is wanted.
+        weights_only: Whether only the weights are needed.
 
     Raises:
-        InputError: The file is missing, cut off, or something else; or it lacks what a run continues with.
+        InputError: The file is missing, truncated or something else, or lacks state that a run needs to resume.
     """
     if not path.is_file():
         raise InputError(f'{key}: {path}: no such checkpoint')
@@ -233,7 +233,7 @@ def _content(path: Path) -> Any:
 
 
 def _wrong(content: Any, *, weights_only: bool) -> str:
-    """What a checkpoint lacks, or has of the wrong type; empty where all is well."""
+    """What is missing in a checkpoint or has the wrong type; empty if nothing."""
     state = content.get('state') if isinstance(content, dict) else None
     if not isinstance(state, dict):
         return "it has no 'state'"

@@ -75,10 +75,10 @@ def _snake(name: str) -> str:
 
 
 def find(key: str, kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """Look a name up, whatever its case and underscores; a class name in full (``tensorboard_logger``) will do as well.
+    """Look a name up, ignoring case and underscores; a full class name (``tensorboard_logger``) works as well.
 
     Args:
-        key: Where the recipe says so; begins the error message.
+        key: The recipe key that begins the error message.
         kind: What the name should be, e.g. ``'algorithm'``.
         name: What was written.
         known: Names and what they stand for.

@@ -1,8 +1,8 @@
 """Selection by the CORDS 0.0.4 package, kept as the reference for this package's own strategies.
 
-The strategy classes of CORDS are used as they are; what they need around them (a model, loaders, a loss) is made up from the gradients.
-Each class of samples is one problem to them: the split by class is ours, since theirs rounds every class's budget up (GLISTER, GradMatch,
-CRAIG) or down (the submodular functions) and breaks on a class without samples.
+CORDS's strategy classes are used unchanged; the model, loaders and loss that they need are stand-ins made from the gradients.
+Each class of samples is a separate problem for them. This package splits by class, because CORDS rounds every class's budget up (GLISTER,
+GradMatch, CRAIG) or down (the submodular functions) and fails on a class without samples.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def solver(strategy: str) -> Solver:
 
 @functools.cache
 def _cords_modules() -> dict[str, ModuleType]:
-    """CORDS's strategy modules under a private name, so that nothing done to them shows in an ``import cords`` elsewhere."""
+    """CORDS's strategy modules under a private name, so that changes to them do not affect an ``import cords`` elsewhere."""
     spec = importlib.util.find_spec('cords')
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f'backend: cords is not installed; to install it, run: {INSTALL_COMMAND}')

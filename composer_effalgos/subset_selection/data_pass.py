@@ -68,7 +68,7 @@ class DataPass:
         state: The trainer's state.
         loader: The planned loader.
         loss: The weighted loss, whose per-sample form is differentiated.
-        seed: Seeds what random augmentation the dataset does.
+        seed: Seeds the dataset's random augmentation.
     """
 
     def __init__(self, state: State, loader: PlannedDataLoader, loss: WeightedLoss, seed: int) -> None:
@@ -164,7 +164,7 @@ def logits_and_classes(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         batch: The batch.
 
     Raises:
-        InputError: Where the model does not classify.
+        InputError: If the model does not classify.
     """
     logits = outputs.get('logits') if isinstance(outputs, Mapping) else outputs
     labels = labels_of(batch)

@@ -165,11 +165,11 @@ def last_layer_gradients(
     """Gradients of every sample with respect to the last linear layer, in one forward pass and without a backward pass.
 
     The embedding is the input of the last linear layer, read by a hook. The error is the gradient of the summed loss at the layer's output,
-    taken by autograd over what follows that layer alone, so any loss with a per-sample form will do. The last layer is the one called last;
+    computed by autograd only over what follows that layer, so any loss with a per-sample form works. The last layer is the one called last;
     the first batch is passed through the model once more to find it.
 
-    The model is in evaluation mode meanwhile and every module gets its own mode back. The generators of Python, NumPy and torch are put
-    back as they were found. ``DistributedDataParallel`` is taken off first, so that ranks may hold different numbers of batches.
+    The model is in evaluation mode during the pass, and every module's mode is restored afterwards, and so are the generators of Python,
+    NumPy and torch. ``DistributedDataParallel`` is unwrapped first, so that ranks may hold different numbers of batches.
 
     Args:
         model (nn.Module): called as ``model(batch)``, as a ``ComposerModel`` is.

@@ -1,4 +1,4 @@
-"""Picks a weighted subset of a dataset from its last-layer gradients."""
+"""Selects a weighted subset of a dataset from its last-layer gradients."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ def select_subset(
     backend: str = 'torch',
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Picks exactly ``budget`` samples and a weight for each.
+    """Selects exactly ``budget`` samples and a weight for each.
 
     Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al.,
     arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543; the others name theirs in their
@@ -197,7 +197,7 @@ def _solver(strategy: str, backend: str) -> Solver:
 
 
 def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gradient: bool) -> Selection:
-    """Picks ``budget`` samples of one class. What it needs in memory is gone before the next class begins."""
+    """Picks ``budget`` samples of one class; peak memory is that of one class."""
     assert problem.labels is not None
     assert problem.reference_labels is not None
     rows = (problem.labels == label).nonzero()[:, 0]
@@ -221,7 +221,7 @@ def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gra
 
 
 def _shares(counts: list[int], budget: int) -> list[int]:
-    """The budget in proportion to the counts, by largest remainder; every class gets one if there are enough to go round."""
+    """Divides the budget in proportion to the counts, by largest remainder; every class gets at least one if the budget allows."""
     total = sum(counts)
     shares = [max(budget * count // total, int(budget >= len(counts))) for count in counts]
     missing = budget - sum(shares)
@@ -235,7 +235,7 @@ def _shares(counts: list[int], budget: int) -> list[int]:
 
 
 def _equal_shares(counts: list[int], budget: int) -> list[int]:
-    """The same for every class, as far as the class goes; what is left over goes to the larger ones."""
+    """Divides the budget equally, as far as the classes have enough samples; the larger classes share the rest."""
     shares, left = [0] * len(counts), budget
     for done, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
         shares[i] = min(counts[i], left // (len(counts) - done))

@@ -1,4 +1,4 @@
-"""Where the subsets of a run come from: gradients, chance, counts of forgetting, MILO's two phases, or a file."""
+"""Sources of subsets: gradients, random draws, forgetting counts, MILO's two phases, or a file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SelectionContext:
         num_candidates: Samples to pick from.
         candidates: Their numbers in the dataset, int64, ascending; ``None`` for all samples.
         generator: The only source of randomness.
-        number: Selections made before it, had none failed.
+        number: Number of earlier selections, including failed ones.
         total: Selections in the whole run; ``None`` where its length is not in epochs.
         batch_size: Samples of a batch on one rank.
         current: The subset trained on so far, as positions among the candidates, int64; ``None`` before the first.
@@ -53,7 +53,7 @@ class SelectionContext:
 
 
 class Source:
-    """Picks subsets. Every rank reads its share of the data; rank 0 picks.
+    """Selects subsets. Every rank reads its share of the data; rank 0 selects.
 
     Args:
         strategy: The strategy's name.
@@ -84,7 +84,7 @@ class Source:
         return round(fraction * num_samples)
 
     def read(self, data: DataPass) -> SelectionInputs | None:
-        """What this rank has to look at, without a collective call; ``None`` for nothing."""
+        """Reads this rank's inputs without a collective call; ``None`` if none are needed."""
         raise NotImplementedError
 
     def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
@@ -95,11 +95,11 @@ class Source:
         """After a selection that succeeded; on every rank."""
 
     def state_dict(self, state: State | None) -> dict[str, Any]:
-        """What a resumed run needs; a collective call."""
+        """The state that a resumed run needs; a collective call."""
         return {}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` gave."""
+        """Restores the state returned by :meth:`state_dict`."""
 
     def _classes(self, rows: Rows) -> Tensor | None:
         """The classes of some samples; ``None`` where they have none and the strategy does without."""
@@ -131,7 +131,7 @@ class Source:
 
 
 class _Gradients(Source):
-    """Asks the strategy, with the gradients of the model as it is."""
+    """Uses a strategy with the gradients of the current model."""
 
     def __init__(
         self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
@@ -169,7 +169,7 @@ class _Gradients(Source):
 
 
 class _Random(Source):
-    """Draws; the labels are looked at for the shares of classes alone."""
+    """Draws at random; labels are only used for the shares of the classes."""
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
         super().__init__(strategy, backend, options)

@@ -1,4 +1,4 @@
-"""SubsetSelection: trains on a weighted subset that a selection strategy picks again every few epochs."""
+"""SubsetSelection: trains on a weighted subset that a strategy selects again every few epochs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _HOLD_OUT_STREAM = 12
 class SubsetSelection(Selector, Algorithm):
     """Trains on a weighted subset of the data, selected again every few epochs.
 
-    A selection makes one forward pass over the data in evaluation mode, shared out over the ranks, and hands the per-sample gradients of
-    the last linear layer to the strategy. Rank 0 decides, all ranks train on the same subset. The weights enter the loss, scaled to mean
-    1. Schedules keep the time of the run on all data. A selection that fails leaves the last good subset in place, with one warning.
+    A selection makes one forward pass over the data in evaluation mode, divided over the ranks, and passes the per-sample gradients of
+    the last linear layer to the strategy. Rank 0 selects, and all ranks train on the same subset. The weights are scaled to mean 1.
+    Schedules run on the clock of the run on all data. If a selection fails, the previous subset is kept, with one warning.
     Batches go through the training ``DataSpec``'s transforms as in training.
 
     Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``; it selects at ``EPOCH_START``, when the plan asks. Sources: GLISTER,
@@ -64,9 +64,9 @@ class SubsetSelection(Selector, Algorithm):
             default.
         linear_layer: Whether weight gradients of the last layer are used; otherwise its bias gradients alone.
         val_dataloader: The data whose gradient GLISTER and ``valid=True`` GradMatch match; ``None`` for the training data. A ``DataSpec``
-            brings transforms of its own.
-        val_share: In the place of ``val_dataloader``: the share of the training data to hold out for that, in [0, 1). It is drawn once
-            and never trained on, whatever the strategy.
+            has its own transforms.
+        val_share: Instead of ``val_dataloader``: the share of the training data to hold out for validation, in [0, 1). It is drawn
+            once and never trained on, with any strategy.
         per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. Gradients are those of
             it; the model's loss stays what is trained on.
         seed: Seeds the selections; ``None`` for the trainer's seed.
@@ -216,7 +216,7 @@ class SubsetSelection(Selector, Algorithm):
             The samples, int64 ``[k]`` ascending, and their weights, float32 ``[k]`` with mean 1.
 
         Raises:
-            InputError: Where the selection fails.
+            InputError: If the selection fails.
         """
         self._planner.install(state)
         self._indices = self._weights = None

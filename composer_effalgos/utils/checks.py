@@ -76,7 +76,7 @@ def check_number(
         most: It must be at most this.
 
     Raises:
-        InputError: Where it is not.
+        InputError: If it is not.
     """
     allowed = Range(above, least, below, most)
     if value not in allowed:
@@ -94,7 +94,7 @@ def check_whole(name: str, value: Any, *, least: int, most: int | None = None, w
         what: What is expected, such as ``a whole number of batches``.
 
     Raises:
-        InputError: Where it is not.
+        InputError: If it is not.
     """
     if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f', at least {least}' if most is None else f' from {least} to {most}'

@@ -56,7 +56,7 @@ def read_numbers(path: Path) -> Tensor:
     """One number per sample from a file.
 
     Raises:
-        InputError: Where the file cannot be read, or holds something else.
+        InputError: If the file cannot be read, or holds something else.
     """
     try:
         if path.suffix == '.npy':

@@ -34,7 +34,7 @@ BACKENDS = ('torch', 'cords')
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a strategy is, accepts and needs.
+    """A strategy: its options, implementation and requirements.
 
     Attributes:
         options: Its options.

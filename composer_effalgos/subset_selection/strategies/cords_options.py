@@ -1,4 +1,4 @@
-"""Options of the strategies that CORDS alone has, and of those for which its options differ from ours."""
+"""Options of strategies that only CORDS has, and of those for which its options differ from ours."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
