@@ -1,4 +1,4 @@
-"""What a run cost and what it reached: ``efficiency/*`` metrics and ``summary.json``."""
+"""The cost and quality of a run: ``efficiency/*`` metrics and ``summary.json``."""
 
 import json
 import math
@@ -26,7 +26,7 @@ SCORE_EDGES = np.logspace(-6, 2, 65)  # of the histogram's bins: eight a factor 
 
 @dataclass
 class _Epoch:
-    """One epoch as ``summary.json`` has it, and what the unpruned epoch would have cost."""
+    """One epoch of ``summary.json``, and the cost of the unpruned epoch."""
 
     epoch: int
     seconds: float
@@ -45,7 +45,7 @@ class _Epoch:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What an evaluator found."""
+    """The result of an evaluator."""
 
     accuracy: float | None
     loss: float | None
@@ -53,7 +53,7 @@ class _Measured:
 
 @dataclass
 class _Running:
-    """What the timestamps do not hold of the epoch that is under way."""
+    """State of the current epoch that the timestamps do not have."""
 
     loss_sum: float = 0.0
     loss_samples: int = 0
@@ -66,7 +66,7 @@ class _Running:
 
 @dataclass
 class _Scores:
-    """How the samples' scores were spread at the end of an epoch."""
+    """The distribution of the samples' scores at the end of an epoch."""
 
     epoch: int
     mean: float
@@ -74,13 +74,13 @@ class _Scores:
 
 
 def quality_text(totals: dict[str, Any]) -> str:
-    """What a run came to, in words.
+    """The quality of a run in words.
 
     Args:
         totals: Those of a summary.
 
     Returns:
-        Its accuracy, else its held-out loss, where one was measured.
+        Its accuracy, else its held-out loss, if one was measured.
     """
     if totals['eval_accuracy'] is not None:
         return f'accuracy {totals["eval_accuracy"]:.4f}'
@@ -96,23 +96,23 @@ class EfficiencyMonitor(Callback):
     samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the epoch's end),
     ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
     ``efficiency/peak_memory_bytes``, and where the batches have tokens ``efficiency/tokens_seen``, ``efficiency/tokens_saved_fraction``
-    and ``efficiency/tokens_per_second`` (of the epoch). What the algorithms decided they log themselves (``infobatch/*``, ``pruning/*``,
+    and ``efficiency/tokens_per_second`` (of the epoch). The algorithms log their own decisions (``infobatch/*``, ``pruning/*``,
     ``adabatch/*``, ``subset_selection/*``).
 
     Each epoch in the summary also has ``cpu_seconds``: CPU time of rank 0 and its child processes (data workers, compilers), without
-    evaluation. On a machine that runs other work too, it is a steadier measure than ``seconds``.
+    evaluation. On a machine with other load it varies less than ``seconds``.
 
     The summary is replaced as a whole after every epoch, after every evaluation and at the end of ``fit``, by global rank 0; an epoch
-    that ``max_duration`` cut short is in it too. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Time
-    spent on batches after the last checkpoint of an interrupted run is excluded.
+    that ``max_duration`` cut short is included. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Work
+    lost since the last checkpoint is excluded.
 
     ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
-    name ends in ``Accuracy``; ``eval_loss`` likewise the first whose name ends in ``CrossEntropy``, in nats. What is not measured is null;
-    where neither is, one warning says so. With several evaluators the one labelled ``eval`` counts, else the first that has one of them.
+    name ends in ``Accuracy``; ``eval_loss`` likewise the first whose name ends in ``CrossEntropy``, in nats. Missing values are null;
+    if both are missing, one warning says so. Of several evaluators the one labelled ``eval`` is used, else the first that has one of them.
 
     Tokens are those that Composer's timestamp counts, over all ranks: every position of ``input_ids``, padding too, or what
     ``DataSpec(get_num_tokens_in_batch=...)`` gives, which may leave padding out. ``tokens_full`` is what the full epochs would have had:
-    exact where every sample has as many tokens, else at the tokens per sample of the run's own full epochs. Without tokens all are null.
+    exact if all samples have the same number of tokens, else estimated from the run's full epochs. Without tokens all are null.
 
     Where samples are scored, the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
     and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
@@ -257,7 +257,7 @@ class EfficiencyMonitor(Callback):
         self._evaluated = {}  # trainer.eval() is not part of the run
 
     def _observe_scores(self, state: State, epoch: int) -> None:
-        """Composer runs callbacks after algorithms: the epoch's scores are in already."""
+        """Composer runs callbacks after algorithms, so the epoch's scores are complete here."""
         planner = EpochPlanner.find(state)
         scores = None if planner is None or dist.get_global_rank() > 0 else planner.selectors.sample_scores
         if scores is not None:
@@ -356,10 +356,10 @@ class EfficiencyMonitor(Callback):
 
 
 def _token_totals(epochs: list[_Epoch]) -> dict[str, Any]:
-    """Tokens of the run, and those that its full epochs would have had.
+    """Tokens of the run, and of its epochs without pruning.
 
-    Which tokens were left out is not known: a pruned epoch is completed at the tokens per sample of the run's full epochs, or of all its
-    epochs where none was full. That is exact where all samples have as many tokens.
+    The tokens of skipped samples are unknown, so a pruned epoch is extrapolated with the tokens per sample of the run's full epochs, or of
+    all its epochs if none was full. This is exact if all samples have the same number of tokens.
     """
     counted = [(entry.tokens, entry) for entry in epochs if entry.tokens is not None]
     if not counted:

@@ -1,4 +1,4 @@
-"""``effalgos bench`` and ``effalgos frontier``: a sweep trained, its table printed, its results and its report written."""
+"""``effalgos bench`` and ``effalgos frontier``: trains a sweep, prints its table, and writes its results and report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_sweep(
         path: The sweep's YAML file.
         out: Folder of the runs and the report; ``runs/<name of the sweep>`` when None.
         overrides: ``key=value`` settings on top of every recipe.
-        seeds: In place of the sweep's seeds, where there are any.
+        seeds: Replace the sweep's seeds, if any are given.
         only: The methods to train; all where empty.
         at_once: Runs side by side.
         minutes: Stop after this many; the same call continues. None for no limit.
@@ -55,7 +55,7 @@ def run_sweep(
         console: Where progress and table go; the standard output when None.
 
     Returns:
-        What failed and what is left.
+        The failed and the remaining runs.
 
     Raises:
         InputError: The sweep or a recipe in it is wrong, or ``out`` cannot be used.
@@ -113,14 +113,14 @@ def show_frontier(folder: str | Path, by: str | None = None, *, console: Console
 
 
 def _check_frontier(sweep: Sweep, jobs: Sequence[Job], by: str | None) -> None:
-    """What would make the runs useless, before the first of them is trained."""
+    """Refuses sweeps without a usable frontier before the first run is trained."""
     check_unit(by)
     recipes = {job.method: job.recipe.settings for job in jobs}
     plain_lengths(list(recipes.items()), str(sweep.path))
 
 
 def _frontier_so_far(sweep: Sweep, out: Path, by: str | None, console: Console) -> Frontier | None:
-    """The frontier of the finished runs of a sweep; None, and why, where there are not enough of them yet."""
+    """The frontier of the finished runs of a sweep; None and the reason if there are too few yet."""
     try:
         methods = sweep.all_methods()
         runs = [run for run in read_runs(out)[0] if run.method in methods and is_finished(out, run)]
@@ -140,7 +140,7 @@ def _show_frontier(found: Frontier, out: Path, about: dict[str, Any], console: C
 
 
 def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
-    """How many runs, and how many hours they take by the pace of those that are done."""
+    """The number of remaining runs and the estimated hours."""
     if not jobs or not out.is_dir():
         return
     try:

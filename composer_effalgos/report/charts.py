@@ -29,7 +29,7 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         rows: Rows as :func:`~composer_effalgos.report.table.table_rows` gives them.
 
     Returns:
-        For each chart its ``title``, the axes' ``x`` and ``y`` titles, what more plotly is to know of them (``xaxis``, ``yaxis``),
+        For each chart its ``title``, the axes' ``x`` and ``y`` titles, further axis options for plotly (``xaxis``, ``yaxis``),
         plotly ``traces``, and whether it has a ``legend`` of its own; charts without a value are left out.
     """
     drawn: list[tuple[str, str, str, _Values, _Values, str]] = [
@@ -106,7 +106,7 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
 
 
 def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
-    """How the line of a run looks, and what it says of itself."""
+    """The style and hover text of a run's line."""
     first = run is row.runs[0]
     name = html.escape(row.method)  # plotly reads text as HTML
     return {
@@ -215,7 +215,7 @@ def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[st
 
 
 def _blend(share: float) -> str:
-    """From light blue to vermilion, on white and near-black alike."""
+    """From light blue to vermilion, readable on light and dark backgrounds."""
     start, end = (86, 180, 233), (213, 94, 0)
     return '#' + ''.join(f'{round(low + share * (high - low)):02x}' for low, high in zip(start, end, strict=True))
 

@@ -1,8 +1,8 @@
-"""The equivalent-budget factor: what a plain run would have to spend for a method's quality, over what the method spent.
+"""The equivalent-budget factor: the budget of a plain run with the quality of a method, divided by the method's budget.
 
-A method that trains on fewer samples must be compared with a plain run that is shortened to the same budget, its schedule decayed to zero
-there too. The plain runs, trained at several lengths, give quality against budget; a method's factor is the budget that this curve needs
-for the method's quality, divided by the method's own budget. Above 1 the method pays; below 1 one should train shorter.
+A method that trains on fewer samples must be compared with a plain run shortened to the same budget, with its schedule decayed to zero
+as well. The plain runs, trained at several lengths, give quality against budget; a method's factor is the budget that this curve needs
+for the method's quality, divided by the method's own budget. Above 1 the method pays; below 1, train shorter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one method at one length, alike but for the seed.
+    """The runs of one method at one length, which differ only in the seed.
 
     Attributes:
         name: The method's name with its length.
@@ -48,7 +48,7 @@ class Factor:
     Attributes:
         value: The factor; 0 where the method is worse than the shortest plain run, inf where it is better than the longest: the curve is
             not extrapolated.
-        low: Lower end of the interval, in the same way; 0 where there is one seed of everything, and no spread is known.
+        low: Lower end of the interval, in the same way; 0 if there is only one seed everywhere, so the spread is unknown.
         high: Upper end; inf likewise.
         least: The smallest factor that can be measured: the shortest plain budget over the method's.
         most: The largest: the longest plain budget over the method's.
@@ -64,12 +64,12 @@ class Factor:
         return f'{self.text(self.value)} ({self.text(self.low)} to {self.text(self.high)})'
 
     def text(self, factor: float) -> str:
-        """The value or an end of the interval; what lies beyond the plain runs as a bound."""
+        """The value or an end of the interval; a bound if it lies beyond the plain runs."""
         return f'< {self.least:.2f}' if factor == 0 else f'> {self.most:.2f}' if np.isinf(factor) else f'{factor:.2f}'
 
     @property
     def verdict(self) -> str:
-        """What follows, in words: the interval decides, and a bound where it ends beyond the plain runs."""
+        """The verdict in words, by the interval or by a bound if it ends beyond the plain runs."""
         low = self.most if np.isinf(self.low) else self.low
         high = self.least if self.high == 0 else self.high
         if low > 1:
@@ -102,7 +102,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods set against plain runs.
+    """Methods compared with plain runs.
 
     Attributes:
         curve: The plain runs'.
@@ -116,12 +116,12 @@ class Comparison:
 
 
 def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0) -> Comparison:
-    """Sets methods against the curve of plain runs.
+    """Compares methods with the curve of plain runs.
 
     The curve goes through the mean qualities of the plain lengths, made monotone (the average of their running maximum and of the running
     minimum from the other end), as a monotone cubic (PCHIP) in the logarithm of the budget.
 
-    The intervals are a parametric bootstrap, which holds its level with three seeds, where resampling three runs does not: each cell's mean
+    The intervals are a parametric bootstrap, which keeps its level with three seeds, unlike resampling of three runs: each cell's mean
     quality and mean logarithm of the budget are drawn from normal distributions, the spreads between seeds from scaled inverse chi-squared
     ones. The spread of a cell is its own, moderated by those of the others.
 
@@ -180,8 +180,8 @@ def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:
 def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
     """Variances between seeds: each cell's own, and the median of the others as a prior of four degrees of freedom.
 
-    Two degrees of freedom of three seeds say little; all cells pooled would hide that a method is noisier than plain training, and let one
-    such method widen every interval. Mixing the two is the moderated variance of Smyth (2004), with the weight of the others fixed.
+    The two degrees of freedom of three seeds are too few; pooling all cells would hide that a method is noisier than plain training, and
+    such a method would widen every interval. Mixing the two is the moderated variance of Smyth (2004), with the weight of the others fixed.
 
     Args:
         values: The runs' values of each cell, of one cell at least two.

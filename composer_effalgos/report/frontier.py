@@ -1,4 +1,4 @@
-"""The frontier of a sweep: quality against budget of plain runs of several lengths, and every method beside it."""
+"""The frontier of a sweep: quality against budget of plain runs of several lengths, and every method in comparison."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Frontier:
         is_loss: Whether quality is a held-out loss, lower is better, and not an accuracy.
         points: The plain runs by length, then the methods.
         curve: The plain runs' curve, quality as in the points.
-        notes: What to know before reading it, a sentence each.
+        notes: Caveats, one sentence each.
     """
 
     by: str
@@ -87,22 +87,22 @@ class Frontier:
 
 
 def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: bool = True) -> Frontier:
-    """Sets the methods among runs against the plain ones.
+    """Compares the methods among runs with the plain runs.
 
-    Plain are those without an algorithm of this package and without SelectiveBackprop, alike but for their length; where several groups
-    of runs are such (other batch sizes), the one with the most lengths, and of these one with ``baseline`` in its names.
+    Plain runs have no algorithm of this package and no SelectiveBackprop, and differ only in their length. Of several such groups (other
+    batch sizes), the one with the most lengths is used, and among equals one with ``baseline`` in its names.
 
     Args:
         runs: Finished runs.
-        source: Where they are from; begins a message.
+        source: Where they are from; begins error messages.
         by: What a budget is for the verdicts, a key of :data:`UNITS`. None for CPU seconds of runs on a CPU, seconds of others.
-        timed: Whether the runs' times compare; False where they are of several machines, or of one under different loads.
+        timed: Whether the runs' times are comparable; False for several machines, or one machine under different loads.
 
     Returns:
         The frontier.
 
     Raises:
-        InputError: There are not two plain lengths, or no method, or the runs are of several datasets, machines, or without what is asked.
+        InputError: There are fewer than two plain lengths or no method, or the runs are of several datasets or machines, or lack the unit.
     """
     check_unit(by)
     runs, is_loss, notes = _with_quality(runs, source)
@@ -150,7 +150,7 @@ def check_unit(by: str | None) -> None:
 
 
 def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
-    """The runs that differ in the seed alone; where they save, log and evaluate does not count."""
+    """Groups of runs that differ only in the seed; settings for saving, logging and evaluating are ignored."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         recipe = run.summary['recipe']
@@ -163,7 +163,7 @@ def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
 
 
 def is_finished(folder: Path, run: Run) -> bool:
-    """Whether a run has come to its end: a sweep has marked it, or it has all the epochs of its recipe.
+    """Whether a run is finished: a sweep has marked it, or it has all the epochs of its recipe.
 
     Args:
         folder: The folder of the runs.
@@ -176,7 +176,7 @@ def is_finished(folder: Path, run: Run) -> bool:
 
 
 def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> list[int]:
-    """Which of some methods are the plain runs of several lengths.
+    """Finds the plain runs of several lengths among methods.
 
     Args:
         methods: Names and recipes.
@@ -228,7 +228,7 @@ def is_plain(recipe: Mapping[str, Any]) -> bool:
 
 
 def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a run, but for its length and where its data lie."""
+    """The settings that determine a run, except its length and the path of its data."""
     kept = {key: recipe.get(key) for key in _TRAINING}
     if isinstance(kept['dataset'], dict):
         kept['dataset'] = {key: value for key, value in kept['dataset'].items() if key != 'path'}
@@ -250,7 +250,7 @@ def _duration(recipe: Mapping[str, Any]) -> Any:
 
 
 def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, list[str]]:
-    """The runs that have an accuracy, or where none has one a held-out loss; and who has not."""
+    """The runs that have an accuracy, or a held-out loss if none has one; and the names of the others."""
     for key, is_loss in (('eval_accuracy', False), ('eval_loss', True)):
         found = [run for run in runs if run.summary['totals'].get(key) is not None]
         if found:
@@ -261,7 +261,7 @@ def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, li
 
 
 def _check_data(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> None:
-    """Raises unless all train on the same data: otherwise no quality compares."""
+    """Raises unless all runs train on the same data; otherwise their quality is not comparable."""
     found: dict[str, str] = {}
     for name, recipe in methods:
         dataset = recipe.get('dataset')
@@ -274,7 +274,7 @@ def _check_data(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -
 
 
 def _check_machine(runs: Sequence[Run], source: str) -> None:
-    """Raises unless all ran on one kind of machine: otherwise no budget compares."""
+    """Raises unless all runs used one kind of machine; otherwise their budgets are not comparable."""
     found: dict[str, str] = {}
     for run in runs:
         found.setdefault(f'{run.summary["device"]} with {run.summary["world_size"]} rank(s)', run.summary['run_name'])
@@ -310,7 +310,7 @@ def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
 
 
 def spent(run: Run, unit: str) -> float | None:
-    """What a run took, and what the files took to make that its algorithms read (a model trained on held-out data, a subset).
+    """The budget of a run, including that of the files that its algorithms read (a model trained on held-out data, a subset).
 
     Args:
         run: The run.
@@ -371,6 +371,6 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
 
 
 def _last_share(run: Run) -> float:
-    """The last learning rate a sample over the highest; a batch that grows is a learning rate that falls."""
+    """The last learning rate per sample over the highest; a growing batch counts as a falling learning rate."""
     rates = [epoch['lr'] / max(epoch['batch_size'], 1) for epoch in run.summary['epochs']]
     return float(rates[-1] / max(rates)) if len(rates) > 1 and max(rates) > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The picture of a frontier: quality over budget, the plain runs' curve with its band, every method a point."""
+"""The plot of a frontier: quality over budget, with the plain runs' curve and its band, and a point for every method."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def markdown(found: Frontier) -> str:
 
 
 def as_rows(found: Frontier) -> list[dict[str, Any]]:
-    """One flat record a point, for CSV and JSON: a factor beyond the plain runs is null, and its text says which way."""
+    """One flat record per point, for CSV and JSON: a factor beyond the plain runs is null, with a text for the bound."""
     quality = 'eval_loss' if found.is_loss else 'eval_accuracy'
     rows = []
     for point in found.points:

@@ -1,4 +1,4 @@
-"""A folder of runs as one HTML page that needs nothing else, and as a Markdown table."""
+"""A folder of runs as one self-contained HTML page, and as a Markdown table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep, and continues where an earlier call stopped."""
+"""Trains the runs of a sweep, continuing from an earlier call."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PORTION_OVER = 3  # the exit status where runs are left for the next call
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a sweep in this call.
+    """The result of one call for a sweep.
 
     Attributes:
         failures: A line for each run that failed: its name and why.
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 where a run failed, 3 where some are left, else 0."""
+        """The exit status: 1 if a run failed, 3 if some are left, else 0."""
         return 1 if self.failures else PORTION_OVER if self.pending else 0
 
 
@@ -65,11 +65,11 @@ def run_jobs(
     keep_checkpoints: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Trains runs, each in a process of its own.
+    """Trains runs, each in its own process.
 
-    What is finished in ``out`` is kept. A run that was stopped continues from its last checkpoint where its recipe has ``save_interval``,
-    else it starts over. One that fails is named, and the others continue. What a run prints is in ``train.log`` in its folder. On the CPU a
-    run computes with one thread, or with as many as ``OMP_NUM_THREADS`` says.
+    Finished runs in ``out`` are kept. An interrupted run continues from its last checkpoint if its recipe has ``save_interval``,
+    otherwise it starts over. A failed run is reported and does not stop the others. A run's output is in ``train.log`` in its folder. On
+    the CPU a run uses one thread, or the number in ``OMP_NUM_THREADS``.
 
     Args:
         jobs: The runs; their recipes' ``save_folder`` is ``out``.
@@ -78,11 +78,11 @@ def run_jobs(
         fresh: Train everything again and remove what earlier calls left of these runs.
         ranks: Processes a run, one a GPU.
         minutes: Stop after this many, from 0; the rest is left for the next call. None for no limit.
-        keep_checkpoints: Whether a finished run keeps its checkpoints; otherwise they are there for a run that is stopped alone.
+        keep_checkpoints: Whether a finished run keeps its checkpoints; otherwise only interrupted runs keep them.
         console: Where progress goes; the standard output when None.
 
     Returns:
-        What failed and what is left.
+        The failed and the remaining runs.
 
     Raises:
         InputError: ``minutes`` is no number from 0, ``out`` cannot be written, another call is at work in it, or it holds a run of the same
@@ -117,7 +117,7 @@ def run_jobs(
 
 
 class _Meter:
-    """The progress bar: runs differ in length, so each counts by its epochs. The last hour says how long an epoch takes."""
+    """The progress bar: runs differ in length, so each counts by its epochs. The time per epoch is estimated from the last hour."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         text, clock = TextColumn('{task.description}', markup=False), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
@@ -134,7 +134,7 @@ class _Meter:
         self._progress.stop()
 
     def update(self, job: Job, epochs: Sequence[Any]) -> bool:
-        """Shows how far a run has come; no run of a sweep ends early."""
+        """Shows the progress of a run; runs of a sweep never end early."""
         self._running[job.recipe.run_name] = min(len(epochs), job.epochs or 0)
         self._show()
         return False
@@ -150,13 +150,13 @@ class _Meter:
 
 
 def deadline_in(minutes: float | None) -> float | None:
-    """The monotonic clock in this many minutes.
+    """The time of the monotonic clock after this many minutes.
 
     Args:
         minutes: A number from 0; None for no deadline.
 
     Raises:
-        InputError: It is no such number: NaN would never come, and neither would infinity.
+        InputError: It is not a finite number of at least 0: NaN and infinity would never be reached.
     """
     if minutes is None:
         return None
@@ -165,13 +165,13 @@ def deadline_in(minutes: float | None) -> float | None:
 
 
 def finished(job: Job) -> bool:
-    """Whether a run has come to its end, in this call or an earlier one."""
+    """Whether a run is finished, in this call or an earlier one."""
     return (job.recipe.run_folder / FINISHED).exists()
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """Makes ``out`` and holds it for this process and its runs; what a killed call left running is waited for.
+    """Creates and locks ``out`` for this process and its runs, after waiting for runs that a killed call left behind.
 
     Args:
         out: The folder of the runs.
@@ -206,7 +206,7 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def prepare(job: Job, *, fresh: bool = False) -> None:
-    """Makes sure that a run's folder is there for it alone, before anything is trained.
+    """Makes sure that a run's folder exists and belongs to it, before anything is trained.
 
     Args:
         job: The run.
@@ -251,11 +251,11 @@ def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
 
 
 class _Training:
-    """One run, or what is left of it, in a process of its own.
+    """One run, or the rest of it, in its own process.
 
     Args:
         job: The run.
-        lock: What :func:`locked` gave.
+        lock: The descriptor from :func:`locked`.
         ranks: Its processes.
     """
 
@@ -281,7 +281,7 @@ class _Training:
             )
 
     def poll(self, enough: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
-        """None while it runs; then what went wrong, or '' where all is well. Where ``enough`` is true of its epochs, it has ended well."""
+        """None while it runs; then its error, or '' if there was none. A run that ``enough`` ended has no error."""
         status = self._process.poll()
         reached = status is None and enough(self.job, _epochs(self._folder))
         if status is None and not reached:
@@ -320,14 +320,14 @@ def train_jobs(
 
     Args:
         jobs: The runs.
-        lock: What :func:`locked` gave.
+        lock: The descriptor from :func:`locked`.
         at_once: How many run at the same time.
         ranks: Processes a run.
         deadline: When to stop those that run and start no more, on the monotonic clock.
-        enough: Sees a run's epochs in ``summary.json`` again and again; where it is true, the run has come to its end.
+        enough: Called repeatedly with a run's epochs in ``summary.json``; the run is ended when it returns true.
 
     Yields:
-        Each run that has come to its end, and what went wrong with it; '' where all is well.
+        Each ended run and its error; '' if there was none.
     """
     waiting, running = iter(jobs), list[_Training]()
     try:
@@ -362,7 +362,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """A run does not outlive a sweep that was killed."""
+    """Ends a run when the process of its sweep is killed."""
     assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

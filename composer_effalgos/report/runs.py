@@ -50,7 +50,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without what tells one run of a method from another."""
+        """The recipe without the settings that differ between runs of one method."""
         return {key: value for key, value in self.summary['recipe'].items() if key not in ('run_name', 'seed', 'save_folder')}
 
     @property
@@ -99,7 +99,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        Its content, of which the table and the report can use every part.
+        Its content, checked for the table and the report.
 
     Raises:
         InputError: It is missing, or no summary.
@@ -121,7 +121,7 @@ def first_above(run: Run, target: float) -> tuple[int, float] | None:
         target: The accuracy, in [0, 1].
 
     Returns:
-        The number of the first epoch at whose end it was above, from 1, and the seconds of training to there; None where it never was.
+        The number of the first epoch, from 1, at the end of which it was above, and the training seconds until then; None if it never was.
     """
     epochs = run.summary['epochs']
     for entry, seconds in zip(epochs, accumulate(entry['seconds'] for entry in epochs), strict=True):

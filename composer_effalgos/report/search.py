@@ -1,4 +1,4 @@
-"""Finds the combination of settings that reaches an accuracy soonest, by search."""
+"""Searches for the combination of settings that reaches an accuracy fastest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REPEATS = 10  # suggestions in a row that are known already, before one is draw
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination, trained until it got there, or could not win any more.
+    """One combination, trained until it reached the target or could no longer be the best.
 
     Attributes:
         name: The combination's name: those of its choices that have settings.
@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        """What the search minimises: the seconds to the target, or for want of those how much of the accuracy is missing."""
+        """The objective of the search: the seconds to the target, or, if it was not reached, the missing accuracy."""
         return _NEVER * (2 - (self.accuracy or 0.0)) if self.seconds is None else self.seconds
 
 
@@ -76,8 +76,8 @@ def run_search(
     is above the target, and as soon as it has taken as long as the best one so far: it cannot win any more. What has been trained is kept:
     the same call continues, and a larger ``trials`` searches further. Times are compared, so nothing else should run on the machine.
 
-    Seconds to one accuracy rank as the equivalent-budget factor at that accuracy does: it is the quickest plain
-    combination's seconds, whatever its length, over those of the combination.
+    Seconds to one accuracy rank combinations like the equivalent-budget factor at that accuracy, which is the seconds of the fastest plain
+    combination of any length over those of the combination.
 
     ``search.json`` and ``search.md`` list the trials; ``best.yaml`` is a sweep of the first choices and the best combinations with three
     seeds, to confirm with ``effalgos bench`` what a single seed found.
@@ -167,7 +167,7 @@ def _study(optuna: Any, seed: int, trials: int) -> Any:
 
 
 def _suggestions(study: Any, sweep: Sweep, rest: list[dict[str, str]]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """What the study suggests; where it keeps suggesting what is known, one of the rest."""
+    """The suggestions of the study; one of the remaining combinations if it keeps suggesting known ones."""
     repeats = 0
     while True:
         asked = study.ask()
@@ -192,7 +192,7 @@ def _target(sweep: Sweep, target: float | None) -> float:
 
 
 def _keep_target(out: Path, target: float, *, fresh: bool) -> None:
-    """Runs were stopped where they reached one target: they say nothing about another."""
+    """Refuses another target for runs that were stopped at one."""
     file = out / TARGET
     try:
         before = float(read_text(file)) if file.exists() and not fresh else target
@@ -239,7 +239,7 @@ def _line(trial: Trial) -> str:
 
 
 def factor(trial: Trial, trials: Sequence[Trial]) -> float | None:
-    """What the quickest plain run needs for the target over what this one needs; above 1 the combination pays. None where unknown."""
+    """The seconds of the fastest plain run to the target over those of this one; above 1 the combination pays. None if unknown."""
     plain = min((other.seconds for other in trials if other.plain and other.seconds is not None), default=None)
     return None if plain is None or trial.seconds is None else plain / trial.seconds
 

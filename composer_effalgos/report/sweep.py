@@ -1,4 +1,4 @@
-"""Sweeps: many runs written down in one YAML file.
+"""Sweeps: many runs described in one YAML file.
 
 A sweep names methods; each method is a recipe with settings on top, trained once a seed:
 
@@ -168,12 +168,12 @@ class Sweep:
     def jobs(self, out: Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), only: Sequence[str] = ()) -> list[Job]:
         """Every run of the sweep, each recipe checked.
 
-        Runs go seed by seed, so that a sweep that is stopped has compared what it could.
+        Runs are ordered by seed, so that an interrupted sweep has complete comparisons.
 
         Args:
             out: The runs' ``save_folder``.
             overrides: ``key=value`` settings on top of everything else.
-            seeds: In place of all other seeds, where there are any.
+            seeds: Replace all other seeds, if any are given.
             only: The methods to take, by name; all where empty.
 
         Returns:
@@ -256,6 +256,6 @@ def _check_count(key: str, count: int) -> None:
 
 
 def _check_name(key: str, name: Any) -> None:
-    """YAML reads 0.1, on and 17 as something else than text."""
+    """Refuses names that YAML does not read as text, such as 0.1, on and 17."""
     if not isinstance(name, str):
         raise InputError(f"{key}: {name!r} is no name; put it in quotes, such as '{name}'")

@@ -1,4 +1,4 @@
-"""Runs set against their baseline, one row a method."""
+"""Runs compared with their baseline, one row per method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NONE = '–'
 
 @dataclass(frozen=True)
 class Reached:
-    """When the runs of a method got above an accuracy.
+    """When the runs of a method exceeded an accuracy.
 
     Attributes:
         target: The accuracy, in [0, 1].
@@ -45,7 +45,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Row:
-    """What the runs of one method, alike but for the seed, came to.
+    """The results of the runs of one method, which differ only in the seed.
 
     Attributes:
         method: The runs' common name.
@@ -100,8 +100,8 @@ class Column:
         title: Its head.
         text: A row's cell.
         value: What the cell sorts by; None where it has no value.
-        brief: Whether it is worth its place in a terminal.
-        meaning: What is in it, where the title does not say.
+        brief: Whether it is shown in a terminal.
+        meaning: Explanation, if the title needs one.
     """
 
     title: str
@@ -242,7 +242,7 @@ def _perplexity(row: Row) -> float | None:
 
 
 def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
-    """Sets runs against their baseline.
+    """Compares runs with their baseline.
 
     Runs of the same name, settings, device and number of ranks that differ in the seed alone share a row. The baseline of a row is the
     first method of the same dataset, limit, model and duration whose name has ``baseline`` in it.
@@ -267,7 +267,7 @@ def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
 
 
 def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows for a terminal, without the columns that there is no room for.
+    """The rows for a terminal, without the columns that do not fit.
 
     Args:
         rows: Rows as :func:`table_rows` gives them.
@@ -379,6 +379,6 @@ def _is_baseline(run: Run) -> bool:
 
 
 def _markdown(text: str) -> str:
-    """Text as a table cell shows it, whatever it holds."""
+    """Text escaped for a table cell."""
     text = re.sub(r'([\\`*\[\]|~])', r'\\\1', ' '.join(text.split()))
     return text.replace('&', '&amp;').replace('<', '&lt;')

@@ -122,7 +122,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, pixels: Callable, wr
     with pytest.raises(InputError, match=r'train\.parquet: no such file'):
         build_dataset('image_parquet', 'train', path=str(tmp_path))
     file = write_parquet(tmp_path / 'train.parquet', pixels(9), [0] * 9)
-    with pytest.raises(InputError, match=r'has no test\.parquet or val\.parquet'):
+    with pytest.raises(InputError, match=r'expected test\.parquet or val\.parquet'):
         build_dataset('image_parquet', 'eval', path=str(tmp_path))
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])

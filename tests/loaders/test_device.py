@@ -218,9 +218,9 @@ def test_refuses_a_transform_that_an_algorithm_changed():
 @pytest.mark.parametrize(
     ('dataset', 'message'),
     [
-        (TensorDataset(torch.zeros(4, 3)), 'TensorDataset has none'),
-        (build_dataset('synthetic', 'train', num_samples=4), 'Synthetic has none'),
-        (Subset(TensorDataset(torch.zeros(4, 3)), [1, 2]), 'TensorDataset has none'),
+        (TensorDataset(torch.zeros(4, 3)), 'got TensorDataset without one'),
+        (build_dataset('synthetic', 'train', num_samples=4), 'got Synthetic without one'),
+        (Subset(TensorDataset(torch.zeros(4, 3)), [1, 2]), 'got TensorDataset without one'),
     ],
 )
 def test_refuses_data_without_a_transform(dataset, message):
@@ -231,7 +231,7 @@ def test_refuses_data_without_a_transform(dataset, message):
 def test_refuses_images_of_several_sizes(folder):
     Image.new('RGB', (10, 11)).save(folder / 'train' / 'class1' / 'z.png')
     dataset = torchvision.datasets.ImageFolder(folder / 'train', transforms.ToTensor())
-    with pytest.raises(InputError, match='sample 12 has 10x11 pixels, those before it 10x10'):
+    with pytest.raises(InputError, match='expected images of one size, 10x10, got 10x11 for sample 12'):
         DeviceDataLoader(dataset, batch_size=2).load()
 
 

@@ -80,5 +80,5 @@ def test_what_the_path_cannot_take_is_one_line(tmp_path, capfd):
     assert main([str(path)]) == 2
     error = capfd.readouterr().err
     assert error.startswith('error: ')
-    assert 'loader: DeviceDataLoader: needs a data set whose attribute `transform`' in error
+    assert 'loader: DeviceDataLoader: expected a data set whose attribute `transform`' in error
     assert error.count('\n') == 1

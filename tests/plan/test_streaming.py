@@ -161,9 +161,9 @@ def test_resumed_within_an_epoch(make_trainer, weights_of, stream, tmp_path):
 @pytest.mark.parametrize(
     ('weights', 'message'),
     [
-        ([{'repeat': 2}], 'more or less than once an epoch'),
-        ([{'choose': 100}], 'more or less than once an epoch'),
-        ([{'proportion': 0.8}, {'proportion': 0.2}], 'more or less than once an epoch'),
+        ([{'repeat': 2}], 'reads every sample once an epoch'),
+        ([{'choose': 100}], 'reads every sample once an epoch'),
+        ([{'proportion': 0.8}, {'proportion': 0.2}], 'reads every sample once an epoch'),
     ],
 )
 def test_refuses_streams_that_read_other_than_once(remote, tmp_path, weights, message):

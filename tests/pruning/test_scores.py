@@ -171,7 +171,9 @@ def test_classes_come_from_the_data_set(make_trainer, problem, kind):
         below = int((scores.double() < scores.double().mean()).sum())
         assert int((classes[kept] == label).sum()) == len(scores) - below + below // 2
     if kind == 'given':
-        with pytest.raises(InputError, match=r'labels: the rule needs .* Plain has no targets; pass InfoBatch\(labels'):
+        with pytest.raises(
+            InputError, match=r'labels: expected the class of every sample, got none, and Plain has no targets; pass InfoBatch\(labels'
+        ):
             make_trainer([InfoBatch(class_balanced=True)], dataset=dataset).fit()
         with pytest.raises(InputError, match='labels: expected 203 class indices'):
             make_trainer([InfoBatch(class_balanced=True, labels=[0, 1])], dataset=dataset).fit()

@@ -215,7 +215,7 @@ def test_targets_are_those_of_the_sweep_where_none_are_given(runs):
 
 
 def test_bad_places_are_refused_and_nothing_is_written(runs, tmp_path):
-    with pytest.raises(InputError, match=r'page\.txt.*\.html'):
+    with pytest.raises(InputError, match=r'ends in \.html, got .*page\.txt'):
         write_report(runs, tmp_path / 'page.txt')
     (tmp_path / 'file').write_text('')
     with pytest.raises(InputError, match='cannot be written'):
