@@ -401,7 +401,7 @@ def test_neither_accuracy_nor_loss_among_the_metrics_is_said_once(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(InputError, match=r'save_folder .*file'):
+    with pytest.raises(InputError, match=r'save_folder: expected .*file'):
         trainer(tmp_path, EfficiencyMonitor(save_folder=tmp_path / 'file'))
 
 
