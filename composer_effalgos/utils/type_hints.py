@@ -13,7 +13,7 @@ from composer.core import Time
 
 from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean, shown
+from composer_effalgos.utils.text import plain, shown
 
 __all__ = ['check_type', 'describe', 'takes_time']
 
@@ -33,10 +33,10 @@ def check_type(key: str, value: Any, hint: Any) -> None:
     if _matches(value, hint):
         return
     choices = [item for part in _alternatives(hint) if typing.get_origin(part) is typing.Literal for item in typing.get_args(part)]
-    near = did_you_mean(value, map(str, choices), otherwise='') if choices else ''
+    near = next((f"; did you mean '{item}'?" for item in choices if plain(str(item)) == plain(str(value))), '')  # all are listed: case only
     ranges = any(typing.get_origin(part) is typing.Annotated for part in _alternatives(hint))
-    kind = f' ({type(value).__name__})' if value is not None and not ranges and not choices else ''
-    raise InputError(f'{key}: expected {describe(hint)}, got {shown(value)}{kind}{near and "; "}{near}')
+    kind = '' if value is None or ranges or choices else f' ({type(value).__name__})'
+    raise InputError(f'{key}: expected {describe(hint)}, got {shown(value)}{kind}{near}')
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

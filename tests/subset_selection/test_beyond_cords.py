@@ -241,7 +241,7 @@ def test_equal_shares_add_up_and_differ_by_one_where_the_class_goes(counts, shar
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'strategy': 'el2n', 'keep': 'best'}, 'keep: expected one of highest, lowest, got .best.'),
+        ({'strategy': 'el2n', 'keep': 'best'}, "keep: expected 'highest' or 'lowest', got 'best'"),
         ({'strategy': 'el2n', 'skip': 1.0}, r'skip: expected a number in \[0, 1\), got 1.0'),
         ({'strategy': 'el2n', 'backend': 'cords'}, 'backend: expected torch for strategy el2n, got cords'),
         ({'strategy': 'selcon'}, 'backend: expected cords for strategy selcon, got torch'),
@@ -249,9 +249,9 @@ def test_equal_shares_add_up_and_differ_by_one_where_the_class_goes(counts, shar
         ({'strategy': 'herding', 'features': 'pixels'}, 'features: expected'),
         ({'strategy': 'milo', 'phase': 'first'}, 'phase: expected'),
         ({'strategy': 'forgetting'}, 'scores: missing'),
-        ({'strategy': 'forgetting', 'scores': torch.zeros(11)}, r'scores: expected one number a sample, a tensor of shape \[12\]'),
+        ({'strategy': 'forgetting', 'scores': torch.zeros(11)}, r'scores: expected one number a sample, a tensor \[12\]'),
         ({'strategy': 'milo', 'scores': torch.full((12,), torch.nan)}, 'scores: .*without NaN'),
-        ({'strategy': 'glister', 'class_balance': 'even'}, 'class_balance: expected one of proportional, equal, got .even.'),
+        ({'strategy': 'glister', 'class_balance': 'even'}, "class_balance: expected 'proportional' or 'equal', got 'even'"),
     ],
 )
 def test_bad_input(make_gradients, arguments, message):
