@@ -464,4 +464,4 @@ def test_traceback_shows_all(recipe_file):
     run = launch(1, recipe_file, 'dataset.batch_size=65', '--traceback')
     assert run.returncode == 1
     assert 'Traceback' in run.stderr
-    assert 'larger than the data set' in run.stderr
+    assert 'expected at most the' in run.stderr

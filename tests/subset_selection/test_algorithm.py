@@ -181,7 +181,7 @@ def test_the_first_selection_failing_stops_the_run(make_trainer):
 
 def test_no_final_linear_layer(make_trainer, problem):
     module = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1), nn.Flatten())
-    with pytest.raises(InputError, match='no linear layer'):
+    with pytest.raises(InputError, match='expected a linear layer'):
         make_trainer([SubsetSelection('glister', 0.3)], module=module).fit()
     make_trainer([SubsetSelection('random', 0.3)], module=module, max_duration='1ep').fit()
 

@@ -112,7 +112,7 @@ def test_no_linear_layer_in_training(make_trainer, strategy, backend):
     if strategy in ('random', 'adaptive-random', 'forgetting'):
         trainer.fit()
         return
-    with pytest.raises(InputError, match='no linear layer'):
+    with pytest.raises(InputError, match='expected a linear layer'):
         trainer.fit()
 
 

@@ -194,7 +194,7 @@ def test_bias_gradients_alone_need_no_linear_layer():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = ComposerClassifier(module, num_classes=4)
     data = [(torch.randn(6, 3, 5, 5), torch.arange(6) % 4)]
-    with pytest.raises(InputError, match='no linear layer'):
+    with pytest.raises(InputError, match='expected a linear layer'):
         last_layer_gradients(model, data, per_sample_cross_entropy)
     gradients, _ = last_layer_gradients(model, data, per_sample_cross_entropy, linear_layer=False)
     assert gradients.embedding is None
@@ -272,7 +272,7 @@ def test_bad_batches(data, message):
         (torch.zeros(3), None, 'gradients.error'),
         (torch.zeros(3, 2, dtype=torch.int64), None, 'gradients.error'),
         (None, None, 'gradients.error: expected a float tensor .*, got NoneType'),
-        (torch.zeros(3, 2), torch.zeros(4, 2), '3 rows'),
+        (torch.zeros(3, 2), torch.zeros(4, 2), 'as many rows in embedding as in error, 3, got 4'),
         (torch.zeros(3, 2), torch.zeros(3), 'gradients.embedding'),
     ],
 )
