@@ -24,8 +24,23 @@ settings.register_profile('untimed', deadline=None)  # a busy machine fails no t
 settings.load_profile('untimed')
 
 
+# What `make test` runs: these files, and these rows of the contract; everything else counts as long.
+_QUICK_ROWS = {'infobatch', 'adabatch', 'glister', 'all'}
+_QUICK = {
+    *('test_cli.py', 'test_documents.py', 'test_imports.py', 'test_packaging.py', 'test_train.py', 'test_two_ranks.py'),
+    *('pruning/test_infobatch.py', 'pruning/test_prune.py', 'pruning/test_rules.py', 'plan/test_loss.py', 'plan/test_planner.py'),
+    *('adabatch/test_adabatch.py', 'subset_selection/test_algorithm.py', 'weighting/test_formulas.py'),
+    *('recipes/test_schema.py', 'report/test_equal_budget.py', 'utils/test_checks.py'),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Mark what is not for `make test`, and skip what needs a GPU where there is none."""
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        row = item.name.partition('[')[2].rstrip(']').partition('-')[0]
+        if file not in _QUICK and not (file == 'contract/test_contract.py' and row in _QUICK_ROWS):
+            item.add_marker(pytest.mark.long)
     if torch.cuda.is_available():
         return
     for item in items:
