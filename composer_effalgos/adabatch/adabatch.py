@@ -240,7 +240,7 @@ class AdaBatch(Algorithm):
             return
         ends = {end.unit: end.value, TimeUnit.DURATION: 1.0}
         if end.unit == TimeUnit.EPOCH and loader.num_samples is not None:
-            ends |= {TimeUnit.BATCH: end.value * loader.full_batches, TimeUnit.SAMPLE: end.value * loader.full_samples}
+            ends |= {unit: end.value * length for unit, length in loader.full_epoch.items()}
         if all(time.unit in ends and time.value >= ends[time.unit] for time in times):
             self._warned = True
             warnings.warn(

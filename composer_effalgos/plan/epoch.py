@@ -184,18 +184,29 @@ class EpochPlan:
         Args:
             done: Global sizes of the batches before ``first_batch``, trained since the epoch began.
         """
-        start, first_batch = self.start - sum(done), self.first_batch - len(done)
-        sizes = torch.tensor((*done, *self.sizes))
-        return {'order': self.order, 'weights': self.weights, 'sizes': sizes, 'start': start, 'first_batch': first_batch}
+        return {'order': self.order, 'weights': self.weights, **self._batches_with(done)}
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> EpochPlan:
         """The plan that :meth:`state_dict` saved."""
-        sizes = tuple(saved['sizes'].tolist())
-        return cls(saved['order'], saved['weights'], sizes, start=saved['start'], first_batch=saved['first_batch'])
+        return cls(saved['order'], saved['weights'], **saved_batches(saved))
+
+    def _batches_with(self, done: Sequence[int]) -> dict[str, Any]:
+        """For a checkpoint: the batches from the first of ``done`` on."""
+        sizes = torch.tensor((*done, *self.sizes))
+        return {'sizes': sizes, 'start': self.start - sum(done), 'first_batch': self.first_batch - len(done)}
 
     def _ordered(self, values: Tensor, part: slice) -> Tensor:
         return values[part] if self.permutation is None else values.index_select(0, self.permutation[part])
+
+
+def saved_batches(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a plan that say what its batches are, from a checkpoint.
+
+    Args:
+        saved: What ``state_dict`` of a plan gave.
+    """
+    return {'sizes': tuple(saved['sizes'].tolist()), 'start': saved['start'], 'first_batch': saved['first_batch']}
 
 
 def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator, block: int = 1) -> Tensor:

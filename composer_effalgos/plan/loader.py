@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from composer.core import State
+from composer.core import State, TimeUnit
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -271,6 +271,11 @@ class PlannedDataLoader(DataLoader):
         self.plan, self._epoch = plan, epoch
         self.rank_order = plan.rank_order(self.rank, self.world_size)
         self.rank_offsets = plan.rank_offsets(self.rank, self.world_size)
+
+    @property
+    def full_epoch(self) -> dict[TimeUnit, int]:
+        """The length, in samples and in batches, of an epoch that trains on everything at the initial batch size."""
+        return {TimeUnit.SAMPLE: self.full_samples, TimeUnit.BATCH: self.full_batches}
 
     def set_batch_size(self, batch_size: int) -> None:
         """Sets the batch size per rank that the loader reports."""

@@ -183,9 +183,9 @@ class EpochPlanner(Callback):
         self.clock.start(state, self.loader)
 
     def _convert_budget(self, state: State) -> None:
-        full = {TimeUnit.SAMPLE: self.loader.full_samples}
-        if self.batch_size is None:  # else there is no telling how many batches a full epoch would have
-            full[TimeUnit.BATCH] = self.loader.full_batches
+        full = self.loader.full_epoch
+        if self.batch_size is not None:  # there is no telling how many batches a full epoch would have
+            del full[TimeUnit.BATCH]
         self.horizon.convert(state, full, tokens_per_sample(self.loader.dataset))
         self.clock.budget = self.horizon.budget
 
@@ -282,16 +282,13 @@ class EpochPlanner(Callback):
     def _saved(self, loader: PlannedDataLoader) -> dict[str, Any]:
         assert self.horizon.end is not None
         plan = loader.plan if self._in_epoch else None
-        saved: dict[str, Any] = {
+        return {
             'clock': self.clock.state_dict(),
             'num_samples': loader.num_samples,
             'planned_end': self.horizon.end.to_timestring(),
             'metrics': asdict(loader.metrics),
-            'plan': None,
+            'plan': None if plan is None else {**plan.state_dict(self._done), 'world_size': loader.world_size},
         }
-        if plan is not None:
-            saved['plan'] = {**plan.state_dict(self._done), 'world_size': loader.world_size}
-        return saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps what :meth:`state_dict` gave until ``FIT_START``, when the loader is there to check it against."""

@@ -155,17 +155,43 @@ def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
         users(worker)
 
 
-class _Tasks:
+class Tasks:
     """A batch sampler that yields the tasks that were set last."""
 
-    tasks: Iterable[_Task] = ()
+    tasks: Iterable[Any] = ()
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.tasks)
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def worker_loader(loader: DataLoader, dataset: Dataset, tasks: Tasks, *, seed: int, persistent: bool) -> DataLoader:
+    """A loader with the user's workers and memory settings, whose dataset makes a whole batch of a task.
+
+    Args:
+        loader: The user's loader.
+        dataset: Takes a task and gives a batch; has the user's as ``dataset``.
+        tasks: What is to be read.
+        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers does not change the training generator.
+        persistent: Whether the workers go on to the next reading.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=tasks,  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=functools.partial(init_worker, loader.worker_init_fn),
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=persistent,
+        pin_memory_device=loader.pin_memory_device,
+    )
 
 
 class WorkerReader:
@@ -175,28 +201,16 @@ class WorkerReader:
 
     Args:
         loader: The user's loader.
-        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers does not change the training generator.
+        seed: As for :func:`worker_loader`.
         indices: Indices of the samples in the dataset, int64 ``[N]``; ``None`` if they are the same.
     """
 
     def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:
         self._indices = indices
-        self._tasks = _Tasks()
+        self._tasks = Tasks()
         self._checked = 0  # batches by position so far
-        self._inner = DataLoader(
-            _BatchMaker(loader.dataset, loader.collate_fn),
-            batch_sampler=self._tasks,  # type: ignore[arg-type]
-            num_workers=loader.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=functools.partial(init_worker, loader.worker_init_fn),
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator().manual_seed(seed),
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.num_workers > 0,
-            pin_memory_device=loader.pin_memory_device,
-        )
+        maker = _BatchMaker(loader.dataset, loader.collate_fn)
+        self._inner = worker_loader(loader, maker, self._tasks, seed=seed, persistent=loader.num_workers > 0)
 
     def read_batches(self, reading: Reading) -> Iterator[Any]:
         self._tasks.tasks = self._tasks_of(reading)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_effalgos.plan.bijection import Bijection
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, epoch_sizes, stream_seed
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, epoch_sizes, saved_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.ranks import Ranks, send
 from composer_effalgos.plan.shard import Shard
@@ -76,12 +76,12 @@ class ShardPlan(EpochPlan):
     def trained(self) -> Tensor | slice:
         """Positions in this rank's part that the epoch trains on, int64 ``[n]``, or a slice for all; a collective call."""
         assert self.shard is not None
-        everything = self.kept is None
-        if self.num_samples == (self.shard.size if self.kept is None else self.shard.total(len(self.kept))):
-            return slice(None) if self.kept is None else self.kept
-        kept = torch.arange(len(self.shard)) if self.kept is None else self.kept
-        samples = self.shard.samples if everything else self.shard.samples[kept]
-        return kept[self.shard.smallest(Bijection(self.shard.size, self.seed)(samples), self.num_samples)]
+        total, kept = (self.shard.size, slice(None)) if self.kept is None else (self.shard.total(len(self.kept)), self.kept)
+        if self.num_samples == total:
+            return kept
+        order = Bijection(self.shard.size, self.seed)
+        trained = self.shard.smallest(order(self.shard.samples[kept]), self.num_samples)
+        return trained.nonzero()[:, 0] if self.kept is None else self.kept[trained]
 
     def state_dict(self, done: Sequence[int]) -> dict[str, Any]:
         """What a checkpoint holds of the plan, as that of a run that was never stopped, on rank 0; a collective call.
@@ -97,14 +97,7 @@ class ShardPlan(EpochPlan):
             flags = self.shard.whole(part)
             if self.kept_weights is not None:
                 weights = self.shard.whole(torch.zeros(len(self.shard)).index_copy(0, self.kept, self.kept_weights))
-        return {
-            'kept': flags,
-            'weights': weights,
-            'seed': self.seed,
-            'sizes': torch.tensor((*done, *self.sizes)),
-            'start': self.start - sum(done),
-            'first_batch': self.first_batch - len(done),
-        }
+        return {'kept': flags, 'weights': weights, 'seed': self.seed, **self._batches_with(done)}
 
 
 def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
@@ -206,13 +199,4 @@ class ShardLoader(PlannedDataLoader):
             )
         kept = None if saved['kept'] is None else self.shard.part(saved['kept']).nonzero()[:, 0]
         weights = None if saved['weights'] is None or kept is None else self.shard.part(saved['weights'])[kept]
-        sizes = tuple(saved['sizes'].tolist())
-        return ShardPlan(
-            kept,
-            weights,
-            sizes,
-            start=saved['start'],
-            first_batch=saved['first_batch'],
-            shard=self.shard,
-            seed=saved['seed'],
-        )
+        return ShardPlan(kept, weights, **saved_batches(saved), shard=self.shard, seed=saved['seed'])

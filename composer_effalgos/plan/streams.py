@@ -6,7 +6,6 @@ is called for every batch, so sizes may change between any two.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from composer_effalgos.plan.epoch import stream_seed
 from composer_effalgos.plan.randomness import RandomStream
-from composer_effalgos.plan.readers import init_worker
+from composer_effalgos.plan.readers import Tasks, worker_loader
 from composer_effalgos.utils.errors import InputError
 
 SizeOf = Callable[[int], int | None]
@@ -102,19 +101,6 @@ class _Reader(Dataset):
             yield self._again.popleft()
 
 
-class _Tasks:
-    """A batch sampler that yields the tasks that were set last."""
-
-    tasks: Iterator[_Task] = iter(())
-
-    def __iter__(self) -> Iterator[_Task]:
-        return self.tasks
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class WorkerStream:
     """Reads a ``DataLoader`` over an ``IterableDataset``, with its collate function, workers and memory settings.
 
@@ -135,22 +121,10 @@ class WorkerStream:
         self._batch_size = loader.batch_size
         self.keeps_dataset = loader.num_workers == 0 or loader.persistent_workers
         self._readings = 0
-        self._tasks = _Tasks()
+        self._tasks = Tasks()
         ahead = (loader.prefetch_factor or 0) if loader.num_workers else 0
-        self._inner = DataLoader(
-            _Reader(loader.dataset, loader.collate_fn, loader.drop_last, ahead, seed),
-            batch_sampler=self._tasks,  # type: ignore[arg-type]
-            num_workers=loader.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=functools.partial(init_worker, loader.worker_init_fn),
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator().manual_seed(seed % 2**63),
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-            pin_memory_device=loader.pin_memory_device,
-        )
+        reader = _Reader(loader.dataset, loader.collate_fn, loader.drop_last, ahead, seed)
+        self._inner = worker_loader(loader, reader, self._tasks, seed=seed % 2**63, persistent=loader.persistent_workers)
 
     def read(self, epoch: int, size_of: SizeOf) -> Iterator[Any]:
         """Yields an epoch's batches.

@@ -309,7 +309,7 @@ class Pruning(Selector, Algorithm):
 
     def _all_offered(self, rows: SampleRows) -> bool:
         table = self._known()
-        return table.total(int(rows.offered.all())) == table.total(1)
+        return table.total(int(not rows.offered.all())) == 0
 
     def _wanted(self) -> bool:
         """Whether the arguments ask for pruning at all."""
@@ -328,7 +328,7 @@ class Pruning(Selector, Algorithm):
         if last is not None:
             return epoch < last
         assert end is not None
-        length = {TimeUnit.BATCH: loader.full_batches, TimeUnit.SAMPLE: loader.full_samples}.get(end.unit, 0)
+        length = loader.full_epoch.get(end.unit, 0)
         if end.unit == TimeUnit.TOKEN:
             length = (tokens_per_sample(loader.dataset) or 0) * loader.full_samples
         return progress < self.delta and (self.delta == 1 or progress + length / end.value <= self.delta + 1e-9)
