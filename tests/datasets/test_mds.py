@@ -227,7 +227,7 @@ def test_faults_name_the_file(copy):
     (copy / 'dataset.json').write_text('{"like": "digits"}')
     with pytest.raises(InputError, match=r'dataset\.json: not a description that effalgos convert wrote'):
         build_dataset('mds', 'train', path=str(copy))
-    with pytest.raises(InputError, match=r'dataset\.path: mds needs a folder'):
+    with pytest.raises(InputError, match=r'dataset\.path: expected a folder with MDS shards in train/ and eval/ for mds, got none'):
         build_dataset('mds', 'train')
     with pytest.raises(InputError, match=r'dataset\.remote: .*nowhere/train/index\.json cannot be fetched'):
         build_dataset('mds', 'train', path=str(copy / 'empty'), remote=str(copy / 'nowhere'))

@@ -254,7 +254,7 @@ def test_llm_foundrys_bytes_are_read_with_the_type_that_is_said(tmp_path):
     for options, message in (
         ({}, r'dataset\.vocab_size: missing'),
         ({'vocab_size': WORDS, 'seq_len': 21}, r'sample 0: expected 21 tokens, got 20'),
-        ({'vocab_size': WORDS, 'column': 'token'}, r"dataset\.column: .*no column 'token'; it has tokens"),
+        ({'vocab_size': WORDS, 'column': 'token'}, r"dataset\.column: expected a column of .*, got 'token'; it has tokens"),
         ({'vocab_size': 10}, r'sample 0: expected tokens from 0 to 9'),
     ):
         with pytest.raises(InputError, match=message):
