@@ -1,11 +1,11 @@
 """Datasets by name.
 
-Those of images are map-style, give ``(image, label)`` with a normalised float32 ``[3, H, W]`` tensor and an ``int``, and have
+Image datasets are map-style and return ``(image, label)``: a normalised float32 ``[3, H, W]`` tensor and an ``int``. Their attributes are
 
-* ``targets``: int64 ``[N]``, all labels, without decoding an image;
+* ``targets``: all labels, int64 ``[N]``, available without decoding any image;
 * ``classes``: the class names, and ``num_classes``.
 
-Those of text give ``{'input_ids', 'labels'}``, int64 ``[T]``, and have ``seq_len`` and ``num_classes``, the size of the vocabulary.
+Text datasets return ``{'input_ids', 'labels'}``, int64 ``[T]``, and have the attributes ``seq_len`` and ``num_classes`` (vocabulary size).
 """
 
 from composer_effalgos.datasets.registry import DATASETS, build_dataset

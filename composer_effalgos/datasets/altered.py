@@ -1,4 +1,4 @@
-"""Training sets made harder on purpose: wrong labels, and classes out of balance."""
+"""Label noise and class imbalance for training sets."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import Tensor
 
 
 def long_tail(targets: Tensor, num_classes: int, imbalance: float, seed: int) -> Tensor:
-    """Choose samples so that the sizes of the classes fall exponentially: CIFAR-10-LT and its like (Cui et al. 2019, arXiv 1901.05555).
+    """Choose samples so that class sizes decay exponentially, as in CIFAR-10-LT (Cui et al. 2019, arXiv 1901.05555).
 
-    Class ``c`` of ``C`` keeps ``floor(N / C * imbalance ** (-c / (C - 1)))`` samples, chosen at random, or all where it has fewer.
+    Class ``c`` of ``C`` keeps ``floor(N / C * imbalance ** (-c / (C - 1)))`` random samples, or all of them if it has fewer.
 
     Args:
         targets: int64 ``[N]``.
         num_classes: ``C``.
-        imbalance: Size of the first class over that of the last, from 1.
-        seed: A higher imbalance chooses among the samples of a lower one with the same seed.
+        imbalance: Size of the first class divided by the size of the last, at least 1.
+        seed: With the same seed, a higher imbalance keeps a subset of the samples of a lower one.
 
     Returns:
-        int64 indices in rising order.
+        int64 indices in ascending order.
     """
     order = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(targets)))
     kept = []
     for number in range(num_classes):
         share = imbalance ** (-number / max(num_classes - 1, 1))
-        wanted = math.floor(round(len(targets) / num_classes * share, 6))  # not one less by rounding
+        wanted = math.floor(round(len(targets) / num_classes * share, 6))  # round first: float error must not cost a sample
         kept.append(order[targets[order] == number][:wanted])
     return torch.cat(kept).sort().values
 
 
 def noisy_labels(targets: Tensor, num_classes: int, share: float, seed: int) -> Tensor:
-    """Symmetric label noise: exactly ``round(share * N)`` labels become another class, each other class as likely.
+    """Symmetric label noise: replace exactly ``round(share * N)`` labels with another class, drawn uniformly.
 
     Args:
         targets: int64 ``[N]``.
-        num_classes: From 2.
-        share: In [0, 1].
-        seed: Of the choice.
+        num_classes: At least 2.
+        share: Fraction of labels to replace, in [0, 1].
+        seed: Random seed.
 
     Returns:
         int64 ``[N]``.

@@ -1,4 +1,4 @@
-"""ffcv's ``.beton`` files as a map-style dataset; ``loader: ffcv`` reads the same files faster."""
+"""ffcv ``.beton`` files as a map-style dataset. ``loader: ffcv`` reads the same files faster."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from composer_effalgos.datasets.packed import Description, class_names, pipeline
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import one_line
 
-RAW = 1  # ffcv's number for images that are stored as pixels
+RAW = 1  # ffcv's mode number for images stored as raw pixels
 
 
 def import_ffcv(key: str) -> None:
     """Check that ffcv is installed.
 
     Args:
-        key: What needs it; begins the message.
+        key: What needs ffcv; starts the error message.
 
     Raises:
-        InputError: It is not, or cannot be loaded.
+        InputError: ffcv is not installed or cannot be loaded.
     """
     try:
         threads = torch.get_num_threads()
         import numba
 
-        config: Any = numba.config  # whose settings the type checker does not see
+        config: Any = numba.config  # Any: its settings are unknown to the type checker
         if config.NUMBA_NUM_THREADS == 1:
-            # on one core TBB, started by another thread than the main one, keeps Python from ending; ffcv starts it when imported
+            # On one core, TBB started from a non-main thread keeps Python from exiting, and importing ffcv starts it
             config.THREADING_LAYER = 'omp'
         import ffcv.pipeline.compiler as compiler
     except ImportError as error:
         raise InputError(f'{key} needs ffcv ({one_line(error)}); `make setup-ffcv` builds it') from error
     if compiler.ch is torch:
-        # with the number of its own threads ffcv would set that of torch's, which belongs to the training, and it did so when imported
+        # ffcv sets torch's thread count to its own. That count belongs to training: disable the call and undo the one made on import
         compiler.ch = SimpleNamespace(set_num_threads=lambda number: None)
         torch.set_num_threads(threads)
 
 
 def ffcv_field() -> Any:
-    """ffcv's image field, which also takes an encoded file's bytes: a JPEG file is stored as it is, another one as its pixels."""
+    """ffcv's image field, extended to accept encoded bytes: JPEG files are stored unchanged, other formats as pixels."""
     from ffcv.fields.rgb_image import IMAGE_MODES, RGBImageField
 
     class StoredImage(RGBImageField):
@@ -76,14 +76,14 @@ def ffcv_field() -> Any:
 
 
 def _kind(image: bytes) -> tuple[str | None, tuple[int, int]]:
-    """``'JPEG'`` for a file that TurboJPEG decodes to RGB, else ``None``; width and height. The whole file is decoded as a check."""
+    """Return ``'JPEG'`` if TurboJPEG decodes the file to RGB, else ``None``, and (width, height). Decodes the whole file as a check."""
     with open_image(image, 'image') as opened:
         opened.load()
         return 'JPEG' if opened.format == 'JPEG' and opened.mode in ('RGB', 'L') else None, opened.size
 
 
 def check_beton(file: Path) -> Any:
-    """Open a file with ffcv's reader, and see that all that it speaks of is in it. ffcv itself would crash where it is not.
+    """Open a file with ffcv's reader and check that it holds everything its header refers to; ffcv would crash otherwise.
 
     Args:
         file: A ``.beton`` file.
@@ -92,7 +92,7 @@ def check_beton(file: Path) -> Any:
         ffcv's ``Reader``.
 
     Raises:
-        InputError: No such file, another kind of file, or one that is cut off.
+        InputError: The file is missing, truncated or not a ``.beton`` file.
     """
     import_ffcv('a .beton file')
     from ffcv.reader import Reader
@@ -103,10 +103,10 @@ def check_beton(file: Path) -> Any:
     size = file.stat().st_size
     try:
         header = np.fromfile(file, HeaderType, 1)[0]
-        if int(header['num_samples']) + int(header['num_fields']) * FieldDescType.itemsize > size:  # or they would be allocated
+        if int(header['num_samples']) + int(header['num_fields']) * FieldDescType.itemsize > size:  # Reader would allocate them
             raise ValueError('more samples than bytes')
         reader = Reader(str(file))
-    except Exception as error:  # what damaged bytes lead to is not specified
+    except Exception as error:  # damaged bytes can raise anything
         raise InputError(f'{file}: not a .beton file, or cut off ({one_line(error)[:200]}); convert the data again') from error
     table, allocated = int(header['alloc_table_ptr']), reader.alloc_table
     whole = (
@@ -123,18 +123,18 @@ def check_beton(file: Path) -> Any:
 
 
 class Beton(StoredImages):
-    """Images in a ``.beton`` file, decoded when they are read.
+    """Images in a ``.beton`` file, decoded on access.
 
     Args:
         file: The file.
-        rows: int64 ``[N]``, ascending: the samples that belong to the dataset.
-        reader: ffcv's reader of the file.
-        targets: int64 ``[N]``, their labels.
+        rows: Rows of the file that belong to the dataset, int64 ``[N]``, ascending.
+        reader: ffcv's reader for the file.
+        targets: Labels of these rows, int64 ``[N]``.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
 
     Attributes:
-        sizes: Height and width of the stored images, int64 ``[N, 2]``, in pixels.
+        sizes: Height and width of the stored images in pixels, int64 ``[N, 2]``.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ class Beton(StoredImages):
         self._places, self._lengths = everything['data_ptr'], _lengths(everything, reader.alloc_table, file)
 
     def stored(self, index: int) -> bytes | np.ndarray:
-        """An image as it is held: a JPEG file's bytes, or uint8 ``[H, W, 3]``."""
+        """The stored form of an image: JPEG bytes, or uint8 ``[H, W, 3]``."""
         row = int(self.rows[index])
         data = self.encoded(row)
         return np.frombuffer(data, np.uint8).reshape(*self.sizes[index].tolist(), 3) if self._raw[index] else data
 
     def encoded(self, row: int) -> bytes:
-        """The bytes of an image, by its place in the file."""
+        """The stored bytes of a row of the file."""
         place = int(self._places[row])
         with self.file.open('rb') as opened:
             opened.seek(place)
@@ -162,7 +162,7 @@ class Beton(StoredImages):
 
 
 def _lengths(images: np.ndarray, allocated: np.ndarray, file: Path) -> np.ndarray:
-    """The bytes of each image. ffcv copies that many into room for height x width x 3, without a look at either."""
+    """The length of each image in bytes, checked because ffcv copies that many into a height x width x 3 buffer unchecked."""
     table = np.sort(allocated, order='ptr')
     found = np.searchsorted(table['ptr'], images['data_ptr']).clip(max=len(table) - 1)
     lengths = table['size'][found]
@@ -177,7 +177,7 @@ def _lengths(images: np.ndarray, allocated: np.ndarray, file: Path) -> np.ndarra
 
 
 def _column(reader: Any, file: Path, name: str, kind: str) -> str:
-    """Where a field lies in the metadata."""
+    """The metadata column of a field, after checking the field's type."""
     if name not in reader.field_names:
         raise InputError(f'{file}: has no field {name!r}; it has {", ".join(map(repr, reader.field_names))}')
     if type(reader.handlers[name]).__name__ != kind:
@@ -188,20 +188,20 @@ def _column(reader: Any, file: Path, name: str, kind: str) -> str:
 def beton(
     split: Literal['train', 'eval'], path: str | None, *, augment: bool = True, image_size: int | None = None, limit: int | None = None
 ) -> Beton:
-    """Images in ``path/train.beton`` and ``path/eval.beton``, as ``effalgos convert --to ffcv`` writes them.
+    """Images in ``path/train.beton`` and ``path/eval.beton``, as written by ``effalgos convert --to ffcv``.
 
-    Files that ffcv wrote will do as well, with an image field ``image`` and an integer field ``label``; they go through ImageNet's
+    Files written by ffcv itself also work if they have an image field ``image`` and an integer field ``label``; they use the ImageNet
     pipeline.
 
     Args:
         split: ``'train'`` or ``'eval'``.
         path: Folder of the files.
         augment: As for the dataset that was converted.
-        image_size: Height and width wanted, in pixels; null for that of the dataset that was converted.
-        limit: Train on this many images, chosen at random, the same ones every time.
+        image_size: Output height and width in pixels; null for those of the dataset that was converted.
+        limit: Train on a random subset of this size, which is the same in every run.
 
     Raises:
-        InputError: Missing files or fields, a file that is cut off or of another dataset than ``dataset.json`` describes.
+        InputError: A file or field is missing, or a file is truncated or does not match ``dataset.json``.
     """
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     folder = data_folder('beton', path, 'train.beton and eval.beton')

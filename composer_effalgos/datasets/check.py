@@ -1,4 +1,4 @@
-"""Finding broken images before a run does."""
+"""Finding broken images before training does."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ PORTION = 64  # images
 
 
 def check_images(dataset: Any, num_workers: int = 0) -> Iterator[list[str]]:
-    """Reads and decodes every image of a dataset.
+    """Read and decode every image of a dataset.
 
     Args:
         dataset: A dataset built by :func:`composer_effalgos.datasets.build_dataset`. Its ``transform`` is not applied.
-        num_workers: Processes that decode.
+        num_workers: Number of decoding processes.
 
     Yields:
-        For up to 64 images at a time, in their order, what is wrong with those that are broken: the file or row and the reason. As many
-        lists as the dataset has portions.
+        One list per batch of up to 64 images, in order: an error message with file or row and reason for each broken image.
 
     Raises:
-        InputError: A worker process died, as a broken image can make a decoder do; the message says near which image.
+        InputError: A worker process died, which a broken image can cause; the message gives the range of images.
     """
     tried = _Tried(with_transform(dataset, _nothing) if hasattr(dataset, 'transform') else dataset)
     done = 0
@@ -36,7 +35,7 @@ def check_images(dataset: Any, num_workers: int = 0) -> Iterator[list[str]]:
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):
             raise
-        ahead = done + 2 * num_workers * PORTION  # what each worker has in hand
+        ahead = done + 2 * num_workers * PORTION  # each worker prefetches two batches
         raise InputError(
             f'a process that decodes died, within images {done} to {min(ahead, len(dataset)) - 1} ({str(error).strip().splitlines()[0]}); '
             '`--workers 0` shows at which'
@@ -61,4 +60,4 @@ class _Tried(Dataset[str | None]):
 
 
 def _nothing(image: Any) -> None:
-    """Leaves the image where it was decoded: what goes between processes is small."""
+    """Drops the image, so that workers do not send pixels between processes."""

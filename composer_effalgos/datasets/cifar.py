@@ -35,7 +35,7 @@ class _Cifar:
     name: str
     source: type[torchvision.datasets.CIFAR10]
     num_classes: int
-    # Of the training images
+    # Channel statistics of the training images
     mean: Pixels
     std: Pixels
 
@@ -52,9 +52,9 @@ def cifar_transform(
     Args:
         name: ``'cifar10'`` or ``'cifar100'``.
         split: ``'train'`` or ``'eval'``.
-        augment: As for :func:`cifar10`.
-        image_size: Height and width wanted, in pixels; ``None`` for that of the images.
-        cutout: As for :func:`cifar10`.
+        augment: See :func:`cifar10`.
+        image_size: Output height and width in pixels; ``None`` for the size of the images.
+        cutout: See :func:`cifar10`.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``.
@@ -90,20 +90,20 @@ def cifar10(
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: A folder with ``train.parquet`` and ``test.parquet`` (columns ``image``, encoded, and ``label``), or else torchvision's
-            folder, the one that holds ``cifar-10-batches-py``.
-        augment: Pad the training images by 4 reflected pixels, crop them back at random, and flip half of them left to right.
-        image_size: Height and width wanted, in pixels; the images are resized.
-        limit: Train on this many images, chosen at random, the same ones every time; from Parquet the others are not decoded.
-        download: Let torchvision fetch what ``path`` lacks. Where several processes share ``path``, build in one of them first.
-        cutout: Blank a square of this many pixels a side in each training image (DeVries and Taylor 2017 take 16); 0 for none. A part of
+        path: A folder with ``train.parquet`` and ``test.parquet`` (columns ``image``, encoded, and ``label``), or the torchvision folder
+            that holds ``cifar-10-batches-py``.
+        augment: Random crop of the training images after reflection padding by 4 pixels, and horizontal flip with probability 0.5.
+        image_size: Output height and width in pixels; the images are resized.
+        limit: Train on a random subset of this size, which is the same in every run; with Parquet, only these images are decoded.
+        download: Let torchvision download missing files to ``path``. If several processes share ``path``, build in one of them first.
+        cutout: Side in pixels of a square blanked in each training image (DeVries and Taylor 2017 use 16); 0 for none. Applied only with
             ``augment``.
-        label_noise: Share of the training labels that are replaced by another class, exactly; each other class is as likely.
-        imbalance: Size of the first class over that of the last in the training set; those between fall exponentially.
-        label_seed: Decides which labels are wrong and which samples the classes keep.
+        label_noise: Exact fraction of the training labels to replace with another class, drawn uniformly.
+        imbalance: Size of the first class divided by the size of the last in the training set; class sizes decay exponentially.
+        label_seed: Seed for the label noise and for the samples kept under ``imbalance``.
 
     Raises:
-        InputError: Missing, corrupt or mislabelled data; an option out of range.
+        InputError: The data is missing, corrupt or mislabelled, or an option is out of range.
     """
     altered = _Altered(limit, label_noise, imbalance, label_seed)
     return _cifar(_CIFAR10, split, path, augment, image_size, altered, download, cutout)
@@ -126,18 +126,18 @@ def cifar100(
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: A folder as for :func:`cifar10`, with ``cifar-100-python`` in torchvision's case.
-        augment: As for :func:`cifar10`.
-        image_size: As for :func:`cifar10`.
-        limit: As for :func:`cifar10`.
-        download: As for :func:`cifar10`.
-        cutout: As for :func:`cifar10`.
-        label_noise: As for :func:`cifar10`.
-        imbalance: As for :func:`cifar10`.
-        label_seed: As for :func:`cifar10`.
+        path: A folder as for :func:`cifar10`; the torchvision folder holds ``cifar-100-python``.
+        augment: See :func:`cifar10`.
+        image_size: See :func:`cifar10`.
+        limit: See :func:`cifar10`.
+        download: See :func:`cifar10`.
+        cutout: See :func:`cifar10`.
+        label_noise: See :func:`cifar10`.
+        imbalance: See :func:`cifar10`.
+        label_seed: See :func:`cifar10`.
 
     Raises:
-        InputError: Missing, corrupt or mislabelled data; an option out of range.
+        InputError: The data is missing, corrupt or mislabelled, or an option is out of range.
     """
     altered = _Altered(limit, label_noise, imbalance, label_seed)
     return _cifar(_CIFAR100, split, path, augment, image_size, altered, download, cutout)
@@ -145,7 +145,7 @@ def cifar100(
 
 @dataclass(frozen=True)
 class _Altered:
-    """What becomes of a training set: a part of it, classes out of balance, wrong labels, in this order."""
+    """Changes to the training set, applied in this order: limit, class imbalance, label noise."""
 
     limit: int | None = None
     label_noise: float = 0.0
@@ -158,12 +158,12 @@ class _Altered:
         check_at_least(0, label_seed=self.seed)
 
     def rows(self, targets: Tensor, num_classes: int) -> Tensor:
-        """The samples to take."""
+        """Indices of the samples to keep."""
         rows = limited(len(targets), self.limit)
         return rows if self.imbalance == 1 else rows[long_tail(targets[rows], num_classes, self.imbalance, self.seed)]
 
     def labels(self, targets: Tensor, num_classes: int) -> Tensor:
-        """The labels of those that were taken."""
+        """Labels of the kept samples, with label noise."""
         return noisy_labels(targets, num_classes, self.label_noise, self.seed) if self.label_noise else targets
 
 

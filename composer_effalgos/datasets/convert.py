@@ -1,7 +1,7 @@
-"""Write a dataset as ffcv's ``.beton`` files, as MDS shards or as files of tokens: ``effalgos convert``.
+"""``effalgos convert``: write a dataset as ffcv ``.beton`` files, MDS shards or flat token files.
 
-Pixels are stored as the dataset holds them: encoded files stay as they are, decoded images are stored without loss. What is there under
-its final name is whole: the rest is written beside it, under a name that begins with a dot, and the next attempt removes it.
+Conversion is lossless: encoded images are copied unchanged and decoded images are stored losslessly. Output is written under a temporary
+name that starts with a dot and renamed when complete; the next attempt removes leftovers.
 """
 
 from __future__ import annotations
@@ -42,19 +42,18 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     """Convert both splits of a dataset.
 
     Args:
-        source: A recipe's file, or the name of a dataset.
-        overrides: ``key=value`` settings: of the recipe, or options of the dataset.
+        source: A recipe file or the name of a dataset.
+        overrides: ``key=value`` settings of the recipe, or options of the dataset.
         to: ``'ffcv'`` or ``'mds'`` for images, ``'mds'`` or ``'tokens'`` for text.
-        out: Folder to write into; ``train`` and ``eval`` (``val`` for text) with the format's ending must not be in it.
-        shard_bytes: Size at which a new shard begins, 1 to 2**32 - 1 (MDS counts in 32 bits).
-        shuffle: Write the training samples in a random order drawn with this seed, so that each shard holds all classes; ``None`` keeps
-            the order.
+        out: Output folder. It must not yet contain the outputs ``train`` and ``eval`` (``val`` for text) in this format.
+        shard_bytes: Maximum shard size in bytes, 1 to 2**32 - 1 (MDS offsets are 32-bit).
+        shuffle: Seed for shuffling the training samples, so that each shard holds all classes; ``None`` keeps the order.
 
     Returns:
-        What was written, in one line.
+        A one-line description of what was written.
 
     Raises:
-        InputError: Unknown names, data that cannot be read, output that is there or cannot be written.
+        InputError: A name is unknown, the data cannot be read, or the output exists or cannot be written.
     """
     if to not in {**FORMATS, **TEXT_FORMATS}:
         raise InputError(f'--to: expected a format, got {to!r}; {did_you_mean(to, {**FORMATS, **TEXT_FORMATS})}')
@@ -100,7 +99,7 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
 def _convert_text(
     source: str, name: str, settings: dict[str, Any], to: str, targets: Mapping[str, Path], shard_bytes: int, shuffle: int | None
 ) -> str:
-    """Writes both splits of token sequences, with ``meta.json``, and ``tokenizer.json`` where there is one."""
+    """Write both splits of a text dataset, ``meta.json``, and ``tokenizer.json`` if the source has one."""
     datasets: dict[str, Any] = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
     orders: dict[str, np.ndarray] = {split: np.arange(len(dataset)) for split, dataset in datasets.items()}
     if shuffle is not None:
@@ -132,7 +131,7 @@ def _convert_text(
 
 
 def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The name of the dataset, and what it is built with."""
+    """The dataset's name and build options."""
     if source.endswith(('.yaml', '.yml')):
         data = load_recipe(source, overrides).dataset
         return data.name, {'path': data.path, **data.options}
@@ -151,13 +150,13 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
 
 
 class Samples:
-    """The stored images and labels of a split, in the order of writing.
+    """The stored images and labels of a split, in the order in which they are written.
 
     Args:
-        dataset: Has ``stored(index)``.
-        order: Sample numbers, int64 ``[N]``.
-        labels: The labels in this order.
-        split: Name, for the progress bar.
+        dataset: A dataset with a ``stored(index)`` method.
+        order: Sample indices, int64 ``[N]``.
+        labels: Labels in this order.
+        split: Name for the progress bar.
     """
 
     def __init__(self, dataset: Any, order: np.ndarray, labels: Sequence[int], split: str) -> None:
@@ -175,16 +174,16 @@ class Samples:
 
 
 def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> None:
-    """Write MDS shards with the columns ``image`` (an encoded file's bytes; decoded images become PNG) and ``label``.
+    """Write MDS shards with the columns ``image`` (encoded bytes; decoded images become PNG) and ``label``.
 
     Args:
         folder: A new folder.
-        samples: What to write.
-        shard_bytes: Size at which a new shard begins.
+        samples: Samples to write.
+        shard_bytes: Maximum shard size in bytes.
 
     Raises:
-        InputError: mosaicml-streaming is missing.
-        OSError: The disk is full, or cannot be written.
+        InputError: mosaicml-streaming is not installed.
+        OSError: The disk is full or not writable.
     """
     writer = _mds_writer(folder, {'image': 'bytes', 'label': 'int'}, shard_bytes)
     try:
@@ -198,17 +197,17 @@ def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> Non
 
 
 def write_mds_tokens(folder: Path, sequences: Iterable[np.ndarray], vocab_size: int, shard_bytes: int) -> None:
-    """Write MDS shards with the column ``tokens`` (int32), one sequence a sample, as llm-foundry does.
+    """Write MDS shards with the column ``tokens`` (int32), one sequence per sample, as llm-foundry does.
 
     Args:
         folder: A new folder.
-        sequences: int64 ``[T]`` each.
-        vocab_size: Tokens are below this.
-        shard_bytes: Size at which a new shard begins.
+        sequences: Sequences of int64 ``[T]``.
+        vocab_size: Unused; part of the signature of a text format.
+        shard_bytes: Maximum shard size in bytes.
 
     Raises:
-        InputError: mosaicml-streaming is missing.
-        OSError: The disk is full, or cannot be written.
+        InputError: mosaicml-streaming is not installed.
+        OSError: The disk is full or not writable.
     """
     writer = _mds_writer(folder, {'tokens': 'ndarray:int32'}, shard_bytes)
     try:
@@ -238,19 +237,19 @@ def _as_png(image: np.ndarray) -> bytes:
 
 
 def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
-    """Write ffcv's file with the fields ``image`` and ``label``: JPEG files as they are, all other images as pixels.
+    """Write an ffcv file with the fields ``image`` and ``label``: JPEG files unchanged, all other images as pixels.
 
-    ffcv's own writer hands the samples to processes, and waits forever for one that a full disk has stopped; this is the same work with
-    the same parts in this process.
+    ffcv's own writer uses worker processes and hangs if a full disk stops one of them. This does the same work with ffcv's components in
+    the calling process.
 
     Args:
         file: A new file.
-        samples: What to write.
-        shard_bytes: Of no use here.
+        samples: Samples to write.
+        shard_bytes: Unused; part of the signature of an image format.
 
     Raises:
-        InputError: ffcv is missing, or an image is broken or too large for a page of the file.
-        OSError: The disk is full, or cannot be written.
+        InputError: ffcv is not installed, or an image is broken or too large for a page of the file.
+        OSError: The disk is full or not writable.
     """
     from composer_effalgos.datasets.beton import check_beton, ffcv_field, import_ffcv
 
@@ -281,7 +280,7 @@ def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
         os.fsync(written.fileno())
     try:
         check_beton(file)
-    except InputError as error:  # an unbuffered write on a full disk may be cut off without an error
+    except InputError as error:  # on a full disk, an unbuffered write may be truncated without raising
         raise OSError(f'{file}: not written in full, the disk may be full') from error
 
 

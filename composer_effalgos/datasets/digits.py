@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real data that needs no download."""
+"""scikit-learn's handwritten digits: real data without a download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from composer_effalgos.datasets.images import MOST_SIDE, ImageArray, check_at_le
 
 SIZE = 8
 EVAL_SAMPLES = 360
-# Of the training split
+# Channel statistics of the training split
 MEAN, STD = (0.305,) * 3, (0.376,) * 3
 
 
@@ -24,8 +24,8 @@ def digits_transform(
     Args:
         name: ``'digits'``.
         split: ``'train'`` or ``'eval'``.
-        augment: As for :func:`digits`.
-        image_size: Height and width wanted, in pixels; ``None`` for that of the images.
+        augment: See :func:`digits`.
+        image_size: Output height and width in pixels; ``None`` for the size of the images.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``.
@@ -36,19 +36,20 @@ def digits_transform(
 def digits(
     split: Literal['train', 'eval'], path: str | None = None, *, augment: bool = True, image_size: int = SIZE, limit: int | None = None
 ) -> ImageArray:
-    """Handwritten digits (Alpaydin and Kaynak 1998, UCI), 8x8 grey pixels repeated on 3 channels, in 10 classes.
+    """Handwritten digits (Alpaydin and Kaynak 1998, UCI): 8x8 greyscale images, repeated on 3 channels, in 10 classes.
 
-    1437 images to train and 360 to evaluate, in a fixed split with equal class shares.
+    1437 training and 360 evaluation images, in a fixed stratified split.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: Ignored: the data comes with scikit-learn.
-        augment: Shift the training images by up to one of the 8 pixels each way. No flips: a mirrored digit is another sign.
-        image_size: Height and width wanted, in pixels; the images are resized.
-        limit: Train on this many images, chosen at random, the same ones every time.
+        path: Ignored; the data ships with scikit-learn.
+        augment: Randomly shift the training images by up to one of the 8 pixels in each direction. No flips: a mirrored digit is not a
+            digit.
+        image_size: Output height and width in pixels; the images are resized.
+        limit: Train on a random subset of this size, which is the same in every run.
 
     Raises:
-        InputError: ``limit`` or ``image_size`` out of range.
+        InputError: ``limit`` or ``image_size`` is out of range.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -59,7 +60,7 @@ def digits(
     train_rows, eval_rows = train_test_split(rows, test_size=EVAL_SAMPLES, stratify=data.target, random_state=0)
     train = split == 'train'
     rows = train_rows[limited(len(train_rows), limit).numpy()] if train else eval_rows
-    grey = np.round(data.images[rows] * (255 / 16)).astype(np.uint8)  # from 0..16
+    grey = np.round(data.images[rows] * (255 / 16)).astype(np.uint8)  # source values are 0 to 16
     return ImageArray(
         np.repeat(grey[..., None], 3, axis=-1),
         torch.as_tensor(data.target[rows], dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""Images in one folder a class."""
+"""Images in one folder per class."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
     Args:
         root: Folder of one split.
-        classes: Class names; a folder of another name is an error, one that is missing is not. None takes the folders' names.
         transform: PIL image to float32 ``[3, H, W]``.
-        limit: Keep this many images, chosen at random, the same ones every time.
+        classes: Class names; an unknown folder is an error, a missing one is not. ``None`` uses the folder names.
+        limit: Keep a random subset of this size, which is the same in every run.
     """
 
     samples: list[tuple[str, int]]
@@ -55,7 +55,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         self.num_classes = len(self.classes)
 
     def stored(self, index: int) -> bytes:
-        """An image as it is held: a file's bytes."""
+        """The bytes of an image file."""
         return _read_file(self.samples[index][0])
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -79,21 +79,21 @@ def image_folder(
     limit: int | None = None,
     padding: int | None = None,
 ) -> ImageFolder:
-    """Images of any size, decoded when they are read, in ``path/train/CLASS/`` and ``path/val/CLASS/``.
+    """Images of any size in ``path/train/CLASS/`` and ``path/val/CLASS/``, decoded on access.
 
     Args:
         split: ``'train'`` or ``'eval'`` (the folder ``val``).
-        path: The folder that holds ``train`` and ``val``. The classes are the folders in ``train``, in the order of their names.
-        augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
-        image_size: Height and width of the crop, in pixels.
-        limit: Train on this many images, chosen at random, the same ones every time.
-        padding: For images that have one size, such as Tiny-ImageNet's: ``augment`` pads the training images by this many reflected pixels,
-            crops them back at random and flips half of them, and nothing else is cropped; images of another size are squeezed or stretched
-            to ``image_size``. Null for the crops above. ``loader: device`` needs a number here.
+        path: The folder that holds ``train`` and ``val``. The classes are the folders in ``train``, sorted by name.
+        augment: Random resized crop and flip of the training images; otherwise the centre crop used in evaluation.
+        image_size: Height and width of the crop in pixels.
+        limit: Train on a random subset of this size, which is the same in every run.
+        padding: For datasets with a single image size, such as Tiny-ImageNet: ``augment`` pads the training images by this many reflected
+            pixels, takes a random crop and flips with probability 0.5. Nothing else is cropped; images of another size are resized to
+            ``image_size``, ignoring their aspect ratio. Null for the crops above. ``loader: device`` requires a number.
 
     Raises:
-        InputError: Missing or empty folders, class folders that differ between the splits, an option out of range; when an item is read,
-            a corrupt image.
+        InputError: A folder is missing or empty, the splits have different class folders, or an option is out of range; on access, an
+            image is corrupt.
     """
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     check_at_least(0, most=MOST_SIDE, padding=padding)
@@ -123,7 +123,7 @@ def image_folder(
 
 
 def _check_links(folder: Path) -> None:
-    """Refuses links to a folder above, which torchvision would follow in every combination."""
+    """Reject symbolic links to a parent folder, which torchvision would follow in every combination."""
     with os.scandir(folder) as entries:
         folders = [entry for entry in entries if entry.is_dir()]
     for entry in folders:

@@ -16,13 +16,13 @@ from composer_effalgos.utils.errors import InputError
 
 
 class ParquetImages(StoredImages):
-    """Encoded images in memory, decoded when they are read.
+    """Encoded images held in memory, decoded on access.
 
     Args:
         file: The Parquet file, for messages.
-        images: Encoded images, one a row of the file.
-        rows: int64 ``[N]``, the rows that belong to the dataset.
-        targets: int64 ``[N]``, the labels of these rows.
+        images: Encoded images, one per row of the file.
+        rows: Rows that belong to the dataset, int64 ``[N]``.
+        targets: Labels of these rows, int64 ``[N]``.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
     """
@@ -42,7 +42,7 @@ class ParquetImages(StoredImages):
         self.images = images
 
     def stored(self, index: int) -> bytes:
-        """An image as it is held: an encoded file's bytes."""
+        """The encoded bytes of an image."""
         return self.images[int(self.rows[index])].as_py()
 
 
@@ -58,20 +58,20 @@ def image_parquet(
 ) -> ParquetImages:
     """Images of any size in ``path/train.parquet`` and ``path/test.parquet`` (or ``val.parquet``).
 
-    The encoded files are held in memory and decoded when they are read.
+    The encoded images are held in memory and decoded on access.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: The folder of the files. Class names come from the schema metadata of ``train.parquet``, where they are given: the key
-            ``classes`` (names with commas between) or Hugging Face's description. Otherwise the classes are 0 to its largest label.
-        augment: Random resized crop and flip of the training images; otherwise the centre crop, as in evaluation.
-        image_size: Height and width of the crop, in pixels.
-        limit: Train on this many images, chosen at random, the same ones every time.
-        image_column: Column of the encoded images: binary, or a struct with binary ``bytes`` as Hugging Face's datasets write it.
-        label_column: Column of the labels: integers from 0.
+        path: Folder of the files. Class names are read from the schema metadata of ``train.parquet`` if present: the key ``classes``
+            (comma-separated) or Hugging Face's description. Otherwise the classes are 0 to its largest label.
+        augment: Random resized crop and flip of the training images; otherwise the centre crop used in evaluation.
+        image_size: Height and width of the crop in pixels.
+        limit: Train on a random subset of this size, which is the same in every run.
+        image_column: Column of encoded images: binary, or a struct with a binary field ``bytes`` as written by Hugging Face datasets.
+        label_column: Column of labels: integers from 0.
 
     Raises:
-        InputError: Missing files or columns, labels out of range, an option out of range; when an item is read, a corrupt image.
+        InputError: A file or column is missing, or a label or option is out of range; on access, an image is corrupt.
     """
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     folder = data_folder('image_parquet', path, 'train.parquet and test.parquet (or val.parquet)')

@@ -1,7 +1,7 @@
-"""What the image datasets share: pixels, decoding, transforms and subsets.
+"""Shared code of the image datasets: storage, decoding, transforms and subsets.
 
 The pipelines are ``transforms.Compose`` lists around ``transforms.ToTensor``, and the datasets are torchvision ``VisionDataset``, because
-that is where Composer's RandAugment, AugMix and ColOut look for the place to insert themselves.
+Composer's RandAugment, AugMix and ColOut only insert themselves there.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ IMAGENET_MEAN: Pixels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Pixels = (0.229, 0.224, 0.225)
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
-"""What is decoded. Pillow knows others by the file's first bytes, whatever its name, and starts Ghostscript for EPS."""
+"""The formats that are decoded. Pillow detects formats by content, not by file name, and would run Ghostscript for EPS."""
 
 MOST_PIXELS = 89_478_485
-"""The largest image: 256 MiB of RGB, the size from which Pillow warns. A small file can hold a larger one and fill the memory."""
+"""The largest image allowed: 256 MiB of RGB, where Pillow starts to warn. A small file can decode to a larger image and fill memory."""
 
-MOST_SIDE = 8192  # in pixels, of the images that training is given
+MOST_SIDE = 8192  # pixels; the largest side of a training image
 
 
 class ImageArray(VisionDataset):
@@ -65,22 +65,22 @@ class ImageArray(VisionDataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
 
     def stored(self, index: int) -> np.ndarray:
-        """An image as it is held: uint8 ``[H, W, 3]``."""
+        """The stored form of an image: uint8 ``[H, W, 3]``."""
         return self.images[index]
 
 
 class StoredImages(VisionDataset):
-    """Images that lie together in a file or a folder, decoded when they are read; subclasses define :meth:`stored`.
+    """Images in one file or folder, decoded on access. Subclasses implement :meth:`stored`.
 
     Args:
-        file: Where they lie.
-        rows: int64 ``[N]``: the samples in it that belong to the dataset.
-        targets: int64 ``[N]``, their labels.
+        file: The file or folder.
+        rows: Rows of the file that belong to the dataset, int64 ``[N]``.
+        targets: Labels of these rows, int64 ``[N]``.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
     """
 
-    unit = 'sample'  # what messages call an entry of the file
+    unit = 'sample'  # what error messages call an entry of the file
 
     def __init__(
         self, file: Path, rows: Tensor, targets: Tensor, classes: Sequence[str], transform: Callable[[Image.Image], Tensor]
@@ -102,7 +102,7 @@ class StoredImages(VisionDataset):
         return self.transform(decode_image(image, f'{self.file}: {self.unit} {int(self.rows[index])}')), int(self.targets[index])
 
     def stored(self, index: int) -> bytes | np.ndarray:
-        """An image as it is held: an encoded file's bytes, or uint8 ``[H, W, 3]``."""
+        """The stored form of an image: encoded bytes, or uint8 ``[H, W, 3]``."""
         raise NotImplementedError
 
 
@@ -110,14 +110,14 @@ def decode_image(data: bytes | None, source: str) -> Image.Image:
     """Decode one image.
 
     Args:
-        data: An encoded image, e.g. a PNG or JPEG file's bytes.
-        source: Where it comes from; begins the error message.
+        data: An encoded image, e.g. the bytes of a PNG or JPEG file.
+        source: Where it comes from; starts the error message.
 
     Returns:
         An RGB image.
 
     Raises:
-        InputError: Not an image of one of :data:`FORMATS`, a broken one, or one of more than :data:`MOST_PIXELS`.
+        InputError: The data is not one of :data:`FORMATS`, is corrupt, or has more than :data:`MOST_PIXELS`.
     """
     with open_image(data, source) as image:
         return image.convert('RGB')
@@ -125,14 +125,14 @@ def decode_image(data: bytes | None, source: str) -> Image.Image:
 
 @contextmanager
 def open_image(data: bytes | None, source: str) -> Iterator[Image.Image]:
-    """Open an image as :func:`decode_image` does; its pixels are decoded when they are used.
+    """Open an image lazily: its pixels are decoded when they are used.
 
     Args:
         data: An encoded image.
-        source: Where it comes from; begins the error message.
+        source: Where it comes from; starts the error message.
 
     Raises:
-        InputError: As :func:`decode_image`, whatever fails in the body too.
+        InputError: As :func:`decode_image`, and for any exception in the body of the ``with`` statement.
     """
     if not data:
         raise InputError(f'{source}: no image bytes; expected an encoded image such as a PNG or JPEG file')
@@ -142,27 +142,27 @@ def open_image(data: bytes | None, source: str) -> Iterator[Image.Image]:
             yield image
     except InputError:
         raise
-    except Exception as error:  # what a codec raises for broken bytes is not specified
+    except Exception as error:  # codecs can raise anything for broken bytes
         raise InputError(f'{source}: corrupt image ({one_line(error)[:200]}); expected one of {", ".join(FORMATS)}') from error
 
 
 def check_pixels(width: int, height: int, source: str) -> None:
-    """Refuse an image that would take too much memory.
+    """Reject an image that would take too much memory.
 
     Raises:
-        InputError: It has more than :data:`MOST_PIXELS`.
+        InputError: The image has more than :data:`MOST_PIXELS`.
     """
     if width * height > MOST_PIXELS:
         raise InputError(f'{source}: expected an image of at most {MOST_PIXELS} pixels, got {width}x{height}; scale it down first')
 
 
 class Cutout(torch.nn.Module):
-    """Blanks a square of an image around a point drawn anywhere in it, so part of the square may lie outside.
+    """Blanks a square centred on a random point of the image; part of the square may lie outside the image.
 
-    DeVries and Taylor 2017, arXiv 1708.04552. Composer's algorithm of this name draws one square a batch; this one, one an image.
+    DeVries and Taylor 2017, arXiv 1708.04552. Composer's CutOut draws one square per batch; this transform draws one per image.
 
     Args:
-        size: Side of the square, in pixels.
+        size: Side of the square in pixels.
     """
 
     def __init__(self, size: int) -> None:
@@ -170,7 +170,7 @@ class Cutout(torch.nn.Module):
         self.size = size
 
     def forward(self, image: Tensor) -> Tensor:
-        """Blanks a square.
+        """Blank a random square.
 
         Args:
             image: float32 ``[C, H, W]``, normalised, so that 0 is the mean.
@@ -196,17 +196,17 @@ def small_image_transform(
     flip: bool = False,
     cutout: int = 0,
 ) -> transforms.Compose:
-    """The pipeline for small images of one size: random shift, horizontal flip, resize, normalise, cut out.
+    """The pipeline for small images of one size: random crop, horizontal flip, resize, normalise, cutout.
 
     Args:
-        size: Height and width of the images, in pixels.
-        image_size: Height and width wanted; another one than ``size`` resizes (bilinear, anti-aliased).
-        mean: Channel means, of pixels in [0, 1].
-        std: Channel standard deviations.
-        padding: The image is padded by this many pixels on each side and cropped back at random; 0 for none.
-        padding_mode: What is padded, ``'constant'`` (black) or ``'reflect'``.
-        flip: Flip half of the images left to right.
-        cutout: Side of the square to blank, in pixels of the final image; 0 for none.
+        size: Height and width of the images in pixels.
+        image_size: Output height and width in pixels; resized (bilinear, anti-aliased) if different from ``size``.
+        mean: Channel means of pixels in [0, 1].
+        std: Channel standard deviations of pixels in [0, 1].
+        padding: Pixels of padding on each side before a random crop back to ``size``; 0 for no crop.
+        padding_mode: ``'constant'`` (black) or ``'reflect'``.
+        flip: Flip horizontally with probability 0.5.
+        cutout: Side of the square to blank, in pixels of the output image; 0 for none.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``.
@@ -223,12 +223,12 @@ def small_image_transform(
 
 
 def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, augment: bool) -> transforms.Compose:
-    """The usual ImageNet pipeline: random resized crop and flip to train, resize and centre crop (ratio 256/224) otherwise.
+    """The usual ImageNet pipeline: random resized crop and flip for training, resize and centre crop (ratio 256/224) otherwise.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        image_size: Height and width wanted, in pixels.
-        augment: False trains on the centre crop as well.
+        image_size: Output height and width in pixels.
+        augment: Augment the training images; if false, they get the centre crop too.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``, normalised by ImageNet's mean and standard deviation.
@@ -242,11 +242,11 @@ def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, a
 
 
 def with_transform(dataset: Any, transform: Callable[[Any], Any]) -> Any:
-    """The same dataset with another transform; the one given stays as it is.
+    """Return a shallow copy of a dataset with another transform.
 
     Args:
         dataset: A dataset with an attribute ``transform``, or a ``Subset`` of one.
-        transform: The new one.
+        transform: The new transform.
     """
     same = copy.copy(dataset)
     if isinstance(dataset, Subset):
@@ -257,17 +257,17 @@ def with_transform(dataset: Any, transform: Callable[[Any], Any]) -> Any:
 
 
 def limited(count: int, limit: int | None) -> Tensor:
-    """Choose ``limit`` of ``count`` samples at random, the same ones every time; a smaller limit chooses among those of a larger one.
+    """Choose ``limit`` of ``count`` samples at random with a fixed seed. A smaller limit chooses a subset of a larger one.
 
     Args:
-        count: Samples there are.
-        limit: Samples wanted, or None for all.
+        count: Number of samples.
+        limit: Number of samples to choose; ``None`` for all.
 
     Returns:
-        int64 ``[limit]`` indices in rising order.
+        int64 ``[limit]`` indices in ascending order.
 
     Raises:
-        InputError: Fewer than one wanted, or more than there are.
+        InputError: ``limit`` is below 1 or above ``count``.
     """
     if limit is None:
         return torch.arange(count)
@@ -276,15 +276,18 @@ def limited(count: int, limit: int | None) -> Tensor:
 
 
 def data_folder(name: str, path: str | None, contents: str) -> Path:
-    """The folder of a dataset.
+    """Check the folder of a dataset.
 
     Args:
-        name: Name of the dataset, for the message.
+        name: Name of the dataset, for the error message.
         path: The folder.
-        contents: What is expected in it, for the message.
+        contents: The expected contents, for the error message.
+
+    Returns:
+        The folder, with ``~`` expanded.
 
     Raises:
-        InputError: No path, no such folder, or an empty one.
+        InputError: ``path`` is ``None``, or the folder is missing or empty.
     """
     if path is None:
         raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got none')
@@ -297,10 +300,10 @@ def data_folder(name: str, path: str | None, contents: str) -> Path:
 
 
 def check_at_least(minimum: float, *, most: float = math.inf, **options: float | None) -> None:
-    """Range checks for numeric options; None passes.
+    """Check the range of numeric options; ``None`` passes.
 
     Raises:
-        InputError: One is below ``minimum`` or above ``most``; the message names it.
+        InputError: An option is below ``minimum`` or above ``most``; the message names it.
     """
     for key, value in options.items():
         if value is not None:

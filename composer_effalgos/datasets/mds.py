@@ -1,4 +1,4 @@
-"""MDS shards of mosaicml-streaming, on this machine or in a remote folder, as a map-style dataset."""
+"""mosaicml-streaming MDS shards, local or remote, as a map-style dataset."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _LABELS = ('int', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32'
 
 
 class Shards:
-    """The shards of one split, read at random; those that are missing are fetched when a sample of theirs is read.
+    """Random access to the shards of one split; a missing shard is downloaded when one of its samples is read.
 
     Args:
-        folder: The split's folder on this machine.
-        remote: Its place in a remote folder, of any kind that mosaicml-streaming knows; ``None`` where all shards must be here.
-        columns: The columns to read, by the option that names them, each with MDS's types that it may be of.
+        folder: The split's local folder.
+        remote: The split's remote folder, in any storage that mosaicml-streaming supports; ``None`` if all shards must be local.
+        columns: Option name to (column, allowed MDS types) of each column to read.
 
     Attributes:
         starts: First sample of each shard, int64 ``[S]``.
-        num_samples: Samples in all shards.
+        num_samples: Number of samples in all shards.
 
     Raises:
-        InputError: No index, a broken one, one that is not the remote folder's or that lacks the columns.
+        InputError: The index is missing, broken, different from the remote one, or lacks a column.
     """
 
     def __init__(self, folder: Path, remote: str | None, columns: Mapping[str, tuple[str, Sequence[str]]]) -> None:
@@ -77,10 +77,10 @@ class Shards:
         self._here = [False] * len(sizes)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """A sample's columns.
+        """The columns of a sample.
 
         Raises:
-            InputError: Its shard is missing, cut off or damaged, or cannot be fetched.
+            InputError: The shard is missing, truncated or damaged, or cannot be downloaded.
         """
         shard = bisect_right(self._starts, row) - 1
         if not self._here[shard]:
@@ -88,19 +88,19 @@ class Shards:
             self._here[shard] = True
         place = row - self._starts[shard]
         try:
-            with np.errstate(over='ignore'):  # offsets of damaged shards
+            with np.errstate(over='ignore'):  # damaged shards have wild offsets
                 sample = self.shards[shard].get_item(place)
             if (column := self._pil[shard]) is not None:
                 sample[column] = _decode_pil(sample[column])
-        except Exception as error:  # what damaged bytes lead to depends on the columns
+        except Exception as error:  # damaged bytes can raise anything
             reason = one_line(error)[:200]
             raise InputError(f'{self._file(shard)}: sample {place} cannot be read ({reason}); the shard is damaged') from error
         return sample
 
     def _choose(self, shard: Any, columns: Mapping[str, tuple[str, Sequence[str]]]) -> str | None:
-        """Has no column decoded but those of numbers and arrays; gives that of MDS's type ``pil``.
+        """Disable decoding except for numbers and arrays, and return the column of MDS type ``pil``, if any.
 
-        The type ``jpeg`` would open any image that Pillow knows; all others are of no use here.
+        MDS's decoder for ``jpeg`` would open any format that Pillow knows; other columns are not needed here.
         """
         encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
         kept, pil = set(), None
@@ -123,7 +123,7 @@ class Shards:
         return self.folder / self.shards[shard].raw_data.basename
 
     def _ensure(self, shard: int) -> None:
-        """Sees that a shard is here in full, from the remote folder or from its compressed form."""
+        """Make a shard available locally in full, by downloading and decompressing it if needed."""
         reader, file = self.shards[shard], self._file(shard)
         packed, wanted = reader.zip_data, reader.raw_data.bytes
         if _size(file) == wanted:
@@ -142,28 +142,28 @@ class Shards:
             with _room(self.folder, str(file.relative_to(self.folder))) as came:
                 try:
                     _decompress(source, reader.compression, came, wanted)
-                except Exception as error:  # what damaged bytes lead to is not specified
+                except Exception as error:  # damaged bytes can raise anything
                     raise InputError(f'{source}: cannot be decompressed ({one_line(error)[:200]}); the shard is damaged') from error
                 came.replace(file)
 
 
 def _decode_pil(data: bytes) -> np.ndarray:
-    """MDS's type ``pil``: width, height and length of the mode's name, uint32 each, the name, and the pixels."""
+    """Decode MDS type ``pil``: width, height and length of the mode name as uint32, then the mode name and the pixels."""
     width, height, length = np.frombuffer(data[:12], '<u4').tolist()
-    check_pixels(width, height, 'image')  # Pillow makes room before it compares
+    check_pixels(width, height, 'image')  # before Pillow, which allocates before it checks the length
     image = Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])
     return np.asarray(image.convert('RGB'))
 
 
 def _decompress(source: Path, compression: str, target: Path, size: int) -> None:
-    """Decompresses piece by piece: a small file can hold a very large one.
+    """Decompress in blocks and stop beyond ``size`` bytes, because a small file can expand to a very large one.
 
     Raises:
-        ValueError: It does not hold ``size`` bytes.
-        OSError: It is damaged.
+        ValueError: The result is not ``size`` bytes long.
+        OSError: The file is damaged.
     """
     codec = COMPRESSIONS[compression.partition(':')[0]]
-    if codec == 'snappy':  # which Arrow decompresses whole, into this many bytes
+    if codec == 'snappy':  # Arrow cannot stream it: both buffers are bounded instead
         target.write_bytes(pa.decompress(read_bytes(source, size + size // 6 + 32), size, codec, asbytes=True))
     else:
         with target.open('wb') as out, pa.input_stream(str(source), compression=codec) as stream:
@@ -174,13 +174,13 @@ def _decompress(source: Path, compression: str, target: Path, size: int) -> None
 
 
 def _size(file: Path) -> int | None:
-    """Bytes of a file; ``None`` where there is none."""
+    """Size of a file in bytes; ``None`` if it does not exist."""
     return file.stat().st_size if file.is_file() else None
 
 
 @contextmanager
 def _room(folder: Path, name: str) -> Iterator[Path]:
-    """A place for a file that is on its way into ``folder``, for one process at a time; what a killed process left there is removed."""
+    """A temporary path for a file to be moved into ``folder``, locked to one process; leftovers of a killed process are removed."""
     place = folder / '.fetching'
     came, lock = place / name, place / f'{name}.lock'
     for path in (came, lock):
@@ -200,19 +200,20 @@ def _room(folder: Path, name: str) -> Iterator[Path]:
 
 
 def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = None, optional: bool = False) -> None:
-    """Bring a file of a remote folder here; several processes may want it at once.
+    """Download a file from a remote folder; safe to call from several processes at once.
 
-    A shard, whose size is known, is fetched once. What describes the data is fetched again, to find out that the folder holds other data.
+    A shard, whose size is known, is downloaded once. Index, labels and description are downloaded every time, to detect a local folder
+    that holds different data.
 
     Args:
         remote: The remote folder; ``None`` does nothing.
-        folder: Where the file goes.
+        folder: The local folder.
         name: Name of the file.
-        size: Its size, in bytes, where that is known.
-        optional: Not an error where the remote folder does not have the file.
+        size: Expected size in bytes, if known.
+        optional: Ignore a failed download.
 
     Raises:
-        InputError: It cannot be fetched, has another size, or differs from the file that is here.
+        InputError: The download fails, has the wrong size, or differs from the local file.
     """
     if remote is None:
         return
@@ -220,11 +221,11 @@ def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = Non
 
     target = folder / name
     with _room(folder, name) as came:
-        if size is not None and _size(target) == size:  # another process fetched it meanwhile
+        if size is not None and _size(target) == size:  # another process downloaded it while this one waited for the lock
             return
         try:
             CloudDownloader.direct_download(f'{remote}/{name}', str(came))
-        except Exception as error:  # every kind of storage has its own
+        except Exception as error:  # each storage backend raises its own types
             if optional:
                 return
             raise InputError(f'dataset.remote: {remote}/{name} cannot be fetched ({type(error).__name__}: {one_line(error)})') from error
@@ -238,19 +239,19 @@ def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = Non
 
 
 class MdsImages(StoredImages):
-    """Images in MDS shards, decoded when they are read.
+    """Images in MDS shards, decoded on access.
 
     Args:
         shards: The split's shards.
-        rows: int64 ``[N]``, ascending: the samples that belong to the dataset.
-        targets: int64 ``[N]``, their labels.
+        rows: Samples of the shards that belong to the dataset, int64 ``[N]``, ascending.
+        targets: Labels of these samples, int64 ``[N]``.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
-        image_column: Column of the images: encoded, or of one of MDS's image types.
-        by_shard: Whether the plan goes shard by shard.
+        image_column: Column of the images: encoded bytes or an MDS image type.
+        by_shard: Whether the epoch plan reads shard by shard.
 
     Attributes:
-        shard_starts: First sample of each shard among ``rows``, int64 ``[S]``, where the plan goes shard by shard; else ``None``.
+        shard_starts: Index in ``rows`` of each shard's first sample, int64 ``[S]``, if ``by_shard``; else ``None``.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ class MdsImages(StoredImages):
         self.shard_starts = torch.searchsorted(rows, shards.starts) if by_shard else None
 
     def stored(self, index: int) -> bytes | np.ndarray:
-        """An image as it is held: an encoded file's bytes, or uint8 ``[H, W, 3]`` where the shards hold decoded images."""
+        """The stored form of an image: encoded bytes, or uint8 ``[H, W, 3]`` if the shards hold decoded images."""
         image = self.shards[int(self.rows[index])][self.image_column]
         if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0):
             where = f'{self.file}: sample {int(self.rows[index])}'
@@ -279,17 +280,17 @@ class MdsImages(StoredImages):
 
 
 def located(kind: str, path: str | None, remote: str | None, names: Sequence[str], description: str) -> Path:
-    """The folder of the splits; one with a remote place may be empty yet, and gets the description of what is there.
+    """Find the local folder of a dataset. With ``remote`` it may still be empty; the remote description file is downloaded to it.
 
     Args:
         kind: Name of the dataset, for messages.
-        path: The folder on this machine.
-        remote: Its place elsewhere, if any.
-        names: The splits' folders in it.
-        description: Name of the file that describes the data; there may be none.
+        path: The local folder.
+        remote: The remote folder, if any.
+        names: Folder names of the splits.
+        description: Name of the description file, which may not exist.
 
     Raises:
-        InputError: There is no such folder, and no remote one.
+        InputError: No ``path``, or, without ``remote``, the folder is missing or empty.
     """
     if path is None or remote is None:
         return data_folder(kind, path, f'MDS shards in {" and ".join(f"{name}/" for name in names)}')
@@ -313,25 +314,25 @@ def mds(
 ) -> MdsImages:
     """Images in MDS shards in ``path/train`` and ``path/eval``.
 
-    ``effalgos convert`` writes them, with ``dataset.json`` and the labels beside them. Shards that other tools wrote will do as well; their
-    labels are then read from the shards at the start, and they go through ImageNet's pipeline.
+    ``effalgos convert`` writes them together with ``dataset.json`` and label files. Shards written by other tools also work: their labels
+    are read from the shards at the start, and they use the ImageNet pipeline.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: Folder on this machine that holds the splits, or what was fetched of them.
+        path: Local folder of the splits, or of the part downloaded so far.
         augment: As for the dataset that was converted.
-        image_size: Height and width wanted, in pixels; null for that of the dataset that was converted.
-        limit: Train on this many images, chosen at random, the same ones every time.
-        shuffle: ``'shards'`` shuffles the shards, and the samples in each: a pass then reads one shard after the other. ``'samples'``
-            shuffles all samples together.
-        remote: A folder like ``path`` elsewhere, e.g. ``s3://bucket/data``: shards are fetched into ``path`` when they are first read, and
-            stay there.
+        image_size: Output height and width in pixels; null for those of the dataset that was converted.
+        limit: Train on a random subset of this size, which is the same in every run.
+        shuffle: ``'shards'`` shuffles the shards, and the samples within each, so that an epoch reads one shard after another.
+            ``'samples'`` shuffles all samples together.
+        remote: Remote folder with the layout of ``path``, e.g. ``s3://bucket/data``. Shards are downloaded to ``path`` on first access and
+            kept there.
         eval_folder: Name of the evaluation split's folder.
-        image_column: Column of the images: encoded files' bytes, or one of MDS's image types.
-        label_column: Column of the labels: integers from 0.
+        image_column: Image column: encoded bytes or an MDS image type.
+        label_column: Label column: integers from 0.
 
     Raises:
-        InputError: Missing shards or columns, shards cut off, data that differ from ``dataset.json`` or from ``remote``.
+        InputError: A shard or column is missing, a shard is truncated, or the data differs from ``dataset.json`` or from ``remote``.
     """
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     name = 'train' if split == 'train' else eval_folder
@@ -349,7 +350,7 @@ def mds(
 
 
 def _labels(shards: Shards, described: bool, column: str) -> Tensor:
-    """The labels beside the shards where ``effalgos convert`` wrote them, or else in them."""
+    """Read the labels from the file that ``effalgos convert`` writes, or else from the shards."""
     file = shards.folder / LABELS
     if not described:
         if file.exists():
@@ -364,11 +365,11 @@ def _labels(shards: Shards, described: bool, column: str) -> Tensor:
     try:
         if not file.is_file():
             raise ValueError('no such file')
-        found = np.load(file, mmap_mode='r', allow_pickle=False)  # which compares what the header claims with the file's size
+        found = np.load(file, mmap_mode='r', allow_pickle=False)  # mmap checks the header's claims against the file size
         if not isinstance(found, np.ndarray) or found.dtype != np.int64 or found.ndim != 1:
             raise ValueError('expected int64 in one dimension')
         targets = torch.from_numpy(np.array(found))
-    except Exception as error:  # what a damaged header leads to is not specified
+    except Exception as error:  # a damaged header can raise anything
         raise InputError(f'{file}: cannot be read ({one_line(error)[:200]}); convert the data again') from error
     if len(targets) != shards.num_samples:
         raise InputError(f'{file}: {len(targets)} labels for {shards.num_samples} samples: of another data set; convert the data again')

@@ -1,4 +1,4 @@
-"""Checks of the ``index.json`` beside MDS shards, which mosaicml-streaming trusts: it reads, writes and removes the files named there."""
+"""Validation of the ``index.json`` of MDS shards. mosaicml-streaming trusts it: it reads, writes and deletes the files named there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ['COMPRESSIONS', 'INDEX', 'check_index']
 
 INDEX = 'index.json'
 COMPRESSIONS = {'br': 'brotli', 'bz2': 'bz2', 'gz': 'gzip', 'snappy': 'snappy', 'zstd': 'zstd'}
-"""Streaming's names of compressions and Arrow's."""
+"""Streaming's compression names to Arrow's."""
 
 _FILES = ('raw_data', 'raw_meta', 'zip_data', 'zip_meta')
 _MOST_BYTES = 2**32  # offsets within a shard are 32-bit
@@ -24,19 +24,19 @@ _LONGEST_NAME = 240  # bytes
 
 
 def check_index(folder: Path) -> list[dict[str, Any]]:
-    """Reads the index of a folder of shards, and refuses what could write outside the folder or run code.
+    """Read the index of a folder of shards and reject entries that could write outside the folder or run code.
 
-    It works for any folder that a ``StreamingDataset`` reads (its ``local``, with the ``split``); call it before the dataset is built.
+    Works for any folder that a ``StreamingDataset`` reads (``local`` with ``split``); call it before building the dataset.
 
     Args:
-        folder: Holds ``index.json``. Where the data are remote, fetch that file first.
+        folder: The folder that holds ``index.json``. For remote data, download that file first.
 
     Returns:
-        The entries of the shards.
+        The index entries of the shards.
 
     Raises:
-        InputError: No readable index; a file name that is not a plain relative path, that leads out of the folder through a symbolic link
-            or stands there twice; a column that is unpickled when read; counts out of range.
+        InputError: The index is unreadable; a file name is not a plain relative path, leaves the folder through a symbolic link or occurs
+            twice; a column would be unpickled; or a count is out of range.
     """
     file = folder / INDEX
     try:
@@ -64,11 +64,11 @@ def check_index(folder: Path) -> list[dict[str, Any]]:
 
 
 def _check_file(key: str, info: Any, root: str, seen: set[str]) -> None:
-    """Checks the description of one file: ``basename`` and ``bytes``."""
+    """Check the entry of one file: ``basename`` and ``bytes``."""
     name = info.get('basename') if isinstance(info, dict) else None
     if not isinstance(name, str) or not _is_plain(name):
         raise InputError(f'{key}.basename: expected a plain relative path inside the folder, got {shown(name)}; do not use this data')
-    # streaming decompresses into the second name first
+    # NAME.tmp too: streaming decompresses into it first
     if not all(os.path.realpath(Path(root, path)).startswith(f'{root.rstrip("/")}/') for path in (name, f'{name}.tmp')):
         raise InputError(f'{key}.basename: expected a file inside the folder, got {shown(name)}, a symbolic link out of it; copy it here')
     if name in seen:
@@ -78,7 +78,7 @@ def _check_file(key: str, info: Any, root: str, seen: set[str]) -> None:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is a relative path of plain parts, with ``/`` between them."""
+    """Whether a name is a normalised relative POSIX path without hidden parts."""
     parts = PurePosixPath(name).parts
     return (
         '/'.join(parts) == name
@@ -91,7 +91,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _check_columns(key: str, shard: dict[str, Any]) -> None:
-    """Refuses columns that are unpickled when they are read."""
+    """Reject columns that are unpickled when read."""
     encodings = shard.get('column_encodings') or []
     if not isinstance(encodings, list) or not all(isinstance(encoding, str) for encoding in encodings):
         raise InputError(f'{key}.column_encodings: expected a list of names, got {shown(encodings)}; write the shards again')

@@ -1,4 +1,4 @@
-"""Token sequences in MDS shards, as llm-foundry's data preparation writes them."""
+"""Token sequences in MDS shards, as written by llm-foundry's data preparation."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class MdsTokens(Dataset[dict[str, Tensor]]):
 
     Args:
         shards: The split's shards.
-        rows: int64 ``[N]``, ascending: the samples that belong to the dataset.
-        num_classes: Size of the vocabulary.
-        seq_len: Tokens in a sequence; those of longer samples that come after are left out, null for the length of the first sample.
-        column: Name of the column.
-        dtype: Type of a token where the column holds bytes.
-        by_shard: Whether the plan goes shard by shard.
+        rows: Samples of the shards that belong to the dataset, int64 ``[N]``, ascending.
+        num_classes: Vocabulary size.
+        seq_len: Sequence length in tokens; longer samples are truncated. ``None`` for the length of the first sample.
+        column: Name of the token column.
+        dtype: Token dtype if the column holds bytes.
+        by_shard: Whether the epoch plan reads shard by shard.
 
     Attributes:
-        shard_starts: First sample of each shard among ``rows``, int64 ``[S]``, where the plan goes shard by shard; else ``None``.
+        shard_starts: Index in ``rows`` of each shard's first sample, int64 ``[S]``, if ``by_shard``; else ``None``.
 
     Raises:
-        InputError: The first sample is shorter than ``seq_len``.
+        InputError: The first sample is damaged, shorter than ``seq_len`` or has a token outside the vocabulary.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MdsTokens(Dataset[dict[str, Tensor]]):
         """A sequence, int64 ``[T]``.
 
         Raises:
-            InputError: It is too short, damaged, or has a token beyond the vocabulary.
+            InputError: The sample is too short, damaged, or has a token outside the vocabulary.
         """
         row = int(self.rows[index])
         tokens = self._read(row)[: self.seq_len].astype(np.int64)
@@ -92,25 +92,26 @@ def mds_tokens(
     eval_folder: str = 'val',
     column: str = 'tokens',
 ) -> MdsTokens:
-    """Token sequences in MDS shards in ``path/train`` and ``path/val``, as llm-foundry and ``effalgos convert --to mds`` write them.
+    """Token sequences in MDS shards in ``path/train`` and ``path/val``, as written by llm-foundry and ``effalgos convert --to mds``.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: Folder on this machine that holds the splits, or what was fetched of them.
-        seq_len: Tokens in a sequence, at most those of the shortest sample; null for those of the first sample.
-        vocab_size: Tokens are below this. Null: as ``meta.json`` says, which ``effalgos convert`` writes.
-        dtype: Type of a token where the column is of MDS's type ``bytes``: llm-foundry's ``token_encoding_type``.
-        limit: Train on this many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
-        shuffle: ``'shards'`` shuffles the shards, and the samples in each; ``'samples'`` all samples together.
-        remote: A folder like ``path`` elsewhere, e.g. ``s3://bucket/data``: shards are fetched into ``path`` when they are first read, and
-            stay there.
+        path: Local folder of the splits, or of the part downloaded so far.
+        seq_len: Sequence length in tokens, at most that of the shortest sample; null for the length of the first sample.
+        vocab_size: Vocabulary size. Null to read it from ``meta.json``, which ``effalgos convert`` writes.
+        dtype: Token dtype if the column has MDS type ``bytes``; llm-foundry's ``token_encoding_type``.
+        limit: Train on a random subset of this many sequences, which is the same in every run.
+        eval_samples: Evaluate on a random subset of at most this many, likewise; null for all.
+        shuffle: ``'shards'`` shuffles the shards, and the samples within each; ``'samples'`` shuffles all samples together.
+        remote: Remote folder with the layout of ``path``, e.g. ``s3://bucket/data``. Shards are downloaded to ``path`` on first access and
+            kept there.
         train_folder: Name of the training split's folder.
         eval_folder: Name of the evaluation split's folder.
-        column: Column of the tokens, of MDS's type ``bytes`` or ``ndarray``.
+        column: Token column, of MDS type ``bytes`` or ``ndarray``.
 
     Raises:
-        InputError: Missing shards or column, shards cut off, sequences that are too short, no ``vocab_size``, a token beyond it.
+        InputError: Shards, the column or ``vocab_size`` are missing, a shard is truncated, a sequence is too short, or a token is outside
+            the vocabulary.
     """
     check_at_least(2, seq_len=seq_len, vocab_size=vocab_size)
     name = train_folder if split == 'train' else eval_folder

@@ -1,4 +1,4 @@
-"""What the datasets that ``effalgos convert`` writes have in common: a description beside the data, and the pipelines by name."""
+"""Shared code of the formats that ``effalgos convert`` writes: the description file, and the transforms by dataset name."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _LARGE = ('image_folder', 'image_parquet', 'beton', 'mds')
 
 @dataclass(frozen=True)
 class Description:
-    """What ``dataset.json`` says about a folder of converted data.
+    """The contents of ``dataset.json``, which describes a folder of converted data.
 
     Attributes:
-        like: Name of the dataset whose pipeline the images go through.
+        like: Name of the dataset whose transform is used.
         classes: Class names.
-        labels: A digest of the labels of each split, in the order of the samples.
+        labels: Digest of each split's labels, in sample order.
     """
 
     like: str
@@ -41,10 +41,10 @@ class Description:
 
     @classmethod
     def read(cls, folder: Path) -> Description | None:
-        """Read the description in a folder; ``None`` where there is none, as in data that other tools wrote.
+        """Read the description of a folder; ``None`` if there is none, as in data written by other tools.
 
         Raises:
-            InputError: It is there and cannot be read, or names a dataset that is not known.
+            InputError: The file is unreadable or names an unknown dataset.
         """
         file = folder / DESCRIPTION
         if not file.exists():
@@ -66,21 +66,21 @@ class Description:
         return described
 
     def text(self) -> str:
-        """The description as it is written."""
+        """The description as JSON."""
         return json.dumps(asdict(self), indent=2) + '\n'
 
 
 def class_names(description: Description | None, split: str, targets: Tensor, source: Path) -> list[str]:
-    """Check a split's labels against the description, and give the class names.
+    """Check a split's labels against the description and return the class names.
 
     Args:
-        description: Of the folder; without one, the classes are 0 to the largest label.
+        description: The folder's description; if ``None``, the classes are 0 to the largest label.
         split: ``'train'`` or ``'eval'``.
-        targets: int64 ``[N]``, as found in the data.
-        source: Where they come from, for the message.
+        targets: Labels found in the data, int64 ``[N]``.
+        source: Where the labels come from, for the error message.
 
     Raises:
-        InputError: They are not the labels that were described, or out of range.
+        InputError: The labels do not match the description or are out of range.
     """
     if description is not None and description.labels.get(split) != labels_digest(targets):
         raise InputError(f'{source}: its labels are not those that {DESCRIPTION} beside it describes: data of another data set')
@@ -91,13 +91,13 @@ def class_names(description: Description | None, split: str, targets: Tensor, so
 def pipeline(
     description: Description | None, split: Literal['train', 'eval'], *, augment: bool, image_size: int | None
 ) -> transforms.Compose:
-    """The pipeline that the original dataset has.
+    """The transform of the original dataset.
 
     Args:
-        description: Names the original; ``None`` for ImageNet's pipeline.
+        description: Names the original dataset; ``None`` for the ImageNet pipeline.
         split: ``'train'`` or ``'eval'``.
-        augment: As for the original.
-        image_size: Height and width wanted, in pixels; ``None`` for the original's own.
+        augment: As for the original dataset.
+        image_size: Output height and width in pixels; ``None`` for the original dataset's.
 
     Returns:
         PIL image to float32 ``[3, H, W]``.

@@ -25,13 +25,13 @@ def read_images(file: Path, column: str) -> pa.ChunkedArray:
 
     Args:
         file: A Parquet file.
-        column: A binary column, or a struct with a binary field ``bytes`` as Hugging Face's datasets write it.
+        column: A binary column, or a struct with a binary field ``bytes`` as written by Hugging Face datasets.
 
     Returns:
-        The encoded images, one a row.
+        The encoded images, one per row.
 
     Raises:
-        InputError: No such file or column, or a column of another type.
+        InputError: The file or column is missing, or the column has another type.
     """
     images = _read_column(file, column)
     if pa.types.is_struct(images.type) and images.type.get_field_index('bytes') >= 0:
@@ -49,13 +49,14 @@ def read_labels(file: Path, column: str, num_classes: int | None) -> Tensor:
     Args:
         file: A Parquet file.
         column: An integer column.
-        num_classes: Labels must be below it; None for :data:`MOST_CLASSES`.
+        num_classes: Upper bound (exclusive) on labels; ``None`` for :data:`MOST_CLASSES`.
 
     Returns:
         int64 ``[N]``.
 
     Raises:
-        InputError: No such file or column, a column of another type, no rows, a missing label or one out of range (names the row).
+        InputError: The file or column is missing, the column is empty or has another type, or a label is null or out of range (the message
+            names the row).
     """
     labels = _read_column(file, column)
     if not pa.types.is_integer(labels.type):
@@ -65,7 +66,7 @@ def read_labels(file: Path, column: str, num_classes: int | None) -> Tensor:
     if labels.null_count:
         row = labels.is_null().to_pylist().index(True)
         raise InputError(f'{file}: row {row}: {column!r} is missing; expected a class index')
-    targets = torch.tensor(labels.to_numpy().astype('int64'))  # a label that does not fit becomes negative
+    targets = torch.tensor(labels.to_numpy().astype('int64'))  # a uint64 label that overflows becomes negative and fails the check
     check_labels(targets, num_classes, str(file))
     return targets
 
@@ -75,8 +76,8 @@ def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
 
     Args:
         targets: int64 ``[N]``.
-        num_classes: Labels must be below it; None for :data:`MOST_CLASSES`.
-        source: Where the labels come from; begins the error message.
+        num_classes: Upper bound (exclusive) on labels; ``None`` for :data:`MOST_CLASSES`.
+        source: Where the labels come from; starts the error message.
 
     Raises:
         InputError: A label is out of range; the message names the first such row.
@@ -89,20 +90,19 @@ def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
 
 
 def read_class_names(file: Path, label_column: str) -> list[str] | None:
-    """Find the class names in the metadata of a file's schema.
+    """Read the class names from a file's schema metadata.
 
-    They are under the key ``classes`` (names with commas between), or in the description that Hugging Face's datasets write for a
-    ``ClassLabel`` column.
+    They are under the key ``classes`` (comma-separated), or in the description that Hugging Face datasets write for a ``ClassLabel`` column.
 
     Args:
         file: A Parquet file.
         label_column: Name of the label column.
 
     Returns:
-        The names, or None where there are none.
+        The class names; ``None`` if the metadata has none.
 
     Raises:
-        InputError: No such file.
+        InputError: The file is missing or unreadable.
     """
     with _reading(file, 'metadata of its schema'):
         metadata = _open(file).schema_arrow.metadata or {}
@@ -116,7 +116,7 @@ def read_class_names(file: Path, label_column: str) -> list[str] | None:
 
 @contextmanager
 def _reading(file: Path, what: str) -> Iterator[None]:
-    """Gives one line for whatever damaged bytes lead to, which Arrow does not specify."""
+    """Turn any exception into a one-line ``InputError``, because damaged bytes can make Arrow raise anything."""
     try:
         yield
     except InputError:
@@ -126,7 +126,7 @@ def _reading(file: Path, what: str) -> Iterator[None]:
 
 
 def _open(file: Path) -> pq.ParquetFile:
-    if not file.is_file():  # a FIFO would be waited for
+    if not file.is_file():  # opening a FIFO would block
         raise InputError(f'{file}: no such file; expected a Parquet file of images and labels')
     try:
         return pq.ParquetFile(file)

@@ -1,4 +1,4 @@
-"""The source code of Python's standard library: text that needs no download."""
+"""The source code of Python's standard library: text data without a download."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from composer_effalgos.utils.errors import InputError
 
 HELD_OUT = 10  # one file in this many
 
-# Distributions put these into packages of their own, or patch them
+# Distributions package these separately or patch them
 _OMITTED = frozenset({'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'sysconfig', 'test', 'tkinter', 'turtledemo', 'venv'})
 
 
@@ -35,25 +35,25 @@ def python_source(
     eval_samples: int | None = 1024,
     seed: int = 0,
 ) -> TokenSequences:
-    """The modules of the running Python's standard library, tests and installed packages left out: some 9 MB.
+    """The running Python's standard library without tests and installed packages: about 9 MB of text.
 
-    One file in ten is held out. The files of each split follow each other in a random order and are cut into sequences that do not
-    overlap. The same version of Python and the same options give the same sequences on every machine: modules that distributions patch or
-    package separately are left out.
+    One file in ten is held out. The files of each split are concatenated in random order and cut into non-overlapping sequences. The same
+    Python version and options give the same sequences on every machine, because modules that distributions patch or package separately are
+    excluded.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: Ignored: the files are those of the running Python.
-        tokenizer: ``'bytes'``, or ``'bpe'``: an encoding trained on the training split (some 8 s) and kept in
+        path: Ignored; the files are those of the running Python.
+        tokenizer: ``'bytes'``, or ``'bpe'``: byte-pair encoding trained on the training split (about 8 s) and cached in
             ``~/.cache/composer_effalgos``.
-        vocab_size: Of ``'bpe'``: 257 to 65,536; null for 1,024.
-        seq_len: Tokens in a sequence.
-        limit: Train on this many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
-        seed: Decides which files are held out, and their order.
+        vocab_size: Vocabulary size for ``'bpe'``, 257 to 65,536; null for 1,024.
+        seq_len: Sequence length in tokens.
+        limit: Train on a random subset of this many sequences, which is the same in every run.
+        eval_samples: Evaluate on a random subset of at most this many, likewise; null for all.
+        seed: Seed for the held-out files and the order of files.
 
     Raises:
-        InputError: An option out of range, or a Python without its source code.
+        InputError: An option is out of range, or Python's source code is not installed.
     """
     check_at_least(0, seed=seed)
     files = list(_files().values())
@@ -64,7 +64,7 @@ def python_source(
 
 
 class Snippets(Dataset[dict[str, Tensor]]):
-    """Sequences of bytes with a class each; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]`` and a number.
+    """Labelled byte sequences; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]`` and an int64 scalar.
 
     Args:
         sequences: uint8 ``[N, T]``.
@@ -95,21 +95,21 @@ def python_packages(
     eval_samples: int | None = None,
     seed: int = 0,
 ) -> Snippets:
-    """Which package of the standard library is this piece of source from? Equally many pieces of each of the largest packages.
+    """Classify snippets of Python's standard library by package, with equally many snippets of each of the largest packages.
 
-    One file in ten of each package is held out. The pieces do not overlap.
+    One file in ten of each package is held out. The snippets do not overlap.
 
     Args:
         split: ``'train'`` or ``'eval'``.
-        path: Ignored: the files are those of the running Python.
-        seq_len: Bytes in a piece.
-        num_packages: Classes: the packages with most files.
-        limit: Train on this many pieces, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
-        seed: Decides which files are held out, and which pieces stand for a package that has more than others.
+        path: Ignored; the files are those of the running Python.
+        seq_len: Snippet length in bytes.
+        num_packages: Number of classes: the packages with the most files.
+        limit: Train on a random subset of this many snippets, which is the same in every run.
+        eval_samples: Evaluate on a random subset of at most this many, likewise; null for all.
+        seed: Seed for the held-out files and for the snippets kept of larger packages.
 
     Raises:
-        InputError: An option out of range, or a Python without its source code.
+        InputError: An option is out of range, or Python's source code is not installed.
     """
     check_at_least(2, seq_len=seq_len, num_packages=num_packages)
     check_at_least(0, seed=seed)
@@ -134,21 +134,21 @@ def python_packages(
 
 
 def _pieces(files: list[bytes], split: str, seq_len: int, seed: int) -> np.ndarray:
-    """The pieces of a split's files, uint8 ``[N, seq_len]``; what is left at the end of a file is left out."""
+    """Cut a split's files into snippets, uint8 ``[N, seq_len]``; the remainder of each file is dropped."""
     numbers = _split_of(len(files), seed)['train' if split == 'train' else 'val']
     text = b''.join(files[number][: len(files[number]) // seq_len * seq_len] for number in numbers)
     return np.frombuffer(text, np.uint8).reshape(-1, seq_len)
 
 
 def _split_of(count: int, seed: int) -> dict[str, np.ndarray]:
-    """Numbers of files in a random order: one in ten is held out."""
+    """Shuffled file indices of each split; one file in ten is held out."""
     order = np.random.default_rng(seed).permutation(count)
     return {'train': order[count // HELD_OUT :], 'val': order[: count // HELD_OUT]}
 
 
 @functools.cache
 def _files() -> dict[str, bytes]:
-    """The files' contents by their paths, in the order of these."""
+    """File contents by relative path, sorted by path."""
     folder = Path(sysconfig.get_path('stdlib'))
     wanted = sys.stdlib_module_names - _OMITTED
     paths = {

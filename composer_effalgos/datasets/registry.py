@@ -1,4 +1,4 @@
-"""The names under which recipes and scripts find the datasets."""
+"""The registry of datasets by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from composer_effalgos.utils.text import did_you_mean
 
 Split = Literal['train', 'eval']
 
-# Each builder takes (split, path, *, options); its keyword arguments are the options that build_dataset accepts for that name.
+# Builders: (split, path, *, options). Their keyword arguments are the options that build_dataset accepts for that name.
 DATASETS: Mapping[str, Callable[..., Dataset[Any]]] = {
     'beton': beton,
     'digits': digits,
@@ -41,9 +41,9 @@ DATASETS: Mapping[str, Callable[..., Dataset[Any]]] = {
     'tokens': tokens,
 }
 TEXT = ('mds_tokens', 'python_source', 'text_files', 'tokens')
-"""Those that hold text: ``{'input_ids', 'labels'}``, int64 ``[T]``, for language models; ``num_classes`` is the size of the vocabulary."""
+"""Datasets for language models: ``{'input_ids', 'labels'}``, int64 ``[T]``; ``num_classes`` is the vocabulary size."""
 LABELLED_TEXT = ('python_packages',)
-"""Those that hold text with one class a sample, for classifiers of text: ``{'input_ids', 'labels'}``, int64 ``[T]`` and a number."""
+"""Datasets for text classifiers: ``{'input_ids', 'labels'}``, int64 ``[T]`` and an int64 scalar."""
 
 
 def build_dataset(name: str, split: Split, *, path: str | None = None, **options: Any) -> Dataset[Any]:
@@ -52,16 +52,16 @@ def build_dataset(name: str, split: Split, *, path: str | None = None, **options
     Args:
         name: One of :data:`DATASETS`.
         split: ``'train'`` (with random augmentation, unless the option ``augment`` is false) or ``'eval'``.
-        path: Folder of the data; ``digits``, ``python_packages``, ``python_source`` and ``synthetic`` need none and ignore it.
-        **options: Options of that dataset, see its builder in :data:`DATASETS`.
+        path: Folder of the data; ``digits``, ``python_packages``, ``python_source`` and ``synthetic`` ignore it.
+        **options: Options of the dataset; see its builder in :data:`DATASETS`.
 
     Returns:
-        A map-style dataset of ``(image, label)``: float32 ``[3, H, W]``, normalised, and ``int``; with the attributes ``targets``
-        (int64 ``[N]``), ``classes`` (names) and ``num_classes``; or text, see :data:`TEXT` and :data:`LABELLED_TEXT`. Random
-        augmentation draws from torch's global generator and from nothing else.
+        A map-style dataset. Image datasets return ``(image, label)``, normalised float32 ``[3, H, W]`` and ``int``, and have the attributes
+        ``targets`` (int64 ``[N]``), ``classes`` (names) and ``num_classes``. For text, see :data:`TEXT` and :data:`LABELLED_TEXT`. Random
+        augmentation only draws from torch's global generator.
 
     Raises:
-        InputError: Unknown name or option, missing or empty folder, columns or files that are not there, labels out of range.
+        InputError: A name or option is unknown, a folder, file or column is missing or empty, or a label is out of range.
     """
     if name not in DATASETS:
         raise InputError(f'dataset.name: expected a data set, got {name!r}; {did_you_mean(name, DATASETS)}')

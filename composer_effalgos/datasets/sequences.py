@@ -1,4 +1,4 @@
-"""Token sequences of one length, for language models."""
+"""Fixed-length token sequences for language models."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from composer_effalgos.utils.errors import InputError
 
 
 class TokenSequences(Dataset[dict[str, Tensor]]):
-    """Sequences of tokens; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]``, labels unshifted as Hugging Face's models take them.
+    """Token sequences; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]``, with unshifted labels as Hugging Face models expect.
 
     Args:
-        sequences: Integers ``[N, T]``; may be mapped from a file.
-        num_classes: Size of the vocabulary.
-        source: Where they come from; begins the error message.
+        sequences: Integers ``[N, T]``; may be memory-mapped.
+        num_classes: Vocabulary size.
+        source: Where the tokens come from; starts the error message.
     """
 
     def __init__(self, sequences: np.ndarray, num_classes: int, source: str | Path = 'tokens') -> None:
@@ -33,7 +33,7 @@ class TokenSequences(Dataset[dict[str, Tensor]]):
         """A sequence, int64 ``[T]``.
 
         Raises:
-            InputError: A token is beyond the vocabulary.
+            InputError: A token is outside the vocabulary.
         """
         tokens = self.sequences[index].astype(np.int64)
         check_vocabulary(tokens, self.num_classes, f'{self.source}: sequence {index}')
@@ -45,10 +45,10 @@ class TokenSequences(Dataset[dict[str, Tensor]]):
 
 
 def check_vocabulary(tokens: np.ndarray, num_classes: int, source: str) -> None:
-    """Refuse a token that the model has no embedding for.
+    """Reject tokens for which the model has no embedding.
 
     Raises:
-        InputError: One is not in ``[0, num_classes)``.
+        InputError: A token is not in ``[0, num_classes)``.
     """
     wrong = tokens[(tokens < 0) | (tokens >= num_classes)]
     if len(wrong):
@@ -68,19 +68,19 @@ def cut(
     eval_samples: int | None,
     source: str | Path = 'tokens',
 ) -> TokenSequences:
-    """Cut a text into sequences that do not overlap.
+    """Cut a text into non-overlapping sequences; the remainder is dropped.
 
     Args:
-        tokens: ``[M]``, one document after the other.
-        num_classes: Size of the vocabulary.
+        tokens: Concatenated documents, integers ``[M]``.
+        num_classes: Vocabulary size.
         split: ``'train'`` or ``'eval'``.
-        seq_len: Tokens in a sequence.
-        limit: Train on this many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most this many, chosen likewise; ``None`` for all.
+        seq_len: Sequence length in tokens.
+        limit: Train on a random subset of this many sequences, which is the same in every run.
+        eval_samples: Evaluate on a random subset of at most this many, likewise; ``None`` for all.
         source: Where the text comes from, for messages.
 
     Raises:
-        InputError: An option out of range, or fewer tokens than a sequence takes.
+        InputError: An option is out of range, or there are fewer than ``seq_len`` tokens.
     """
     check_at_least(2, seq_len=seq_len)
     count = len(tokens) // seq_len
@@ -92,6 +92,6 @@ def cut(
 
 
 def chosen(count: int, split: str, limit: int | None, eval_samples: int | None) -> Tensor:
-    """The samples of a split: ``limit`` of the training split, at most ``eval_samples`` of the other; int64, ascending."""
+    """Indices of a split's samples, int64, ascending: ``limit`` for training, at most ``eval_samples`` for evaluation."""
     check_at_least(1, eval_samples=eval_samples)
     return limited(count, limit if split == 'train' else None if eval_samples is None else min(eval_samples, count))

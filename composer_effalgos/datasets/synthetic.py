@@ -1,4 +1,4 @@
-"""Seeded images of any size and number, made when they are read."""
+"""Seeded synthetic images of any size and number, generated on access."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from composer_effalgos.datasets.images import MOST_SIDE, check_at_least
 from composer_effalgos.utils.checks import MOST_CLASSES
 
 GRID = 4
-MOST_SAMPLES = 10**8  # a sampler lists them all, in some 40 bytes each
-# The prototypes' stream, beside those of the two splits
+MOST_SAMPLES = 10**8  # a sampler lists all indices, at about 40 bytes each
+# Separate random streams for the class patterns and the noise of each split
 _STREAMS = {'train': 0, 'eval': 1, 'prototypes': 2}
 
 
 class Synthetic(Dataset[tuple[Tensor, int]]):
-    """A smooth pattern a class, plus white noise: ``(pattern[label] + noise * n) / sqrt(1 + noise^2)``.
+    """One smooth pattern per class plus white noise: ``(pattern[label] + noise * n) / sqrt(1 + noise^2)``.
 
-    Sample ``i`` is a pure function of the options, the split and ``i``, and has label ``i % num_classes``. Memory does not grow with
+    Sample ``i`` has label ``i % num_classes`` and is a pure function of the options, the split and ``i``. Memory use does not depend on
     ``num_samples``.
 
     Args:
-        split: ``'train'`` or ``'eval'``: the same patterns, other noise.
+        split: ``'train'`` or ``'eval'``. Both have the same patterns, with different noise.
         num_samples: Length of the dataset.
         num_classes: Number of classes.
-        image_size: Height and width, in pixels.
-        seed: Seed of patterns and noise.
-        noise: Standard deviation of the noise; the patterns' coarse 4x4 grids, enlarged to the image, have 1.
+        image_size: Height and width in pixels.
+        seed: Seed for patterns and noise.
+        noise: Standard deviation of the noise. The patterns are 4x4 grids of standard deviation 1, upsampled to the image size.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Synthetic(Dataset[tuple[Tensor, int]]):
 
     @property
     def targets(self) -> Tensor:
-        """All labels, int64 ``[num_samples]``, created again at each call."""
+        """All labels, int64 ``[num_samples]``, recomputed on each access."""
         return torch.arange(self.num_samples) % self.num_classes
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ def synthetic(
     seed: int = 0,
     noise: float = 1.0,
 ) -> Synthetic:
-    """A learnable dataset of any size that needs no files: see :class:`Synthetic`.
+    """A learnable dataset of any size that needs no files; see :class:`Synthetic`.
 
     Args:
         split: ``'train'`` or ``'eval'``.
@@ -82,12 +82,12 @@ def synthetic(
         num_samples: Number of training samples.
         eval_samples: Number of evaluation samples.
         num_classes: Number of classes.
-        image_size: Height and width, in pixels.
-        seed: Seed of patterns and noise.
-        noise: Standard deviation of the noise, relative to the patterns'.
+        image_size: Height and width in pixels.
+        seed: Seed for patterns and noise.
+        noise: Standard deviation of the noise, relative to that of the patterns.
 
     Raises:
-        InputError: An option out of range.
+        InputError: An option is out of range.
     """
     check_at_least(1, most=MOST_SAMPLES, num_samples=num_samples, eval_samples=eval_samples)
     check_at_least(1, most=MOST_CLASSES, num_classes=num_classes)

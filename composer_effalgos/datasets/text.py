@@ -1,4 +1,4 @@
-"""Text as tokens: its bytes, or a byte-pair encoding trained on it (Sennrich et al. 2016, arXiv 1508.07909; on bytes as for GPT-2)."""
+"""Text as bytes or as byte-level BPE tokens, trained on the text (Sennrich et al. 2016, arXiv 1508.07909; byte level as in GPT-2)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 from composer_effalgos.utils.text import one_line
 
-END = '<|endoftext|>'  # GPT-2's; token 0, after each document
+END = '<|endoftext|>'  # as in GPT-2, but token 0; follows each document
 TOKENIZER = 'tokenizer.json'
-LEAST_VOCABULARY = 257  # the bytes and the end of a document
+LEAST_VOCABULARY = 257  # 256 bytes and END
 _FORMAT = 'bpe 1'
 
 Coding = Literal['bytes', 'bpe']
@@ -37,20 +37,20 @@ def text_sequences(
     limit: int | None,
     eval_samples: int | None,
 ) -> TokenSequences:
-    """Documents, one after the other, as sequences that do not overlap.
+    """Concatenate documents and cut them into non-overlapping sequences.
 
     Args:
-        documents: Of the splits ``'train'`` and ``'val'``.
+        documents: Documents of the splits ``'train'`` and ``'val'``.
         source: Name of the text.
         split: ``'train'`` or ``'eval'``.
-        tokenizer: ``'bytes'``, or ``'bpe'``: see :func:`bpe_tokens`.
-        vocab_size: Of ``'bpe'``; ``None`` for 1,024.
-        seq_len: As for :func:`~composer_effalgos.datasets.sequences.cut`.
-        limit: Likewise.
-        eval_samples: Likewise.
+        tokenizer: ``'bytes'``, or ``'bpe'``, see :func:`bpe_tokens`.
+        vocab_size: Vocabulary size for ``'bpe'``; ``None`` for 1,024.
+        seq_len: See :func:`~composer_effalgos.datasets.sequences.cut`.
+        limit: See :func:`~composer_effalgos.datasets.sequences.cut`.
+        eval_samples: See :func:`~composer_effalgos.datasets.sequences.cut`.
 
     Raises:
-        InputError: An option out of range.
+        InputError: An option is out of range.
     """
     options = {'seq_len': seq_len, 'limit': limit, 'eval_samples': eval_samples}
     if tokenizer == 'bpe':
@@ -71,19 +71,20 @@ def text_files(
     limit: int | None = None,
     eval_samples: int | None = None,
 ) -> TokenSequences:
-    """The files in ``path/train`` and ``path/val``, whatever their names, in the order of their paths; each is a document in UTF-8.
+    """All files in ``path/train`` and ``path/val`` (any name, recursively), sorted by path; each file is a UTF-8 document.
 
     Args:
         split: ``'train'`` or ``'eval'`` (``val``).
-        path: Folder of the two.
-        tokenizer: ``'bytes'``, or ``'bpe'``: an encoding trained on the training split and kept in ``~/.cache/composer_effalgos``.
-        vocab_size: Of ``'bpe'``: 257 to 65,536; null for 1,024.
-        seq_len: Tokens in a sequence.
-        limit: Train on this many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
+        path: The folder that holds ``train`` and ``val``.
+        tokenizer: ``'bytes'``, or ``'bpe'``: byte-pair encoding trained on the training split and cached in
+            ``~/.cache/composer_effalgos``.
+        vocab_size: Vocabulary size for ``'bpe'``, 257 to 65,536; null for 1,024.
+        seq_len: Sequence length in tokens.
+        limit: Train on a random subset of this many sequences, which is the same in every run.
+        eval_samples: Evaluate on a random subset of at most this many, likewise; null for all.
 
     Raises:
-        InputError: Missing folders, files that cannot be read, or too little text for a sequence.
+        InputError: A folder is missing, a file cannot be read, or the text is shorter than a sequence.
     """
     folder = data_folder('text_files', path, 'text files in train/ and val/')
     documents = {}
@@ -105,19 +106,19 @@ def cache_folder() -> Path:
 
 
 def bpe_tokens(documents: Mapping[str, Sequence[bytes]], vocab_size: int, source: str) -> Path:
-    """Train an encoding on the training split and encode both splits with it, once on a machine.
+    """Train a BPE tokenizer on the training split and encode both splits with it; the result is cached.
 
     Args:
-        documents: Of the splits ``'train'`` and ``'val'``.
-        vocab_size: Size of the vocabulary: 257 to 65,536.
+        documents: Documents of the splits ``'train'`` and ``'val'``.
+        vocab_size: Vocabulary size, 257 to 65,536.
         source: Name of the text, for ``meta.json``.
 
     Returns:
-        A folder for :func:`~composer_effalgos.datasets.tokens.tokens`, with ``tokenizer.json`` as well, in :func:`cache_folder`. The same
-        documents and size give the same tokens.
+        A folder in :func:`cache_folder` that :func:`~composer_effalgos.datasets.tokens.tokens` reads; it also holds ``tokenizer.json``. The
+        same documents and vocabulary size give the same tokens.
 
     Raises:
-        InputError: The size is out of range, ``tokenizers`` is not installed, or the folder cannot be written.
+        InputError: ``vocab_size`` is out of range, ``tokenizers`` is not installed, or the folder cannot be written.
     """
     if not LEAST_VOCABULARY <= vocab_size <= 2**16:
         raise InputError(f'dataset.vocab_size: expected {LEAST_VOCABULARY} to {2**16} with tokenizer bpe, got {vocab_size}')
@@ -146,17 +147,17 @@ def bpe_tokens(documents: Mapping[str, Sequence[bytes]], vocab_size: int, source
 def _write(folder: Path, documents: Mapping[str, Sequence[bytes]], vocab_size: int, source: str) -> None:
     tokenizer = train_tokenizer(documents['train'], vocab_size)
     tokenizer.save(str(folder / TOKENIZER))
-    size = tokenizer.get_vocab_size()  # fewer than asked for where the text is short
+    size = tokenizer.get_vocab_size()  # smaller than requested if the text is short
     counts = {split: write_tokens(folder / f'{split}.bin', encode(tokenizer, documents[split]), size) for split in ('train', 'val')}
     (folder / META).write_text(Meta(size, counts, source).text(), encoding='utf-8')
 
 
 def train_tokenizer(documents: Sequence[bytes], vocab_size: int) -> Any:
-    """Train a byte-level encoding.
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        documents: UTF-8; what is not counts as the replacement character.
-        vocab_size: Size of the vocabulary at most.
+        documents: UTF-8; invalid bytes count as the replacement character.
+        vocab_size: Maximum vocabulary size.
 
     Returns:
         A ``tokenizers.Tokenizer``.
@@ -177,20 +178,20 @@ def train_tokenizer(documents: Sequence[bytes], vocab_size: int) -> Any:
 
 
 def encode(tokenizer: Any, documents: Sequence[bytes]) -> Iterator[np.ndarray]:
-    """Encode documents, each with the token for its end.
+    """Encode documents, each followed by the end-of-text token.
 
     Args:
-        tokenizer: As :func:`train_tokenizer` gives it.
+        tokenizer: A tokenizer from :func:`train_tokenizer`.
         documents: UTF-8.
 
     Yields:
         int64 ``[M]`` for each document.
     """
-    tokenizer.encode_special_tokens = True  # a text that spells the end of a document does not end it
+    tokenizer.encode_special_tokens = True  # END in a document's text is plain text
     for document in documents:
         yield np.array([*tokenizer.encode(characters(document)).ids, tokenizer.token_to_id(END)], dtype=np.int64)
 
 
 def characters(document: bytes) -> str:
-    """A document's characters."""
+    """Decode UTF-8, with the replacement character for invalid bytes."""
     return document.decode('utf-8', errors='replace')

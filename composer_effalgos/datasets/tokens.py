@@ -1,4 +1,4 @@
-"""Tokens in flat files, as nanoGPT writes them: ``train.bin`` and ``val.bin``, one unsigned integer a token and nothing else."""
+"""Flat token files in nanoGPT's format: ``train.bin`` and ``val.bin``, one unsigned integer per token and no header."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LARGEST_VOCABULARY = 2**32
 
 @dataclass(frozen=True)
 class Meta:
-    """What ``meta.json`` says about tokens that this package wrote; nanoGPT has nothing of the kind, or a pickle, which is not read.
+    """The contents of ``meta.json``, which this package writes beside tokens. nanoGPT's optional ``meta.pkl`` is not read.
 
     Attributes:
-        vocab_size: Tokens are below this.
-        tokens: The number of tokens in each split.
-        source: What they were made from.
+        vocab_size: Vocabulary size; all tokens are smaller.
+        tokens: Number of tokens in each split.
+        source: Name of the text.
     """
 
     vocab_size: int
@@ -37,10 +37,10 @@ class Meta:
 
     @classmethod
     def read(cls, folder: Path) -> Meta | None:
-        """Read the description in a folder; ``None`` where there is none.
+        """Read the ``meta.json`` of a folder; ``None`` if there is none.
 
         Raises:
-            InputError: It is there and is not one.
+            InputError: The file is unreadable or malformed.
         """
         file = folder / META
         if not file.exists():
@@ -59,15 +59,15 @@ class Meta:
         return meta
 
     def text(self) -> str:
-        """The description as it is written."""
+        """The description as JSON."""
         return json.dumps(asdict(self), indent=2) + '\n'
 
 
 def vocabulary(given: int | None, meta: Meta | None, folder: Path) -> int:
-    """The size of the vocabulary: as given, else as ``meta.json`` says.
+    """The vocabulary size: ``given``, or else from ``meta.json``.
 
     Raises:
-        InputError: Neither says it.
+        InputError: Both are missing.
     """
     if given is not None:
         return given
@@ -77,17 +77,17 @@ def vocabulary(given: int | None, meta: Meta | None, folder: Path) -> int:
 
 
 def token_type(vocab_size: int) -> str:
-    """The narrower of nanoGPT's types that holds a vocabulary."""
+    """The smallest unsigned token dtype for a vocabulary: ``'uint16'`` (as nanoGPT) or ``'uint32'``."""
     return 'uint16' if vocab_size <= 2**16 else 'uint32'
 
 
 def write_tokens(file: Path, parts: Iterable[np.ndarray], vocab_size: int) -> int:
-    """Write a flat file of tokens.
+    """Write a flat token file.
 
     Args:
         file: A new file.
-        parts: Integers ``[M]`` each, in ``[0, vocab_size)``.
-        vocab_size: Decides the type.
+        parts: Arrays of integers ``[M]`` in ``[0, vocab_size)``.
+        vocab_size: Determines the dtype.
 
     Returns:
         The number of tokens.
@@ -110,21 +110,22 @@ def tokens(
     limit: int | None = None,
     eval_samples: int | None = None,
 ) -> TokenSequences:
-    """Tokens in ``path/train.bin`` and ``path/val.bin``, mapped into memory and cut into sequences that do not overlap.
+    """Tokens in ``path/train.bin`` and ``path/val.bin``, memory-mapped and cut into non-overlapping sequences.
 
-    nanoGPT's ``prepare.py`` writes such files, and so does ``effalgos convert --to tokens``, with ``meta.json`` beside them.
+    nanoGPT's ``prepare.py`` writes such files; ``effalgos convert --to tokens`` also writes ``meta.json``.
 
     Args:
         split: ``'train'`` or ``'eval'`` (``val.bin``).
         path: Folder of the files.
-        seq_len: Tokens in a sequence.
-        vocab_size: Tokens are below this: 50257 for GPT-2's. Null: as ``meta.json`` says.
-        dtype: Type of a token in the files. Null: ``uint32`` where the vocabulary in ``meta.json`` needs it, else ``uint16``.
-        limit: Train on this many sequences, chosen at random, the same ones every time.
-        eval_samples: Evaluate on at most this many, chosen likewise; null for all.
+        seq_len: Sequence length in tokens.
+        vocab_size: Vocabulary size, e.g. 50257 for GPT-2 tokens. Null to read it from ``meta.json``.
+        dtype: Token dtype in the files. Null: ``uint32`` if the vocabulary in ``meta.json`` needs it, else ``uint16``.
+        limit: Train on a random subset of this many sequences, which is the same in every run.
+        eval_samples: Evaluate on a random subset of at most this many, likewise; null for all.
 
     Raises:
-        InputError: No such file, one that is cut off or of another type, no ``vocab_size``, a token beyond it (when it is read).
+        InputError: A file or ``vocab_size`` is missing, a file is truncated or has another dtype; on access, a token is outside the
+            vocabulary.
     """
     folder = data_folder('tokens', path, 'train.bin and val.bin')
     meta = Meta.read(folder)
