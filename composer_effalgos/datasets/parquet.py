@@ -92,7 +92,7 @@ def check_labels(targets: Tensor, num_classes: int | None, source: str) -> None:
 def read_class_names(file: Path, label_column: str) -> list[str] | None:
     """Read the class names from a file's schema metadata.
 
-    They are under the key ``classes`` (comma-separated), or in the description that Hugging Face datasets write for a ``ClassLabel`` column.
+    They are under the key ``classes`` (comma-separated) or in the description that Hugging Face datasets write for a ``ClassLabel``.
 
     Args:
         file: A Parquet file.

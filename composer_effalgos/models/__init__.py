@@ -1,4 +1,4 @@
-"""Image classification networks by name."""
+"""Image classification models by name."""
 
 from composer_effalgos.models.registry import MODELS, build_model
 

@@ -1,4 +1,4 @@
-"""Mixed precision on a CPU, where Composer allows fp32 only."""
+"""Mixed precision on the CPU, where Composer only allows fp32."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ['autocast_forward', 'has_bf16']
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16 (AVX-512 BF16 or AMX); others emulate it, slower than fp32."""
+    """Whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX). Others emulate bfloat16, which is slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _AutocastForward:
-    """A model's forward pass under bfloat16 autocast; a plain tensor comes out in fp32, so that the loss is computed in it.
+    """A forward pass under bfloat16 autocast. A tensor output is cast to fp32, so that the loss is computed in fp32.
 
-    Outputs with a loss of their own (Hugging Face) stay as they are: their loss was computed from these very tensors.
+    Outputs that contain their own loss (Hugging Face) are left alone, because that loss was computed from these tensors.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward  # a bound method: a deep copy of the model gets a deep copy of this that is bound to it
+        self._forward = forward  # a bound method, so deep-copying the model rebinds it to the copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -33,9 +33,9 @@ class _AutocastForward:
 
 
 def autocast_forward(model: ComposerModel) -> None:
-    """Runs a model's forward pass on the CPU in bfloat16 where that is safe, as ``amp_bf16`` does on a GPU.
+    """Run a model's forward pass under bfloat16 autocast on the CPU, as ``amp_bf16`` does on a GPU.
 
-    Weights, gradients and the optimizer stay in fp32. Call it before the Trainer wraps or compiles the model.
+    Weights, gradients and optimizer state stay in fp32. Call this before the Trainer wraps or compiles the model.
 
     Args:
         model: The model, changed in place.

@@ -1,7 +1,7 @@
-"""Networks for 32x32 images: a 3x3 stem without early pooling, and strides that leave 4x4 to 8x8 before the global pooling.
+"""Networks for 32x32 images: most have a 3x3 stem without early pooling and strides that leave 4x4 to 8x8 before global pooling.
 
-All take ``[B, 3, H, W]``, pool globally, and end in one ``nn.Linear``, so that other sizes (8x8 digits, progressive resizing) work too.
-Convolutions start from Kaiming's normal distribution (He et al. 2015, arXiv 1502.01852).
+All take ``[B, 3, H, W]``, pool globally and end in one ``nn.Linear``, so other image sizes (8x8 digits, progressive resizing) work too.
+Convolutions use Kaiming normal initialisation (He et al. 2015, arXiv 1502.01852).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchvision.models.vgg import make_layers as make_vgg_layers
 
 
 class _PaddedIdentity(nn.Module):
-    """He et al.'s option A: every second pixel, with zeros for the channels that are new."""
+    """Shortcut option A of He et al.: strided subsampling, with zeros for the additional channels."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _BasicBlock(nn.Module):
 
 
 def _thin_resnet(depth: int, num_classes: int) -> nn.Sequential:
-    """He et al. 2016 (arXiv 1512.03385), section 4.2: 3 stages of (depth - 2) / 6 basic blocks with 16, 32, 64 channels, shortcuts A."""
+    """He et al. 2016 (arXiv 1512.03385), section 4.2: 3 stages of (depth - 2) / 6 basic blocks, 16, 32, 64 channels, option A shortcuts."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv=nn.Conv2d(3, 16, 3, padding=1, bias=False), bn=nn.BatchNorm2d(16), relu=nn.ReLU()
     )
@@ -71,12 +71,12 @@ def _init_convolutions(model: nn.Module) -> None:
 
 
 def resnet20_cifar(num_classes: int) -> nn.Sequential:
-    """ResNet-20 for CIFAR (He et al. 2016, section 4.2), identity shortcuts padded with zeros (option A): 0.27 M parameters."""
+    """ResNet-20 for CIFAR (He et al. 2016, section 4.2) with zero-padded identity shortcuts (option A): 0.27 M parameters."""
     return _thin_resnet(20, num_classes)
 
 
 def resnet56_cifar(num_classes: int) -> nn.Sequential:
-    """ResNet-56 for CIFAR (He et al. 2016, section 4.2), identity shortcuts padded with zeros (option A): 0.85 M parameters."""
+    """ResNet-56 for CIFAR (He et al. 2016, section 4.2) with zero-padded identity shortcuts (option A): 0.85 M parameters."""
     return _thin_resnet(56, num_classes)
 
 
@@ -85,7 +85,7 @@ def resnet18_cifar(num_classes: int, zero_init_residual: bool = False) -> nn.Mod
 
     Args:
         num_classes: Number of classes.
-        zero_init_residual: Start each block's last batch norm at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+        zero_init_residual: Zero-initialise the last batch norm of each block (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
     """
     return _with_small_stem(torchvision.models.resnet18(num_classes=num_classes, zero_init_residual=zero_init_residual))
 
@@ -95,7 +95,7 @@ def resnet50_cifar(num_classes: int, zero_init_residual: bool = False) -> nn.Mod
 
     Args:
         num_classes: Number of classes.
-        zero_init_residual: Start each block's last batch norm at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+        zero_init_residual: Zero-initialise the last batch norm of each block (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
     """
     return _with_small_stem(torchvision.models.resnet50(num_classes=num_classes, zero_init_residual=zero_init_residual))
 
@@ -108,12 +108,12 @@ def _with_small_stem(model: torchvision.models.ResNet) -> torchvision.models.Res
 
 
 def vgg11_bn_cifar(num_classes: int) -> nn.Sequential:
-    """VGG-11's convolutions (Simonyan and Zisserman, arXiv 1409.1556, A) with batch norm and one linear layer: 9.2 M parameters."""
+    """VGG-11 convolutions (Simonyan and Zisserman, arXiv 1409.1556, model A), batch norm and one linear layer: 9.2 M parameters."""
     return _vgg('A', num_classes)
 
 
 def vgg19_bn_cifar(num_classes: int) -> nn.Sequential:
-    """VGG-19's convolutions (Simonyan and Zisserman, arXiv 1409.1556, E) with batch norm and one linear layer: 20.0 M parameters."""
+    """VGG-19 convolutions (Simonyan and Zisserman, arXiv 1409.1556, model E), batch norm and one linear layer: 20.0 M parameters."""
     return _vgg('E', num_classes)
 
 
@@ -124,9 +124,9 @@ def _vgg(configuration: str, num_classes: int) -> nn.Sequential:
 
 
 def alexnet_cifar(num_classes: int) -> nn.Sequential:
-    """AlexNet's five convolutions (Krizhevsky, arXiv 1404.5997) in the CIFAR form that AdaBatch used, one linear layer: 2.5 M parameters.
+    """AlexNet (Krizhevsky, arXiv 1404.5997) in the CIFAR form used by AdaBatch: 5 convolutions, one linear layer, 2.5 M parameters.
 
-    An 11x11 stem of stride 4 and three poolings bring 32x32 down to 1x1. It has no batch norm: begin with a learning rate near 0.01.
+    An 11x11 stem of stride 4 and three pooling layers reduce 32x32 to 1x1. There is no batch norm: start with a learning rate near 0.01.
     """
 
     def conv(in_channels: int, channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -148,7 +148,7 @@ def alexnet_cifar(num_classes: int) -> nn.Sequential:
 
 
 def _pool_small_maps(model: nn.Sequential) -> nn.Sequential:
-    """Let 2x2 pooling pass a 1x1 map on, so that images below 32x32 do; nothing changes where the map's sides are even."""
+    """Let 2x2 pooling keep a 1x1 map, so that images smaller than 32x32 work. Maps with even sides are unaffected."""
     for module in model.modules():
         if isinstance(module, nn.MaxPool2d):
             module.ceil_mode = True
@@ -162,7 +162,7 @@ def mobilenet_v2_cifar(num_classes: int, dropout: float = 0.2) -> MobileNetV2:
         num_classes: Number of classes.
         dropout: Dropout probability before the linear layer.
     """
-    # Expansion, channels, blocks, stride: the paper's table 2, but for the second row's stride
+    # Expansion, channels, blocks, stride: table 2 of the paper, except for the stride of the second row
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
     model = MobileNetV2(num_classes, inverted_residual_setting=stages, dropout=dropout)
     model.features[0][0].stride = (1, 1)

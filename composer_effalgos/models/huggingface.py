@@ -1,4 +1,4 @@
-"""Any model of Hugging Face's by the name of its configuration, with random weights, or from a folder; nothing is downloaded."""
+"""Hugging Face models: from a configuration name with random weights, or from a local folder. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def hf_causal_lm(
     pretrained: bool = False,
     config_overrides: dict[str, Any] | None = None,
 ) -> Any:
-    """A causal language model; the names are llm-foundry's.
+    """A causal language model. The argument names are llm-foundry's.
 
     Args:
-        num_classes: Size of the vocabulary; the configuration's own may be larger where it comes from a folder.
-        seq_len: Longest sequence.
+        num_classes: Vocabulary size of the data; that of a configuration from a folder may be larger.
+        seq_len: Maximum sequence length.
         pretrained_model_name_or_path: Name of a configuration (``gpt2``, ``llama``, ``mamba``, ...), or a folder that holds one.
-        pretrained: Take the weights that lie in the folder.
-        config_overrides: Attributes of the configuration, e.g. ``n_layer``.
+        pretrained: Load the weights in the folder.
+        config_overrides: Configuration attributes to set, e.g. ``n_layer``.
 
     Returns:
         A ``transformers.PreTrainedModel``.
 
     Raises:
-        InputError: An unknown name or attribute, one out of range, weights that are missing or of another model.
+        InputError: A name or attribute is unknown or out of range, the model is not causal, or the weights are missing or do not match.
     """
     config = _config(pretrained_model_name_or_path, config_overrides or {}, num_classes, seq_len)
     model = _model('AutoModelForCausalLM', config, pretrained_model_name_or_path if pretrained else None)
@@ -44,7 +44,7 @@ def hf_causal_lm(
 
 
 def _sees_the_future(model: Any) -> bool:
-    """Whether the outputs at a token depend on the tokens after it."""
+    """Whether the output at a token depends on later tokens."""
     tokens = torch.zeros(2, 2, dtype=torch.int64)
     tokens[1, 1] = 1
     model.eval()
@@ -63,32 +63,32 @@ def hf_sequence_classification(
     pretrained: bool = False,
     config_overrides: dict[str, Any] | None = None,
 ) -> Any:
-    """A classifier of texts.
+    """A text classifier.
 
     Args:
         num_classes: Number of classes.
-        seq_len: Longest sequence.
-        vocab_size: Size of the vocabulary; the configuration's own may be larger where it comes from a folder.
+        seq_len: Maximum sequence length.
+        vocab_size: Vocabulary size of the data; that of a configuration from a folder may be larger.
         pretrained_model_name_or_path: Name of a configuration (``bert``, ``gpt2``, ...), or a folder that holds one.
         pretrained: Load the weights in the folder; the last layer is initialised at random if the folder has no weights for it.
-        config_overrides: Attributes of the configuration, e.g. ``num_hidden_layers``.
+        config_overrides: Configuration attributes to set, e.g. ``num_hidden_layers``.
 
     Returns:
         A ``transformers.PreTrainedModel``.
 
     Raises:
-        InputError: As :func:`hf_causal_lm`.
+        InputError: A name or attribute is unknown or out of range, or the weights are missing or do not match.
     """
     config = _config(pretrained_model_name_or_path, config_overrides or {}, vocab_size, seq_len)
     config.num_labels = num_classes
     config.problem_type = 'single_label_classification'
     if config.pad_token_id is None:
-        config.pad_token_id = 0  # such models look for the last token that is none
+        config.pad_token_id = 0  # these models classify at the last token that is not padding
     return _model('AutoModelForSequenceClassification', config, pretrained_model_name_or_path if pretrained else None)
 
 
 def import_transformers() -> Any:
-    """Import the package.
+    """Import ``transformers``.
 
     Raises:
         InputError: It is not installed.
@@ -101,7 +101,7 @@ def import_transformers() -> Any:
 
 
 def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int) -> Any:
-    """The configuration, held against the data."""
+    """Load the configuration, apply the overrides and check it against the data."""
     transformers = import_transformers()
     folder = Path(name).expanduser()
     from_folder = folder.is_dir()
@@ -114,7 +114,7 @@ def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int)
             if from_folder
             else transformers.AutoConfig.for_model(name)
         )
-    except Exception as error:  # what a damaged file leads to is not specified
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f'{_KEY}: {name}: no configuration can be read ({one_line(error)[:200]})') from error
     known = {*config.to_dict(), *getattr(config, 'attribute_map', {})}
     for key in overrides:
@@ -132,12 +132,12 @@ def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int)
             )
     for key in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
         if not from_folder and key not in overrides and isinstance(value := getattr(config, key, None), int) and value >= config.vocab_size:
-            setattr(config, key, None)  # of the vocabulary that the model had when it was published
+            setattr(config, key, None)  # refers to the published model's vocabulary
     return config
 
 
 def _model(kind: str, config: Any, folder: str | None) -> Any:
-    """The model, with random weights or those in the folder."""
+    """Build the model with random weights, or with those in the folder."""
     factory = getattr(import_transformers(), kind)
     if type(config) not in factory._model_mapping:
         raise InputError(f'{_KEY}: {config.model_type} has no model for this task ({kind})')
@@ -149,7 +149,7 @@ def _model(kind: str, config: Any, folder: str | None) -> Any:
         model, found = factory.from_pretrained(
             Path(folder).expanduser(), config=config, local_files_only=True, output_loading_info=True, torch_dtype='float32'
         )
-    except Exception as error:  # what sizes that do not fit each other lead to depends on the model
+    except Exception as error:  # each model raises its own types for inconsistent sizes
         raise InputError(f'model.{"config_overrides" if folder is None else "pretrained"}: {one_line(error)[:300]}') from error
     missing = [name for name in found['missing_keys'] if kind == 'AutoModelForCausalLM' or name.startswith(model.base_model_prefix + '.')]
     if missing:

@@ -1,7 +1,7 @@
 """The convolutional networks of Keskar et al., "On Large-Batch Training for Deep Learning", arXiv 1609.04836, appendix B.
 
-As in their code: convolutions that keep the image's size, batch norm before each ReLU, dropout behind it, a batch norm and dropout in
-the dense layers too, and Glorot's uniform start. They flatten their last map, so that the image's size belongs to the network.
+As in the authors' code: same-padded convolutions, batch norm before each ReLU and dropout after it, batch norm and dropout in the dense
+layers too, and Glorot uniform initialisation. The last feature map is flattened, so a network only takes images of one size.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-# Keras's, which the authors used
+# The default of Keras, which the authors used
 _EPS = 1e-3
-_MOST_PIXELS = 1024  # of a side: the dense layers grow with its square
+_MOST_PIXELS = 1024  # per side; the dense layers grow with its square
 
 
 def keskar_c1(num_classes: int, conv_stride: int = 1, image_size: int = 32) -> nn.Sequential:
     """C1 (C3 with 100 classes), shallow: two 5x5 convolutions of 64 channels with 3x3 pooling, dense layers of 384 and 192.
 
-    1,757,834 parameters for 10 classes. The paper writes a convolution as ``[64, 5, 5, 2]``, the last number its stride; the authors'
-    code has stride 1 and gives the pooling the stride 2. ``conv_stride=2`` is the paper's word, 283,274 parameters and a ninth of the work.
+    1,757,834 parameters for 10 classes. The paper writes a convolution as ``[64, 5, 5, 2]``, where the last number is the stride, but the
+    authors' code uses stride 1 and pooling of stride 2. ``conv_stride=2`` follows the paper: 283,274 parameters and a ninth of the compute.
 
     Args:
         num_classes: Number of classes.
         conv_stride: Stride of both convolutions.
-        image_size: Height and width of the images, in pixels.
+        image_size: Height and width of the images in pixels.
 
     Raises:
-        InputError: A stride or size below 1.
+        InputError: The stride or size is out of range.
     """
     check_number('model.conv_stride', conv_stride, least=1, most=_MOST_PIXELS)
     check_number('model.image_size', image_size, least=1, most=_MOST_PIXELS)
@@ -48,16 +48,16 @@ def keskar_c1(num_classes: int, conv_stride: int = 1, image_size: int = 32) -> n
 
 
 def keskar_c2(num_classes: int, image_size: int = 32) -> nn.Sequential:
-    """C2 (C4 with 100 classes), deep: thirteen 3x3 convolutions in VGG-16's order, a dense layer of 512.
+    """C2 (C4 with 100 classes), deep: the thirteen 3x3 convolutions of VGG-16 and a dense layer of 512.
 
-    14,991,946 parameters for 10 classes at 32x32. Dropout of 0.3 or 0.4 between the convolutions of a stack, 0.5 around the dense layer.
+    14,991,946 parameters for 10 classes at 32x32. Dropout is 0.3 or 0.4 between the convolutions of a stack and 0.5 around the dense layer.
 
     Args:
         num_classes: Number of classes.
-        image_size: Height and width of the images, in pixels.
+        image_size: Height and width of the images in pixels.
 
     Raises:
-        InputError: A size below 1.
+        InputError: The size is out of range.
     """
     check_number('model.image_size', image_size, least=1, most=_MOST_PIXELS)
     layers: list[nn.Module] = []
@@ -79,7 +79,7 @@ def _dense(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class _OfOneSize(nn.Sequential):
-    """Layers for images of one size."""
+    """A network that rejects images of any other size than its own."""
 
     def __init__(self, layers: OrderedDict[str, nn.Module], image_size: int) -> None:
         super().__init__(layers)

@@ -1,4 +1,4 @@
-"""Language models and classifiers of text by name."""
+"""Language models and text classifiers by name."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from composer_effalgos.utils.errors import InputError
 
 
 def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, heads: int = 4, dropout: float = 0.0) -> Any:
-    """GPT-2 (Radford et al. 2019) of any size; 175 thousand parameters where nothing is said, for bytes in sequences of 128.
+    """GPT-2 (Radford et al. 2019) of any size. The defaults have 175 thousand parameters on bytes in sequences of 128.
 
     Args:
-        num_classes: Size of the vocabulary.
-        seq_len: Longest sequence.
+        num_classes: Vocabulary size.
+        seq_len: Maximum sequence length.
         layers: Number of blocks.
-        width: Size of the embeddings.
-        heads: Attention heads of a block.
-        dropout: Share dropped of embeddings, attention and residuals.
+        width: Embedding dimension.
+        heads: Attention heads per block.
+        dropout: Dropout probability of embeddings, attention and residuals.
 
     Returns:
         A ``transformers.GPT2LMHeadModel``.
 
     Raises:
-        InputError: A size out of range, or ``transformers`` is not installed.
+        InputError: A size is out of range, or ``transformers`` is not installed.
     """
     for name, value in (('layers', layers), ('width', width), ('heads', heads)):
         if value < 1:
@@ -56,23 +56,23 @@ def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, he
 
 
 LANGUAGE_MODELS: Mapping[str, Callable[..., Any]] = {'gpt2': gpt2, 'hf_causal_lm': hf_causal_lm}
-"""Builders: ``(num_classes, seq_len, **options)``; ``num_classes`` is the size of the vocabulary."""
+"""Builders: ``(num_classes, seq_len, **options)``; ``num_classes`` is the vocabulary size."""
 
 TEXT_CLASSIFIERS: Mapping[str, Callable[..., Any]] = {'hf_sequence_classification': hf_sequence_classification}
 """Builders: ``(num_classes, seq_len, vocab_size, **options)``."""
 
 
 def build_language_model(name: str, num_classes: int, seq_len: int, **options: Any) -> HuggingFaceModel:
-    """Build a language model with its own next-token loss; its held-out cross-entropy is in nats a token.
+    """Build a language model with its own next-token loss. Its evaluation metric is cross-entropy in nats per token.
 
     Args:
         name: One of :data:`LANGUAGE_MODELS`.
-        num_classes: Size of the vocabulary.
-        seq_len: Longest sequence.
+        num_classes: Vocabulary size.
+        seq_len: Maximum sequence length.
         **options: Arguments of the model's builder.
 
     Raises:
-        InputError: An unknown option or one out of range.
+        InputError: An option is unknown or out of range.
     """
     options = check_arguments('model', LANGUAGE_MODELS[name], options, given=('num_classes', 'seq_len'))
     model = LANGUAGE_MODELS[name](num_classes, seq_len, **options)
@@ -80,17 +80,17 @@ def build_language_model(name: str, num_classes: int, seq_len: int, **options: A
 
 
 def build_text_classifier(name: str, num_classes: int, seq_len: int, vocab_size: int, **options: Any) -> HuggingFaceModel:
-    """Build a classifier of texts with its own loss; it is evaluated by cross-entropy in nats a sample and by accuracy.
+    """Build a text classifier with its own loss. Its evaluation metrics are cross-entropy in nats per sample and accuracy.
 
     Args:
         name: One of :data:`TEXT_CLASSIFIERS`.
         num_classes: Number of classes.
-        seq_len: Longest sequence.
-        vocab_size: Size of the vocabulary.
+        seq_len: Maximum sequence length.
+        vocab_size: Vocabulary size.
         **options: Arguments of the model's builder.
 
     Raises:
-        InputError: An unknown option or one out of range.
+        InputError: An option is unknown or out of range.
     """
     options = check_arguments('model', TEXT_CLASSIFIERS[name], options, given=('num_classes', 'seq_len', 'vocab_size'))
     model = TEXT_CLASSIFIERS[name](num_classes, seq_len, vocab_size, **options)

@@ -1,4 +1,4 @@
-"""Loading weights into a model whose head may differ."""
+"""Loading pretrained weights into a model whose head may differ."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ from composer_effalgos.utils.text import one_line
 
 log = logging.getLogger(__name__)
 
-# What Composer's checkpoints hold beside tensors (versions, times, numpy's random state); none of it runs code when unpickled
+# Non-tensor types in Composer's checkpoints (versions, times, numpy's random state); none runs code when unpickled
 _HARMLESS: list[Any] = [TorchVersion, datetime.timedelta, np.ndarray, np.dtype, type(np.dtype('uint32')), np.empty(0).__reduce__()[0]]
 
 
 def load_file(model: nn.Module, path: str) -> None:
-    """Load a local file of weights into a model, in place.
+    """Load a local weights file into a model, in place.
 
     Args:
         model: The model.
         path: A file for :func:`read_weights`.
 
     Raises:
-        InputError: The file cannot be read, or its weights are not this model's.
+        InputError: The file cannot be read, or its weights do not match the model.
     """
     load_weights(model, read_weights(path), path)
 
 
 def read_weights(path: str | Path, key: str = 'model.pretrained') -> dict[str, Tensor]:
-    """Read a file of weights; nothing in it is run.
+    """Read a weights file without running any code in it.
 
     Args:
-        path: A ``.safetensors`` file, or anything that ``torch.load(weights_only=True)`` reads: a state dict, alone or under
+        path: A ``.safetensors`` file, or anything that ``torch.load(weights_only=True)`` reads: a state dict, bare or under
             ``state_dict`` or ``model``, or a Composer checkpoint.
-        key: Where the path was given; begins the error message.
+        key: Recipe key or argument of the path; starts the error message.
 
     Returns:
-        The state dict of the network, without what DistributedDataParallel and Composer put before its names.
+        The state dict of the network, without the name prefixes of DistributedDataParallel and Composer.
 
     Raises:
-        InputError: No such file, or no file of weights.
+        InputError: The file is missing or is not a weights file.
     """
     return _read(path, key, safetensors.torch.load_file if Path(path).suffix == '.safetensors' else _load_pickle)
 
 
 def read_checkpoint(path: str | Path, key: str) -> dict[str, Tensor]:
-    """Read the weights in a file that Composer or ``torch.load`` will read next; nothing in it is run.
+    """Read the weights of a file that Composer or ``torch.load`` will load next, without running any code in it.
 
-    :func:`read_weights` reads ``.safetensors`` files in their own way. ``torch.load`` goes by the content, and one file can be both: the
-    harmless one of the two would be checked, and the other one unpickled.
+    Unlike :func:`read_weights`, this ignores the suffix. A file can be valid both as safetensors and as a pickle, and ``torch.load`` goes
+    by content: reading it as safetensors would check one part of the file, and then the other would be unpickled.
 
     Args:
         path: A file for ``torch.load``, whatever its name.
-        key: Where the path was given; begins the error message.
+        key: Recipe key or argument of the path; starts the error message.
 
     Returns:
         As for :func:`read_weights`.
 
     Raises:
-        InputError: No such file, or one that ``torch.load(weights_only=True)`` does not read.
+        InputError: The file is missing, or ``torch.load(weights_only=True)`` cannot read it.
     """
     return _read(path, key, _load_pickle)
 
@@ -83,22 +83,22 @@ def _read(path: str | Path, key: str, load: Callable[[Path], Any]) -> dict[str, 
         raise InputError(f'{key}: no file {path}; expected a .pt, .pth or .safetensors file of weights')
     try:
         content = load(file)
-    except Exception as error:  # there is no end to what damaged bytes lead to
+    except Exception as error:  # damaged bytes can raise anything
         reason = one_line(error).split('. ')[0][:200]
         raise InputError(f'{key}: {path} is no readable file of weights ({reason})') from error
     return _state_dict(content, path, key)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights into a model, in place; a head of another shape keeps the model's own start, with a line in the log.
+    """Load weights into a model, in place. If the head has another shape, the model keeps its own initial head and logs a warning.
 
     Args:
         model: The model.
-        weights: Its state dict, whose head (the last linear layer or convolution) may have another shape or be missing.
+        weights: A state dict whose head (the last linear layer or convolution) may have another shape or be missing.
         source: Where the weights come from, for messages.
 
     Raises:
-        InputError: A key other than the head's is missing, unknown or of another shape.
+        InputError: A key outside the head is missing, unexpected or has another shape.
     """
     own = model.state_dict()
     head = {key for key in own if key.startswith(f'{_head_name(model)}.')}
@@ -112,15 +112,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
 
 
 def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> str:
-    """Check weights against a network's own.
+    """Compare two state dicts.
 
     Args:
         own: The network's state dict.
         weights: Another state dict.
-        optional: Names that may be missing; batch norms' counters always may.
+        optional: Names that may be missing; batch norm counters always may.
 
     Returns:
-        What is missing, unexpected and of another shape, on one line; empty where the weights fit.
+        Missing and unexpected names and differing shapes, on one line; empty if the weights match.
     """
     wrong = {
         'missing': [key for key in own if key not in weights and key not in optional and not key.endswith('.num_batches_tracked')],
@@ -131,7 +131,7 @@ def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], option
 
 
 def _state_dict(content: Any, path: str | Path, key: str) -> dict[str, Tensor]:
-    """Unwrap what training scripts and Composer put around a state dict."""
+    """Unwrap a state dict from the containers that training scripts and Composer use."""
     for wrapping in ('state', 'model', 'state_dict'):
         if isinstance(content, Mapping) and isinstance(content.get(wrapping), Mapping):
             content = content[wrapping]
@@ -141,7 +141,7 @@ def _state_dict(content: Any, path: str | Path, key: str) -> dict[str, Tensor]:
         and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
     ):
         raise InputError(f'{key}: {path} holds no state dict; expected names and tensors, alone or under `state_dict` or `model`')
-    # DistributedDataParallel's and ComposerClassifier's
+    # DistributedDataParallel and ComposerClassifier each add one
     while all(name.startswith('module.') for name in content):
         content = {name.removeprefix('module.'): value for name, value in content.items()}
     return dict(content)

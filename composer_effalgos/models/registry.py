@@ -1,4 +1,4 @@
-"""The names under which recipes and scripts find the networks."""
+"""The registry of image models by name."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
     """Build a network that maps float ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
 
     Args:
-        name: One of :data:`MODELS`, or of torchvision's classification models, or of timm's, looked up in this order;
-            ``torchvision/NAME`` and ``timm/NAME`` name the library.
+        name: A name in :data:`MODELS`, torchvision's classification models or timm, looked up in this order; ``torchvision/NAME`` and
+            ``timm/NAME`` choose the library.
         num_classes: Number of classes.
-        pretrained: True for the library's own weights (downloaded, or from its cache); the name of weights of torchvision's, e.g.
-            ``MobileNet_V2_Weights.IMAGENET1K_V1``, for a network of ours with the same layers too; or the path of a local file of
-            weights (see :func:`~composer_effalgos.models.pretrained.read_weights`). Where the weights' head has another number of
-            classes, the model's head is initialised at random, with a line in the log.
+        pretrained: True for the library's own weights (downloaded or from its cache); the name of torchvision weights, e.g.
+            ``MobileNet_V2_Weights.IMAGENET1K_V1``, which also works for a model in :data:`MODELS` with the same layers; or the path of a
+            local weights file (see :func:`~composer_effalgos.models.pretrained.read_weights`). If the weights have another number of
+            classes, the head is initialised at random and a warning is logged.
         **options: Arguments of the network's constructor.
 
     Raises:
-        InputError: Unknown name or option, weights that cannot be had or do not fit.
+        InputError: A name or option is unknown, or the weights are unavailable or do not match.
     """
     check_number('model.num_classes', num_classes, least=1, most=MOST_CLASSES)
     library, plain_name = _find(name)
@@ -78,7 +78,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
 
 
 def _published(name: str) -> Mapping[str, Tensor]:
-    """torchvision's weights of this name, downloaded or from its cache."""
+    """torchvision weights by name, downloaded or from the cache."""
     models = torchvision.models
     enums = [models.get_model_weights(model) for model in models.list_models(module=models)]
     known = {str(weights): weights for enum in enums for weights in enum}
@@ -89,13 +89,13 @@ def _published(name: str) -> Mapping[str, Tensor]:
 
 
 def _find(name: str) -> tuple[str, str]:
-    """The library that knows a model, and its name there."""
+    """The library that has a model, and the model's name in it."""
     known = {'cifar': list(MODELS), 'torchvision': torchvision.models.list_models(module=torchvision.models), 'timm': timm.list_models()}
     prefix, _, rest = name.partition('/')
     if rest and prefix in ('torchvision', 'timm'):
         known, name = {prefix: known[prefix]}, rest
     for library, names in known.items():
-        # timm's names may carry the weights' tag: resnet18.a1_in1k
+        # timm names may carry a weights tag, which list_models() omits: resnet18.a1_in1k
         if name in names or (library == 'timm' and timm.is_model(name)):
             return library, name
     every = [item for names in known.values() for item in names]
@@ -111,7 +111,7 @@ def _from_cifar(name: str, num_classes: int, download: bool, options: dict[str, 
 
 def _from_torchvision(name: str, num_classes: int, download: bool, options: dict[str, Any]) -> nn.Module:
     if name in ('googlenet', 'inception_v3'):
-        # Auxiliary heads would make the output a tuple; the published weights expect ImageNet's own scaling
+        # Auxiliary heads would make the output a tuple; the published weights expect inputs scaled by transform_input
         options = {'aux_logits': False, 'init_weights': not download, 'transform_input': download} | options
     model = torchvision.models.get_model(name, num_classes=num_classes, **options)
     if download:
@@ -132,7 +132,7 @@ _BUILDERS: Mapping[str, Callable[[str, int, bool, dict[str, Any]], nn.Module]] =
 
 
 def _explain(error: BaseException, library: str, name: str) -> str:
-    """Why a constructor of torchvision or timm failed; for an unknown option with the nearest one of its class."""
+    """Why a torchvision or timm constructor failed; for an unknown option, suggests the closest known one."""
     text = _one_line(error)
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unexpected is None:
