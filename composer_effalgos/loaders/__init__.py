@@ -1,4 +1,4 @@
-"""Data paths besides worker processes: loaders that are given to the Trainer in place of a ``DataLoader``."""
+"""Data loaders to pass to the Trainer instead of a ``DataLoader`` with worker processes."""
 
 from composer_effalgos.loaders.device import DeviceDataLoader
 from composer_effalgos.loaders.ffcv import FfcvDataLoader

@@ -1,8 +1,8 @@
-"""Image augmentation for whole batches, on the device where the images lie.
+"""Batched image augmentation on the device that holds the images.
 
-A torchvision pipeline such as ``RandomCrop, RandomHorizontalFlip, ToTensor, Normalize`` is split in two: what always gives the same image
-(a resize, a centre crop) is done once, when a dataset is decoded; the rest becomes a :class:`BatchTransform`. Its random numbers belong
-to samples: sample *i* is cropped alike in a run whatever the batch, the rank, the device or the batches before it.
+A torchvision pipeline such as ``RandomCrop, RandomHorizontalFlip, ToTensor, Normalize`` is split in two: deterministic leading steps
+(resize, centre crop) run once, when the dataset is decoded; the rest becomes a :class:`BatchTransform`. Random numbers are drawn per
+sample: in an epoch, sample *i* gets the same crop whatever the batch, rank, device or previous batches.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from composer_effalgos.utils.errors import InputError
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIXED = (transforms.Resize, transforms.CenterCrop, v2.Resize, v2.CenterCrop)
 _PADDING_MODES = ('constant', 'reflect', 'edge')
-DRAWS = 5  # random numbers a sample: crop down and across, flip, cutout down and across
+DRAWS = 5  # random numbers per sample: crop row and column, flip, cutout row and column
 
 
 def random_bits(seed: int, samples: np.ndarray, draws: int) -> np.ndarray:
-    """Random numbers that are a pure function of (seed, sample, number of the draw).
+    """Random numbers as a pure function of (seed, sample index, draw index).
 
-    The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied to the sample's number and then to the draw's.
+    Applies the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) to the sample index and then to the draw index.
 
     Args:
-        seed: At least 0, below 2**64.
-        samples: Sample numbers, int64 ``[m]``.
-        draws: Numbers wanted of each sample.
+        seed: In [0, 2**64).
+        samples: Sample indices, int64 ``[m]``.
+        draws: Number of draws per sample.
 
     Returns:
         Uniform 32-bit numbers, uint64 ``[draws, m]``.
@@ -53,17 +53,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """From decoded images to what a network takes: random crop, random flip, resize, normalise, cut out.
+    """Batched transform from decoded images to network input: random crop, random flip, resize, normalise, cutout.
 
     Attributes:
-        crop: Height and width of the crop, in pixels; ``None`` for the whole image.
-        padding: Pixels added left, above, right and below before the crop.
-        padding_mode: What they are: ``'constant'`` (black), ``'reflect'`` or ``'edge'``.
-        flip: Probability of a flip left to right.
+        crop: Height and width of the crop in pixels; ``None`` for the whole image.
+        padding: Padding before the crop in pixels: left, top, right, bottom.
+        padding_mode: ``'constant'`` (black), ``'reflect'`` or ``'edge'``.
+        flip: Probability of a horizontal flip.
         size: Height and width to resize to after the crop (bilinear, anti-aliased); ``None`` for no resize.
-        mean: Channel means, of pixels in [0, 1]; ``None`` leaves pixels in [0, 1].
-        std: Channel standard deviations.
-        cutout: Side of a square to blank in the normalised image, in pixels; 0 for none.
+        mean: Channel means of pixels in [0, 1]; ``None`` leaves pixels in [0, 1].
+        std: Channel standard deviations of pixels in [0, 1].
+        cutout: Side in pixels of a square to blank in the normalised image; 0 for none.
     """
 
     crop: tuple[int, int] | None = None
@@ -76,17 +76,17 @@ class BatchTransform:
     cutout: int = 0
 
     def draw(self, seed: int, indices: Tensor, height: int, width: int) -> Tensor:
-        """The random decisions for some samples.
+        """Draw the random parameters of some samples.
 
         Args:
-            seed: Names the epoch's stream.
-            indices: Sample numbers, int64 ``[m]``, on the CPU.
-            height: Of the stored images, in pixels.
-            width: Of the stored images, in pixels.
+            seed: Seed of the epoch's random stream.
+            indices: Sample indices, int64 ``[m]``, on the CPU.
+            height: Height of the stored images in pixels.
+            width: Width of the stored images in pixels.
 
         Returns:
-            int16 ``[5, m]`` on the CPU: the crop's upper and left edge in the image before padding (so they may be negative), flip (0 or
-            1), the centre of what is cut out.
+            int16 ``[5, m]`` on the CPU: top and left edge of the crop relative to the unpadded image (may be negative), flip (0 or 1), row
+            and column of the cutout centre.
         """
         left, top, right, bottom = self.padding
         crop_height, crop_width = self.crop or (height, width)
@@ -106,12 +106,12 @@ class BatchTransform:
         return torch.from_numpy(np.stack(decisions).astype(np.int16))
 
     def __call__(self, images: Tensor, indices: Tensor, decisions: Tensor) -> Tensor:
-        """Gathers and transforms images; nothing here waits for the device.
+        """Gather and transform images without synchronising with the device.
 
         Args:
-            images: uint8 ``[N, H, W, 3]``; a black pixel must follow it in memory, see :func:`with_black_pixel`.
-            indices: Which of them, int64 ``[b]``, on the device of ``images``.
-            decisions: Columns of what :meth:`draw` gave, int16 ``[5, b]``, on the same device.
+            images: uint8 ``[N, H, W, 3]``, followed in memory by a black pixel, see :func:`with_black_pixel`.
+            indices: Indices into ``images``, int64 ``[b]``, on the same device.
+            decisions: Columns from :meth:`draw` for these samples, int16 ``[5, b]``, on the same device.
 
         Returns:
             float32 ``[b, 3, h, w]`` in channels-last memory.
@@ -134,7 +134,7 @@ class BatchTransform:
         if self.size is not None:
             resized = v2.functional.resize(chosen.permute(0, 3, 1, 2), list(self.size), antialias=True)
             chosen = resized.permute(0, 2, 3, 1).contiguous()
-        # one pixel row after the other: on a CPU several times faster than three channels at a time, and the same numbers
+        # Normalise whole pixel rows: on a CPU, several times faster than broadcasting over 3 channels, with identical results
         batch, final_height, final_width, _ = chosen.shape
         result = chosen.view(batch * final_height, final_width * 3).float().div_(255)
         if self.mean is not None and self.std is not None:
@@ -145,14 +145,14 @@ class BatchTransform:
         return result.permute(0, 3, 1, 2)
 
     def _into(self, positions: Tensor, length: int) -> Tensor:
-        """Positions beside the image as positions in it."""
+        """Map positions in the padding to positions in the image."""
         if self.padding_mode == 'reflect':
             positions = positions.abs()
             positions = length - 1 - (length - 1 - positions).abs()
         return positions.clamp(0, length - 1)
 
     def _cut(self, down: Tensor, across: Tensor, height: int, width: int) -> Tensor:
-        """What is cut out, bool ``[b, h, w, 1]``."""
+        """Mask of the cutout squares, bool ``[b, h, w, 1]``."""
         rows, columns = (torch.arange(length, device=down.device) for length in (height, width))
         low, high = self.cutout // 2, self.cutout - self.cutout // 2
         within_rows = (rows >= down - low) & (rows < down + high)
@@ -166,13 +166,13 @@ def _pixel_row(values: Pixels, width: int, device: torch.device) -> Tensor:
 
 
 def with_black_pixel(shape: Sequence[int]) -> Tensor:
-    """Room for decoded images, with a black pixel behind them that stands for everything outside an image.
+    """Allocate a buffer for decoded images, followed in memory by a black pixel that zero-padding reads.
 
     Args:
         shape: ``(N, H, W, 3)``.
 
     Returns:
-        uint8 ``[N, H, W, 3]``, not yet filled.
+        Uninitialised uint8 ``[N, H, W, 3]``.
     """
     size = int(np.prod(shape))
     room = torch.empty(size + 3, dtype=torch.uint8)
@@ -181,25 +181,25 @@ def with_black_pixel(shape: Sequence[int]) -> Tensor:
 
 
 def steps_of(transform: Any) -> list[Any]:
-    """The steps of a torchvision pipeline, nested ones flattened; of anything else, itself."""
+    """The flattened steps of a torchvision pipeline; ``[transform]`` for anything else."""
     if isinstance(transform, transforms.Compose | v2.Compose):
         return [step for part in transform.transforms for step in steps_of(part)]
     return [transform]
 
 
 def split_transform(transform: Any) -> tuple[list[Callable[[Any], Any]], BatchTransform]:
-    """Splits a torchvision pipeline into what is done once and what is done to each batch.
+    """Split a torchvision pipeline into the steps that run once per image and those that run on each batch.
 
     Args:
         transform: A pipeline from PIL images to float32 tensors: any of Resize and CenterCrop, then RandomCrop, RandomHorizontalFlip and
-            Resize, then ToTensor (or ToImage and ToDtype), Normalize and :class:`~composer_effalgos.datasets.images.Cutout`, of
-            ``torchvision.transforms`` or its ``v2``.
+            Resize, then ToTensor (or ToImage and ToDtype), Normalize and :class:`~composer_effalgos.datasets.images.Cutout`, from
+            ``torchvision.transforms`` or ``torchvision.transforms.v2``.
 
     Returns:
-        The steps from a PIL image to the image that is stored, and the rest.
+        The steps from a PIL image to the stored image, and the batched rest.
 
     Raises:
-        InputError: Another step, or another order.
+        InputError: The pipeline has another step or another order.
     """
     fixed: list[Callable[[Any], Any]] = []
     found = BatchTransform()
@@ -227,7 +227,7 @@ _TO_FLOAT = 4
 
 
 def _add(found: BatchTransform, step: Any) -> tuple[int, BatchTransform]:
-    """``found`` with one more step, and where the step stands in the order that a :class:`BatchTransform` has."""
+    """Add a step to ``found``; also return the step's position in the order of a :class:`BatchTransform`."""
     if isinstance(step, transforms.RandomCrop | v2.RandomCrop):
         left, top, right, bottom = _padding_of(step)
         if step.padding_mode not in _PADDING_MODES or step.pad_if_needed or not _is_zero(step.fill):
@@ -253,10 +253,10 @@ def _add(found: BatchTransform, step: Any) -> tuple[int, BatchTransform]:
 
 
 def _padding_of(step: Any) -> tuple[int, int, int, int]:
-    """Pixels to the left, above, to the right and below."""
+    """Padding in pixels: left, top, right, bottom."""
     if step.padding is None:
         return 0, 0, 0, 0
-    if isinstance(step, v2.RandomCrop):  # has them parsed, in an order of its own
+    if isinstance(step, v2.RandomCrop):  # already parsed, but in the order left, right, top, bottom
         left, right, top, bottom = step.padding
         return left, top, right, bottom
     sides = [step.padding] if isinstance(step.padding, int) else list(step.padding)

@@ -1,4 +1,4 @@
-"""Decoded images on disk, so that a dataset is decoded once and not once a run."""
+"""Disk cache of decoded images, so that a dataset is decoded once and not in every run."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _FORMAT = 'decoded images 1'
 
 
 def identity_of(dataset: Any, *how: str) -> str:
-    """Names the images that decoding a dataset gives.
+    """Cache key for the decoded images of a dataset.
 
-    Two datasets have the same name only if they hold the same samples in the same order: files count by path, size and time of change,
-    arrays by their contents.
+    Two datasets have the same key only if they hold the same samples in the same order. Files are identified by path, size and modification
+    time, arrays by their contents.
 
     Args:
-        dataset: A dataset of images in files (``samples`` as torchvision has it), in arrays (``data`` or ``images``), in Parquet, a
-            ``Subset`` of one, or one with a method ``fingerprint() -> str``.
-        *how: What else the images depend on.
+        dataset: A dataset of image files (with torchvision's attribute ``samples``), of arrays (``data`` or ``images``), of Parquet images,
+            a ``Subset`` of one of these, or any dataset with a method ``fingerprint() -> str``.
+        *how: Anything else that the images depend on.
 
     Returns:
-        64 hexadecimal digits.
+        64 hexadecimal digits (SHA-256).
 
     Raises:
-        InputError: For data of another kind, or a file that has gone.
+        InputError: The dataset is of another kind, or a file is missing.
     """
     digest = hashlib.sha256()
     for part in (_FORMAT, PIL.__version__, *how, *_parts(dataset)):
@@ -88,15 +88,15 @@ def _file(path: str | os.PathLike[str]) -> str:
 
 
 def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
-    """Reads decoded images that :func:`save` wrote.
+    """Read decoded images written by :func:`save`.
 
     Args:
-        folder: Where they lie.
-        identity: Of the dataset wanted.
+        folder: The cache folder.
+        identity: Key of the dataset, from :func:`identity_of`.
 
     Returns:
-        Images, uint8 ``[N, H, W, 3]``, and labels, int64 ``[N]``; ``None`` where there are none, and, with a warning, where the file is
-        cut off, damaged or another dataset's.
+        Images, uint8 ``[N, H, W, 3]``, and labels, int64 ``[N]``. ``None`` if there is no file, or, with a warning, if it is truncated,
+        damaged or of another dataset.
     """
     path = _path(folder, identity)
     if not path.exists():
@@ -108,31 +108,31 @@ def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
             _check_claims(found.zip)
             if str(found['identity']) != identity:
                 raise ValueError("it holds another data set's images")
-            images, labels = torch.from_numpy(found['images']), torch.from_numpy(found['labels'])  # reading compares checksums
+            images, labels = torch.from_numpy(found['images']), torch.from_numpy(found['labels'])  # reading verifies the zip checksums
         if images.dtype != torch.uint8 or labels.dtype != torch.int64 or images.shape != (*labels.shape, *images.shape[1:3], 3):
             raise ValueError('it holds no images and labels')
-    except Exception as error:  # what damaged bytes lead to is not specified
+    except Exception as error:  # damaged bytes can raise anything
         warnings.warn(f'{path}: not used ({one_line(error)}); the images are decoded again', stacklevel=2)
         return None
     return images, labels
 
 
 def _check_claims(archive: zipfile.ZipFile) -> None:
-    """Compares what the arrays' headers claim with the file's size: numpy makes room for it before it reads."""
+    """Check the sizes claimed by the array headers against the file, because numpy allocates them before it reads."""
     for info in archive.infolist():
         with archive.open(info) as member:
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0}[np.lib.format.read_magic(member)]  # savez writes no other
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0}[np.lib.format.read_magic(member)]  # the version that savez writes
             shape, _, dtype = read_header(member)
         if info.compress_type != zipfile.ZIP_STORED or math.prod(shape) * dtype.itemsize > info.file_size:
             raise ValueError(f'{info.filename} claims {math.prod(shape)} values')
 
 
 def save(folder: Path, identity: str, images: Tensor, labels: Tensor) -> None:
-    """Writes decoded images; the file appears whole or not at all. A full disk is a warning: the images are in memory anyway.
+    """Write decoded images atomically. A failed write is only a warning, because the images are in memory anyway.
 
     Args:
-        folder: Where to; made if it is not there.
-        identity: Of their dataset.
+        folder: The cache folder; created if missing.
+        identity: Key of the dataset, from :func:`identity_of`.
         images: uint8 ``[N, H, W, 3]``.
         labels: int64 ``[N]``.
     """

@@ -1,4 +1,4 @@
-"""Decoded once, kept on the device, batched there: the data path for image datasets that fit into memory."""
+"""A data loader for image datasets that fit into memory: decoded once, kept and batched on the device."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from composer_effalgos.loaders.augment import split_transform, steps_of, with_bl
 from composer_effalgos.plan import BatchReader, Reading
 from composer_effalgos.utils.errors import InputError
 
-# On a GPU the launches of a dozen small kernels cost more than their work: batches are made together, up to this many bytes
+# On a GPU, launching a dozen small kernels per batch costs more than running them: build several batches at once, up to this size
 TOGETHER = 64 * 2**20  # bytes
 
 
 class DeviceDataLoader(BatchReader):
-    """Batches of images that lie decoded on the device, augmented there.
+    """Keeps decoded images on the device and augments them there in batches.
 
-    The images are decoded once, as uint8, when the loader is first read (or by :meth:`load`), and stay on the GPU, or in memory where
-    there is none; each process has its own copy. A batch is gathered, cropped, flipped, resized, normalised and cut out in a few
-    operations over the whole batch, without waiting for the device. What is random about a sample depends on (seed, epoch, sample) alone:
-    it is the same at any number of ranks, on any device, and in a run that was resumed.
+    The images are decoded once, as uint8, on first iteration (or by :meth:`load`), and stay in GPU memory, or in host memory without a GPU;
+    each process has its own copy. A batch is gathered, cropped, flipped, resized, normalised and cut out with a few batched operations,
+    without synchronising with the device. Augmentation depends only on (seed, epoch, sample): it is the same for any number of ranks, on
+    any device, and in a resumed run.
 
     Args:
-        dataset: A map-style dataset of ``(image, label)`` whose attribute ``transform`` is a torchvision pipeline over PIL images, as
-            ``torchvision.datasets`` and ours have it, or a ``Subset`` of one; see
-            :func:`~composer_effalgos.loaders.augment.split_transform` for the steps it may have. The images that come out before the
-            random steps must all have one size.
+        dataset: A map-style dataset of ``(image, label)`` whose attribute ``transform`` is a torchvision pipeline over PIL images, as in
+            ``torchvision.datasets`` and this package, or a ``Subset`` of one. See
+            :func:`~composer_effalgos.loaders.augment.split_transform` for the supported steps. Before the random steps, all images must
+            have the same size.
         batch_size: Samples per rank and batch.
-        shuffle: Draws a new order each epoch.
-        drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation without a plan; a plan uses the run's seed.
-        device: Where the images lie; by default this rank's GPU, or else the CPU.
-        cache: Folder for decoded images; ``None`` decodes them in each run. A file of another dataset, or a damaged one, is not used.
-        num_workers: Processes that decode.
+        shuffle: Draw a new order each epoch.
+        drop_last: Drop an incomplete last batch.
+        seed: Seed for order and augmentation if no epoch plan is used; a plan uses the run's seed.
+        device: Device that holds the images; by default this rank's GPU, or else the CPU.
+        cache: Folder for decoded images; ``None`` decodes them in each run. Damaged files and those of other datasets are ignored.
+        num_workers: Number of decoding processes.
 
     Raises:
-        InputError: For a dataset or a transform that it cannot take; on :meth:`load`, for images of several sizes or too many to fit.
+        InputError: The dataset or transform is not supported; on :meth:`load`, the images differ in size or do not fit into memory.
     """
 
     def __init__(
@@ -76,21 +76,21 @@ class DeviceDataLoader(BatchReader):
         self._labels: Tensor | None = None
 
     def load(self) -> None:
-        """Decodes the images, or reads them from the cache; once."""
+        """Decode the images or read them from the cache; later calls do nothing."""
         if self._images is not None:
             return
-        # On each node one process decodes and writes, the others read what it wrote
+        # One process per node decodes and writes the cache, the others read it
         with dist.run_local_rank_zero_first() if self.cache is not None and dist.is_initialized() else contextlib.nullcontext():
             images, labels = self._decoded()
         if self.device.type == 'cuda':
             free, total = torch.cuda.mem_get_info(self.device)
             _check_room(images.nbytes, free, f'{total / 1e9:.0f} GB of GPU memory')
-        # the black pixel behind the images comes along
+        # Copy the black pixel behind the images too
         room = images.as_strided((images.numel() + 3,), (1,)).to(self.device)
         self._images, self._labels = room[: images.numel()].view(images.shape), labels.to(self.device)
 
     def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
-        """Makes batches; see :meth:`BatchReader.read_batches`.
+        """Build batches; see :meth:`BatchReader.read_batches`.
 
         Yields:
             ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.
@@ -116,7 +116,7 @@ class DeviceDataLoader(BatchReader):
                 continue
             for batch in range(first, last):
                 here = slice(offsets[batch] - start, offsets[batch + 1] - start)
-                # memory of its own: Composer deep-copies each batch, and the copy of a view is one of all that it is a view of
+                # Composer deep-copies each batch, and deep-copying a view copies its whole storage
                 yield [inputs[here].clone(), targets[here].clone()]
 
     def _to_device(self, values: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class DeviceDataLoader(BatchReader):
         return values.pin_memory().to(self.device, non_blocking=True)
 
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        """Images, uint8 ``[N, H, W, 3]`` with a black pixel behind them, and labels, int64 ``[N]``."""
+        """Images, uint8 ``[N, H, W, 3]`` followed by a black pixel, and labels, int64 ``[N]``."""
         if self.cache is None:
             return self._decode()
         identity = disk.identity_of(self.dataset, *map(repr, self._once))
@@ -144,7 +144,7 @@ class DeviceDataLoader(BatchReader):
         images: Tensor | None = None
         stored = with_transform(self.dataset, _ToStore(self._once))
         done = 0
-        # with a generator of its own: otherwise PyTorch draws from the one that training uses, and a resumed run would differ
+        # Without its own generator, the DataLoader would draw from torch's global one and a resumed run would differ
         generator = torch.Generator()
         for items in DataLoader(stored, batch_size=256, num_workers=self.decoders, collate_fn=list, generator=generator):
             for image, label in items:
@@ -165,7 +165,7 @@ class DeviceDataLoader(BatchReader):
 
 
 def _together(offsets: Sequence[int], samples: int) -> Iterator[tuple[int, int]]:
-    """Ranges of batches with at most this many samples together, one batch at least: on a CPU, one, which stays in its cache."""
+    """Ranges of batches to build together: at most ``samples`` samples, but at least one batch. On a CPU, one fits its cache."""
     first = 0
     while first < len(offsets) - 1:
         last = max(first + 1, bisect.bisect_right(offsets, offsets[first] + samples) - 1)
@@ -174,7 +174,7 @@ def _together(offsets: Sequence[int], samples: int) -> Iterator[tuple[int, int]]
 
 
 class _ToStore:
-    """A PIL image as uint8 ``[H, W, 3]``, after the steps that are done once."""
+    """Applies the steps that run once to a PIL image and returns uint8 ``[H, W, 3]``."""
 
     def __init__(self, steps: list[Any]) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""ffcv's compiled, threaded decoding as a data path: it reads the ``.beton`` files that ``effalgos convert`` writes."""
+"""A data loader with ffcv's compiled, threaded decoding, for the ``.beton`` files that ``effalgos convert`` writes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from composer_effalgos.loaders.augment import BatchTransform, random_bits, split
 from composer_effalgos.plan import BatchReader, Reading, stream_seed
 from composer_effalgos.utils.errors import InputError
 
-TRIES = 10  # as torchvision's RandomResizedCrop
+TRIES = 10  # as in torchvision's RandomResizedCrop
 
 Boxes = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""``(seed, sample numbers, heights, widths) -> int64 [m, 4]``: top, left, height and width of the part of each image to decode."""
+"""``(seed, sample indices, heights, widths) -> int64 [m, 4]``: top, left, height and width of the box to decode from each image."""
 
 
 class FfcvDataLoader(BatchReader):
-    """Batches decoded by ffcv's threads, augmented as a whole.
+    """Decodes with ffcv's threads and augments in batches on the device.
 
-    ffcv decodes, crops to a box and resizes, in compiled code and ahead of the training; the plan's batches go to it as they are, of any
-    size, and nothing is compiled again when the size changes. What ffcv decoded is copied out of its buffers, which it uses again, and the
-    rest of the pipeline (random crop, flip, normalisation) runs over the whole batch on the device. What is random about a sample depends
-    on (seed, epoch, sample) alone, as on :class:`~composer_effalgos.loaders.DeviceDataLoader`.
+    ffcv decodes, crops to a box and resizes in compiled code, ahead of training. It takes the plan's batches of any size without
+    recompiling. The output is copied out of ffcv's reused buffers, and the rest of the pipeline (random crop, flip, normalisation) runs on
+    the whole batch on the device. As in :class:`~composer_effalgos.loaders.DeviceDataLoader`, augmentation depends only on (seed, epoch,
+    sample).
 
     Args:
-        dataset: A :class:`~composer_effalgos.datasets.beton.Beton`. Its transform begins with RandomResizedCrop, or Resize and CenterCrop,
-            or the stored images have one size; :func:`~composer_effalgos.loaders.augment.split_transform` says what may follow.
+        dataset: A :class:`~composer_effalgos.datasets.beton.Beton`. Its transform must start with RandomResizedCrop, or Resize and
+            CenterCrop, unless the stored images have one size; see :func:`~composer_effalgos.loaders.augment.split_transform` for what may
+            follow.
         batch_size: Samples per rank and batch.
-        shuffle: Draws a new order each epoch.
-        drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation without a plan; a plan uses the run's seed.
-        device: Where the batches go; by default this rank's GPU, or else the CPU.
-        num_threads: Threads that decode.
-        batches_ahead: Batches decoded ahead.
+        shuffle: Draw a new order each epoch.
+        drop_last: Drop an incomplete last batch.
+        seed: Seed for order and augmentation if no epoch plan is used; a plan uses the run's seed.
+        device: Device of the batches; by default this rank's GPU, or else the CPU.
+        num_threads: Number of decoding threads.
+        batches_ahead: Number of batches to decode ahead.
 
     Raises:
-        InputError: Another dataset or a transform that it cannot run, ffcv missing, a file that is cut off.
+        InputError: The dataset or transform is not supported, ffcv is not installed, or the file is truncated.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class FfcvDataLoader(BatchReader):
         self._loader = images_of(dataset, self._decoding.size, num_threads, batches_ahead)
 
     def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
-        """Decodes batches; see :meth:`BatchReader.read_batches`.
+        """Decode batches; see :meth:`BatchReader.read_batches`.
 
         Yields:
             ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.
@@ -110,7 +111,7 @@ class FfcvDataLoader(BatchReader):
             epoch.stop()
 
     def _copied(self, decoded: np.ndarray) -> Tensor:
-        """ffcv's buffer in memory of our own, with the black pixel that a :class:`BatchTransform` wants, on the device."""
+        """Copy ffcv's buffer to the device, followed by the black pixel that :class:`BatchTransform` needs."""
         room = with_black_pixel(decoded.shape)
         room.copy_(torch.from_numpy(decoded))
         return self._on_device(room.as_strided((room.numel() + 3,), (1,)))[: room.numel()].view(room.shape)
@@ -121,16 +122,16 @@ class FfcvDataLoader(BatchReader):
         return values.contiguous().pin_memory().to(self.device, non_blocking=True)
 
 
-# ------------------------------------------------------------------ what is decoded
+# ------------------------------------------------------------------ decoding boxes
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What ffcv does to each image.
+    """The part of the pipeline that ffcv runs: decode a box of each image and resize it.
 
     Attributes:
-        size: Height and width that come out, in pixels.
-        boxes: Says which part of each image.
+        size: Output height and width in pixels.
+        boxes: Computes the boxes.
     """
 
     size: tuple[int, int]
@@ -138,7 +139,7 @@ class Decoding:
 
 
 def _split(dataset: Beton) -> tuple[Decoding, BatchTransform]:
-    """Splits a pipeline into what ffcv does while it decodes and what is done to whole batches."""
+    """Split a pipeline into the part that ffcv runs while decoding and the part that runs on batches."""
     steps = steps_of(dataset.transform)
     first = steps[0]
     if isinstance(first, transforms.RandomResizedCrop | v2.RandomResizedCrop):
@@ -187,17 +188,17 @@ def _cannot(transform: Any) -> InputError:
 
 
 def center_boxes(heights: np.ndarray, widths: np.ndarray, shorter: int, height: int, width: int) -> np.ndarray:
-    """What a resize of the shorter side to ``shorter`` and a centre crop of ``height`` x ``width`` keep of each image.
+    """The box of each image that remains after resizing the shorter side to ``shorter`` and a centre crop to ``height`` x ``width``.
 
     Args:
-        heights: Of the images, int64 ``[m]``, in pixels.
-        widths: Of the images, int64 ``[m]``, in pixels.
-        shorter: In pixels.
-        height: Of the crop, in pixels.
-        width: Of the crop, in pixels.
+        heights: Image heights in pixels, int64 ``[m]``.
+        widths: Image widths in pixels, int64 ``[m]``.
+        shorter: Length of the shorter side after the resize in pixels.
+        height: Height of the crop in pixels.
+        width: Width of the crop in pixels.
 
     Returns:
-        int64 ``[m, 4]``: top, left, height, width in the image.
+        int64 ``[m, 4]``: top, left, height, width in the original image.
     """
     boxes = []
     for lengths, others, side in ((heights, widths, height), (widths, heights, width)):
@@ -212,15 +213,15 @@ def center_boxes(heights: np.ndarray, widths: np.ndarray, shorter: int, height: 
 def random_resized_boxes(
     seed: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """The boxes of torchvision's RandomResizedCrop (Szegedy et al. 2015, arXiv 1409.4842), drawn from a stream of each sample's own.
+    """The boxes of torchvision's RandomResizedCrop (Szegedy et al. 2015, arXiv 1409.4842), with one random stream per sample.
 
     Args:
-        seed: Names the epoch's stream.
-        samples: Sample numbers, int64 ``[m]``.
-        heights: Of the images, int64 ``[m]``, in pixels.
-        widths: Of the images, int64 ``[m]``, in pixels.
-        scale: Least and largest share of the image's area.
-        ratio: Least and largest ratio of width to height.
+        seed: Seed of the epoch's random stream.
+        samples: Sample indices, int64 ``[m]``.
+        heights: Image heights in pixels, int64 ``[m]``.
+        widths: Image widths in pixels, int64 ``[m]``.
+        scale: Minimum and maximum fraction of the image area.
+        ratio: Minimum and maximum aspect ratio, width over height.
 
     Returns:
         int64 ``[m, 4]``: top, left, height, width.
@@ -232,7 +233,7 @@ def random_resized_boxes(
     fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
     first = fits.argmax(axis=0)
     columns = np.arange(len(samples))
-    # where none fits: the largest box in the middle whose ratio is allowed
+    # Fallback if no try fits, as in torchvision: the largest centred box with an allowed aspect ratio
     shape = widths / heights
     whole_wide = np.where(shape > ratio[1], np.round(heights * ratio[1]).astype(np.int64), widths)
     whole_tall = np.where(shape < ratio[0], np.round(widths / ratio[0]).astype(np.int64), heights)

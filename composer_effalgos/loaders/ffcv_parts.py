@@ -1,4 +1,4 @@
-"""Extensions of ffcv; imported only if ffcv is installed."""
+"""Extensions of ffcv's classes; imported only if ffcv is installed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ['BoxDecoder', 'Epoch', 'images_of']
 
 
 def images_of(dataset: Beton, size: tuple[int, int], num_threads: int, batches_ahead: int) -> Loader:
-    """ffcv's loader of the images alone; it is never iterated itself, see :class:`Epoch`.
+    """Build an ffcv loader that decodes only the images. It is not iterated directly; see :class:`Epoch`.
 
     Args:
-        dataset: The file.
-        size: Height and width of the output.
-        num_threads: Threads that decode.
-        batches_ahead: Batches decoded ahead.
+        dataset: The dataset.
+        size: Output height and width in pixels.
+        num_threads: Number of decoding threads.
+        batches_ahead: Number of batches to decode ahead.
     """
     reader = check_beton(dataset.file)
     pipelines = {name: [BoxDecoder(size)] if name == 'image' else None for name in reader.field_names}
@@ -46,12 +46,12 @@ def images_of(dataset: Beton, size: tuple[int, int], num_threads: int, batches_a
 
 
 class BoxDecoder(SimpleRGBImageDecoder):
-    """Decodes the image, and resizes a box of it to the output, where that is not the whole image at its own size.
+    """Decodes an image and resizes a box of it to the output size; the resize is skipped if the box is the whole image at that size.
 
-    Memory of a batch: the output; the boxes, which are filled in before; whether a JPEG file could not be decoded.
+    Each batch has three buffers: the output, the boxes (filled in beforehand), and a flag for JPEG files that could not be decoded.
 
     Args:
-        size: Height and width of the output.
+        size: Output height and width in pixels.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -97,29 +97,29 @@ class BoxDecoder(SimpleRGBImageDecoder):
 
 
 class Epoch(EpochIterator):
-    """ffcv's thread that decodes ahead, over batches of any sizes; an error in it is raised where the batch is asked for.
+    """ffcv's decoding thread, extended to batches of varying size; its errors are raised in the consumer.
 
     Args:
-        dataset: The file.
-        loader: Of :func:`images_of`.
-        batches: Sample numbers of each batch.
-        boxes: For each batch int64 ``[m, 4]``: top, left, height and width of the part of each image to decode.
+        dataset: The dataset.
+        loader: A loader from :func:`images_of`.
+        batches: Rows of the file in each batch, uint64 ``[m]``.
+        boxes: Boxes to decode in each batch, int64 ``[m, 4]``: top, left, height, width.
     """
 
     def __init__(self, dataset: Beton, loader: Loader, batches: list[np.ndarray], boxes: list[np.ndarray]) -> None:
         self.dataset, self.batches, self.boxes = dataset, batches, boxes
         self.error: BaseException | None = None
-        loader.batch_size = max(map(len, batches))  # the room in its buffers
+        loader.batch_size = max(map(len, batches))  # the capacity of its buffers
         super().__init__(loader, np.concatenate(batches))
 
     def start(self) -> None:
-        self.iter_ixes = iter(self.batches)  # ffcv's own are all of one size
+        self.iter_ixes = iter(self.batches)  # replaces ffcv's batches of equal size
         super().start()
 
     def run(self) -> None:
         try:
             super().run()
-        except BaseException as error:  # else whoever waits for the batch would wait forever
+        except BaseException as error:  # otherwise the consumer would wait for the batch forever
             self.error = error
             while not self.terminate_event.is_set():
                 with contextlib.suppress(Full):
@@ -144,7 +144,7 @@ class Epoch(EpochIterator):
             raise
 
     def stop(self) -> None:
-        """Ends the thread, which may wait for room in its queue."""
+        """End the thread, draining its queue because it may be blocked on a full one."""
         self.close()
         self.closed = True
         while self.is_alive():
@@ -153,7 +153,7 @@ class Epoch(EpochIterator):
 
 
 def _decode_again(dataset: Beton, row: int, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image for which TurboJPEG gave a warning or an error, which ffcv does not tell apart; broken ones are refused here."""
+    """Decode an image with Pillow after a TurboJPEG warning or error, which ffcv does not distinguish; broken images raise here."""
     data = dataset.encoded(row)
     image = decode_image(data, f'{dataset.file}: sample {row}')
     top, left, tall, wide = box.tolist()

@@ -1,4 +1,4 @@
-"""The names under which recipes find the data paths."""
+"""The registry of data loaders by name."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from composer_effalgos.utils.checks import check_number
 def device(
     dataset: Dataset, *, train: bool, batch_size: int, drop_last: bool, seed: int, num_workers: int, cache: str | None = None
 ) -> DeviceDataLoader:
-    """``loader: device``: decoded once, batched and augmented on the device.
+    """``loader: device``: images are decoded once, then batched and augmented on the device.
 
     Args:
         dataset: The dataset.
-        train: Whether the order is drawn again each epoch.
+        train: Whether to shuffle, with a new order each epoch.
         batch_size: Samples per rank and batch.
-        drop_last: Leave the last, smaller batch of an epoch out.
+        drop_last: Drop an incomplete last batch.
         seed: The run's seed.
-        num_workers: Processes that decode.
+        num_workers: Number of decoding processes.
         cache: Folder for decoded images; null decodes them in each run.
     """
     loader = DeviceDataLoader(
         dataset, batch_size=batch_size, shuffle=train, drop_last=drop_last, seed=seed, cache=cache, num_workers=num_workers
     )
-    loader.load()  # what is wrong with the images shows before a run begins
+    loader.load()  # report broken images before training starts
     return loader
 
 
 def ffcv(
     dataset: Beton, *, train: bool, batch_size: int, drop_last: bool, seed: int, num_workers: int, batches_ahead: int = 2
 ) -> FfcvDataLoader:
-    """``loader: ffcv``: decoded by ffcv's threads, augmented on the device.
+    """``loader: ffcv``: images are decoded by ffcv's threads and augmented on the device.
 
     Args:
         dataset: The dataset, ``dataset: beton``.
-        train: Whether the order is drawn again each epoch.
+        train: Whether to shuffle, with a new order each epoch.
         batch_size: Samples per rank and batch.
-        drop_last: Leave the last, smaller batch of an epoch out.
+        drop_last: Drop an incomplete last batch.
         seed: The run's seed.
-        num_workers: Threads that decode; at least one.
-        batches_ahead: Batches decoded ahead.
+        num_workers: Number of decoding threads; at least one is used.
+        batches_ahead: Number of batches to decode ahead.
     """
     check_number('loader.batches_ahead', batches_ahead, least=1, most=1024)
     return FfcvDataLoader(

@@ -1,1 +1,1 @@
-"""Runs described in YAML: read, checked, built and resumed."""
+"""YAML recipes: reading, validation, building and resuming runs."""

@@ -1,4 +1,4 @@
-"""Keyword arguments from YAML, checked against a callable's signature and type hints."""
+"""Validation of keyword arguments from YAML against a callable's signature and type hints."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, A
     """Check keyword arguments against a signature.
 
     Args:
-        key: The recipe key that begins the error message.
+        key: The recipe key that starts the error message.
         target: The class or function that will be called.
-        kwargs: What the recipe gives it.
-        given: Parameters that are filled in elsewhere and may not come from the recipe.
+        kwargs: Arguments from the recipe.
+        given: Parameters that the caller fills in and that the recipe may not set.
 
     Returns:
         The arguments as a new ``dict``.
 
     Raises:
-        InputError: An unknown argument (the message gives the nearest), a missing one, or one of the wrong type.
+        InputError: An argument is unknown (the message suggests the closest), missing or of the wrong type.
     """
     hints = parameters(target)
     known = {name: hint for name, hint in hints.items() if name not in given and not name.startswith('*')}
@@ -48,7 +48,7 @@ def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, A
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a callable: its type hint and whether it must be given."""
+    """A parameter of a callable: its type hint and whether it is required."""
 
     hint: Any
     required: bool
@@ -61,15 +61,15 @@ def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
         target: A class or function.
 
     Returns:
-        Names and parameters; ``'**'`` stands for open keyword arguments. A parameter without a type hint takes its default's type.
+        Parameters by name; ``'**'`` stands for arbitrary keyword arguments. A parameter without a type hint gets the type of its default.
     """
     function = target.func if isinstance(target, functools.partial) else target
     init = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
-    if init is Callback.__init__:  # it takes anything and ignores it
+    if init is Callback.__init__:  # accepts any argument and ignores it
         return {}
     try:
         hints = typing.get_type_hints(init)
-    except (NameError, TypeError):  # names imported for the type checker alone
+    except (NameError, TypeError):  # names imported under TYPE_CHECKING
         hints = {}
     found = {}
     for name, parameter in inspect.signature(target).parameters.items():

@@ -1,4 +1,4 @@
-"""Builds a Trainer from a recipe."""
+"""Build a Trainer from a recipe."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def build_trainer(recipe: Recipe) -> Trainer:
-    """Build everything that a recipe names.
+    """Build the Trainer of a recipe.
 
-    Cheap parts are built first, so that errors appear early. The model's weights depend only on the recipe's seed.
+    Cheap components are built first, so that errors appear early. The initial weights depend only on the recipe's seed.
 
     Args:
         recipe: A checked recipe.
@@ -42,7 +42,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         The trainer; ``trainer.fit()`` trains, evaluates and writes ``summary.json``.
 
     Raises:
-        InputError: The recipe cannot be run here; the message names its key.
+        InputError: The recipe cannot be run on this machine; the message names the recipe key.
     """
     device = Component(f'{recipe.source}: device', get_device, {'device': recipe.trainer.get('device')}).build()
     if dist.get_world_size() > 1:
@@ -61,7 +61,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     train_set, eval_set = (build_split(recipe, split) for split in ('train', 'eval'))
     train_loader = _loader(recipe, train_set, train=True, on_gpu=on_gpu)
     eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
-    # a run without our algorithms is planned too: resumed within an epoch it reads nothing twice, and it can go shard by shard
+    # Plan runs without our algorithms too, so that resuming within an epoch repeats no sample, and shards are read in order
     if recipe.loader is not None or getattr(train_set, 'shard_starts', None) is not None:
         callbacks.append(EpochPlanner())
     callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
@@ -104,7 +104,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
 
 def _too_short(recipe: Recipe, error: Exception) -> InputError | None:
-    """Composer divides by a schedule's times in batches."""
+    """Explain a ZeroDivisionError: Composer divides by a schedule's times, which round down to 0 batches in a short run."""
     if recipe.scheduler is None or not isinstance(error, ZeroDivisionError):
         return None
     times = ', '.join(f'{name}={value}' for name, value in recipe.scheduler.kwargs.items())
@@ -112,7 +112,7 @@ def _too_short(recipe: Recipe, error: Exception) -> InputError | None:
 
 
 def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
-    """Puts TensorBoard's files into the run's folder, unless the recipe names another."""
+    """Put TensorBoard's files into the run folder, unless the recipe sets another."""
     if logger.target is TensorboardLogger and 'log_dir' not in logger.kwargs:
         return replace(logger, kwargs={'log_dir': str(recipe.run_folder / 'tensorboard'), **logger.kwargs})
     return logger
@@ -135,7 +135,7 @@ def build_split(recipe: Recipe, split: str) -> Any:
     component = Component(recipe.source, build_dataset, {'path': data.path, **data.options})
     if dist.get_world_size() == 1:
         return component.build(data.name, split)
-    # A download must not be made twice
+    # One process per node downloads
     with dist.run_local_rank_zero_first():
         return component.build(data.name, split)
 
@@ -168,17 +168,17 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
 
 
 def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
-    """Build a recipe's network, before any algorithm.
+    """Build a recipe's model, before algorithms change it.
 
     Args:
         recipe: A checked recipe.
-        dataset: Its training split.
+        dataset: The training split.
 
     Returns:
-        A classifier of images or texts with its cross-entropy and accuracy, or a language model with its own loss.
+        An image or text classifier with cross-entropy loss and accuracy, or a language model with its own loss.
 
     Raises:
-        InputError: The network cannot be built, does not read such data, or has fewer outputs than the dataset has classes.
+        InputError: The model cannot be built, does not support this kind of data, or has fewer outputs than the dataset has classes.
     """
     settings, num_classes = recipe.model, dataset.num_classes
     _check_kind(recipe)
@@ -197,7 +197,7 @@ def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
 
 
 def _check_kind(recipe: Recipe) -> None:
-    """Refuses a model for data of another kind."""
+    """Reject a model for another kind of data."""
     name, data = recipe.model.name, recipe.dataset.name
     text, labelled = name in LANGUAGE_MODELS, name in TEXT_CLASSIFIERS
     if text != (data in TEXT) or labelled != (data in LABELLED_TEXT):
@@ -206,7 +206,7 @@ def _check_kind(recipe: Recipe) -> None:
 
 
 def _text_model(recipe: Recipe, dataset: Any, num_classes: int) -> ComposerModel:
-    """A language model, or a classifier of texts."""
+    """Build a language model or a text classifier."""
     settings = recipe.model
     arguments = {'seq_len': dataset.seq_len, **settings.options, **({'pretrained': settings.pretrained} if settings.pretrained else {})}
     if settings.name in LANGUAGE_MODELS:
@@ -216,7 +216,7 @@ def _text_model(recipe: Recipe, dataset: Any, num_classes: int) -> ComposerModel
 
 
 def _precision(recipe: Recipe, model: ComposerModel, *, on_gpu: bool) -> str | None:
-    """Composer's precision; on a CPU fp32, with bfloat16 autocast around the model's forward pass where the recipe asks for it."""
+    """The precision for Composer. On a CPU that is fp32; for ``amp_bf16``, bfloat16 autocast is applied to the model's forward pass."""
     if recipe.precision is None or on_gpu or recipe.precision == 'fp32':
         return recipe.precision
     if recipe.precision == 'amp_bf16' and has_bf16():

@@ -1,4 +1,4 @@
-"""Checkpoints of a recipe: where they go, which one a run resumes from, and whether it fits."""
+"""Checkpoints of a recipe: where they are saved, which one a run starts from, and whether it is valid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from composer_effalgos.utils.text import one_line, shown
 
 __all__ = ['Loading', 'check_checkpoint', 'checkpoint_folder', 'loading', 'only_weights', 'trainer_arguments']
 
-# State that a run needs to resume. Composer ignores missing entries, so the run would silently start them from scratch.
+# State required to resume. Composer ignores missing entries, so a run would silently restart them from scratch.
 _STATE: dict[str, type | tuple[type, ...]] = {
     'model': dict,
     'optimizers': dict,
@@ -38,27 +38,20 @@ _LOADERS = ('composer.utils.checkpoint', 'composer.utils.file_helpers', 'compose
 
 
 def checkpoint_folder(recipe: Recipe) -> Path:
-    """Where a recipe's checkpoints go.
-
-    Args:
-        recipe: A checked recipe.
-
-    Returns:
-        ``<save_folder>/<run_name>/checkpoints``.
-    """
+    """The folder of a recipe's checkpoints, ``<save_folder>/<run_name>/checkpoints``."""
     return recipe.run_folder / 'checkpoints'
 
 
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's arguments of the Trainer, with what resuming needs."""
+    """The recipe's Trainer arguments, adjusted for autoresume."""
     arguments = dict(recipe.trainer)
     if not arguments.get('autoresume', False):
         return arguments
     latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
-    # A run killed between writing a checkpoint, be it the first, and marking it the latest writes that checkpoint again
+    # A run killed after writing a checkpoint but before linking it as the latest writes that checkpoint again
     arguments.setdefault('save_overwrite', True)
     if dist.get_world_size() > dist.get_local_world_size():
-        # Every node of Composer 0.32.1 would remove the same signal file from the folder that they share, and fail where it is gone
+        # In Composer 0.32.1, every node removes the same signal file from the shared folder, and all but the first fail
         arguments['autoresume'] = False
         if latest.exists():
             arguments |= {'load_path': str(latest), 'load_weights_only': False, 'load_ignore_keys': None, 'load_exclude_algorithms': None}
@@ -70,10 +63,10 @@ class Loading:
     """A checkpoint that a run starts from.
 
     Attributes:
-        key: Where the recipe says so, e.g. ``recipe.yaml: load_path``; begins every message.
-        path: The file, or its address.
+        key: The recipe key, e.g. ``recipe.yaml: load_path``; starts every error message.
+        path: Path or URL of the file.
         weights_only: Whether only the weights are loaded.
-        partly: Whether the recipe excludes parts of it.
+        partly: Whether the recipe excludes parts of the checkpoint.
     """
 
     key: str
@@ -83,23 +76,23 @@ class Loading:
 
     @property
     def is_local(self) -> bool:
-        """Whether the file can be read before Composer loads it."""
+        """Whether the file is local and can be read before Composer loads it."""
         return '://' not in self.path and not self.path.startswith('dbfs:')
 
     def check(self) -> None:
-        """Checks the file if it is local; raises as :func:`check_checkpoint`."""
+        """Check the file if it is local; raises as :func:`check_checkpoint`."""
         if self.is_local:
             check_checkpoint(self.key, Path(self.path), weights_only=self.weights_only)
 
     def refused(self, error: Exception, model: nn.Module | None = None) -> InputError | None:
-        """What loading it, or going on with it, led to, as bad input.
+        """Turn an error from loading the checkpoint, or from resuming with it, into an ``InputError``.
 
         Args:
-            error: What was raised.
-            model: The network; what in the file does not fit it is named.
+            error: The exception raised.
+            model: The model; the message lists its differences from the checkpoint.
 
         Returns:
-            The error; None where it is not about the checkpoint.
+            The error to raise; ``None`` if ``error`` is not about the checkpoint.
         """
         if isinstance(error, CheckpointError):
             return InputError(f'{self.key}: {error.reason}')
@@ -111,27 +104,27 @@ class Loading:
         return InputError(f'{self.key}: {self.path}: the checkpoint is {reason}')
 
     def check_weights(self, model: nn.Module) -> None:
-        """Refuses weights of another network, of which Composer would load what fits and ignore the rest.
+        """Reject weights of another model; Composer would load the matching ones and ignore the rest.
 
         Args:
-            model: The network, after every change that algorithms make to it.
+            model: The model, after all changes by algorithms.
 
         Raises:
-            InputError: They are.
+            InputError: The weights do not match the model.
         """
         other = self._differences(model) if self.is_local and not self.partly else ''
         if other:
             raise InputError(f'{self.key}: {self.path}: the checkpoint is of another model ({other})')
 
     def check_state(self, state: State) -> None:
-        """Composer at most warns about missing state and initialises it: no run may continue with half of its state.
+        """Check that the checkpoint held the state to resume; Composer at most warns about missing state and initialises it.
 
         Args:
-            state: The trainer's state, loaded.
+            state: The trainer's state, after loading.
 
         Raises:
-            InputError: Autoresume found no state of one of our algorithms, which the same recipe has saved; or an optimizer's state is not
-                there for every parameter alike.
+            InputError: With autoresume, the state of one of our algorithms is missing; or the optimizer has no state, or not the same
+                entries for every parameter.
         """
         if not self.is_local or self.weights_only or self.partly:
             return
@@ -165,10 +158,10 @@ def loading(recipe: Recipe) -> Loading | None:
         recipe: A checked recipe.
 
     Returns:
-        The one of autoresume if there is one, else that of ``load_path``, else None.
+        The latest checkpoint if ``autoresume`` is set and there is one, else that of ``load_path``, else ``None``.
 
     Raises:
-        InputError: ``load_path`` holds unknown placeholders.
+        InputError: ``load_path`` contains unknown placeholders.
     """
     latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
     load_path = recipe.trainer.get('load_path')
@@ -188,15 +181,15 @@ def loading(recipe: Recipe) -> Loading | None:
 
 
 def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> None:
-    """Check that a file is a complete checkpoint of Composer's.
+    """Check that a file is a complete Composer checkpoint.
 
     Args:
-        key: The recipe key that begins the error message.
+        key: The recipe key that starts the error message.
         path: The file.
         weights_only: Whether only the weights are needed.
 
     Raises:
-        InputError: The file is missing, truncated or something else, or lacks state that a run needs to resume.
+        InputError: The file is missing, truncated or not a checkpoint, or lacks state required to resume.
     """
     if not path.is_file():
         raise InputError(f'{key}: {path}: no such checkpoint')
@@ -209,7 +202,7 @@ def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> Non
         raise InputError(f'{key}: {path}: damaged checkpoint (in {damaged})')
     try:
         content = _content(path)
-    except Exception as error:  # there is no end to what damaged bytes lead to
+    except Exception as error:  # damaged bytes can raise anything
         raise InputError(f'{key}: {path}: not a checkpoint ({one_line(error)[:200]})') from error
     wrong = _wrong(content, weights_only=weights_only)
     if wrong:
@@ -217,10 +210,10 @@ def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> Non
 
 
 def only_weights(path: Path) -> bool:
-    """Whether a checkpoint was saved with ``save_weights_only``; raises what ``torch.load`` does.
+    """Whether a checkpoint was saved with ``save_weights_only``; raises what ``torch.load`` raises.
 
     Args:
-        path: The file; what it holds was found harmless before.
+        path: The file. It is unpickled, so check it first (:func:`~composer_effalgos.models.pretrained.read_checkpoint`).
     """
     content = _content(path)
     state = content.get('state') if isinstance(content, dict) else None
@@ -228,12 +221,12 @@ def only_weights(path: Path) -> bool:
 
 
 def _content(path: Path) -> Any:
-    # The checksums are right; Composer reads it in the same way, and mmap leaves the tensors on the disk
+    # weights_only=False, as Composer itself loads it next; mmap leaves the tensors on disk
     return torch.load(path, map_location='cpu', mmap=True, weights_only=False)
 
 
 def _wrong(content: Any, *, weights_only: bool) -> str:
-    """What is missing in a checkpoint or has the wrong type; empty if nothing."""
+    """Describe what is missing in a checkpoint or has the wrong type; empty if it is complete."""
     state = content.get('state') if isinstance(content, dict) else None
     if not isinstance(state, dict):
         return "it has no 'state'"
@@ -254,7 +247,7 @@ def _wrong(content: Any, *, weights_only: bool) -> str:
 
 
 def _pairs(saved: Any) -> Iterable[Any]:
-    """Names and states of what a checkpoint has in pairs, or of older versions by name."""
+    """(name, state) pairs of a checkpoint's algorithms; older Composer versions saved a dict."""
     return saved.items() if isinstance(saved, dict) else saved
 
 

@@ -1,6 +1,6 @@
-"""Everything a recipe can name: algorithms, callbacks, loggers, optimizers and schedules.
+"""The algorithms, callbacks, loggers, optimizers and schedulers that a recipe can name.
 
-A recipe says ``blurpool: {min_channels: 32}``; this module finds the class behind the name.
+For ``blurpool: {min_channels: 32}`` in a recipe, this module finds the class of that name.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = ['Component', 'algorithms', 'callbacks', 'find', 'loggers', 'optimizer
 
 @dataclass(frozen=True)
 class Component:
-    """A class or function that a recipe names, with its checked arguments.
+    """A class or function named in a recipe, with its checked arguments.
 
     Attributes:
-        key: Where the recipe says so, e.g. ``recipe.yaml: algorithms.infobatch``; begins every error message.
+        key: The recipe key, e.g. ``recipe.yaml: algorithms.infobatch``; starts every error message.
         target: The class or function to call.
         kwargs: Its keyword arguments.
     """
@@ -48,24 +48,24 @@ class Component:
         """Call the target.
 
         Args:
-            *args: What the recipe cannot say, e.g. an optimizer's parameters.
-            **given: The same, by name.
+            *args: Positional arguments that a recipe cannot express, e.g. an optimizer's parameters.
+            **given: Keyword arguments of this kind.
 
         Raises:
-            InputError: The target refused its arguments or needs a package that is not installed.
+            InputError: The target rejects its arguments or needs a package that is not installed.
         """
         try:
             return self.target(*args, **given, **self.kwargs)
         except (InputError, ImportError) as error:
             raise InputError(f'{self.key}: {one_line(error)}') from error
         except Exception as error:
-            raised_here = error.__traceback__ is not None and error.__traceback__.tb_next is None  # the arguments fit no signature
+            raised_here = error.__traceback__ is not None and error.__traceback__.tb_next is None  # arguments do not match the signature
             if explain(error) is not None or (is_ours(error) and not raised_here):
                 raise
             raise self.refused(error) from error
 
     def refused(self, error: Exception) -> InputError:
-        """What another package's code raised, as bad input that names the component."""
+        """Turn an exception from another package into an ``InputError`` that names the component."""
         kind = '' if isinstance(error, (ValueError, TypeError, RuntimeError)) else f'{type(error).__name__}: '
         return InputError(f'{self.key}: {kind}{one_line(error)[:300]}')
 
@@ -75,16 +75,16 @@ def _snake(name: str) -> str:
 
 
 def find(key: str, kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """Look a name up, ignoring case and underscores; a full class name (``tensorboard_logger``) works as well.
+    """Look up a name, ignoring case and underscores; a full class name (``tensorboard_logger``) also works.
 
     Args:
-        key: The recipe key that begins the error message.
-        kind: What the name should be, e.g. ``'algorithm'``.
-        name: What was written.
-        known: Names and what they stand for.
+        key: The recipe key that starts the error message.
+        kind: The kind of component, e.g. ``'algorithm'``.
+        name: The name in the recipe.
+        known: Components by name.
 
     Raises:
-        InputError: No such name; the message gives the nearest.
+        InputError: The name is unknown; the message suggests the closest.
     """
     by_class_name = {plain(getattr(target, '__name__', '')): target for target in known.values()}
     by_name = {plain(known_name): target for known_name, target in known.items()}
@@ -95,7 +95,7 @@ def find(key: str, kind: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def _members(module: types.ModuleType, base: type, suffix: str = '') -> dict[str, type]:
-    """Public subclasses of ``base`` in a Composer package, under the names of their files (``blurpool``, ``lr_monitor``)."""
+    """Public subclasses of ``base`` in a Composer package, by the name of their file (``blurpool``, ``lr_monitor``)."""
     classes = [getattr(module, name) for name in module.__all__]
     return {
         item.__module__.rsplit('.', 1)[-1].removesuffix(suffix): item for item in classes if issubclass(item, base) and item is not base
@@ -114,7 +114,7 @@ def algorithms() -> dict[str, type]:
 
 @functools.cache
 def callbacks() -> dict[str, type]:
-    """Composer's callbacks, by snake_case name; the efficiency monitor is part of every run and has no name here."""
+    """Composer's callbacks, by snake_case name. The efficiency monitor is part of every run and not listed."""
     return _members(composer.callbacks, Callback)
 
 
@@ -126,7 +126,7 @@ def loggers() -> dict[str, type]:
 
 @functools.cache
 def schedulers() -> dict[str, type]:
-    """Composer's schedules and ``one_cycle``, by snake_case name without ``_scheduler``."""
+    """Composer's schedulers and ``one_cycle``, by snake_case name without ``_scheduler``."""
     names = [name for name in composer.optim.__all__ if name.endswith('Scheduler') and name != 'ComposerScheduler']
     found = {_snake(name.removesuffix('Scheduler')): getattr(composer.optim, name) for name in names}
     return found | {'one_cycle': OneCycleScheduler}
@@ -134,8 +134,8 @@ def schedulers() -> dict[str, type]:
 
 @functools.cache
 def optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """timm's optimizers, Composer's decoupled ones and torch's; of one name, the later in this list."""
-    # Those left out need bitsandbytes or apex
+    """timm's optimizers, Composer's decoupled ones and torch's; later ones in this list take precedence."""
+    # The excluded ones need bitsandbytes or apex
     names = [str(name) for name in timm.optim.list_optimizers(exclude_filters=['bnb*', 'fused*'])]
     found: dict[str, Callable[..., torch.optim.Optimizer]] = {name: timm.optim.get_optimizer_class(name) for name in names}
     found |= {'decoupled_sgdw': composer.optim.DecoupledSGDW, 'decoupled_adamw': composer.optim.DecoupledAdamW}

@@ -1,4 +1,4 @@
-"""The one learning-rate schedule that Composer does not bring: the 1cycle policy."""
+"""The 1cycle learning rate schedule, which Composer lacks."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def one_cycle_lr(
     final_div_factor: float = 1e4,
     three_phase: bool = False,
 ) -> float:
-    """Learning rate of the 1cycle policy at one step, as ``torch.optim.lr_scheduler.OneCycleLR`` defines it.
+    """Learning rate of the 1cycle policy at one step, as in ``torch.optim.lr_scheduler.OneCycleLR``.
 
-    The rate climbs from ``max_lr / div_factor`` to ``max_lr`` during the first ``pct_start`` of the steps, then falls to
-    ``max_lr / (div_factor * final_div_factor)`` at step ``total_steps - 1``, where it stays.
+    The learning rate rises from ``max_lr / div_factor`` to ``max_lr`` over the first fraction ``pct_start`` of the steps, then falls to
+    ``max_lr / (div_factor * final_div_factor)`` at step ``total_steps - 1``, and stays there.
 
     Args:
-        step: Step, from 0; fractions are allowed.
-        total_steps: Steps in the cycle, in the unit of ``step``.
-        max_lr: The peak.
-        pct_start: Share of the cycle spent climbing, in [0, 1].
+        step: Step, from 0; may be fractional.
+        total_steps: Length of the cycle, in the unit of ``step``.
+        max_lr: Peak learning rate.
+        pct_start: Fraction of the cycle spent increasing the learning rate, in [0, 1].
         anneal_strategy: ``'cos'`` or ``'linear'``.
-        div_factor: Peak over first value.
-        final_div_factor: First value over last value.
-        three_phase: Fall back to the first value as fast as the climb was, then on to the last value.
+        div_factor: Peak divided by the initial learning rate.
+        final_div_factor: Initial divided by the final learning rate.
+        three_phase: Decrease to the initial learning rate as fast as it rose, then to the final one.
 
     Returns:
         The learning rate.
@@ -64,22 +64,22 @@ def one_cycle_lr(
 
 
 class OneCycleScheduler(ComposerScheduler):
-    """The 1cycle learning rate as a stateless Composer schedule; momentum is left alone.
+    """The 1cycle learning rate as a stateless Composer scheduler; momentum is unchanged.
 
-    Composer schedules are factors on the optimizer's own learning rate, so ``max_lr`` is divided by that rate here: the rate in use
-    peaks at ``max_lr`` whatever the optimizer's ``lr`` is.
+    Composer schedulers return a factor on the optimizer's own learning rate, so this one divides by that rate: the learning rate peaks at
+    ``max_lr`` whatever the optimizer's ``lr`` is.
 
     Args:
-        max_lr: The peak learning rate, above 0.
-        pct_start: Share of the cycle spent climbing, in [0, 1].
+        max_lr: Peak learning rate, above 0.
+        pct_start: Fraction of the cycle spent increasing the learning rate, in [0, 1].
         anneal_strategy: ``'cos'`` or ``'linear'``.
-        div_factor: Peak over first value, above 0.
-        final_div_factor: First value over last value, above 0.
-        three_phase: As in :func:`one_cycle_lr`.
+        div_factor: Peak divided by the initial learning rate, above 0.
+        final_div_factor: Initial divided by the final learning rate, above 0.
+        three_phase: See :func:`one_cycle_lr`.
         t_max: Length of the cycle, a Composer time string.
 
     Raises:
-        InputError: A setting is out of its range.
+        InputError: An argument is out of range.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Recipes: a run written down in YAML, read and checked as a whole before anything is built.
+"""The recipe schema: a run described in YAML, fully checked before anything is built.
 
-The schema is this module's dataclasses for what is ours, and the signatures of the classes that a recipe names for everything else
-(see :mod:`composer_effalgos.recipes.components`), so a setting of Composer's needs no second definition here.
+This module's dataclasses define our own keys. Everything else is checked against the signatures of the classes that a recipe names (see
+:mod:`composer_effalgos.recipes.components`), so Composer's settings are not defined again here.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DatasetRecipe:
-    """The ``dataset`` section; a key that is not listed here is an option of the dataset itself.
+    """The ``dataset`` section; keys not listed here are options of the dataset.
 
     Attributes:
-        name: A name that :func:`composer_effalgos.datasets.build_dataset` knows.
-        batch_size: Training samples in a step, over all ranks together.
-        path: Folder with the data, where the dataset needs one.
-        eval_batch_size: Evaluation samples in a step, over all ranks; ``batch_size`` when null.
-        num_workers: Worker processes of each loader on each rank.
-        drop_last: Leave the last, smaller batch of an epoch out.
-        pin_memory: Page-locked batches; on exactly when training on a GPU when null.
-        prefetch_factor: Batches that a worker prepares ahead; the ``DataLoader``'s own default when null.
-        options: What goes to the dataset.
+        name: A dataset name for :func:`composer_effalgos.datasets.build_dataset`.
+        batch_size: Training samples per step, over all ranks.
+        path: Folder of the data, if the dataset needs one.
+        eval_batch_size: Evaluation samples per step, over all ranks; null for ``batch_size``.
+        num_workers: Worker processes per loader and rank.
+        drop_last: Drop an incomplete last training batch.
+        pin_memory: Use pinned memory; null to use it when training on a GPU.
+        prefetch_factor: Batches that each worker loads ahead; null for the ``DataLoader`` default.
+        options: Options of the dataset.
     """
 
     name: str
@@ -68,15 +68,15 @@ class DatasetRecipe:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The ``model`` section; a key that is not listed here is an option of the model itself.
+    """The ``model`` section; keys not listed here are options of the model.
 
     Attributes:
-        name: A name that :func:`composer_effalgos.models.build_model` knows.
-        num_classes: Outputs; as many as the dataset has classes when null.
-        pretrained: True for the library's weights, or a file of weights.
-        train_metrics: Measure the accuracy on each training batch, as Composer does by default. It costs host time in every step (see
-            docs/data_paths.md), and on pruned or chosen samples it is not the training set's.
-        options: What goes to the model.
+        name: A model name for :func:`composer_effalgos.models.build_model`, or of a language model or text classifier.
+        num_classes: Number of outputs; null for the dataset's number of classes.
+        pretrained: True for the library's weights, or the name or file of weights.
+        train_metrics: Compute accuracy on each training batch, as Composer does by default. This costs host time in every step (see
+            docs/data_paths.md), and with pruning or subset selection it is not the accuracy on the training set.
+        options: Options of the model.
     """
 
     name: str
@@ -88,29 +88,30 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, checked: every name in it exists and every argument fits its signature.
+    """A checked recipe: every name exists and all arguments match their signatures.
 
-    Besides these keys a recipe may hold any other argument of :class:`composer.Trainer` (``device``, ``eval_interval``,
+    Besides these keys, a recipe may set any other argument of :class:`composer.Trainer` (``device``, ``eval_interval``,
     ``save_interval``, ``load_path``, ``autoresume``, ``device_train_microbatch_size``, ``progress_bar``, ...).
 
     Attributes:
-        dataset: Data and how to batch it.
-        model: The network.
-        optimizer: ``name`` (torch's, Composer's and timm's) and its arguments.
+        dataset: The dataset and its batching.
+        model: The model.
+        optimizer: ``name`` (of torch, Composer or timm) and arguments.
         max_duration: Length of training, as a time string or a number of epochs.
-        run_name: Name of the run and of its folder; the file's name without ending when not given.
-        seed: Seeds the weights, the order of the samples and every random draw.
-        precision: Composer's precision; what is not fp32 runs as fp32 on the CPU. Null: Composer's default for the device.
-        save_folder: The run's files go to ``<save_folder>/<run_name>``.
-        scheduler: ``name`` and arguments of a Composer schedule or ``one_cycle``.
-        loader: The data path, a name of :data:`composer_effalgos.loaders.LOADERS` alone or with its options; null, or ``workers`` in the
+        run_name: Name of the run and of its folder; by default the file name without suffix.
+        seed: Seed for weights, sample order and all other random draws.
+        precision: Composer precision. On the CPU, ``amp_bf16`` uses autocast if the CPU supports bfloat16, and all else runs in fp32. Null
+            for Composer's default for the device.
+        save_folder: The run's files are saved to ``<save_folder>/<run_name>``.
+        scheduler: ``name`` and arguments of a Composer scheduler or ``one_cycle``.
+        loader: The data loader: a name in :data:`composer_effalgos.loaders.LOADERS`, with or without options; null, or ``workers`` in the
             file, for worker processes.
         algorithms: Names with arguments.
         callbacks: Names with arguments.
         loggers: Names with arguments.
-        trainer: The other arguments of the Trainer.
-        source: Name of the file, for messages.
-        settings: The recipe as plain data, overrides included.
+        trainer: Other arguments of the Trainer.
+        source: File name, for messages.
+        settings: The recipe as plain data, with overrides.
     """
 
     dataset: DatasetRecipe
@@ -132,23 +133,23 @@ class Recipe:
 
     @property
     def run_folder(self) -> Path:
-        """Where this run's files go."""
+        """The folder of this run's files."""
         return Path(self.save_folder) / self.run_name
 
     @property
     def components(self) -> list[Component]:
-        """Everything that it names beside data and model."""
+        """All components except dataset, loader and model."""
         schedule = [] if self.scheduler is None else [self.scheduler]
         return [self.optimizer, *schedule, *self.algorithms, *self.callbacks, *self.loggers]
 
     def refused(self, error: Exception) -> InputError | None:
-        """What another package's code raised in training, as bad input that names the component in whose code it was.
+        """Turn an exception from another package into an ``InputError`` that names the component that raised it.
 
         Args:
-            error: What was raised.
+            error: The exception.
 
         Returns:
-            The same in one line; None where it says enough by itself, or is a fault of this package.
+            The error to raise; ``None`` if ``error`` explains itself or is a bug in this package.
         """
         if explain(error) is not None or is_ours(error):
             return None
@@ -157,15 +158,15 @@ class Recipe:
 
 
 OURS = tuple(item.name for item in fields(Recipe) if item.name not in ('trainer', 'source', 'settings'))
-# What build_trainer sets, or what YAML cannot express
+# Arguments that build_trainer sets or YAML cannot express
 NOT_FOR_RECIPES = {
     'self', 'train_dataloader', 'train_dataloader_label', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithm_passes', 'profiler',
     'load_object_store', 'console_stream', 'spin_dataloaders',
 }  # fmt: skip
 _FLOAT32_MAX = 3.4e38
 _SCHEDULE_UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
-_LONGEST_NAME = 200  # bytes; file systems take 255, and files get endings
-_LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # of schedules, which divide by them
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
+_LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # arguments that schedulers divide by
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -173,13 +174,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: The YAML file.
-        overrides: ``key=value`` settings on top, in OmegaConf's dot notation.
+        overrides: ``key=value`` settings that override the file, in OmegaConf's dot notation.
 
     Returns:
         The recipe.
 
     Raises:
-        InputError: No such file, broken YAML, an unknown name or key, a missing or mistyped value.
+        InputError: The file is missing or invalid YAML, a name or key is unknown, or a value is missing or of the wrong type.
     """
     path = Path(path)
     settings = read_settings(path, overrides)
@@ -187,12 +188,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_name: str = 'run') -> Recipe:
-    """Check a recipe that is plain data already.
+    """Check a recipe given as plain data.
 
     Args:
         settings: The recipe's keys and values.
-        source: Begins every error message.
-        run_name: Name of the run where the settings give none.
+        source: Starts every error message.
+        run_name: Default name of the run.
 
     Returns:
         The recipe.
@@ -263,20 +264,20 @@ def _dataset(key: str, settings: Any) -> DatasetRecipe:
 
 
 def _loader(key: str, settings: Any) -> Component | None:
-    """The data path; None for worker processes, which the ``dataset`` section describes and which have no options here."""
+    """The data loader; ``None`` for worker processes, whose options are in the ``dataset`` section."""
     settings = {'name': settings} if isinstance(settings, str) else settings
     component = _named(key, 'loader', settings, {**LOADERS, 'workers': _workers}, given=GIVEN)
     return None if component.target is _workers else component
 
 
 def _workers() -> None:
-    """Stands for worker processes among the loaders."""
+    """Placeholder for worker processes among the loaders."""
 
 
 def _section(schema: type, key: str, settings: Any, builders: Mapping[str, Callable[..., Any]], given: Sequence[str]) -> Any:
-    """A mapping as the dataclass ``schema``; the keys that it does not list must be options of the builder that ``name`` names.
+    """Parse a mapping into the dataclass ``schema``; its other keys must be options of the builder called ``name``.
 
-    Of a builder that is not ours the options are not known before it is called.
+    Options of a builder outside this package can only be checked by calling it.
     """
     check_type(key, settings, dict)
     hints = typing.get_type_hints(schema)
@@ -297,7 +298,7 @@ def _section(schema: type, key: str, settings: Any, builders: Mapping[str, Calla
 
 
 def _named(key: str, kind: str, settings: Any, known: Mapping[str, Any], *, given: Sequence[str] = ()) -> Component:
-    """``{name: x, **arguments}`` as a component."""
+    """Parse ``{name: x, **arguments}`` into a component."""
     check_type(key, settings, dict)
     if not isinstance(settings.get('name'), str):
         raise InputError(f'{key}.name: missing; expected a string')
@@ -307,7 +308,7 @@ def _named(key: str, kind: str, settings: Any, known: Mapping[str, Any], *, give
 
 
 def _several(key: str, kind: str, settings: Any, known: Mapping[str, Any]) -> list[Component]:
-    """``{x: arguments, y: arguments}`` as components; null stands for no arguments."""
+    """Parse ``{x: arguments, y: arguments}`` into components; null means no arguments."""
     if settings is None:
         return []
     check_type(key, settings, dict)
@@ -323,7 +324,7 @@ def _several(key: str, kind: str, settings: Any, known: Mapping[str, Any]) -> li
 
 
 def _scheduler(key: str, settings: Any) -> Component | None:
-    """The schedule. Composer finds out about a time that it cannot use when it trains, and does not say which it was."""
+    """Parse the scheduler and check its times, because Composer rejects them only in training, without naming the argument."""
     if settings is None:
         return None
     component = _named(key, 'scheduler', settings, components.schedulers())
@@ -340,7 +341,7 @@ def _scheduler(key: str, settings: Any) -> Component | None:
 
 
 def _check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
-    """Refuses NaN and what float32 cannot hold, wherever it stands: a run that meets it trains on and learns nothing."""
+    """Reject NaN and numbers beyond float32 at any depth, with which a run would train without learning, and malformed strings."""
     if levels == 0:
         raise InputError(f'{key.split(".")[0]}: {TOO_DEEP}')
     if isinstance(value, Mapping):
@@ -356,7 +357,7 @@ def _check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
 
 
 def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
-    """Refuses arguments that the Trainer takes and then fails with, or runs with to no purpose."""
+    """Reject arguments that the Trainer accepts but later fails with, or that make the run useless."""
     microbatch = trainer.get('device_train_microbatch_size')
     if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
         raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
@@ -375,7 +376,7 @@ def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
 
 
 def _check_run_name(source: str, run_name: str) -> None:
-    # The name becomes a folder below save_folder
+    # The run name becomes a folder in save_folder
     plain = run_name.isprintable() and run_name.strip() and run_name not in ('.', '..') and not any(char in run_name for char in '/\\{}')
     if not plain or len(run_name.encode()) > _LONGEST_NAME:
         raise InputError(
@@ -385,7 +386,7 @@ def _check_run_name(source: str, run_name: str) -> None:
 
 
 def _check_save_folder(source: str, folder: str) -> None:
-    if re.match(r'[A-Za-z][A-Za-z0-9+.-]*:/', folder):  # Path makes one slash of two
+    if re.match(r'[A-Za-z][A-Za-z0-9+.-]*:/', folder):  # Path would collapse the // of a URL
         raise InputError(f'{source}: save_folder: expected a folder of this machine, got the address {shown(folder)}; copy the run there')
 
 
@@ -394,7 +395,7 @@ def _check_duration(key: str, duration: str | int, dataset: str) -> None:
         time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
-    counted = dataset in (*TEXT, *LABELLED_TEXT)  # elsewhere there are no tokens, and such a run would never end
+    counted = dataset in (*TEXT, *LABELLED_TEXT)  # image runs count no tokens and would never end
     if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, *[TimeUnit.TOKEN] * counted):
         units = 'epochs, batches, samples or tokens' if counted else 'epochs, batches or samples'
         raise InputError(f"{key}: expected a positive number of {units} such as '10ep', got {duration!r}")

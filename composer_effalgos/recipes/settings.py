@@ -1,4 +1,4 @@
-"""Settings in YAML, read and merged, and where the project's own lie."""
+"""Reading and merging YAML settings, and finding the recipes of this package."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from composer_effalgos.utils.text import one_line, shown
 
 __all__ = ['MOST_CHARACTERS', 'MOST_LEVELS', 'SWEEPS', 'TOO_DEEP', 'list_recipes', 'merge_settings', 'read_settings', 'recipe_folder']
 
-SWEEPS = 'sweeps'  # the folder of the sweeps, among those of the recipes
+SWEEPS = 'sweeps'  # the folder of sweeps within a folder of recipes
 MOST_LEVELS = 50
-MOST_CHARACTERS = 4000  # of a value: a path's length on Linux
+MOST_CHARACTERS = 4000  # per value; about the longest path on Linux
 _MOST_VALUES = 100_000
-_REFERENCE = re.compile(r'\$\{([^${}]*)\}')  # an interpolation that holds no other
+_REFERENCE = re.compile(r'\$\{([^${}]*)\}')  # an interpolation without nested ones
 TOO_DEEP = f'expected at most {MOST_LEVELS} levels of nesting'
 
 
 def recipe_folder() -> Path:
-    """Where the recipes that come with the project lie.
+    """Find the folder of the recipes that ship with this package.
 
     Returns:
-        ``yamls`` in the working directory, else in the installed package, else beside it (a checkout).
+        ``yamls`` in the working directory, else in the installed package, else beside it (in a checkout).
 
     Raises:
-        InputError: It is in none of these places.
+        InputError: None of these folders exists.
     """
     package = Path(__file__).parents[1]
     places = [Path('yamls'), package / 'yamls', package.parent / 'yamls']
@@ -46,16 +46,16 @@ def recipe_folder() -> Path:
 
 
 def list_recipes(folder: Path) -> list[tuple[Path, str]]:
-    """Find the recipes in a folder and its subfolders; those named ``sweeps`` hold no recipes.
+    """Find the recipes in a folder, recursively, except in folders named ``sweeps``.
 
     Args:
-        folder: Where to look.
+        folder: The folder.
 
     Returns:
-        Path and description (the comment on the file's first line) of each, sorted by path.
+        Path and description (the comment in the first line) of each recipe, sorted by path.
 
     Raises:
-        InputError: No such folder, or no recipe in it.
+        InputError: The folder does not exist or has no recipes.
     """
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder')
@@ -72,17 +72,17 @@ def _first_comment(path: Path) -> str:
 
 
 def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Read a YAML file of settings, unchecked.
+    """Read a YAML file of settings without checking names and types.
 
     Args:
         path: The YAML file.
-        overrides: What is merged on top in turn: ``key=value`` in OmegaConf's dot notation, or nested settings.
+        overrides: Overrides to merge in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
 
     Returns:
-        Plain data, interpolations resolved.
+        Plain data with interpolations resolved.
 
     Raises:
-        InputError: No such file, broken YAML, an override that does not fit, or settings that are too large.
+        InputError: The file is missing or invalid YAML, an override is invalid, or the settings are too large.
     """
     check_file(path, 'give the path of a YAML file (effalgos recipes lists those at hand)')
     try:
@@ -93,13 +93,13 @@ def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
         config: Any = OmegaConf.create(text)
     except InputError:
         raise
-    except Exception as error:  # PyYAML lets through whatever its constructors raise
+    except Exception as error:  # PyYAML does not wrap what its constructors raise
         raise InputError(f'{path}: {_yaml_fault(error)}') from error
     return merge_settings(str(path), config, overrides, example='optimizer.lr=0.05')
 
 
 def _checked_yaml(text: str) -> yaml.Node | None:
-    """Parses YAML and refuses what is small as text and large as data, by anchors that refer to others, before anything copies it."""
+    """Parse YAML and reject text that nested anchors would expand to huge data (a YAML bomb), before anything expands it."""
     document = yaml.compose(text, yaml.SafeLoader)
     loader = yaml.SafeLoader('')
     nodes = [] if document is None else [document]
@@ -122,7 +122,7 @@ def _check_scalar(node: yaml.ScalarNode, loader: yaml.SafeLoader) -> None:
     line = node.start_mark.line + 1
     if len(node.value) > MOST_CHARACTERS:
         raise ValueError(f'line {line}: expected at most {MOST_CHARACTERS} characters in a value, got {len(node.value)}')
-    if node.tag == loader.resolve(yaml.ScalarNode, node.value, (True, False)):  # no tag was written
+    if node.tag == loader.resolve(yaml.ScalarNode, node.value, (True, False)):  # no explicit tag
         return
     try:
         loader.construct_object(node)
@@ -153,16 +153,16 @@ def merge_settings(source: str, settings: Any, overrides: Sequence[str | Mapping
     """Merge overrides into settings.
 
     Args:
-        source: Where the settings come from; begins a message about them.
+        source: Where the settings come from; starts messages about them.
         settings: An OmegaConf config, or plain keys and values.
-        overrides: What is merged on top in turn: ``key=value`` in OmegaConf's dot notation, or nested settings.
-        example: An override that would be right, for the message about one that is none.
+        overrides: Overrides to merge in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
+        example: A valid override, for the message about an invalid one.
 
     Returns:
-        Plain data, interpolations resolved.
+        Plain data with interpolations resolved.
 
     Raises:
-        InputError: An override that does not fit, or an interpolation that leads nowhere or makes too much.
+        InputError: An override is invalid, or an interpolation refers to nothing or expands to too much data.
     """
     config: Any = settings
     for override in overrides:
@@ -195,12 +195,13 @@ def _layer(override: str | Mapping[str, Any], example: str) -> Any:
 
 
 class _Interpolated:
-    """How large settings become when their interpolations are resolved, found without resolving any.
+    """Computes the size of settings after interpolation without resolving anything.
 
-    References to references grow exponentially: ten lists of ten, each the one before ten times, are ten thousand million values.
+    References to references grow exponentially: ten nested lists, each of which refers to the previous one ten times, expand to 10**10
+    values.
 
     Args:
-        source: Begins every message.
+        source: Starts every message.
         settings: Unresolved settings.
     """
 
@@ -210,10 +211,11 @@ class _Interpolated:
         self._sizes: dict[tuple[Any, ...], int | None] = {}  # by path; None while it is being found
 
     def size(self, path: tuple[Any, ...]) -> int:
-        """The values at and below a path, a text as one per hundred characters; never too few.
+        """An upper bound on the number of values at and below a path; strings count one more per 100 characters.
 
         Raises:
-            InputError: It is too large, contains itself, or has interpolations within interpolations, whose keys nobody knows beforehand.
+            InputError: The size is too large, or an interpolation contains itself or is nested, so that its key is unknown before it is
+                resolved.
         """
         if path not in self._sizes:
             self._sizes[path] = None
@@ -234,18 +236,18 @@ class _Interpolated:
         references = _REFERENCE.findall(text)
         if len(references) != text.count('${'):
             raise InputError(f'{self._source}: {_dotted(path)}: expected interpolations such as ${{key}}, one not within another')
-        # oc.decode makes a list of a text
+        # A resolver such as oc.decode can turn each character into a value
         own = len(text) if any(':' in reference for reference in references) else len(text) // 100
         return own + sum(self.size(target) for target in (self._target(path, reference) for reference in references) if target is not None)
 
     def _target(self, path: tuple[Any, ...], reference: str) -> tuple[Any, ...] | None:
-        """Where ``key``, ``.sibling`` or ``resolver:key`` points to, as far as that can be told; None where nothing is there."""
+        """The path that ``key``, ``.sibling`` or ``resolver:key`` refers to, as far as it is known; ``None`` if there is none."""
         key = reference.rpartition(':')[2].split(',')[0].strip(' \'"')
         up = len(key) - len(key.lstrip('.'))
         target: list[Any] = list(path[: max(len(path) - up, 0)]) if up else []
         node = functools.reduce(lambda value, key: value[key], target, self._settings)
         for name in filter(None, re.split(r'[.\[\]]', key)):
-            if isinstance(node, str):  # an interpolation itself: what it refers to, whole
+            if isinstance(node, str):  # itself an interpolation: count all that it refers to
                 break
             found = _key(node, name)
             if found is None:
@@ -256,7 +258,7 @@ class _Interpolated:
 
 
 def _key(node: Any, name: str) -> Any:
-    """The key of a mapping or the index of a list that a part of a reference names; None where there is none."""
+    """The mapping key or list index that a part of a reference names; ``None`` if there is none."""
     if isinstance(node, dict) and name in node:
         return name
     try:

@@ -1,4 +1,4 @@
-"""Weights from a batch's own losses: methods that need no history, for streams and single passes over a corpus."""
+"""Loss weights from the batch's own losses: methods without history, suited to streams and single-epoch training."""
 
 from composer_effalgos.weighting.eslm import ESLM
 from composer_effalgos.weighting.formulas import lin_upper, select_above_quantile

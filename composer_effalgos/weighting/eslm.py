@@ -1,4 +1,4 @@
-"""ESLM and Rho-1: the mean over the tokens above a quantile (Bal et al., arXiv 2505.19893; Lin et al., arXiv 2404.07965)."""
+"""ESLM and Rho-1: the loss is the mean over the tokens above a quantile (Bal et al., arXiv 2505.19893; Lin et al., arXiv 2404.07965)."""
 
 from __future__ import annotations
 
@@ -19,32 +19,30 @@ from composer_effalgos.weighting.weighting import Weighting
 
 
 class ESLM(Weighting):
-    """Trains on the tokens of a batch whose loss is at or above a quantile: the loss is their mean.
+    """Trains only on the tokens of a batch whose loss is at or above a quantile; the loss is the mean over these tokens.
 
-    With a reference model the quantile is of the loss minus that of the reference (Rho-1). It needs no history, so it works on any loader,
-    in a single pass over a stream too. It saves no time, since all tokens go through the model: it is said to need fewer. The loss that is
-    logged is that of the kept tokens.
+    With a reference model, the quantile is taken of the loss minus the reference model's loss (Rho-1). No history is needed, so it works
+    with any loader, including a single pass over a stream. A step takes as long as before, because all tokens go through the model; the
+    papers report that fewer tokens are needed. The logged loss is that of the kept tokens.
 
-    The model's own loss stays the loss: its tokens are read from its graph, so it may shift the labels, ignore some, smooth them or add
-    terms that do not read the outputs. Not readable are losses other than one ``torch`` cross-entropy over class indices, and what
-    ``torch.compile`` compiles.
+    The model's own loss is used. Token losses are read from its autograd graph, so it may shift, ignore or smooth labels, or add terms that
+    do not depend on the outputs. The loss must be a single ``torch`` cross-entropy over class indices, not compiled by ``torch.compile``.
 
-    Runs on ``INIT``, ``FIT_START`` and, over several ranks with ``global_batch``, ``BEFORE_TRAIN_BATCH``.
+    Runs on ``INIT``, ``FIT_START`` and, on several ranks with ``global_batch``, ``BEFORE_TRAIN_BATCH``.
     Source: Bal et al., "ESLM: Risk-Averse Selective Language Modeling for Efficient Pretraining", arXiv 2505.19893; Lin et al., "Rho-1: Not
     All Tokens Are What You Need", arXiv 2404.07965.
 
     Args:
-        quantile: The fraction of the tokens that is left out, in [0, 1). Rho-1 leaves out 0.3 to 0.4.
-        score: What the quantile is of: ``'loss'``, or the ``'entropy'`` of the prediction.
-        reference: A trained :class:`~composer.models.ComposerModel` with the same tokens, whose losses are subtracted. It is put on the
-            device in evaluation mode, and sees every batch once.
-        burn_in: Time at the beginning of the run in which all tokens count; ``None`` for none.
-        global_batch: Whether the quantile is over the tokens of all ranks or over those of each rank. In either case over those of a
-            microbatch.
+        quantile: Fraction of tokens to leave out, in [0, 1). Rho-1 leaves out 0.3 to 0.4.
+        score: Score to take the quantile of: ``'loss'``, or the ``'entropy'`` of the prediction.
+        reference: A trained :class:`~composer.models.ComposerModel` with the same tokens, whose losses are subtracted. It is moved to the
+            device, set to evaluation mode, and run once on every batch.
+        burn_in: Initial period of the run in which all tokens count; ``None`` for none.
+        global_batch: Whether to take the quantile over the tokens of all ranks or of each rank; in both cases per microbatch.
 
     Raises:
-        InputError: For an argument outside its range; at ``FIT_START``, beside pruning or weighted subsets; in training, for a loss that
-            cannot be read token by token.
+        InputError: An argument is out of range; at ``FIT_START``, if combined with pruning or weighted subsets; in training, if the loss
+            cannot be read per token.
 
     Example:
         >>> from composer import Trainer
@@ -72,7 +70,7 @@ class ESLM(Weighting):
             raise InputError(f"score: expected 'loss' beside reference, whose losses are subtracted, got {score!r}")
         super().__init__(burn_in, global_batch=global_batch)
         self.quantile, self.score, self.reference = quantile, score, reference
-        self._compared = False  # whether the reference's tokens were seen to be the model's
+        self._compared = False  # whether the reference was checked to have the model's targets
 
     def __repr__(self) -> str:
         reference = None if self.reference is None else type(self.reference).__name__
@@ -106,7 +104,7 @@ class ESLM(Weighting):
         except NotReadableError as error:
             raise InputError(f'reference: {name}.loss: {error}') from error
         same = len(targets) == len(tokens.targets)
-        if same and not self._compared:  # once: it waits for the device
+        if same and not self._compared:  # only once, because it synchronises with the device
             same, self._compared = torch.equal(targets, tokens.targets), True
         if not same:
             raise InputError(

@@ -1,4 +1,4 @@
-"""LinUpper: samples that are learnt already count less (Sow et al., ICLR 2025)."""
+"""LinUpper: give samples that are already learnt less weight (Sow et al., ICLR 2025)."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from composer_effalgos.weighting.weighting import Weighting
 
 
 class LinUpper(Weighting):
-    """Weighs the samples of a batch by their losses: those with small losses count less, and from the middle of the range on all the same.
+    """Weights the samples of a batch by their losses: small losses count less, and the upper half of the range counts equally.
 
-    The weights have mean 1 and need no history, so it works on any loader, in a single pass over a stream too. It saves no time: it is
-    said to need fewer steps. The loss that is logged is the weighted one.
+    The weights have mean 1 and need no history, so it works with any loader, including a single pass over a stream. A step takes as long as
+    before; the paper reports that fewer steps are needed. The logged loss is the weighted one.
 
-    Runs on ``INIT``, ``FIT_START`` and, over several ranks with ``global_batch``, ``BEFORE_TRAIN_BATCH``.
+    Runs on ``INIT``, ``FIT_START`` and, on several ranks with ``global_batch``, ``BEFORE_TRAIN_BATCH``.
     Source: Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining", ICLR 2025, arXiv 2502.06733.
 
     Args:
-        temperature: Of the softmax, greater than 0: samples in the upper half of the range count ``exp(1 / temperature)`` times as much as
-            the one with the smallest loss.
-        burn_in: Time at the beginning of the run in which all count the same: epochs, batches, samples, tokens or a share of the run;
+        temperature: Softmax temperature, at least 0.01. Samples in the upper half of the range of losses count ``exp(1 / temperature)``
+            times as much as the sample with the smallest loss.
+        burn_in: Initial period of the run in which all samples count equally: epochs, batches, samples, tokens or a fraction of the run;
             ``None`` for none.
-        global_batch: Whether weights are relative to the samples of all ranks, as in the paper, or to those of each rank. In either case
-            to those of a microbatch.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample.
+        global_batch: Whether to normalise weights over the samples of all ranks, as in the paper, or of each rank; in both cases per
+            microbatch.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to derive it from the model's own loss.
 
     Raises:
-        InputError: For an argument outside its range; at ``FIT_START``, beside a pruning algorithm; in training, for a loss that has no
+        InputError: An argument is out of range; at ``FIT_START``, if combined with a pruning algorithm; in training, if the loss has no
             per-sample form.
 
     Example:

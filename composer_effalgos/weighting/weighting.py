@@ -1,4 +1,4 @@
-"""What LinUpper and ESLM have in common."""
+"""The base class of LinUpper and ESLM."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from composer_effalgos.utils.errors import InputError
 
 
 class Weighting(Algorithm):
-    """Weighs what a batch's loss is made of by those losses themselves; nothing is kept from one batch to the next.
+    """Weights the sample or token losses of a batch by those losses, without state between batches.
 
-    Weights are those of a microbatch: its backward pass comes before the next one's forward pass.
+    Weights are computed per microbatch, because its backward pass runs before the next microbatch's forward pass.
 
     Args:
-        burn_in: Time at the beginning of the run without weights; ``None`` for none.
-        global_batch: Whether weights are relative to the microbatches of all ranks, whose losses are exchanged, or to this rank's own.
+        burn_in: Initial period of the run without weights; ``None`` for none.
+        global_batch: Whether to compute weights over the microbatches of all ranks, which exchange losses, or over this rank's only.
     """
 
     by_token: ClassVar[bool]
@@ -54,14 +54,14 @@ class Weighting(Algorithm):
         return self.burn_in is None or times_passed(progress_of(self._state), self.burn_in) > 0
 
     def weigh(self, losses: Any, batch: Any) -> Tensor:
-        """The weights of a microbatch's samples or tokens.
+        """Compute the weights of a microbatch's samples or tokens.
 
         Args:
-            losses: Those of the samples, float ``[B]``, or of the tokens, :class:`~composer_effalgos.plan.token_loss.Tokens`.
+            losses: Sample losses, float ``[B]``, or token losses, :class:`~composer_effalgos.plan.token_loss.Tokens`.
             batch: The microbatch.
 
         Returns:
-            Float ``[B]`` or ``[n]``; ones where a loss is not finite, as mixed precision has it now and then.
+            Float ``[B]`` or ``[n]``; all ones if any weight is not finite, which overflow in mixed precision can cause.
         """
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Weighting(Algorithm):
         loss.weigher = self
 
     def _refuse(self, state: State) -> None:
-        """Refuses algorithms that it cannot be combined with."""
+        """Reject algorithms that this one cannot be combined with."""
         name = type(self).__name__
         if self._planner.selectors.prune:
             raise InputError(
@@ -89,7 +89,7 @@ class Weighting(Algorithm):
             )
 
     def _check_microbatches(self, state: State) -> None:
-        """Ranks exchange losses at every microbatch, and those with fewer would leave the others waiting."""
+        """Check for equal microbatch counts: ranks exchange losses in every microbatch, and unequal counts would deadlock."""
         size = state.device_train_microbatch_size
         parts = 1 if not isinstance(size, int) else math.ceil(_num_samples(state.batch) / size)
         counts = dist.all_gather(state.device.tensor_to_device(torch.tensor([parts])))
@@ -100,7 +100,7 @@ class Weighting(Algorithm):
             )
 
     def _population(self, *values: Tensor) -> tuple[list[Tensor], slice]:
-        """Float ``[n]`` tensors of this rank, or of all ranks one after the other, and where this rank's are."""
+        """Gather float ``[n]`` tensors over all ranks if they exchange losses; also return the slice of this rank's values."""
         if not self._exchanges:
             return list(values), slice(None)
         mine = torch.stack([value.float() for value in values])
