@@ -170,7 +170,7 @@ def room(size: int) -> Iterator[None]:
 def test_no_room_for_the_first_checkpoint(recipe_file, tmp_path, capfd):
     saving = [str(recipe_file), 'save_interval=1ep', 'max_duration=1ep', 'autoresume=true']
     with room(1 << 16):
-        assert 'File too large; what was saved before is whole' in refused(capfd, *saving)
+        assert 'File too large; files saved before are complete' in refused(capfd, *saving)
     checkpoints = tmp_path / 'runs' / 'small' / 'checkpoints'
     assert [path.name for path in checkpoints.iterdir()] == ['ep1-ba4-rank0.pt']  # a part of it, and not marked as the latest
     assert main(saving) == 0
@@ -208,18 +208,18 @@ def without(mapping: dict, name: str) -> None:
 
 EDITS = {
     'state.model is of type int': lambda content: content['state'].update(model=3),
-    'is no tensor': lambda content: content['state']['model'].update(x=3),
+    'is not a tensor': lambda content: content['state']['model'].update(x=3),
     'state.optimizers is of type list': lambda content: content['state'].update(optimizers=[]),
     'state.optimizers is missing': lambda content: without(content['state'], 'optimizers'),
     'state.algorithms is of type int': lambda content: content['state'].update(algorithms=1),
     'state.algorithms: names and states are not in pairs': lambda content: content['state'].update(algorithms=[1]),
-    'rng is no list': lambda content: content.update(rng=3),
+    'rng is not a list': lambda content: content.update(rng=3),
     "has no 'state'": lambda content: content.update(state=3),
     'state.timestamp is missing': lambda content: without(content['state'], 'timestamp'),
     'state.timestamp has no Timestamp': lambda content: content['state'].update(timestamp={}),
     'state.timestamp: epoch is -1': lambda content: content['state']['timestamp']['Timestamp'].update(epoch=-1),
     "state.timestamp: batch is 'x'": lambda content: content['state']['timestamp']['Timestamp'].update(batch='x'),
-    'state.timestamp: more in the epoch': lambda content: content['state']['timestamp']['Timestamp'].update(batch_in_epoch=9),
+    'batch_in_epoch is greater than batch': lambda content: content['state']['timestamp']['Timestamp'].update(batch_in_epoch=9),
 }
 
 
@@ -318,7 +318,7 @@ def test_a_schedules_time_below_a_batch_is_refused(recipe_file, capfd):
 def test_missing_data_is_refused(recipe_file, tmp_path, capfd, name):
     nowhere = tmp_path / 'nowhere'
     recipe_file.write_text(re.sub('dataset:.*', f'dataset: {{name: {name}, path: {nowhere}, batch_size: 4}}', recipe_file.read_text()))
-    assert f'got {nowhere}, which is no folder' in refused(capfd, recipe_file)
+    assert f'got {nowhere}, which is not a folder' in refused(capfd, recipe_file)
     nowhere.mkdir()
     assert str(nowhere) in refused(capfd, recipe_file)
 

@@ -118,7 +118,7 @@ def check_beton(file: Path) -> Any:
         and bool((allocated['ptr'] <= table - allocated['size']).all())
     )
     if not whole:
-        raise InputError(f'{file}: cut off or damaged: {size} bytes do not hold all that its header speaks of; convert the data again')
+        raise InputError(f'{file}: cut off or damaged: its header refers to data beyond its {size} bytes; convert the data again')
     return reader
 
 
@@ -170,7 +170,7 @@ def _lengths(images: np.ndarray, allocated: np.ndarray, file: Path) -> np.ndarra
     wrong = (table['ptr'][found] != images['data_ptr']) | (images['mode'] > RAW) | (pixels == 0)
     wrong |= (images['mode'] == RAW) & (lengths != pixels)
     if wrong.any():
-        raise InputError(f'{file}: sample {int(wrong.argmax())}: its bytes are not those of its height and width; convert the data again')
+        raise InputError(f'{file}: sample {int(wrong.argmax())}: its data does not match its height and width; convert the data again')
     largest = int(pixels.argmax())
     check_pixels(int(images['width'][largest]), int(images['height'][largest]), f'{file}: sample {largest}')
     return lengths

@@ -70,7 +70,7 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
         return _convert_text(source, name, settings, to, targets, shard_bytes, shuffle)
     datasets = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
     if not hasattr(datasets['train'], 'stored'):
-        raise InputError(f'{source}: {name} holds no images: it makes them when they are read, so there is nothing to convert')
+        raise InputError(f'{source}: {name} holds no images to convert')
     orders: dict[str, np.ndarray] = {split: np.arange(len(dataset)) for split, dataset in datasets.items()}  # type: ignore[arg-type]
     if shuffle is not None:
         orders['train'] = np.random.default_rng(shuffle).permutation(orders['train'])
@@ -143,9 +143,7 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
     settings = merge_settings(source, {}, overrides, example='path=data')
     for key in ('name', 'split'):
         if key in settings:
-            raise InputError(
-                f'override {key!r}: {source} is converted, both splits of it; options of {source} are right, such as path=data'
-            )
+            raise InputError(f'override {key!r}: both splits of {source} are converted; expected an option of {source} such as path=data')
     return source, {str(key): value for key, value in settings.items()}
 
 

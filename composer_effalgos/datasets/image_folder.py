@@ -46,9 +46,9 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         try:
             super().__init__(root, transform=transform, loader=_load_image, allow_empty=classes is not None)
         except FileNotFoundError as error:
-            raise InputError(f'{root}: {error}; expected one folder of images a class') from error
+            raise InputError(f'{root}: {error}; expected one folder of images per class') from error
         if not self.samples:
-            raise InputError(f'{root}: no images in its class folders; expected one folder of images a class')
+            raise InputError(f'{root}: no images in its class folders; expected one folder of images per class')
         rows = limited(len(self.samples), limit).tolist()
         self.samples = self.imgs = [self.samples[row] for row in rows]
         self.targets = torch.tensor([label for _, label in self.samples])
@@ -114,10 +114,10 @@ def image_folder(
             flip=randomly,
         )
         transform.transforms.insert(0, v2.Resize((image_size, image_size)))
-    data_folder('image_folder', str(folder / 'train'), 'one folder of images a class')
+    data_folder('image_folder', str(folder / 'train'), 'one folder of images per class')
     if split == 'train':
         return ImageFolder(folder / 'train', transform, limit=limit)
-    data_folder('image_folder', str(folder / 'val'), 'one folder of images a class')
+    data_folder('image_folder', str(folder / 'val'), 'one folder of images per class')
     classes = sorted(entry.name for entry in (folder / 'train').iterdir() if entry.is_dir())
     return ImageFolder(folder / 'val', transform, classes=classes)
 

@@ -293,7 +293,7 @@ def data_folder(name: str, path: str | None, contents: str) -> Path:
         raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got none')
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got {path}, which is no folder')
+        raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got {path}, which is not a folder')
     if not any(folder.iterdir()):
         raise InputError(f'dataset.path: expected a folder with {contents} for {name}, got {path}, which is empty')
     return folder

@@ -60,7 +60,7 @@ class Shards:
                 if len({len(shard.column_names), len(shard.column_encodings), len(shard.column_sizes)}) > 1 or not all(
                     size is None or (type(size) is int and 0 <= size < 2**32) for size in shard.column_sizes
                 ):
-                    raise ValueError('its columns have not one name, type and size each')
+                    raise ValueError('its columns do not each have one name, type and size')
                 if 4 * (shard.samples + 2) > shard.raw_data.bytes:
                     raise ValueError(f'{shard.samples} samples in {shard.raw_data.bytes} bytes')
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -355,7 +355,7 @@ def _labels(shards: Shards, described: bool, column: str) -> Tensor:
     if not described:
         if file.exists():
             raise InputError(
-                f'{shards.folder.parent / DESCRIPTION}: missing, and {file} is there; expected what effalgos convert wrote as a whole'
+                f'{shards.folder.parent / DESCRIPTION}: missing, although {file} exists; expected the complete output of effalgos convert'
             )
         found = [int(shards[row][column]) for row in range(shards.num_samples)]
         if not all(-(2**63) <= label < 2**63 for label in found):

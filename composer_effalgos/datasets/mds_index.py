@@ -72,7 +72,7 @@ def _check_file(key: str, info: Any, root: str, seen: set[str]) -> None:
     if not all(os.path.realpath(Path(root, path)).startswith(f'{root.rstrip("/")}/') for path in (name, f'{name}.tmp')):
         raise InputError(f'{key}.basename: expected a file inside the folder, got {shown(name)}, a symbolic link out of it; copy it here')
     if name in seen:
-        raise InputError(f'{key}.basename: expected a name of its own, got {shown(name)} a second time; write the shards again')
+        raise InputError(f'{key}.basename: expected a unique name, got {shown(name)} twice; write the shards again')
     seen.add(name)
     _check_whole_number(f'{key}.bytes', info.get('bytes'), _MOST_BYTES)
 

@@ -52,7 +52,7 @@ class MdsTokens(Dataset[dict[str, Tensor]]):
         tokens = self.shards[row][self.column]
         if isinstance(tokens, bytes):
             if len(tokens) % self.dtype.itemsize:
-                raise InputError(f'{self.shards.folder}: sample {row}: {len(tokens)} bytes are no {self.dtype.name}; set dataset.dtype')
+                raise InputError(f'{self.shards.folder}: sample {row}: {len(tokens)} bytes do not fit {self.dtype.name}; set dataset.dtype')
             tokens = np.frombuffer(tokens, self.dtype)
         if tokens.ndim != 1 or tokens.dtype.kind not in 'iu':
             where = f'{self.shards.folder}: sample {row}'

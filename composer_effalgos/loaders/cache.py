@@ -59,7 +59,7 @@ def _parts(dataset: Any) -> Iterator[str | bytes]:
         yield from _parts(dataset.dataset)
     elif getattr(dataset, 'target_transform', None) is not None:
         raise InputError(
-            f'cache: what the target_transform of {type(dataset).__name__} makes of the labels cannot be told from what another makes; '
+            f'cache: the labels of {type(dataset).__name__} cannot be identified, because it has a target_transform; '
             'give the data set a method fingerprint() -> str, or leave cache out'
         )
     elif isinstance(dataset, ParquetImages):
@@ -71,7 +71,7 @@ def _parts(dataset: Any) -> Iterator[str | bytes]:
         labels = getattr(dataset, 'targets', getattr(dataset, 'labels', None))
         if not isinstance(pixels, np.ndarray | Tensor) or labels is None:
             raise InputError(
-                f'cache: what {type(dataset).__name__} holds cannot be told from another data set; give it a method fingerprint() -> str, '
+                f'cache: the contents of {type(dataset).__name__} cannot be identified; give it a method fingerprint() -> str, '
                 'or leave cache out'
             )
         yield f'{pixels.dtype} {tuple(pixels.shape)}'
@@ -103,7 +103,7 @@ def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
         return None
     try:
         if not path.is_file():
-            raise ValueError('it is no regular file')
+            raise ValueError('it is not a regular file')
         with np.load(path, allow_pickle=False) as found:
             _check_claims(found.zip)
             if str(found['identity']) != identity:

@@ -39,7 +39,7 @@ def hf_causal_lm(
     config = _config(pretrained_model_name_or_path, config_overrides or {}, num_classes, seq_len)
     model = _model('AutoModelForCausalLM', config, pretrained_model_name_or_path if pretrained else None)
     if _sees_the_future(model):
-        raise InputError(f'{_KEY}: {config.model_type} sees the tokens that it is to predict; set model.config_overrides.is_decoder=true')
+        raise InputError(f'{_KEY}: {config.model_type} sees the tokens that it should predict; set model.config_overrides.is_decoder=true')
     return model
 
 
@@ -115,7 +115,7 @@ def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int)
             else transformers.AutoConfig.for_model(name)
         )
     except Exception as error:  # a damaged file can raise anything
-        raise InputError(f'{_KEY}: {name}: no configuration can be read ({one_line(error)[:200]})') from error
+        raise InputError(f'{_KEY}: {name}: the configuration cannot be read ({one_line(error)[:200]})') from error
     known = {*config.to_dict(), *getattr(config, 'attribute_map', {})}
     for key in overrides:
         if key not in known:
@@ -128,7 +128,7 @@ def _config(name: str, overrides: dict[str, Any], vocab_size: int, seq_len: int)
         value = getattr(config, key, None)
         if value is not None and (type(value) is not int or value < least):
             raise InputError(
-                f'model.config_overrides.{config.attribute_map.get(key, key)}: expected at least {least}, as the data has, got {value}'
+                f'model.config_overrides.{config.attribute_map.get(key, key)}: expected at least {least} for this data, got {value}'
             )
     for key in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
         if not from_folder and key not in overrides and isinstance(value := getattr(config, key, None), int) and value >= config.vocab_size:

@@ -85,7 +85,7 @@ def _read(path: str | Path, key: str, load: Callable[[Path], Any]) -> dict[str, 
         content = load(file)
     except Exception as error:  # damaged bytes can raise anything
         reason = one_line(error).split('. ')[0][:200]
-        raise InputError(f'{key}: {path} is no readable file of weights ({reason})') from error
+        raise InputError(f'{key}: {path} is not a readable weights file ({reason})') from error
     return _state_dict(content, path, key)
 
 
@@ -108,7 +108,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         raise InputError(f'model.pretrained: the weights in {source} are of another model ({found})')
     model.load_state_dict(fitting, strict=False)
     if not head <= fitting.keys():
-        log.warning('The head of the weights in %s has another shape or is missing: %s starts anew.', source, _head_name(model))
+        log.warning('The head in %s has another shape or is missing: %s keeps its random initialisation.', source, _head_name(model))
 
 
 def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> str:

@@ -70,7 +70,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
             raise
         weights = pretrained if by_name else f'the weights of {name}'
         raise InputError(
-            f'model.pretrained: {weights} cannot be had ({_one_line(error)}); expected a download or the path of a local file'
+            f'model.pretrained: {weights} cannot be loaded ({_one_line(error)}); expected a download or the path of a local file'
         ) from error
     if isinstance(pretrained, str) and not by_name:
         load_file(model, pretrained)

@@ -100,7 +100,7 @@ class Loading:
             return None
         other = '' if model is None or not self.is_local else self._differences(model)
         kind = '' if isinstance(error, (InputError, ValueError, RuntimeError)) else f'{type(error).__name__}: '
-        reason = f'of another model ({other})' if other else f'not one that this run can go on with ({kind}{one_line(error)[:300]})'
+        reason = f'of another model ({other})' if other else f'not one that this run can resume from ({kind}{one_line(error)[:300]})'
         return InputError(f'{self.key}: {self.path}: the checkpoint is {reason}')
 
     def check_weights(self, model: nn.Module) -> None:
@@ -135,7 +135,7 @@ class Loading:
         if lost and self.key.endswith('autoresume'):
             raise InputError(
                 f'{self.key}: {self.path}: state.algorithms: expected {lost[0]}, which the recipe has, '
-                f'got {", ".join(sorted(names)) or "none"}; another run_name begins anew'
+                f'got {", ".join(sorted(names)) or "none"}; another run_name starts from scratch'
             )
         for optimizer in state.optimizers if int(state.timestamp.batch) else ():
             entries = [set(entry) for entry in optimizer.state.values()]
@@ -206,7 +206,7 @@ def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> Non
         raise InputError(f'{key}: {path}: not a checkpoint ({one_line(error)[:200]})') from error
     wrong = _wrong(content, weights_only=weights_only)
     if wrong:
-        raise InputError(f"{key}: {path}: not a checkpoint of Composer's to go on from: {wrong}; expected one that this training wrote")
+        raise InputError(f'{key}: {path}: not a Composer checkpoint to resume from: {wrong}; expected one that this training wrote')
 
 
 def only_weights(path: Path) -> bool:
@@ -235,14 +235,14 @@ def _wrong(content: Any, *, weights_only: bool) -> str:
             return f'state.{name} is {f"of type {type(state[name]).__name__}" if name in state else "missing"}'
     odd = [name for name, value in state['model'].items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
     if odd:
-        return f'state.model: {shown(odd[0])} is no tensor'
+        return f'state.model: {shown(odd[0])} is not a tensor'
     if weights_only:
         return ''
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in _pairs(state['algorithms'])):
         return 'state.algorithms: names and states are not in pairs'
     ranks = content.get('rng')
     if not isinstance(ranks, list) or not ranks or not all(isinstance(rank, dict) for rank in ranks):
-        return 'rng is no list of random states'
+        return 'rng is not a list of random states'
     return _wrong_time(state['timestamp'].get('Timestamp'))
 
 
@@ -260,4 +260,4 @@ def _wrong_time(timestamp: Any) -> str:
         if not good:
             return f'state.timestamp: {name} is {shown(value)}'
     ahead = [name for name in ('batch', 'sample', 'token') if timestamp[f'{name}_in_epoch'] > timestamp[name]]
-    return f'state.timestamp: more in the epoch than in all of {ahead[0]}' if ahead else ''
+    return f'state.timestamp: {ahead[0]}_in_epoch is greater than {ahead[0]}' if ahead else ''

@@ -48,7 +48,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save wraps the OSError
     if isinstance(error, OSError) and error.errno is not None:
-        return f'{error.filename or "a file"}: {error.strerror}; what was saved before is whole', 2
+        return f'{error.filename or "a file"}: {error.strerror}; files saved before are complete', 2
     if isinstance(error, MemoryError):
         return f'{one_line(error)}; {_LESS_MEMORY}', 1
     if isinstance(error, RuntimeError):

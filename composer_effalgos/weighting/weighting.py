@@ -95,8 +95,8 @@ class Weighting(Algorithm):
         counts = dist.all_gather(state.device.tensor_to_device(torch.tensor([parts])))
         if len({int(count) for count in counts}) > 1:
             raise InputError(
-                f'global_batch: expected as many microbatches on every rank, got {[int(count) for count in counts]}; use drop_last, or '
-                'batches that are one microbatch'
+                f'global_batch: expected the same number of microbatches on every rank, got {[int(count) for count in counts]}; '
+                'use drop_last, or batches that are one microbatch'
             )
 
     def _population(self, *values: Tensor) -> tuple[list[Tensor], slice]:

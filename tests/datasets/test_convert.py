@@ -169,7 +169,7 @@ def test_killed_while_it_writes(kind, tmp_path):
     ('arguments', 'message'),
     [
         (['limit=['], "override 'limit=[': "),
-        (['split=1'], "override 'split': digits is converted, both splits of it; options of digits are right"),
+        (['split=1'], "override 'split': both splits of digits are converted; expected an option of digits"),
         (['name=1'], "override 'name': "),
         (['--shard-mb', '1e12'], '--shard-mb: expected a number in [0.001, 4096), got 1000000000000.0'),
         (['--shard-mb', 'nan'], '--shard-mb: expected a number in [0.001, 4096), got nan'),

@@ -149,7 +149,7 @@ def test_labels_of_another_shape_or_type(digits):
             '{"like": "digit", "classes": [], "labels": {}}',
             "like: expected .*, got 'digit'; did you mean 'digits'",
         ),
-        (None, r'dataset\.json: missing, and .*labels\.npy is there'),
+        (None, r'dataset\.json: missing, although .*labels\.npy exists'),
     ],
 )
 def test_descriptions(digits, text, message):
@@ -208,7 +208,7 @@ def test_sizes_that_are_not_those_of_the_pixels(tmp_path):
         changed = metadata.copy()
         changed['f0'][key][3] = value
         written(changed, allocated)
-        refused('sample 3: its bytes are not those of its height and width')
+        refused('sample 3: its data does not match its height and width')
     changed = allocated.copy()
     changed['ptr'][0], changed['size'][0] = 2**64 - 1, 2  # their sum is 1
     written(metadata, changed)

@@ -82,8 +82,8 @@ def test_class_folders_of_the_splits_must_agree(folder: Path) -> None:
 @pytest.mark.parametrize(
     ('split', 'prepare', 'message'),
     [
-        ('train', lambda path: (path / 'val').mkdir(), r'train, which is no folder'),
-        ('eval', lambda path: (path / 'train' / 'ant').mkdir(parents=True), r'val, which is no folder'),
+        ('train', lambda path: (path / 'val').mkdir(), r'train, which is not a folder'),
+        ('eval', lambda path: (path / 'train' / 'ant').mkdir(parents=True), r'val, which is not a folder'),
         ('train', lambda path: (path / 'train').mkdir(), r'train, which is empty'),
         ('train', lambda path: (path / 'train' / 'ant').mkdir(parents=True), r'Found no valid file for the classes ant'),
         (
@@ -103,5 +103,5 @@ def test_incomplete_folders_are_refused(split: str, prepare: Callable, message: 
 def test_loose_files_instead_of_class_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / 'train').mkdir()
     (tmp_path / 'train' / 'image.png').write_bytes(b'')
-    with pytest.raises(InputError, match='one folder of images a class'):
+    with pytest.raises(InputError, match='one folder of images per class'):
         build_dataset('image_folder', 'train', path=str(tmp_path))

@@ -147,7 +147,7 @@ def test_the_folder_of_another_data_set_is_refused(digits_mds, copy, tmp_path):
     with pytest.raises(InputError, match=r'dataset\.json: differs from .*other/dataset\.json: the folder holds other data'):
         build_dataset('mds', 'train', path=str(copy), remote=str(other))
     shutil.copytree(other / 'train', copy / 'train', dirs_exist_ok=True)
-    with pytest.raises(InputError, match=r'labels\.npy: its labels are not those that dataset\.json beside it describes'):
+    with pytest.raises(InputError, match=r'labels\.npy: its labels do not match dataset\.json'):
         build_dataset('mds', 'train', path=str(copy))
 
 

@@ -152,7 +152,7 @@ def test_bad_arguments_are_refused_by_name(arguments: dict, message: str) -> Non
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'image_folder', 'image_parquet'])
 def test_missing_and_empty_folders_are_refused_by_path(name: str, tmp_path: Path) -> None:
-    for path, message in [(tmp_path / 'nowhere', 'which is no folder'), (tmp_path, 'which is empty')]:
+    for path, message in [(tmp_path / 'nowhere', 'which is not a folder'), (tmp_path, 'which is empty')]:
         with pytest.raises(InputError, match=message) as caught:
             build_dataset(name, 'train', path=str(path))
         assert str(path) in str(caught.value)

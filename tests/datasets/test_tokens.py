@@ -265,7 +265,7 @@ def test_samples_that_are_no_tokens_are_refused(tmp_path):
     pytest.importorskip('streaming')
     for name, columns, sample, message in (
         ('text', {'tokens': 'str'}, {'tokens': 'a'}, r'dataset\.column: expected a column of type bytes, ndarray'),
-        ('odd', {'tokens': 'bytes'}, {'tokens': b'123'}, r'3 bytes are no int64; set dataset\.dtype'),
+        ('odd', {'tokens': 'bytes'}, {'tokens': b'123'}, r'3 bytes do not fit int64; set dataset\.dtype'),
         ('floats', {'tokens': 'ndarray:float32:4'}, {'tokens': np.ones(4, np.float32)}, 'expected whole numbers in one dimension'),
     ):
         write_shards(tmp_path / name, columns, [sample])

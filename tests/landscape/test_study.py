@@ -151,7 +151,7 @@ class Payload:
 def test_nothing_in_a_checkpoint_is_run(two_solutions: tuple[Path, Path, Path], tmp_path: Path) -> None:
     recipe, a, _ = two_solutions
     torch.save({'state': {'model': torch.load(a), 'extra': Payload(tmp_path / 'run')}}, tmp_path / 'evil.pt')
-    with pytest.raises(InputError, match=r'checkpoint B: .*evil\.pt is no readable file of weights'):
+    with pytest.raises(InputError, match=r'checkpoint B: .*evil\.pt is not a readable weights file'):
         interpolate(a, tmp_path / 'evil.pt', load_recipe(recipe), QUICK)
     assert not (tmp_path / 'run').exists()
 

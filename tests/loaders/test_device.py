@@ -370,6 +370,6 @@ def test_parquet_images_are_told_apart(tmp_path):
 def test_a_cache_is_refused_beside_a_transform_of_the_labels(tmp_path):
     transform = torchvision.transforms.ToTensor()
     data = torchvision.datasets.FakeData(4, (3, 8, 8), transform=transform, target_transform=lambda label: 0 * label)
-    with pytest.raises(InputError, match=r'^cache: what the target_transform of FakeData makes of the labels cannot be told'):
+    with pytest.raises(InputError, match=r'^cache: the labels of FakeData cannot be identified, because it has a target_transform'):
         DeviceDataLoader(data, batch_size=2, cache=tmp_path).load()
     DeviceDataLoader(data, batch_size=2).load()

@@ -268,7 +268,7 @@ def test_a_file_that_is_cut_off_or_something_else(digits_beton, tmp_path):
     with pytest.raises(InputError, match=r'train\.beton: (not a \.beton file, or cut off|cut off or damaged)'):
         build_dataset('beton', 'train', path=str(tmp_path))
     file.write_bytes((digits_beton / 'eval.beton').read_bytes())
-    with pytest.raises(InputError, match=r'train\.beton: its labels are not those that dataset\.json beside it describes'):
+    with pytest.raises(InputError, match=r'train\.beton: its labels do not match dataset\.json'):
         build_dataset('beton', 'train', path=str(tmp_path))
     file.unlink()
     with pytest.raises(InputError, match=r'train\.beton: no such file; effalgos convert --to ffcv writes it'):

@@ -89,7 +89,7 @@ def test_a_folder_with_other_or_no_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match=r'model\.pretrained: '):
         causal(str(tmp_path / 'lm'), None, pretrained=True)
     (tmp_path / 'lm' / 'config.json').write_text('{')
-    with pytest.raises(InputError, match='no configuration can be read'):
+    with pytest.raises(InputError, match='the configuration cannot be read'):
         causal(str(tmp_path / 'lm'))
 
 
@@ -103,7 +103,7 @@ def test_a_folder_with_other_or_no_weights_is_refused(tmp_path):
             causal,
             'gpt2',
             {'overrides': {'n_positions': 4}},
-            r'config_overrides\.n_positions: expected at least 8, as the data has, got 4',
+            r'config_overrides\.n_positions: expected at least 8 for this data, got 4',
         ),
         (causal, 'gpt2', {'overrides': {'vocab_size': 99}}, r'model\.config_overrides\.vocab_size: expected at least 100'),
         (causal, 'gpt2', {'overrides': {**TINY, 'n_head': 3}}, r'model\.config_overrides: .*divisible'),
@@ -115,7 +115,7 @@ def test_a_folder_with_other_or_no_weights_is_refused(tmp_path):
         ),
         (causal, 'gpt2', {'pretrained': 'folder'}, r'model\.pretrained: expected (true|a boolean|bool)'),
         (causal, 'vit', {'overrides': None}, r'vit has no model for this task'),
-        (causal, 'bert', {'overrides': BERT}, r'bert sees the tokens that it is to predict; set model\.config_overrides\.is_decoder=true'),
+        (causal, 'bert', {'overrides': BERT}, r'bert sees the tokens that it should predict; set model\.config_overrides\.is_decoder=true'),
         (classifier, 'mamba', {'overrides': {'num_hidden_layers': 1, 'hidden_size': 16}}, r'mamba has no model for this task'),
     ],
 )

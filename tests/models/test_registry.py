@@ -91,7 +91,7 @@ def test_torchvisions_weights_are_loaded_but_for_a_head_of_another_size(
     head = {'squeezenet1_1': 'classifier.1', 'mobilenet_v3_small': 'classifier.3'}.get(name, 'fc')
     assert other == (set() if num_classes == 1000 else {f'{head}.weight', f'{head}.bias'})
     assert own[f'{head}.weight'].shape[0] == num_classes
-    assert ('starts anew' in caplog.text) == (num_classes != 1000)
+    assert ('keeps its random initialisation' in caplog.text) == (num_classes != 1000)
     if auxiliary:
         assert model.transform_input
 
@@ -109,9 +109,9 @@ def test_a_download_that_fails_is_an_input_error(monkeypatch: pytest.MonkeyPatch
         raise urllib.error.URLError('no network')
 
     monkeypatch.setattr(WeightsEnum, 'get_state_dict', refuse)
-    with pytest.raises(InputError, match=r'model\.pretrained: the weights of resnet18 cannot be had .*no network'):
+    with pytest.raises(InputError, match=r'model\.pretrained: the weights of resnet18 cannot be loaded .*no network'):
         build_model('resnet18', 10, pretrained=True)
-    with pytest.raises(InputError, match=r'model\.pretrained: ResNet18_Weights\.IMAGENET1K_V1 cannot be had .*no network'):
+    with pytest.raises(InputError, match=r'model\.pretrained: ResNet18_Weights\.IMAGENET1K_V1 cannot be loaded .*no network'):
         build_model('resnet18', 10, pretrained='ResNet18_Weights.IMAGENET1K_V1')
 
 
@@ -124,7 +124,7 @@ def test_a_network_of_ours_takes_torchvisions_weights_by_name(monkeypatch: pytes
     other = {key for key in own if own[key].shape != published[key].shape or not torch.equal(own[key], published[key])}
     assert own.keys() == published.keys()
     assert other == {'classifier.1.weight', 'classifier.1.bias'}
-    assert 'classifier.1 starts anew' in caplog.text
+    assert 'classifier.1 keeps its random initialisation' in caplog.text
 
 
 @pytest.mark.parametrize(

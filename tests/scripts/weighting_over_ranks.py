@@ -114,7 +114,7 @@ def main() -> None:
         run([LinUpper(burn_in=None, global_batch=True)], stream(), part=1, duration='6ba')
     except InputError as error:
         refused = str(error)
-    assert refused.startswith('global_batch: expected as many microbatches on every rank, got ['), refused
+    assert refused.startswith('global_batch: expected the same number of microbatches on every rank, got ['), refused
 
 
 if __name__ == '__main__':

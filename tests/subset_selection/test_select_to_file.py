@@ -86,7 +86,7 @@ def test_selects_with_the_first_weights(recipe, tmp_path, monkeypatch):
         (['algorithms=null'], 'algorithms.subset_selection: missing'),
         (['--out', 'none/subset.parquet'], '--out: expected a file in a folder that exists, got none/subset.parquet'),
         (['--checkpoint', 'none.pt'], '--checkpoint: no file none.pt'),
-        (['--checkpoint', 'small.yaml'], '--checkpoint: small.yaml is no readable file of weights'),
+        (['--checkpoint', 'small.yaml'], '--checkpoint: small.yaml is not a readable weights file'),
         (['algorithms.subset_selection={strategy: file, path: none.parquet}'], 'none.parquet: no such file'),
         (['algorithms.subset_selection={strategy: forgetting, fraction: 0.4, kappa: 0.5}'], 'forgetting has counted nothing yet'),
         (['algorithms.subset_selection.fraction=0.1'], 'expected at least one batch'),
@@ -109,7 +109,7 @@ def test_code_in_a_checkpoint_is_not_run_and_weights_of_another_network_are_refu
             return Path.touch, (tmp_path / 'was_run',)
 
     other = {'state': {'model': {'a': torch.zeros(2)}}}
-    for content, message in (({'state': Code()}, 'no readable file of weights'), (other, 'of another model')):
+    for content, message in (({'state': Code()}, 'not a readable weights file'), (other, 'of another model')):
         torch.save(content, tmp_path / 'other.pt')
         assert select(monkeypatch, recipe, '--out', 'subset.parquet', '--checkpoint', 'other.pt') == 2
         assert message in capsys.readouterr().err
