@@ -165,7 +165,7 @@ class DeviceDataLoader(BatchReader):
 
 
 def _together(offsets: Sequence[int], samples: int) -> Iterator[tuple[int, int]]:
-    """Ranges of batches to build together: at most ``samples`` samples, but at least one batch. On a CPU, one fits its cache."""
+    """Ranges of batches to build together: at most ``samples`` samples, but at least one batch. A CPU gets one, which fits its cache."""
     first = 0
     while first < len(offsets) - 1:
         last = max(first + 1, bisect.bisect_right(offsets, offsets[first] + samples) - 1)

@@ -108,12 +108,12 @@ def _with_small_stem(model: torchvision.models.ResNet) -> torchvision.models.Res
 
 
 def vgg11_bn_cifar(num_classes: int) -> nn.Sequential:
-    """VGG-11 convolutions (Simonyan and Zisserman, arXiv 1409.1556, model A), batch norm and one linear layer: 9.2 M parameters."""
+    """VGG-11 convolutions (Simonyan and Zisserman, arXiv 1409.1556, net A), batch norm and one linear layer: 9.2 M parameters."""
     return _vgg('A', num_classes)
 
 
 def vgg19_bn_cifar(num_classes: int) -> nn.Sequential:
-    """VGG-19 convolutions (Simonyan and Zisserman, arXiv 1409.1556, model E), batch norm and one linear layer: 20.0 M parameters."""
+    """VGG-19 convolutions (Simonyan and Zisserman, arXiv 1409.1556, net E), batch norm and one linear layer: 20.0 M parameters."""
     return _vgg('E', num_classes)
 
 

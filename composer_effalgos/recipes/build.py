@@ -61,7 +61,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     train_set, eval_set = (build_split(recipe, split) for split in ('train', 'eval'))
     train_loader = _loader(recipe, train_set, train=True, on_gpu=on_gpu)
     eval_loader = _loader(recipe, eval_set, train=False, on_gpu=on_gpu)
-    # Plan runs without our algorithms too, so that resuming within an epoch repeats no sample, and shards are read in order
+    # Plan runs without our algorithms too: resuming within an epoch then repeats no sample, and epochs can go shard by shard
     if recipe.loader is not None or getattr(train_set, 'shard_starts', None) is not None:
         callbacks.append(EpochPlanner())
     callbacks.append(EfficiencyMonitor(recipe=recipe.settings, save_folder=recipe.save_folder))
