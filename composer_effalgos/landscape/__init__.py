@@ -1,4 +1,4 @@
-"""The loss around and between two solutions: Keskar et al., arXiv 1609.04836."""
+"""The loss landscape around and between two solutions (Keskar et al., arXiv 1609.04836)."""
 
 from composer_effalgos.landscape.curve import Point, alphas, evaluate, line, on_the_line, reestimate_batch_norm
 from composer_effalgos.landscape.figure import draw

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from composer_effalgos.utils.checks import check_number
 
-# Images and labels that fit in memory: float [B, ...] and int64 [B]
+# In-memory batches of images, float [B, ...], and labels, int64 [B]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 _MOST_POINTS = 10_000
@@ -19,14 +19,14 @@ _MOST_POINTS = 10_000
 
 @dataclass(frozen=True)
 class Point:
-    """What a network on the line does.
+    """Loss and accuracy of a network on the line.
 
     Attributes:
-        alpha: Its place: 0 is the first solution, 1 the second.
-        train_loss: Mean cross-entropy in nats; infinite or NaN where the network's outputs are.
-        train_accuracy: Share of right answers, in [0, 1]; an output that is not finite is a wrong answer.
-        test_loss: The same on the evaluation data.
-        test_accuracy: The same on the evaluation data.
+        alpha: Position on the line: 0 is the first solution, 1 the second.
+        train_loss: Mean cross-entropy in nats; infinite or NaN if an output of the network is.
+        train_accuracy: Accuracy in [0, 1]; samples with non-finite outputs count as wrong.
+        test_loss: As ``train_loss``, on the evaluation data.
+        test_accuracy: As ``train_accuracy``, on the evaluation data.
     """
 
     alpha: float
@@ -37,16 +37,16 @@ class Point:
 
 
 def alphas(points: int = 25) -> list[float]:
-    """Where to look on the line.
+    """Positions on the line to evaluate.
 
     Args:
-        points: Equal steps from -1 to 2, as many as the paper's 25 or another number of at least 2.
+        points: Number of equally spaced points from -1 to 2, at least 2; 25 in the paper.
 
     Returns:
-        These, both solutions, and four more around each solution (1/32 and 1/16 away), where the curves bend; in rising order.
+        These points, both solutions, and four points near each solution (1/32 and 1/16 away), where the curves bend; ascending.
 
     Raises:
-        InputError: Fewer than 2 points, or more than anybody waits for.
+        InputError: Fewer than 2 or more than 10,000 points.
     """
     check_number('points', points, least=2, most=_MOST_POINTS)
     coarse = {-1 + 3 * index / (points - 1) for index in range(points)}
@@ -55,15 +55,15 @@ def alphas(points: int = 25) -> list[float]:
 
 
 def on_the_line(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A network's state on the line ``(1 - alpha) a + alpha b``.
+    """Returns the state dict at ``(1 - alpha) a + alpha b``.
 
     Args:
         a: State dict of the first solution.
-        b: State dict of the second, of the same names and shapes.
-        alpha: The place.
+        b: State dict of the second, with the same names and shapes.
+        alpha: Position on the line.
 
     Returns:
-        What floats, mixed in double precision; counters as ``a`` has them.
+        Floating-point tensors, interpolated in float64, in their own dtype; other tensors (counters) from ``a``.
     """
 
     def mix(x: Tensor, y: Tensor) -> Tensor:
@@ -73,17 +73,17 @@ def on_the_line(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) 
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of a network that keep running statistics."""
+    """Returns the batch norms of a network that track running statistics."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
-    """Give every batch norm the statistics of some data under the network's present weights, in place.
+    """Recomputes the running statistics of all batch norms for the current weights, in place.
 
-    Weights between two solutions have other activations than either, so that statistics of neither, nor a mixture of them, belong to
-    them. Each batch norm gets the mean over the batches of their means and unbiased variances, in one pass in which batch norms use the
-    batch's statistics (dropout is off, as when the network is evaluated). The network is left in evaluation mode.
+    Interpolated weights produce other activations than either solution, so neither solution's statistics, nor a mixture, fit them.
+    The running statistics become the means over the batches of the batch means and unbiased batch variances, from one pass in which batch
+    norms normalise by batch statistics (dropout is off, as in evaluation). The network is left in evaluation mode.
 
     Args:
         model: The network.
@@ -96,7 +96,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
+        norm.momentum = None  # cumulative average: the plain mean over the batches
         norm.train()
     for images, _ in batches:
         model(images)
@@ -109,14 +109,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of a network in evaluation mode.
 
-    The outputs are computed in the network's precision, their cross-entropy in double precision, so that a large loss stays a number.
+    The outputs are computed in the network's precision, the cross-entropy in float64, so that a large loss stays finite.
 
     Args:
         model: Maps images to logits ``[B, C]``.
         batches: The data.
 
     Returns:
-        Loss in nats (infinite or NaN where an output is), and share of right answers.
+        Loss in nats (infinite or NaN if an output is), and accuracy in [0, 1].
     """
     model.eval()
     loss, right, samples = 0.0, 0, 0
@@ -131,18 +131,18 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 def line(
     model: nn.Module, a: Mapping[str, Tensor], b: Mapping[str, Tensor], train: Batches, test: Batches, places: Iterable[float]
 ) -> Iterator[Point]:
-    """Walk along the line between two solutions, one point at a time.
+    """Evaluates the points on the line between two solutions, one at a time.
 
     Args:
         model: The network; its weights are overwritten.
         a: State dict of the first solution.
         b: State dict of the second.
-        train: Training data; batch norms take their statistics from it at every point.
+        train: Training data; the batch norm statistics are recomputed from it at every point.
         test: Evaluation data.
         places: The values of alpha.
 
     Yields:
-        The points in the order of ``places``.
+        The points, in the order of ``places``.
 
     Source: Goodfellow et al., arXiv 1412.6544; Keskar et al., arXiv 1609.04836, section 2.2.1.
     """

@@ -1,4 +1,4 @@
-"""The paper's figure: cross-entropy on the left, accuracy on the right, along the line between two solutions."""
+"""Figure 3 of Keskar et al.: cross-entropy (left axis) and accuracy (right axis) along the line between two solutions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LOSS, _ACCURACY = '#1f4e9c', '#c2411c'
 
 
 def draw(points: Sequence[Point], names: tuple[str, str], title: str) -> Figure:
-    """Draw the curve in the form of Keskar et al.'s figure 3, the loss on a logarithmic axis.
+    """Draws the curve like Keskar et al.'s figure 3, with a logarithmic loss axis.
 
-    Losses that are not finite leave a gap, with a cross at the upper edge; a loss of 0 has no place on the axis and lies on its lower edge.
+    A non-finite loss leaves a gap, with a cross at the upper edge; a loss of 0 is drawn at the lower edge.
 
     Args:
-        points: The curve, in rising order of alpha.
-        names: What the solutions at 0 and at 1 are called.
+        points: The curve, in ascending order of alpha.
+        names: Names of the solutions at 0 and at 1.
         title: The title.
 
     Returns:
@@ -59,6 +59,6 @@ def draw(points: Sequence[Point], names: tuple[str, str], title: str) -> Figure:
 
 
 def _mark_not_finite(axes: Axes, places: Sequence[float], heights: Sequence[float]) -> None:
-    """A cross at the upper edge where a value is infinite or not a number."""
+    """Draws a cross at the upper edge for each infinite or NaN value."""
     gone = [place for place, height in zip(places, heights, strict=True) if not math.isfinite(height)]
     axes.plot(gone, [1] * len(gone), 'x', color=_LOSS, transform=axes.get_xaxis_transform(), clip_on=False)

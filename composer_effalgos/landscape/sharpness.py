@@ -1,4 +1,4 @@
-"""Keskar's sharpness: how far the training loss rises in a small box around a solution."""
+"""Keskar's sharpness: the increase of the training loss in a small box around a solution."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from composer_effalgos.utils.errors import InputError
 # Value and gradient of a function at a point
 Objective = Callable[[Tensor], tuple[float, Tensor]]
 
-# The search begins this far from the centre, in half widths of the box: at a minimum itself the gradient says nothing
+# The search starts at most this far from the centre, in half widths of the box: at a minimum the gradient is zero
 _START = 0.01
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a training changes, in the network's order."""
+    """Returns the trainable parameters, in the network's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def as_vector(tensors: Iterable[Tensor]) -> Tensor:
-    """Tensors one after the other, in a vector of its own, whatever their memory format (``parameters_to_vector`` takes only one)."""
+    """Copies tensors of any memory format into one vector (``parameters_to_vector`` requires contiguous tensors)."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def training_loss(model: nn.Module, batches: Batches) -> Objective:
-    """The training loss as a function of the weights alone.
+    """Returns the training loss as a function of the weights.
 
-    Batch norms use the statistics of each batch, as in the authors' code, so that the loss follows the weights without a second pass;
-    dropout is off, and the batches are the same at every call.
+    Batch norms use batch statistics, as in the authors' code, so that the loss depends only on the weights, without a second pass; dropout
+    is off, and every call uses the same batches.
 
     Args:
         model: Maps images to logits ``[B, C]``; its weights are overwritten at every call.
         batches: The data.
 
     Returns:
-        Weights (all trainable parameters as one vector, float32 ``[n]``) to mean cross-entropy and its gradient, float32 ``[n]``.
+        A function from the weights (all trainable parameters as one vector, float32 ``[n]``) to the mean cross-entropy and its gradient,
+        float32 ``[n]``.
     """
     parameters = trainable(model)
     sizes = [parameter.numel() for parameter in parameters]
@@ -68,12 +69,12 @@ def training_loss(model: nn.Module, batches: Batches) -> Objective:
 
 
 def random_basis(n: int, p: int, seed: int) -> Tensor:
-    """The matrix A of the paper's random subspaces: independent standard normal numbers.
+    """The matrix A of the paper's random subspaces, with independent standard normal entries.
 
     Args:
         n: Number of weights.
-        p: Dimension of the subspace, at most n; the paper takes 100.
-        seed: Seed of the numbers.
+        p: Dimension of the subspace, at most n; 100 in the paper.
+        seed: Random seed.
 
     Returns:
         float32 ``[n, p]``, ``4 n p`` bytes.
@@ -89,21 +90,20 @@ def random_basis(n: int, p: int, seed: int) -> Tensor:
 def box_maximum(
     f: Callable[[np.ndarray], tuple[float, np.ndarray]], half_widths: np.ndarray, *, iterations: int = 10, seed: int = 0
 ) -> tuple[float, float]:
-    """The largest value that L-BFGS-B finds of a function in a box around the origin.
+    """Maximises a function in a box around the origin with L-BFGS-B.
 
-    The search runs in units of the half widths, from a random point within a hundredth of them (at a minimum the gradient is zero, and
-    nothing would move), on the function divided by its mean absolute gradient there: L-BFGS-B's first step is the projected gradient
-    itself, and without the scale a gradient of 1e-5 would never reach the wall. The method climbs: what it finds is a lower bound of the
-    maximum.
+    The search runs in units of the half widths. It starts from a random point within a hundredth of them, because the gradient is zero at a
+    minimum. The function is divided by its mean absolute gradient at the start: L-BFGS-B's first step is the projected gradient itself, so
+    without scaling a gradient of 1e-5 would never reach the boundary. The result of this local search is a lower bound of the maximum.
 
     Args:
-        f: Value and gradient, float64 ``[p]``, at a point float64 ``[p]``.
-        half_widths: Half the box's sides, float64 ``[p]``, above 0.
-        iterations: Iterations of L-BFGS-B.
-        seed: Seed of the first point.
+        f: Maps a point, float64 ``[p]``, to the value and its gradient, float64 ``[p]``.
+        half_widths: Half widths of the box, float64 ``[p]``, positive.
+        iterations: Maximum number of L-BFGS-B iterations.
+        seed: Seed of the starting point.
 
     Returns:
-        The value at the origin, and the largest among all points looked at; infinite where one of them was not a number.
+        The value at the origin, and the largest value among all evaluated points; infinite if any value was NaN.
 
     Source: Byrd et al., SIAM J. Sci. Comput. 16 (1995), in SciPy's version.
     """
@@ -117,7 +117,7 @@ def box_maximum(
         seen.append(value)
         return -value / scale, -gradient * half_widths / scale
 
-    if scale > 0:  # neither flat nor not a number
+    if scale > 0:  # false if the function is flat or the gradient is NaN
         bounds = scipy.optimize.Bounds(-np.ones_like(start), np.ones_like(start))
         options = {'maxiter': iterations, 'ftol': 0.0, 'gtol': 0.0}
         scipy.optimize.minimize(descend, start, jac=True, method='L-BFGS-B', bounds=bounds, options=options)
@@ -127,21 +127,21 @@ def box_maximum(
 def sharpness(f: Objective, weights: Tensor, epsilon: float, *, basis: Tensor | None = None, iterations: int = 10, seed: int = 0) -> float:
     """Keskar's sharpness of a function at a solution: ``100 (max f(x + A y) - f(x)) / (1 + f(x))``, y in a box.
 
-    The box is ``|y_i| <= epsilon (|(A+ x)_i| + 1)`` with A+ the pseudo-inverse of A; the maximum is the one :func:`box_maximum` finds.
+    The box is ``|y_i| <= epsilon (|(A+ x)_i| + 1)``, where A+ is the pseudo-inverse of A; :func:`box_maximum` finds the maximum.
 
     Args:
-        f: The training loss, e.g. of :func:`training_loss`.
+        f: The training loss, e.g. from :func:`training_loss`.
         weights: The solution x, float ``[n]``.
-        epsilon: Size of the box, above 0; the paper takes 1e-3 and 5e-4.
-        basis: The matrix A, float ``[n, p]``; the identity, that is the whole space, when None.
-        iterations: Iterations of L-BFGS-B; the paper's 10.
-        seed: Seed of the search's first point.
+        epsilon: Size of the box, positive; 1e-3 and 5e-4 in the paper.
+        basis: The matrix A, float ``[n, p]``; None for the identity, i.e. the full space.
+        iterations: Iterations of L-BFGS-B; 10 in the paper.
+        seed: Seed of the starting point of the search.
 
     Returns:
-        Rise of the loss in percent of ``1 + f(x)``, at least 0.
+        Increase of the loss in percent of ``1 + f(x)``, at least 0.
 
     Raises:
-        InputError: epsilon is not above 0.
+        InputError: epsilon is not positive.
 
     Source: arXiv 1609.04836, metric 2.1.
     """

@@ -1,4 +1,4 @@
-"""From two checkpoints and a recipe to the figure, the numbers and the sharpness."""
+"""Interpolates between two checkpoints of a recipe: computes curve and sharpness, and writes figure and data files."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _MOST_ITERATIONS = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """How to look at the line.
+    """Settings of a study.
 
     Attributes:
-        points: Equal steps from -1 to 2; see :func:`~composer_effalgos.landscape.alphas`.
-        samples: Training samples for the loss and for the batch norms, drawn once at random; all when None.
-        sharpness_samples: How many of them the sharpness is measured on; all of them when None, no sharpness when 0.
-        batch_size: Samples in a step. Batch norms see the data in batches of this size.
+        points: Number of equally spaced points from -1 to 2; see :func:`~composer_effalgos.landscape.alphas`.
+        samples: Number of training samples for the loss and the batch norms, drawn once at random; None for all.
+        sharpness_samples: Number of these samples used to measure sharpness; None for all, 0 for no sharpness.
+        batch_size: Batch size, also for the batch norm statistics.
         epsilons: Sizes of the box.
-        subspace: Dimension of the random subspace, for a second measurement of each sharpness; 0 for none.
+        subspace: Dimension of the random subspace in which each sharpness is also measured; 0 for none.
         iterations: Iterations of L-BFGS-B.
-        seed: Seed of the samples, the subspace and the search's first point.
+        seed: Seed of the samples, the subspace and the starting point of the search.
     """
 
     points: int = 25
@@ -66,15 +66,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Study:
-    """What was found.
+    """Results of a study.
 
     Attributes:
         points: The curve.
-        sharpness: A row a solution, epsilon and space: ``solution`` (``'A'`` or ``'B'``), ``epsilon``, ``space`` (``'full'`` or
+        sharpness: One row per solution, epsilon and space: ``solution`` (``'A'`` or ``'B'``), ``epsilon``, ``space`` (``'full'`` or
             ``'random 100'``) and ``sharpness`` in percent.
-        as_saved: For each solution loss and accuracy on the evaluation data with the batch norms' statistics as the checkpoint has them.
+        as_saved: Evaluation loss and accuracy of each solution with the checkpoint's own batch norm statistics.
         distances: Euclidean norms over all trainable parameters: ``A``, ``B`` and ``B - A``.
-        about: Recipe, checkpoints, settings and numbers of samples.
+        about: Recipe, checkpoints, settings and sample counts.
     """
 
     points: list[Point]
@@ -84,18 +84,18 @@ class Study:
     about: dict[str, Any]
 
     def write(self, out: Path, names: tuple[str, str], name: str = NAME) -> list[Path]:
-        """Write the figure (``.png``, ``.svg``), the curve (``.csv``) and everything else (``.json``).
+        """Writes the figure (``.png``, ``.svg``), the curve (``.csv``) and everything else (``.json``).
 
         Args:
-            out: Folder, made where it is missing.
-            names: What the solutions are called in the figure.
-            name: Name of the files, without ending.
+            out: Output folder, created if missing.
+            names: Names of the solutions in the figure.
+            name: Name of the files, without extension.
 
         Returns:
-            The files.
+            The paths of the files.
 
         Raises:
-            InputError: The folder cannot be written.
+            InputError: The folder is not writable.
         """
         figure = draw(self.points, names, f'{self.about["model"]} on {self.about["dataset"]}')
         try:
@@ -116,7 +116,7 @@ class Study:
             writer.writerows(asdict(point).values() for point in self.points)
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the curve, as JSON can hold it: a number that is not finite is its name.
+        """Everything but the curve, JSON-serialisable: non-finite numbers become strings.
 
         Returns:
             ``about``, ``as_saved``, ``distances`` and ``sharpness``.
@@ -130,24 +130,24 @@ class Study:
 def interpolate(
     a: Path, b: Path, recipe: Recipe, settings: Settings | None = None, *, progress: Callable[[str], None] = lambda _: None
 ) -> Study:
-    """Look at the loss along the line through two solutions of a recipe, and at the sharpness of each.
+    """Computes the loss along the line through two solutions of a recipe, and the sharpness of each.
 
-    Training and evaluation data are the recipe's, without random augmentation, held in memory (12 KB an image of 32x32 pixels). The
-    network is the recipe's after the layers that its Composer algorithms exchange (BlurPool, SqueezeExcite, ...); the loss is
-    cross-entropy, without label smoothing or mixed samples.
+    Training and evaluation data are the recipe's, without random augmentation, held in memory (12 KB per 32x32 image). The network is the
+    recipe's, after the model surgery of its Composer algorithms (BlurPool, SqueezeExcite, ...). The loss is cross-entropy, without label
+    smoothing or mixed samples.
 
     Args:
         a: The checkpoint at alpha 0.
         b: The checkpoint at alpha 1.
-        recipe: The recipe that both were trained with, up to batch size and schedule.
-        settings: How to look.
-        progress: Gets a line for each step.
+        recipe: The recipe of both trainings; batch size and schedule may differ.
+        settings: Settings of the study; None for the defaults.
+        progress: Called with a line of text after each step.
 
     Returns:
         The curve and the sharpness.
 
     Raises:
-        InputError: A file that holds no weights, or those of another network; settings out of range; the recipe's data are not there.
+        InputError: A file holds no weights or those of another network, a setting is out of range, or the recipe's data are missing.
     """
     settings = settings or Settings()
     places = _checked(settings)
@@ -208,7 +208,7 @@ def _sharpness(
     device: Device,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """The sharpness of each solution, in the whole space and in a random subspace."""
+    """Measures the sharpness of each solution, in the full space and in a random subspace."""
     found = []
     images, labels = (part[: settings.sharpness_samples] for part in data)
     loss_of = training_loss(model, _batches(images, labels, settings.batch_size))
@@ -224,8 +224,8 @@ def _sharpness(
 
 
 def _checked(settings: Settings) -> list[float]:
-    """The places on the line, once every setting is known to be in its range."""
-    # Less than 3 a batch, or 2 in all, can leave a batch of one, of which batch norm has no variance
+    """Checks all settings and returns the positions on the line."""
+    # With a batch size below 3, or fewer than 2 samples, there can be a batch of one sample, which has no unbiased variance
     least = {'samples': 2, 'batch_size': 3, 'iterations': 1, 'sharpness_samples': 0, 'subspace': 0, 'seed': 0}
     for name, lowest in least.items():
         value = getattr(settings, name)
@@ -239,14 +239,14 @@ def _checked(settings: Settings) -> list[float]:
 
 
 def _unaugmented(recipe: Recipe) -> Recipe:
-    """The recipe with its training images as they are."""
+    """Returns the recipe without augmentation of the training images."""
     if 'augment' not in parameters(DATASETS[recipe.dataset.name]):
         return recipe
     return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))
 
 
 def _network(recipe: Recipe, dataset: Any, device: Device) -> nn.Module:
-    """The network after the surgery of the recipe's Composer algorithms; ours change no layer."""
+    """Builds the network and applies the model surgery of the recipe's Composer algorithms; ours change no layer."""
     model = build_network(recipe, dataset)
     if not isinstance(model, ComposerClassifier):
         raise InputError(f'{recipe.source}: model.name: expected a classifier, got {recipe.model.name}')
@@ -259,7 +259,7 @@ def _network(recipe: Recipe, dataset: Any, device: Device) -> nn.Module:
 
 
 def _fitting(source: str, weights: Mapping[str, Tensor], model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """The weights as a complete state dict of the network, in its types."""
+    """Returns the weights as a complete state dict of the network, in its dtypes."""
     own = model.state_dict()
     found = differences(own, weights)
     if found:
@@ -271,7 +271,7 @@ def _fitting(source: str, weights: Mapping[str, Tensor], model: nn.Module, recip
 
 
 def _read(dataset: Dataset[Any], samples: int | None, settings: Settings, workers: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of a dataset, or of some of its samples, in an order of their own."""
+    """Reads images and labels of a dataset, or of ``samples`` random samples, in random order."""
     count = len(dataset)  # type: ignore[arg-type]
     if samples is not None:
         check_number('samples', samples, least=1, most=count)
@@ -282,13 +282,13 @@ def _read(dataset: Dataset[Any], samples: int | None, settings: Settings, worker
 
 
 def _batches(images: Tensor, labels: Tensor, batch_size: int) -> Batches:
-    """Batches of nearly equal size, none above ``batch_size``."""
+    """Splits the data into batches of nearly equal size, at most ``batch_size``."""
     pieces = math.ceil(len(labels) / batch_size)
     return list(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
 
 
 def _save_svg(figure: Figure, path: Path) -> None:
-    # The same numbers give the same file
+    # A fixed salt and no date: the same numbers give the same file
     with matplotlib.rc_context({'svg.hashsalt': NAME}):
         figure.savefig(path, format='svg', metadata={'Date': None})
 
@@ -300,7 +300,7 @@ def _whole(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _plain(content: Any) -> Any:
-    """What JSON can hold: a number that is not finite becomes its name."""
+    """Makes ``content`` JSON-serialisable: non-finite numbers become strings."""
     if isinstance(content, Mapping):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

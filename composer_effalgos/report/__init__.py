@@ -1,4 +1,4 @@
-"""Sweeps of runs, their results and the report."""
+"""Sweeps of training runs, their results and reports."""
 
 from composer_effalgos.report.bench import run_sweep, show_frontier
 from composer_effalgos.report.frontier import Frontier, frontier

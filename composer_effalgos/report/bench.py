@@ -1,4 +1,4 @@
-"""``effalgos bench`` and ``effalgos frontier``: trains a sweep, prints its table, and writes its results and report."""
+"""``effalgos bench`` and ``effalgos frontier``: train a sweep, print its table, and write results and report."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def run_sweep(
     by: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Trains a sweep, or what is left of it, prints its table, and writes its results and its report.
+    """Trains a sweep or its remaining runs, prints its table, and writes results and report.
 
     Args:
         path: The sweep's YAML file.
-        out: Folder of the runs and the report; ``runs/<name of the sweep>`` when None.
-        overrides: ``key=value`` settings on top of every recipe.
-        seeds: Replace the sweep's seeds, if any are given.
-        only: The methods to train; all where empty.
-        at_once: Runs side by side.
-        minutes: Stop after this many; the same call continues. None for no limit.
-        ranks: Processes a run.
-        fresh: Train everything again.
+        out: Folder of the runs and the report; None for ``runs/<name of the sweep>``.
+        overrides: ``key=value`` settings that override every recipe.
+        seeds: If not empty, replace the sweep's seeds.
+        only: The methods to train; empty for all.
+        at_once: Number of concurrent runs.
+        minutes: Time limit in minutes, None for none; calling again continues.
+        ranks: Number of processes per run.
+        fresh: Whether to train everything again.
         keep_checkpoints: Whether finished runs keep their checkpoints.
-        equal_budget: Set every method against plain runs of the same budget, see :mod:`composer_effalgos.report.frontier`; runs of earlier
-            calls count too.
-        by: What a budget is; see :func:`composer_effalgos.report.frontier.frontier`.
-        console: Where progress and table go; the standard output when None.
+        equal_budget: Compare every method with plain runs of the same budget, see :mod:`composer_effalgos.report.frontier`; includes runs
+            of earlier calls.
+        by: The budget unit; see :func:`composer_effalgos.report.frontier.frontier`.
+        console: Where to print progress and table; None for standard output.
 
     Returns:
-        The failed and the remaining runs.
+        The failed and remaining runs.
 
     Raises:
-        InputError: The sweep or a recipe in it is wrong, or ``out`` cannot be used.
+        InputError: The sweep or one of its recipes is invalid, or ``out`` cannot be used.
     """
     console = console or Console()
     sweep = load_sweep(path)
     out = Path('runs') / sweep.name if out is None else Path(out)
-    jobs = sweep.jobs(out, overrides, seeds=seeds, only=only)  # every recipe is checked before the first run
+    jobs = sweep.jobs(out, overrides, seeds=seeds, only=only)  # checks every recipe before the first run
     if equal_budget:
         _check_frontier(sweep, sweep.jobs(out, overrides), by)
     _say_what_is_left([job for job in jobs if fresh or not finished(job)], out, console)
@@ -82,7 +82,7 @@ def run_sweep(
         write_results(rows, out, targets=sweep.targets, about=about)
         report = write_report(out, targets=sweep.targets)
         console.print()
-        console.print(rich_table(rows))  # in the order of the report
+        console.print(rich_table(rows))  # same order as in the report
         console.print()
         console.print(note(rows, brief=True), style='dim')
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)
@@ -93,15 +93,15 @@ def run_sweep(
 
 
 def show_frontier(folder: str | Path, by: str | None = None, *, console: Console | None = None) -> None:
-    """Prints and writes the frontier of the finished runs in a folder, and its report.
+    """Prints and writes the frontier of the finished runs in a folder, and writes the report.
 
     Args:
-        folder: The runs' folder.
-        by: What a budget is; see :func:`composer_effalgos.report.frontier.frontier`.
-        console: Where the table goes; the standard output when None.
+        folder: The folder of the runs.
+        by: The budget unit; see :func:`composer_effalgos.report.frontier.frontier`.
+        console: Where to print the table; None for standard output.
 
     Raises:
-        InputError: The runs are no frontier, or the folder cannot be written.
+        InputError: The runs do not form a frontier, or the folder is not writable.
     """
     folder, console = Path(folder), console or Console()
     runs, problems = read_runs(folder)
@@ -113,14 +113,14 @@ def show_frontier(folder: str | Path, by: str | None = None, *, console: Console
 
 
 def _check_frontier(sweep: Sweep, jobs: Sequence[Job], by: str | None) -> None:
-    """Refuses sweeps without a usable frontier before the first run is trained."""
+    """Rejects a sweep that cannot form a frontier, before the first run is trained."""
     check_unit(by)
     recipes = {job.method: job.recipe.settings for job in jobs}
     plain_lengths(list(recipes.items()), str(sweep.path))
 
 
 def _frontier_so_far(sweep: Sweep, out: Path, by: str | None, console: Console) -> Frontier | None:
-    """The frontier of the finished runs of a sweep; None and the reason if there are too few yet."""
+    """Returns the frontier of a sweep's finished runs; if there are too few, prints the reason and returns None."""
     try:
         methods = sweep.all_methods()
         runs = [run for run in read_runs(out)[0] if run.method in methods and is_finished(out, run)]
@@ -140,7 +140,7 @@ def _show_frontier(found: Frontier, out: Path, about: dict[str, Any], console: C
 
 
 def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
-    """The number of remaining runs and the estimated hours."""
+    """Prints the number of remaining runs and the estimated training time."""
     if not jobs or not out.is_dir():
         return
     try:
@@ -153,6 +153,6 @@ def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
 
 
 def _epoch_seconds(method: str, done: Sequence[Run]) -> float:
-    """Mean over the runs of the method, else over all."""
+    """Mean training seconds per epoch of the method's runs, or of all runs if it has none."""
     own = [run for run in done if run.method == method] or done
     return fmean(run.summary['totals']['train_seconds'] / len(run.summary['epochs']) for run in own)

@@ -1,4 +1,4 @@
-"""The report's charts, as data for plotly."""
+"""Charts of the report, as plotly data."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 from composer_effalgos.report.runs import Run
 from composer_effalgos.report.table import Row
 
-# Okabe and Ito's colours, told apart by most colour-blind readers, in tones that stand out on white and on near-black alike.
+# Okabe and Ito's colour-blind-safe palette, in shades that contrast with both light and dark backgrounds.
 COLORS = ('#7f7f7f', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#b8860b', '#56b4e9', '#8a5cd1')
 DASHES = ('solid', 'dash', 'dot', 'dashdot')
-SHOWN = 8  # methods whose lines are there from the beginning
-MOST_HISTOGRAMS = 4  # charts of scores in a report
+SHOWN = 8  # number of methods that are visible initially
+MOST_HISTOGRAMS = 4  # maximum number of score charts in a report
 _Values = Callable[[Run], list[Any]]
 
 
 def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The charts for rows: of runs by epoch, samples and seconds, of InfoBatch's scores, and beside what was published.
+    """Returns the charts for rows: by epoch, samples and seconds, of InfoBatch's scores, and next to published results.
 
     Args:
-        rows: Rows as :func:`~composer_effalgos.report.table.table_rows` gives them.
+        rows: Rows from :func:`~composer_effalgos.report.table.table_rows`.
 
     Returns:
-        For each chart its ``title``, the axes' ``x`` and ``y`` titles, further axis options for plotly (``xaxis``, ``yaxis``),
-        plotly ``traces``, and whether it has a ``legend`` of its own; charts without a value are left out.
+        For each chart its ``title``, the axis titles ``x`` and ``y``, further plotly axis options (``xaxis``, ``yaxis``), plotly
+        ``traces``, and whether it has its own ``legend``; charts without values are omitted.
     """
     drawn: list[tuple[str, str, str, _Values, _Values, str]] = [
         ('Accuracy by training time', 'seconds of training', 'accuracy %', _seconds, _accuracy, 'linear'),
@@ -53,7 +53,7 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ]
         for trace in traces:
             trace['line']['shape'] = shape
-            if y_of not in (_accuracy, _loss_of_text):  # such lines often coincide: the later, thinner ones leave an edge of those below
+            if y_of not in (_accuracy, _loss_of_text):  # lines often coincide: later ones are thinner, so that all stay visible
                 trace['line']['width'] = max(1.5, 6 - 1.25 * int(trace['legendgroup']))
         values = [value for trace in traces for value in trace['y']]
         if all(value is None for value in values) or (title == 'Selection time' and not any(values)):
@@ -68,23 +68,23 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 @functools.cache
 def published() -> tuple[dict[str, Any], ...]:
-    """Accuracies and times that reproductions of the methods published, a record a run.
+    """Published accuracies and times of reproductions of the methods, one record per run.
 
     Returns:
-        Records with ``source``, ``method``, ``dataset`` and ``model`` as recipes name them, ``epochs``, ``seconds`` of training,
-        ``final_accuracy`` in percent or None, and ``accuracy`` in percent by epoch (empty where it is not known).
+        Records with ``source``, ``method``, ``dataset`` and ``model`` as named in recipes, ``epochs``, ``seconds`` of training,
+        ``final_accuracy`` in percent or None, and ``accuracy`` in percent by epoch (empty if unknown).
     """
     return tuple(json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8')))
 
 
 def published_for(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The published runs on the datasets and models of the rows.
+    """Returns the published runs with the datasets and models of the rows.
 
     Args:
         rows: Rows of the table.
 
     Returns:
-        Records as :func:`published` gives them.
+        Records from :func:`published`.
     """
     ours = {_task(run) for row in rows for run in row.runs}
     return [record for record in published() if (record['dataset'], record['model']) in ours]
@@ -93,12 +93,12 @@ def published_for(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _task(run: Run) -> tuple[Any, Any]:
     recipe = run.summary['recipe']
     dataset, model = (recipe.get(key) if isinstance(recipe.get(key), dict) else {} for key in ('dataset', 'model'))
-    # a part of the data is another task
+    # a run on part of the data is a different task
     return (None if dataset.get('limit') else dataset.get('name'), model.get('name'))
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    """The rows to draw at first: all, or of many the baselines and the fastest to their accuracy, then the most accurate."""
+    """Returns the initially visible rows: at most ``SHOWN``, baselines first, then by speed-up, then by accuracy."""
     if len(rows) <= SHOWN:
         return list(rows)
     order = sorted(rows, key=lambda row: ('baseline' not in row.method.lower(), -(row.speed_up or 0), -(row.accuracy or 0)))
@@ -106,9 +106,9 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
 
 
 def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
-    """The style and hover text of a run's line."""
+    """Returns the style and hover text of a run's line."""
     first = run is row.runs[0]
-    name = html.escape(row.method)  # plotly reads text as HTML
+    name = html.escape(row.method)  # plotly interprets text as HTML
     return {
         'type': 'scatter',
         'mode': 'lines+markers',
@@ -125,7 +125,7 @@ def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
 
 
 def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """How InfoBatch's scores were spread, epoch by epoch, in the first run of each method that has any."""
+    """Histograms of InfoBatch's scores by epoch, of the first run of each method that has scores."""
     found: list[dict[str, Any]] = []
     for row in rows:
         kept = row.runs[0].summary.get('score_histograms')
@@ -172,7 +172,7 @@ def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[str, Any]]:
-    """Our accuracies and published ones, each over its own share of training: they differ in length and hardware."""
+    """Our and published accuracies, each over the percentage of its own epochs, as lengths and hardware differ."""
     theirs = [record for record in published_for(rows) if record['accuracy']]
     tasks = {(record['dataset'], record['model']) for record in theirs}
     found = []
@@ -215,13 +215,13 @@ def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[st
 
 
 def _blend(share: float) -> str:
-    """From light blue to vermilion, readable on light and dark backgrounds."""
+    """Interpolates from light blue to vermilion, readable on light and dark backgrounds."""
     start, end = (86, 180, 233), (213, 94, 0)
     return '#' + ''.join(f'{round(low + share * (high - low)):02x}' for low, high in zip(start, end, strict=True))
 
 
 def _counts(traces: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """An axis of whole numbers: from zero, and never with a tick between two of them."""
+    """Options of an integer axis: starts at zero, without fractional ticks."""
     return {'rangemode': 'tozero'} | ({'dtick': 1} if max(max(trace[key]) for trace in traces) < 10 else {})
 
 
@@ -250,7 +250,7 @@ def _seconds(run: Run) -> list[float]:
 
 
 def _left_out(run: Run) -> list[float]:
-    """Full epochs are of one length, so the run's full samples over its epochs is what an epoch would have had."""
+    """Percentage of samples left out per epoch; all full epochs have the same size, ``samples_full`` over the number of epochs."""
     samples = _column(run, 'samples')
     full = run.summary['totals']['samples_full'] / len(samples)
     return [round(100 * (1 - value / full), 2) if full else 0.0 for value in samples]
@@ -262,7 +262,7 @@ def _accuracy(run: Run) -> list[float | None]:
 
 
 def _loss_of_text(run: Run) -> list[float | None]:
-    """The held-out losses of a run on tokens; of other runs the accuracy is shown."""
+    """Held-out losses of a run on text; None for other runs, whose accuracy is shown instead."""
     entries = run.summary['epochs']
     if not any(entry.get('tokens') for entry in entries):
         return [None] * len(entries)

@@ -1,8 +1,8 @@
-"""The equivalent-budget factor: the budget of a plain run with the quality of a method, divided by the method's budget.
+"""The equivalent-budget factor: the budget that a plain run needs for a method's quality, divided by the method's budget.
 
-A method that trains on fewer samples must be compared with a plain run shortened to the same budget, with its schedule decayed to zero
-as well. The plain runs, trained at several lengths, give quality against budget; a method's factor is the budget that this curve needs
-for the method's quality, divided by the method's own budget. Above 1 the method pays; below 1, train shorter.
+A method that trains on fewer samples must be compared with a plain run of the same budget whose schedule also decays to zero. Plain runs
+of several lengths give a curve of quality against budget; a method's factor is the budget at which this curve reaches the method's quality,
+divided by the method's own budget. Above 1 the method pays; below 1, train shorter.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from scipy.stats import chi2
 
 from composer_effalgos.utils.errors import InputError
 
-_GRID = 512  # points of the curve between the shortest and the longest plain run
+_GRID = 512  # points on the curve between the shortest and longest plain run
 _DRAWS = 4000
-_OTHERS = 4  # degrees of freedom that the spread of all other cells counts for in that of one
-_MOST_SHIFT = 9.0  # of a logarithm: with one degree of freedom some draws would overflow
+_OTHERS = 4  # degrees of freedom of the prior variance, from all other cells
+_MOST_SHIFT = 9.0  # clip of log-budget errors: with one degree of freedom some draws would overflow
 _ENDS = (0.025, 0.975)
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -28,12 +28,12 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one method at one length, which differ only in the seed.
+    """The runs of one method at one length, differing only in the seed.
 
     Attributes:
         name: The method's name with its length.
-        budget: What each run spent (seconds, samples or steps), float ``[n]``, positive.
-        quality: What each reached, higher is better, float ``[n]``.
+        budget: Budget of each run (seconds, samples or steps), float ``[n]``, positive.
+        quality: Quality of each run, higher is better, float ``[n]``.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Factor:
     """An equivalent-budget factor with its 95 % interval.
 
     Attributes:
-        value: The factor; 0 where the method is worse than the shortest plain run, inf where it is better than the longest: the curve is
-            not extrapolated.
-        low: Lower end of the interval, in the same way; 0 if there is only one seed everywhere, so the spread is unknown.
-        high: Upper end; inf likewise.
-        least: The smallest factor that can be measured: the shortest plain budget over the method's.
-        most: The largest: the longest plain budget over the method's.
+        value: The factor; 0 if the method is worse than the shortest plain run, inf if it is better than the longest: the curve is not
+            extrapolated.
+        low: Lower end of the interval, 0 or inf as for ``value``; 0 if every cell has a single seed, so that the spread is unknown.
+        high: Upper end; inf if the spread is unknown.
+        least: The smallest measurable factor: the shortest plain budget over the method's.
+        most: The largest measurable factor: the longest plain budget over the method's.
     """
 
     value: float
@@ -64,12 +64,12 @@ class Factor:
         return f'{self.text(self.value)} ({self.text(self.low)} to {self.text(self.high)})'
 
     def text(self, factor: float) -> str:
-        """The value or an end of the interval; a bound if it lies beyond the plain runs."""
+        """Formats the value or an end of the interval; as a bound if it lies beyond the plain runs."""
         return f'< {self.least:.2f}' if factor == 0 else f'> {self.most:.2f}' if np.isinf(factor) else f'{factor:.2f}'
 
     @property
     def verdict(self) -> str:
-        """The verdict in words, by the interval or by a bound if it ends beyond the plain runs."""
+        """The verdict in words, based on the interval; an end beyond the plain runs is replaced by its bound."""
         low = self.most if np.isinf(self.low) else self.low
         high = self.least if self.high == 0 else self.high
         if low > 1:
@@ -85,7 +85,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality against budget of plain runs, with its 95 % band at each budget.
+    """Quality of plain runs against budget, with a pointwise 95 % band.
 
     Attributes:
         budget: Budgets from the shortest to the longest length, float ``[G]``.
@@ -102,12 +102,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods compared with plain runs.
+    """Comparison of methods with plain runs.
 
     Attributes:
-        curve: The plain runs'.
-        factors: One for each method.
-        quality: Mean quality with its 95 % interval of each cell, the plain ones first, float ``[cells, 3]``: mean, low, high.
+        curve: The curve of the plain runs.
+        factors: One factor per method.
+        quality: Mean quality of each cell and its 95 % interval, plain cells first by budget, float ``[cells, 3]``: mean, low, high.
     """
 
     curve: Curve
@@ -118,23 +118,23 @@ class Comparison:
 def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0) -> Comparison:
     """Compares methods with the curve of plain runs.
 
-    The curve goes through the mean qualities of the plain lengths, made monotone (the average of their running maximum and of the running
-    minimum from the other end), as a monotone cubic (PCHIP) in the logarithm of the budget.
+    The curve is a monotone cubic (PCHIP) in the logarithm of the budget, through the mean qualities of the plain lengths after making them
+    monotone (the average of the running maximum and of the running minimum from the other end).
 
-    The intervals are a parametric bootstrap, which keeps its level with three seeds, unlike resampling of three runs: each cell's mean
-    quality and mean logarithm of the budget are drawn from normal distributions, the spreads between seeds from scaled inverse chi-squared
-    ones. The spread of a cell is its own, moderated by those of the others.
+    The intervals come from a parametric bootstrap, which keeps its level with three seeds, unlike resampling: each cell's mean quality and
+    mean log budget are drawn from normal distributions, whose variances are drawn from scaled inverse chi-squared distributions. A cell's
+    variance between seeds is moderated by those of the other cells.
 
     Args:
-        baseline: Plain runs at two lengths or more, in any order.
-        methods: Runs of a method at one length each.
-        seed: Of the bootstrap.
+        baseline: Plain runs of two or more lengths, in any order.
+        methods: Runs of one method at one length each.
+        seed: Seed of the bootstrap.
 
     Returns:
-        The curve and the factors.
+        The curve, the factors in the order of ``methods``, and the quality of each cell.
 
     Raises:
-        InputError: There are fewer than two plain lengths, or two of the same budget.
+        InputError: There are fewer than two plain lengths, or two have the same budget.
     """
     plain = sorted(baseline, key=lambda cell: float(np.log(cell.budget).mean()))
     cells = [*plain, *methods]
@@ -148,7 +148,7 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
     means = np.array([[cell.quality.mean()] for cell in cells])
     quality = means + _errors([cell.quality for cell in cells], rng)
     logs = [np.log(cell.budget) for cell in cells]
-    # what is exact, such as the samples of a plain run, says nothing about the spread of the others
+    # exact budgets, such as the samples of a plain run, say nothing about the spread of the others
     shifts = np.zeros_like(quality)
     noisy = [number for number, values in enumerate(logs) if len(values) == 1 or np.ptp(values) > 0]
     if any(len(logs[number]) > 1 for number in noisy):
@@ -160,7 +160,7 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
     for number in range(len(plain), len(cells)):
         own = np.exp(x[number])
         found = curves.budget(quality[number]) / np.exp(x[number] + shifts[number])
-        # the ends of the interval are draws, not averages of two: those beyond the curve are 0 or inf
+        # inverted_cdf returns draws without interpolating: those beyond the curve are 0 or inf
         low, high = np.quantile(found[1:], _ENDS, method='inverted_cdf') if repeated else (0.0, np.inf)
         factors.append(Factor(float(found[0]), float(low), float(high), float(ends[0] / own), float(ends[1] / own)))
     intervals = np.quantile(quality[:, 1:], _ENDS, axis=1).T
@@ -168,9 +168,9 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
 
 
 def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:
-    """Draws of the errors of cells' means, ``[cells, 1 + draws]``; the first column is 0: the estimate itself."""
+    """Draws errors of the cells' means, ``[cells, 1 + draws]``; the first column is 0, for the estimate itself."""
     if all(len(own) == 1 for own in values):
-        return np.zeros((len(values), 2))  # no spread is known
+        return np.zeros((len(values), 2))  # the spread is unknown
     variance, freedom = _moderated(values)
     counts = np.array([len(own) for own in values])
     scale = np.sqrt(variance * freedom / counts)[:, None] / np.sqrt(rng.chisquare(freedom[:, None], (len(values), _DRAWS)))
@@ -178,13 +178,13 @@ def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:
 
 
 def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
-    """Variances between seeds: each cell's own, and the median of the others as a prior of four degrees of freedom.
+    """Variances between seeds: each cell's own, moderated by a prior with four degrees of freedom, the median of the other cells.
 
     The two degrees of freedom of three seeds are too few; pooling all cells would hide that a method is noisier than plain training, and
-    such a method would widen every interval. Mixing the two is the moderated variance of Smyth (2004), with the weight of the others fixed.
+    such a method would widen every interval. This is the moderated variance of Smyth (2004), with a fixed prior weight.
 
     Args:
-        values: The runs' values of each cell, of one cell at least two.
+        values: The values of the runs of each cell; at least one cell has two or more.
 
     Returns:
         The variances and their degrees of freedom, ``[cells]`` each.
@@ -195,7 +195,7 @@ def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
     prior = np.minimum(others, _OTHERS)
     freedom = prior + own
     several = own > 0
-    typical = squares[several] / chi2.median(own[several])  # each exceeds the true variance as often as not
+    typical = squares[several] / chi2.median(own[several])  # median-unbiased: as likely above the true variance as below
     places = np.cumsum(several) - 1
     common = np.array(
         [
@@ -207,11 +207,11 @@ def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
 
 
 class _Curves:
-    """Draws of the plain runs' curve.
+    """Bootstrap draws of the plain runs' curve.
 
     Args:
         x: Logarithms of the plain budgets, ascending, ``[L]``.
-        quality: Mean qualities at them, ``[L, D]``; the first draw is the estimate.
+        quality: Mean qualities at these budgets, ``[L, D]``; the first draw is the estimate.
         shifts: Errors of ``x``, ``[L, D]``.
     """
 
@@ -219,14 +219,14 @@ class _Curves:
         up = np.maximum.accumulate(quality)
         down = np.minimum.accumulate(quality[::-1])[::-1]
         self._grid = np.linspace(x[0], x[-1], _GRID)
-        self._curve = np.maximum.accumulate(PchipInterpolator(x, (up + down) / 2)(self._grid))  # of rounding
-        # The curve is one of the lengths; what a length cost is drawn beside it, and in between in proportion
+        self._curve = np.maximum.accumulate(PchipInterpolator(x, (up + down) / 2)(self._grid))  # removes decreases by rounding
+        # The curve is fitted at the mean log budgets; errors of the budgets shift its points afterwards, interpolated between lengths
         right = np.searchsorted(x, self._grid).clip(1, len(x) - 1)
         share = ((self._grid - x[right - 1]) / (x[right] - x[right - 1]))[:, None]
         self._places = self._grid[:, None] + (1 - share) * shifts[right - 1] + share * shifts[right]
 
     def budget(self, wanted: Array) -> Array:
-        """The least budget at which each draw reaches a quality.
+        """Smallest budget at which each draw reaches a quality.
 
         Args:
             wanted: A quality for each draw, ``[D]``.
@@ -242,7 +242,7 @@ class _Curves:
         return np.where(wanted < curve[0], 0.0, np.where(wanted > curve[-1], np.inf, found))
 
     def band(self) -> Curve:
-        """The estimate and the band about it."""
+        """Returns the estimated curve and its band."""
         drawn = [np.interp(self._grid, place, curve) for place, curve in zip(self._places.T[1:], self._curve.T[1:], strict=True)]
         low, high = np.quantile(drawn, _ENDS, axis=0)
         return Curve(np.exp(self._grid), self._curve[:, 0], low, high)

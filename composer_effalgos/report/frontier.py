@@ -1,4 +1,4 @@
-"""The frontier of a sweep: quality against budget of plain runs of several lengths, and every method in comparison."""
+"""The frontier of a sweep: compares every method with plain runs of several lengths, by quality against budget."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from composer_effalgos.utils.text import one_line, plain
 
 TIMES = {'cpu_seconds': 'CPU seconds', 'seconds': 'seconds'}
 UNITS = {**TIMES, 'samples': 'samples', 'steps': 'steps'}
-COST = '.cost.json'  # beside a file that an algorithm reads: what it took to make it, by unit
-LENGTHS, SEEDS = 4, 3  # fewer are said
-MOST_LEFT = 0.1  # of the highest learning rate a sample: more at the end is no schedule that has decayed
+COST = '.cost.json'  # suffix of the file next to an algorithm's input file that holds the cost of producing it, by unit
+LENGTHS, SEEDS = 4, 3  # fewer are mentioned in the notes
+MOST_LEFT = 0.1  # last over highest learning rate per sample; above this the schedule has not decayed
 
-# What a training is, but for its length
+# Recipe settings that define a training run, except its length
 _TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')
-# What is not the data itself; and datasets whose name alone does not say which data they hold
+# Dataset options that do not change the data; and datasets that are identified by their path, not their name
 _BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
 _BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
 _READERS: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
@@ -43,14 +43,14 @@ class Point:
     """A method at one length.
 
     Attributes:
-        method: Its name.
-        plain: Whether it is one of the plain runs.
-        seeds: Of its runs.
+        method: The method's name.
+        plain: Whether it is a plain run.
+        seeds: Seeds of its runs.
         quality: Mean accuracy in [0, 1], or held-out loss in nats, at the end of the runs.
-        sd: Sample standard deviation of it over the seeds; None for a single run.
-        low: Lower end of the mean's 95 % interval.
+        sd: Sample standard deviation of the quality over the seeds; None for a single run.
+        low: Lower end of the 95 % interval of the mean.
         high: Upper end.
-        budgets: Mean of what a run spent, by unit.
+        budgets: Mean budget of the runs, by unit.
         factors: The equivalent-budget factor by unit; empty for plain runs.
     """
 
@@ -70,11 +70,11 @@ class Frontier:
     """Plain runs and methods at their budgets.
 
     Attributes:
-        by: The unit of the budget that the verdicts are by, a key of :data:`UNITS`.
-        units: Those of the table.
-        is_loss: Whether quality is a held-out loss, lower is better, and not an accuracy.
+        by: The budget unit of the verdicts, a key of :data:`UNITS`.
+        units: The budget units of the table.
+        is_loss: Whether quality is a held-out loss (lower is better) instead of an accuracy.
         points: The plain runs by length, then the methods.
-        curve: The plain runs' curve, quality as in the points.
+        curve: The curve of the plain runs, with quality as in the points.
         notes: Caveats, one sentence each.
     """
 
@@ -87,22 +87,22 @@ class Frontier:
 
 
 def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: bool = True) -> Frontier:
-    """Compares the methods among runs with the plain runs.
+    """Compares the methods with the plain runs.
 
-    Plain runs have no algorithm of this package and no SelectiveBackprop, and differ only in their length. Of several such groups (other
-    batch sizes), the one with the most lengths is used, and among equals one with ``baseline`` in its names.
+    Plain runs use no algorithm of this package and no SelectiveBackprop, and differ only in length. Of several such groups (e.g. with
+    different batch sizes), the one with the most lengths is used; ties go to one with ``baseline`` in its names.
 
     Args:
         runs: Finished runs.
-        source: Where they are from; begins error messages.
-        by: What a budget is for the verdicts, a key of :data:`UNITS`. None for CPU seconds of runs on a CPU, seconds of others.
-        timed: Whether the runs' times are comparable; False for several machines, or one machine under different loads.
+        source: Origin of the runs; prefix of error messages.
+        by: The budget unit of the verdicts, a key of :data:`UNITS`; None for CPU seconds of runs on a CPU and seconds of other runs.
+        timed: Whether the runs' times are comparable; False for several machines, or one machine under varying load.
 
     Returns:
         The frontier.
 
     Raises:
-        InputError: There are fewer than two plain lengths or no method, or the runs are of several datasets or machines, or lack the unit.
+        InputError: There are fewer than two plain lengths or no method, the runs use several datasets or machines, or lack the unit.
     """
     check_unit(by)
     runs, is_loss, notes = _with_quality(runs, source)
@@ -140,7 +140,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
 
 
 def check_unit(by: str | None) -> None:
-    """Refuses what is no unit of a budget; None passes.
+    """Rejects an unknown budget unit; None is allowed.
 
     Raises:
         InputError: It is not a key of :data:`UNITS`.
@@ -150,7 +150,7 @@ def check_unit(by: str | None) -> None:
 
 
 def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
-    """Groups of runs that differ only in the seed; settings for saving, logging and evaluating are ignored."""
+    """Groups runs that differ only in the seed; ignores settings for saving, logging and evaluation."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         recipe = run.summary['recipe']
@@ -163,7 +163,7 @@ def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
 
 
 def is_finished(folder: Path, run: Run) -> bool:
-    """Whether a run is finished: a sweep has marked it, or it has all the epochs of its recipe.
+    """Whether a run is finished: a sweep has marked it so, or it has all the epochs of its recipe.
 
     Args:
         folder: The folder of the runs.
@@ -180,13 +180,13 @@ def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str)
 
     Args:
         methods: Names and recipes.
-        source: Begins a message.
+        source: Prefix of error messages.
 
     Returns:
         Their positions.
 
     Raises:
-        InputError: There is none, one length alone, or two of the same length; or every method is plain; or they train on different data.
+        InputError: There is no plain run, only one length, or two of the same length; every method is plain; or the datasets differ.
     """
     _check_data(methods, source)
     families: dict[str, list[int]] = {}
@@ -216,7 +216,7 @@ def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str)
 
 
 def is_plain(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe has none of the algorithms that change what a run trains on, or in which batches."""
+    """Whether a recipe has no algorithm that changes the samples or batches that a run trains on."""
     named = recipe.get('algorithms') or {}
     known = {plain(name): item for name, item in algorithms().items()}
     known |= {plain(item.__name__): item for item in algorithms().values()}
@@ -228,7 +228,7 @@ def is_plain(recipe: Mapping[str, Any]) -> bool:
 
 
 def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that determine a run, except its length and the path of its data."""
+    """Returns the settings that determine a run, except its length and the path of its data."""
     kept = {key: recipe.get(key) for key in _TRAINING}
     if isinstance(kept['dataset'], dict):
         kept['dataset'] = {key: value for key, value in kept['dataset'].items() if key != 'path'}
@@ -236,7 +236,7 @@ def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_length(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What plain runs of several lengths have in common; times within a schedule follow the length."""
+    """Returns the settings that plain runs of different lengths share: without times in the schedule, which depend on the length."""
     kept = _training(recipe)
     if isinstance(kept['scheduler'], dict):
         scheduler = kept['scheduler']
@@ -250,7 +250,7 @@ def _duration(recipe: Mapping[str, Any]) -> Any:
 
 
 def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, list[str]]:
-    """The runs that have an accuracy, or a held-out loss if none has one; and the names of the others."""
+    """Returns the runs with an accuracy, or with a held-out loss if none has one; whether it is a loss; and a note on the others."""
     for key, is_loss in (('eval_accuracy', False), ('eval_loss', True)):
         found = [run for run in runs if run.summary['totals'].get(key) is not None]
         if found:
@@ -261,7 +261,7 @@ def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, li
 
 
 def _check_data(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> None:
-    """Raises unless all runs train on the same data; otherwise their quality is not comparable."""
+    """Raises unless all methods train on the same data; otherwise their quality is not comparable."""
     found: dict[str, str] = {}
     for name, recipe in methods:
         dataset = recipe.get('dataset')
@@ -288,7 +288,7 @@ def _check_one(what: str, found: Mapping[str, str], source: str) -> None:
 
 
 def _units(runs: Sequence[Run], by: str | None, *, timed: bool) -> tuple[str, list[str]]:
-    """What a budget is, and the columns of the table."""
+    """Returns the budget unit of the verdicts and the units of the table."""
     if not timed:
         if by in TIMES:
             raise InputError(f'--by: expected samples or steps where the times of the runs do not compare, got {by}')
@@ -310,24 +310,24 @@ def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
 
 
 def spent(run: Run, unit: str) -> float | None:
-    """The budget of a run, including that of the files that its algorithms read (a model trained on held-out data, a subset).
+    """Returns the budget of a run, including the cost of files that its algorithms read (a model trained on held-out data, a subset).
 
     Args:
         run: The run.
         unit: A key of :data:`UNITS`.
 
     Returns:
-        Its budget; None where the summary has no such number.
+        The budget; None if the summary lacks the unit.
 
     Raises:
-        InputError: The cost of a file is no number.
+        InputError: The cost file of an input is invalid.
     """
     own = _READERS[unit](run.summary)
     return None if own is None else own + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
 
 
 def _files(run: Run) -> list[Path]:
-    """The files that the run's algorithms read."""
+    """Returns the existing files that the algorithms' settings name, and those that only have a cost file."""
 
     def strings(value: Any) -> list[str]:
         if isinstance(value, dict | list):
@@ -371,6 +371,6 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
 
 
 def _last_share(run: Run) -> float:
-    """The last learning rate per sample over the highest; a growing batch counts as a falling learning rate."""
+    """Last over highest learning rate per sample; a growing batch counts as a decaying learning rate."""
     rates = [epoch['lr'] / max(epoch['batch_size'], 1) for epoch in run.summary['epochs']]
     return float(rates[-1] / max(rates)) if len(rates) > 1 and max(rates) > 0 else 0.0

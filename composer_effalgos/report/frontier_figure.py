@@ -1,4 +1,4 @@
-"""The plot of a frontier: quality over budget, with the plain runs' curve and its band, and a point for every method."""
+"""Plots of a frontier: quality over budget, with the plain runs' curve and band, and a point per method."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from composer_effalgos.report.charts import COLORS
 from composer_effalgos.report.frontier import UNITS, Frontier, Point
 
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
-_SYMBOLS = ('circle', 'square', 'triangle-up', 'diamond', 'triangle-down', 'cross', 'x', 'star')  # plotly's names of the same
+_SYMBOLS = ('circle', 'square', 'triangle-up', 'diamond', 'triangle-down', 'cross', 'x', 'star')  # plotly's names of MARKERS
 _GREY = COLORS[0]
-TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in a decade
+TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # per decade
 
 
 def draw(found: Frontier) -> Figure:
@@ -52,7 +52,7 @@ def draw(found: Frontier) -> Figure:
 
 
 def chart(found: Frontier) -> dict[str, Any]:
-    """The same for the report, as :func:`composer_effalgos.report.charts.charts` gives its charts."""
+    """Returns the plot for the report, in the format of :func:`composer_effalgos.report.charts.charts`."""
     scale, curve = _scale(found), found.curve
     x = _rounded([*curve.budget, *curve.budget[::-1]])
     y = _rounded([*(scale * curve.high), *(scale * curve.low)[::-1]])
@@ -101,14 +101,14 @@ def chart(found: Frontier) -> dict[str, Any]:
 
 
 def _ticks(found: Frontier) -> list[float]:
-    """Round budgets from the smallest to the largest point."""
+    """Returns round tick values that cover the budgets of all points."""
     budgets = [point.budgets[found.by] for point in found.points]
     ticks = [share * 10.0**power for power in range(-4, 16) for share in TICKS]
     return [tick for tick in ticks if min(budgets) / 1.2 < tick < max(budgets) * 1.2]
 
 
 def _families(found: Frontier) -> list[tuple[str, list[Point]]]:
-    """The plain runs, then each method with its lengths by budget."""
+    """Groups the points: the plain runs, then each method with its lengths, each group sorted by budget."""
     families: dict[str, list[Point]] = {'plain training': [point for point in found.points if point.plain]}
     for point in found.points:
         if not point.plain:
@@ -117,7 +117,7 @@ def _families(found: Frontier) -> list[tuple[str, list[Point]]]:
 
 
 def _color(number: int) -> str:
-    """Grey for the plain runs, then the others in turn."""
+    """Grey for the plain runs (group 0), then the other colours in turn."""
     return _GREY if number == 0 else COLORS[1 + (number - 1) % (len(COLORS) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""A frontier as a table, for the terminal and in Markdown, and as files for other tools."""
+"""A frontier as a table for the terminal and in Markdown, and as files for other tools."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ NAME = 'frontier'
 
 
 def header(found: Frontier) -> list[str]:
-    """The columns of the table."""
+    """Returns the column titles of the table."""
     budgets = [UNITS[unit] for unit in found.units]
     quality = 'held-out loss (perplexity)' if found.is_loss else 'accuracy %'
     return ['method', 'seeds', quality, f'verdict by {UNITS[found.by]}', *(f'factor by {name}' for name in budgets), *budgets]
 
 
 def cells_of(found: Frontier, point: Point) -> list[str]:
-    """The table's cells for a point, as :func:`header` has them."""
+    """Returns the table cells of a point, in the order of :func:`header`."""
     scale, digits = (1, 3) if found.is_loss else (100, 2)
     quality = f'{scale * point.quality:.{digits}f}' + ('' if point.sd is None else f' ± {scale * point.sd:.{digits}f}')
     if found.is_loss:
@@ -51,7 +51,7 @@ LEGEND = (
 
 
 def markdown(found: Frontier) -> str:
-    """The table as Markdown, with what it means and the notes below it."""
+    """Returns the table as Markdown, followed by the legend and the notes."""
     columns = header(found)
     rows = [columns, ['---', '---:', '---:', '---', *['---:'] * (len(columns) - 4)], *(cells_of(found, point) for point in found.points)]
     table = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
@@ -59,7 +59,7 @@ def markdown(found: Frontier) -> str:
 
 
 def as_rows(found: Frontier) -> list[dict[str, Any]]:
-    """One flat record per point, for CSV and JSON: a factor beyond the plain runs is null, with a text for the bound."""
+    """Returns one flat record per point, for CSV and JSON: a factor beyond the plain runs is null, and its text gives the bound."""
     quality = 'eval_loss' if found.is_loss else 'eval_accuracy'
     rows = []
     for point in found.points:
@@ -76,7 +76,7 @@ def as_rows(found: Frontier) -> list[dict[str, Any]]:
 
 
 def terminal(found: Frontier) -> Group:
-    """The same for a terminal, without the budgets."""
+    """Returns the table for a terminal, without the budgets."""
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     shown = 4 + len(found.units)
     for number, title in enumerate(header(found)[:shown]):
@@ -88,16 +88,16 @@ def terminal(found: Frontier) -> Group:
 
 
 def write_frontier(found: Frontier, out: Path, about: Mapping[str, Any], name: str = NAME) -> None:
-    """Writes the table as ``frontier.csv``, ``.json`` and ``.md``, and the picture as ``.svg`` and ``.png``.
+    """Writes the table as ``frontier.csv``, ``.json`` and ``.md``, and the figure as ``.svg`` and ``.png``.
 
     Args:
         found: The frontier.
-        out: The folder.
-        about: What else to say at the top of the JSON.
-        name: Of the files.
+        out: The output folder.
+        about: Additional entries at the top of the JSON.
+        name: Name of the files, without extension.
 
     Raises:
-        InputError: ``out`` cannot be written.
+        InputError: ``out`` is not writable.
     """
     rows = as_rows(found)
     table = io.StringIO()
@@ -116,15 +116,15 @@ def write_frontier(found: Frontier, out: Path, about: Mapping[str, Any], name: s
 
 
 def as_json(found: Frontier) -> dict[str, Any]:
-    """What ``frontier.json`` holds: points as in the CSV, the curve and the notes."""
+    """Returns the content of ``frontier.json``: points as in the CSV, the curve and the notes."""
     curve = {key: [float(f'{number:.6g}') for number in value] for key, value in vars(found.curve).items()}
     return {'by': found.by, 'notes': found.notes, 'points': as_rows(found), 'curve': curve}
 
 
 def write_figure(found: Frontier, out: Path, name: str, endings: Sequence[str] = ('svg', 'png')) -> None:
-    """Writes the picture as ``NAME.svg`` and ``NAME.png``."""
+    """Writes the figure as ``NAME.svg`` and ``NAME.png``."""
     figure = draw(found)
-    with matplotlib.rc_context({'svg.hashsalt': NAME, 'svg.fonttype': 'none'}):  # the same numbers give the same file
+    with matplotlib.rc_context({'svg.hashsalt': NAME, 'svg.fonttype': 'none'}):  # reproducible files
         for ending in endings:
             with whole_file(out / f'{name}.{ending}') as unfinished:
                 figure.savefig(unfinished, format=ending, dpi=120, metadata={'Date': None} if ending == 'svg' else {})

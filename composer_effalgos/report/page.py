@@ -1,4 +1,4 @@
-"""A folder of runs as one self-contained HTML page, and as a Markdown table."""
+"""Report of a folder of runs: a self-contained HTML page and a Markdown table."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ log = logging.getLogger(__name__)
 def write_report(
     runs_dir: str | Path, out: str | Path | None = None, *, targets: Sequence[float] = (), equal_budget: Frontier | None = None
 ) -> Path:
-    """Writes the report on every run in a folder, or on one run: an HTML page, and its table as Markdown beside it.
+    """Writes the report on all runs in a folder, or on one run: an HTML page, and its table in a Markdown file next to it.
 
-    The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. A ``summary.json`` that
-    cannot be used is named in a warning and in the report, and left out.
+    The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. Unusable ``summary.json``
+    files are skipped, with a warning and a line in the report.
 
     Args:
-        runs_dir: The runs' ``save_folder``: one folder a run, each with its ``summary.json``; or a run's own folder.
-        out: Path of the page, ending in ``.html``; ``report.html`` in ``runs_dir`` when None. The Markdown goes beside it, as ``.md``.
-        targets: Accuracies in [0, 1] whose first epoch the table gives; where there are none, those of the folder's ``results.json``.
-        equal_budget: The frontier to show; when None, that of the finished runs where there are plain ones of several lengths.
+        runs_dir: The runs' ``save_folder``, with one folder per run that holds its ``summary.json``; or a single run's folder.
+        out: Path of the page, ending in ``.html`` or ``.htm``; None for ``report.html`` in ``runs_dir``. The Markdown file has the suffix
+            ``.md``.
+        targets: Accuracies in (0, 1] for which the table gives the first epoch above; empty for those of the folder's ``results.json``.
+        equal_budget: The frontier to show; None for that of the finished runs, if they include plain runs of several lengths.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: There is no usable run in ``runs_dir``, a target is no accuracy, or ``out`` cannot be written.
+        InputError: ``runs_dir`` has no usable run, a target is not in (0, 1], or ``out`` is invalid or not writable.
     """
     out = Path(runs_dir) / 'report.html' if out is None else Path(out)
     if out.suffix.lower() not in ('.html', '.htm'):
@@ -58,14 +59,14 @@ def write_report(
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in pages.items():
             with whole_file(path) as unfinished:
-                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may hold half a surrogate pair
+                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may contain a lone surrogate
     except OSError as error:
         raise InputError(f'{out}: the report cannot be written ({error.strerror})') from error
     return out
 
 
 def _stacks(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Each machine and software stack in words, with the methods that ran on it."""
+    """Describes each machine and software stack, with the methods that ran on it."""
     stacks: dict[str, list[str]] = {}
     for row in rows:
         for run in row.runs:
@@ -105,7 +106,7 @@ def _html(rows: Sequence[Row], problems: Sequence[str], equal_budget: Frontier |
         stacks=_stacks(rows),
         runs=[(run.summary['run_name'], json.dumps(run.summary['recipe'], indent=2)) for row in rows for run in row.runs],
         problems=problems,
-        # Inside a script element nothing may look like its end.
+        # The inlined script must not contain the closing tag of its element.
         plotly=get_plotlyjs().replace('</script', '<\\/script'),
     )
 

@@ -1,4 +1,4 @@
-"""The results of runs as ``results.csv`` and ``results.json``, for other tools."""
+"""Results of runs as ``results.csv`` and ``results.json``, for other tools."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _LATER = ('eval_loss', 'tokens_seen', 'tokens_full')  # summaries of older versi
 
 
 def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = (), about: dict[str, Any] | None = None) -> None:
-    """Writes ``results.csv``, a line a run, and ``results.json``, which has the methods' means, the runs and their epochs.
+    """Writes ``results.csv``, one line per run, and ``results.json``, with the means of each method, the runs and their epochs.
 
     Args:
-        rows: Rows as :func:`~composer_effalgos.report.table.table_rows` gives them.
-        out: The folder.
-        targets: The accuracies whose first epoch the rows give.
-        about: What else to say at the top of ``results.json``.
+        rows: Rows from :func:`~composer_effalgos.report.table.table_rows`.
+        out: The output folder.
+        targets: Accuracies for which to give the first epoch above and the seconds until then.
+        about: Additional entries at the top of ``results.json``.
 
     Raises:
-        InputError: ``out`` cannot be written.
+        InputError: ``out`` is not writable.
     """
     runs = [(row.method, run, _of_run(run, targets)) for row in rows for run in row.runs]
     table = io.StringIO()
@@ -58,7 +58,7 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
     try:
         for name, text in ((CSV, table.getvalue()), (JSON, json.dumps(content, indent=2) + '\n')):
             with whole_file(out / name) as unfinished:
-                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may hold half a surrogate pair
+                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may contain a lone surrogate
     except OSError as error:
         raise InputError(f'{out}: the results cannot be written ({error.strerror})') from error
 
@@ -75,7 +75,7 @@ def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:
 
 
 def read_targets(folder: Path) -> list[float]:
-    """The targets that the folder's ``results.json`` gives; none where there is no such file.
+    """Reads the targets from a folder's ``results.json``; empty without a valid file.
 
     Args:
         folder: A folder of runs.

@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep, continuing from an earlier call."""
+"""Trains the runs of a sweep in subprocesses; a later call continues an interrupted one."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line
 
 LOG, RECIPE, FINISHED, LOCK = 'train.log', 'recipe.yaml', 'finished', '.lock'
-TARGET = 'target'  # in a folder of effalgos search: the accuracy at which its runs were stopped
-GRACE = 30.0  # seconds for a run to end after SIGTERM, and for one that an earlier call left behind
-PORTION_OVER = 3  # the exit status where runs are left for the next call
+TARGET = 'target'  # file in a folder of effalgos search: the accuracy at which its runs are stopped
+GRACE = 30.0  # seconds to wait for a run to end after SIGTERM, and for a run left by a killed call
+PORTION_OVER = 3  # exit status if runs are left for the next call
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one call for a sweep.
+    """The result of one call.
 
     Attributes:
-        failures: A line for each run that failed: its name and why.
-        pending: Names of the runs that are left for the next call.
+        failures: One line per failed run, with its name and the reason.
+        pending: Names of the runs left for the next call.
     """
 
     failures: list[str]
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if a run failed, 3 if some are left, else 0."""
+        """Exit status: 1 if a run failed, else 3 if some are left, else 0."""
         return 1 if self.failures else PORTION_OVER if self.pending else 0
 
 
@@ -67,26 +67,26 @@ def run_jobs(
 ) -> Outcome:
     """Trains runs, each in its own process.
 
-    Finished runs in ``out`` are kept. An interrupted run continues from its last checkpoint if its recipe has ``save_interval``,
-    otherwise it starts over. A failed run is reported and does not stop the others. A run's output is in ``train.log`` in its folder. On
-    the CPU a run uses one thread, or the number in ``OMP_NUM_THREADS``.
+    Finished runs in ``out`` are skipped. An interrupted run resumes from its last checkpoint if its recipe has ``save_interval``, otherwise
+    it starts over. A failed run is reported and does not stop the others. A run's output goes to ``train.log`` in its folder. On the CPU a
+    run uses one thread, or the number in ``OMP_NUM_THREADS``.
 
     Args:
         jobs: The runs; their recipes' ``save_folder`` is ``out``.
         out: The folder of the runs.
-        at_once: Runs side by side. They share the machine: compare their ``cpu_seconds``, not their ``seconds``.
-        fresh: Train everything again and remove what earlier calls left of these runs.
-        ranks: Processes a run, one a GPU.
-        minutes: Stop after this many, from 0; the rest is left for the next call. None for no limit.
-        keep_checkpoints: Whether a finished run keeps its checkpoints; otherwise only interrupted runs keep them.
-        console: Where progress goes; the standard output when None.
+        at_once: Number of concurrent runs. They share the machine: compare their ``cpu_seconds``, not their ``seconds``.
+        fresh: Delete the results of earlier calls for these runs and train everything again.
+        ranks: Number of processes per run, one per GPU.
+        minutes: Time limit in minutes, at least 0; the rest is left for the next call. None for no limit.
+        keep_checkpoints: Whether finished runs keep their checkpoints; interrupted runs always do.
+        console: Where to print progress; None for standard output.
 
     Returns:
-        The failed and the remaining runs.
+        The failed and remaining runs.
 
     Raises:
-        InputError: ``minutes`` is no number from 0, ``out`` cannot be written, another call is at work in it, or it holds a run of the same
-            name with other settings.
+        InputError: ``minutes`` is invalid, ``out`` is not writable, another call is using it, it belongs to ``effalgos search``, or it
+            holds a run of the same name with other settings.
     """
     deadline = deadline_in(minutes)
     console = console or Console()
@@ -117,7 +117,7 @@ def run_jobs(
 
 
 class _Meter:
-    """The progress bar: runs differ in length, so each counts by its epochs. The time per epoch is estimated from the last hour."""
+    """Progress bar that counts epochs, as runs differ in length. The time per epoch is estimated from the last hour."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         text, clock = TextColumn('{task.description}', markup=False), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
@@ -134,7 +134,7 @@ class _Meter:
         self._progress.stop()
 
     def update(self, job: Job, epochs: Sequence[Any]) -> bool:
-        """Shows the progress of a run; runs of a sweep never end early."""
+        """Shows the progress of a run; returns False, as runs of a sweep never end early."""
         self._running[job.recipe.run_name] = min(len(epochs), job.epochs or 0)
         self._show()
         return False
@@ -150,13 +150,13 @@ class _Meter:
 
 
 def deadline_in(minutes: float | None) -> float | None:
-    """The time of the monotonic clock after this many minutes.
+    """Returns the monotonic clock's time in this many minutes.
 
     Args:
-        minutes: A number from 0; None for no deadline.
+        minutes: Minutes, at least 0; None for no deadline.
 
     Raises:
-        InputError: It is not a finite number of at least 0: NaN and infinity would never be reached.
+        InputError: ``minutes`` is negative or not finite (NaN and infinity would never be reached).
     """
     if minutes is None:
         return None
@@ -171,16 +171,16 @@ def finished(job: Job) -> bool:
 
 @contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """Creates and locks ``out`` for this process and its runs, after waiting for runs that a killed call left behind.
+    """Creates ``out`` and locks it for this process and its runs; waits for runs that a killed call left behind.
 
     Args:
         out: The folder of the runs.
 
     Yields:
-        The descriptor that holds the lock, for the runs to inherit.
+        The file descriptor that holds the lock, for the runs to inherit.
 
     Raises:
-        InputError: ``out`` cannot be written, or another call is at work in it.
+        InputError: ``out`` is not writable, or another call is using it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -202,19 +202,18 @@ def locked(out: Path) -> Iterator[int]:
                 time.sleep(0.2)
         yield file
     finally:
-        os.close(file)  # the lock goes with the last process that holds the file
+        os.close(file)  # the lock is released when the last process closes the file
 
 
 def prepare(job: Job, *, fresh: bool = False) -> None:
-    """Makes sure that a run's folder exists and belongs to it, before anything is trained.
+    """Checks that a run's folder is free or belongs to the same run, before anything is trained.
 
     Args:
         job: The run.
-        fresh: Remove what is in its folder.
+        fresh: Whether to empty the folder first.
 
     Raises:
-        InputError: The folder is something else, or holds the same run with other settings: neither mixing nor replacing them is what
-            was asked for. The message names one of them.
+        InputError: The path is not a folder, or it holds the same run with other settings; the message names one of them.
     """
     folder = job.recipe.run_folder
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
@@ -251,22 +250,22 @@ def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
 
 
 class _Training:
-    """One run, or the rest of it, in its own process.
+    """Trains or resumes one run in its own process.
 
     Args:
         job: The run.
-        lock: The descriptor from :func:`locked`.
-        ranks: Its processes.
+        lock: The file descriptor from :func:`locked`.
+        ranks: Number of processes of the run.
     """
 
     def __init__(self, job: Job, lock: int, ranks: int) -> None:
         self.job = job
         self._folder = folder = job.recipe.run_folder
         if not (checkpoint_folder(job.recipe) / 'latest-rank0.pt').exists():
-            _clear(folder)  # what a run left that cannot continue must not pass for this one
+            _clear(folder)  # leftovers of a run that cannot resume must not be mistaken for results of this one
         folder.mkdir(exist_ok=True)
         (folder / RECIPE).write_text(yaml.safe_dump(job.recipe.settings, sort_keys=False), encoding='utf-8')
-        # Small networks do not share a step between threads with gain, and threads that wait for each other starve on a busy machine.
+        # Small networks do not gain from several threads, and threads that wait for each other starve on a busy machine.
         environment = {'OMP_NUM_THREADS': '1', **os.environ}
         with (folder / LOG).open('a', encoding='utf-8') as stream:
             self._process = subprocess.Popen(
@@ -281,7 +280,7 @@ class _Training:
             )
 
     def poll(self, enough: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
-        """None while it runs; then its error, or '' if there was none. A run that ``enough`` ended has no error."""
+        """Returns None while the run is going, then its error, or '' on success. A run that ``enough`` ended has no error."""
         status = self._process.poll()
         reached = status is None and enough(self.job, _epochs(self._folder))
         if status is None and not reached:
@@ -293,12 +292,12 @@ class _Training:
         return f'{_last_line(self._folder / LOG, self._process.returncode)} (see {self._folder / LOG})'
 
     def terminate(self) -> None:
-        """Asks it to end, its ranks too."""
+        """Sends SIGTERM to the run and its ranks."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def stop(self) -> None:
-        """Ends it, by force after :data:`GRACE`."""
+        """Ends the run; kills it after :data:`GRACE` seconds."""
         self.terminate()
         try:
             self._process.wait(timeout=GRACE)
@@ -316,18 +315,18 @@ def train_jobs(
     deadline: float | None = None,
     enough: Callable[[Job, list[dict[str, Any]]], bool],
 ) -> Iterator[tuple[Job, str]]:
-    """Trains runs in turn, this many side by side.
+    """Trains runs in order, up to ``at_once`` concurrently.
 
     Args:
         jobs: The runs.
-        lock: The descriptor from :func:`locked`.
-        at_once: How many run at the same time.
-        ranks: Processes a run.
-        deadline: When to stop those that run and start no more, on the monotonic clock.
-        enough: Called repeatedly with a run's epochs in ``summary.json``; the run is ended when it returns true.
+        lock: The file descriptor from :func:`locked`.
+        at_once: Number of concurrent runs.
+        ranks: Number of processes per run.
+        deadline: Time of the monotonic clock at which running runs are stopped and no more are started; None for none.
+        enough: Called repeatedly with a run and its epochs in ``summary.json``; the run is ended when it returns True.
 
     Yields:
-        Each ended run and its error; '' if there was none.
+        Each ended run and its error, '' on success.
     """
     waiting, running = iter(jobs), list[_Training]()
     try:
@@ -335,7 +334,7 @@ def train_jobs(
             for job in itertools.islice(waiting, at_once - len(running)):
                 try:
                     running.append(_Training(job, lock, ranks))
-                except OSError as error:  # a full disk, a folder that cannot be written
+                except OSError as error:  # disk full, or folder not writable
                     yield job, f'{error.filename}: {error.strerror}'
             if not running:
                 return
@@ -362,13 +361,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """Ends a run when the process of its sweep is killed."""
+    """Lets the kernel end the run when the process of its sweep is killed."""
     assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _epochs(folder: Path) -> list[dict[str, Any]]:
-    """The epochs that a run has written so far."""
+    """Returns the epochs that a run has written so far."""
     try:
         return read_summary(folder / SUMMARY)['epochs']
     except (OSError, InputError):

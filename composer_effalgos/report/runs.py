@@ -35,8 +35,8 @@ class Run:
     """One ``summary.json``.
 
     Attributes:
-        folder: The run's folder, relative to the folder that was searched.
-        summary: The file's content, checked by :func:`read_runs`.
+        folder: The run's folder, relative to the searched folder.
+        summary: The content of the file, checked by :func:`read_runs`.
     """
 
     folder: Path
@@ -44,22 +44,22 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The run's name without its seed: ``digits_infobatch_seed17``, run with seed 17, is of ``digits_infobatch``."""
+        """The run's name without its seed: ``digits_infobatch`` for ``digits_infobatch_seed17`` with seed 17."""
         name, seed = self.summary['run_name'], self.summary['seed']
         return re.sub(rf'[-_.](seed|s)?[-_=]?{seed}$', '', name, flags=re.IGNORECASE) or name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without the settings that differ between runs of one method."""
+        """The recipe without settings that differ between runs of one method."""
         return {key: value for key, value in self.summary['recipe'].items() if key not in ('run_name', 'seed', 'save_folder')}
 
     @property
     def task(self) -> str:
-        """Dataset and its limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
+        """Key of dataset, limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
         recipe = self.summary['recipe']
         dataset, model = (section if isinstance(section, dict) else {} for section in (recipe.get('dataset'), recipe.get('model')))
         duration = recipe.get('max_duration')
-        duration = f'{duration}ep' if isinstance(duration, int) else duration  # a plain number is of epochs
+        duration = f'{duration}ep' if isinstance(duration, int) else duration  # a plain number is in epochs
         return json.dumps([dataset.get('name'), dataset.get('limit'), model.get('name'), duration])
 
 
@@ -67,13 +67,13 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
     """Reads the ``summary.json`` of every run in a folder, or of a single run.
 
     Args:
-        folder: The runs' ``save_folder``, with one folder a run (what lies deeper is not read), or a run's own folder.
+        folder: The runs' ``save_folder``, with one folder per run (deeper folders are not read), or a single run's folder.
 
     Returns:
-        The runs in the order of their paths, and a line for each summary that cannot be used and is left out: which file, and why.
+        The runs in the order of their paths, and one line for each unusable summary, with its path and the reason.
 
     Raises:
-        InputError: The folder is missing or holds no usable summary.
+        InputError: The folder is missing or has no usable summary.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -102,7 +102,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         Its content, checked for the table and the report.
 
     Raises:
-        InputError: It is missing, or no summary.
+        InputError: The file is missing or not a valid summary.
     """
     try:
         summary = json.loads(read_text(path))
@@ -114,14 +114,14 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def first_above(run: Run, target: float) -> tuple[int, float] | None:
-    """When a run first got above an accuracy.
+    """Finds when a run first exceeded an accuracy.
 
     Args:
         run: The run.
         target: The accuracy, in [0, 1].
 
     Returns:
-        The number of the first epoch, from 1, at the end of which it was above, and the training seconds until then; None if it never was.
+        The first epoch (from 1) at whose end the accuracy was above ``target``, and the training seconds until then; None if never.
     """
     epochs = run.summary['epochs']
     for entry, seconds in zip(epochs, accumulate(entry['seconds'] for entry in epochs), strict=True):
@@ -137,7 +137,7 @@ def check_summary(summary: Any) -> None:
         summary: The content of a ``summary.json``.
 
     Raises:
-        ValueError: They cannot; says why.
+        ValueError: They cannot; the message says why.
     """
     if not isinstance(summary, dict):
         raise ValueError('it holds no JSON object')
@@ -174,7 +174,7 @@ def check_summary(summary: Any) -> None:
 
 
 def _check_histograms(histograms: Any) -> None:
-    """Raises ValueError unless the scores' histograms, an extra of runs with InfoBatch, can be drawn."""
+    """Raises ValueError unless the score histograms, which only runs with InfoBatch have, can be drawn."""
     edges, entries = (histograms.get(key) if isinstance(histograms, dict) else None for key in ('edges', 'epochs'))
     if not isinstance(edges, list) or not isinstance(entries, list) or not all(_is_number(edge) and edge > 0 for edge in edges):
         raise ValueError("'score_histograms' must have 'edges' and 'epochs'")

@@ -1,4 +1,4 @@
-"""Searches for the combination of settings that reaches an accuracy fastest."""
+"""``effalgos search``: finds the combination of settings that reaches an accuracy fastest."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from composer_effalgos.utils.files import read_text, whole_file
 from composer_effalgos.utils.text import one_line
 
 BEST = 3  # combinations that go into best.yaml
-_NEVER = 1e9  # seconds of a run that did not get there: more than any that did
+_NEVER = 1e9  # cost of a run that did not reach the target: more than the seconds of any that did
 _FACTOR = 'seconds of the quickest combination without algorithms, over those of this one; above 1 it pays.'
-_REPEATS = 10  # suggestions in a row that are known already, before one is drawn at random from the rest
+_REPEATS = 10  # after this many known suggestions in a row, enqueue a random remaining combination
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Trial:
     """One combination, trained until it reached the target or could no longer be the best.
 
     Attributes:
-        name: The combination's name: those of its choices that have settings.
-        choices: The choice taken on each axis.
-        epoch: The first epoch above the target, from 1; None where it was not reached.
-        seconds: Seconds of training to that epoch's end; None likewise.
-        accuracy: The best accuracy seen, in [0, 1]; None where none was measured.
-        epochs: Epochs trained.
-        stopped: Whether it was stopped because it had taken longer than the best one.
+        name: The combination's name: its choices that have settings.
+        choices: The choice on each axis.
+        epoch: The first epoch above the target, from 1; None if not reached.
+        seconds: Training seconds to the end of that epoch; None if not reached.
+        accuracy: The best accuracy, in [0, 1]; None if not measured.
+        epochs: Number of epochs trained.
+        stopped: Whether it was stopped because it had taken longer than the best trial.
         plain: Whether its recipe has no algorithms.
     """
 
@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        """The objective of the search: the seconds to the target, or, if it was not reached, the missing accuracy."""
+        """The objective to minimise: the seconds to the target; if not reached, a larger cost that decreases with the best accuracy."""
         return _NEVER * (2 - (self.accuracy or 0.0)) if self.seconds is None else self.seconds
 
 
@@ -70,34 +70,34 @@ def run_search(
     fresh: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Searches the combination of choices that first gets above an accuracy, in seconds of training.
+    """Searches for the combination of choices that exceeds an accuracy in the fewest seconds of training.
 
-    Optuna's tree-structured Parzen estimator suggests combinations, the first choices of all axes to begin with. A run ends as soon as it
-    is above the target, and as soon as it has taken as long as the best one so far: it cannot win any more. What has been trained is kept:
-    the same call continues, and a larger ``trials`` searches further. Times are compared, so nothing else should run on the machine.
+    Optuna's tree-structured Parzen estimator suggests combinations, starting with the first choice on every axis. A run ends as soon as it
+    exceeds the target, or has taken as long as the best trial so far, so that it cannot win. Trained combinations are kept: calling again
+    continues, and a larger ``trials`` extends the search. Times are compared, so nothing else should run on the machine.
 
-    Seconds to one accuracy rank combinations like the equivalent-budget factor at that accuracy, which is the seconds of the fastest plain
+    Seconds to one accuracy rank combinations like the equivalent-budget factor at that accuracy: the seconds of the fastest plain
     combination of any length over those of the combination.
 
     ``search.json`` and ``search.md`` list the trials; ``best.yaml`` is a sweep of the first choices and the best combinations with three
-    seeds, to confirm with ``effalgos bench`` what a single seed found.
+    seeds, to confirm the result of a single seed with ``effalgos bench``.
 
     Args:
         path: A sweep with ``search:`` axes.
-        out: Folder of the runs and results; ``runs/<name of the sweep>`` when None.
-        overrides: ``key=value`` settings on top of every recipe.
-        target: The accuracy, in [0, 1]; the last of the sweep's ``targets`` when None.
-        trials: How many combinations to train.
+        out: Folder of the runs and results; None for ``runs/<name of the sweep>``.
+        overrides: ``key=value`` settings that override every recipe.
+        target: The accuracy, in (0, 1]; None for the last of the sweep's ``targets``.
+        trials: Number of combinations to train.
         seed: Seeds the search and the runs.
-        minutes: Stop after this many; the same call continues. None for no limit.
-        fresh: Train everything again.
-        console: Where progress and table go; the standard output when None.
+        minutes: Time limit in minutes, None for none; calling again continues.
+        fresh: Whether to train everything again.
+        console: Where to print progress and table; None for standard output.
 
     Returns:
-        What failed and, where the time was over before the trials, what is left.
+        The failures and, if time ran out, the number of trials left.
 
     Raises:
-        InputError: The sweep or a recipe in it is wrong, Optuna is missing, or ``out`` cannot be used.
+        InputError: The sweep or one of its recipes is invalid, Optuna is missing, or ``out`` cannot be used.
     """
     optuna = _optuna()
     console, deadline = console or Console(), deadline_in(minutes)
@@ -105,7 +105,7 @@ def run_search(
     out = Path('runs') / sweep.name if out is None else Path(out)
     target = _target(sweep, target)
     first, rest = _space(sweep)
-    for axis, choices in sweep.search.items():  # every choice is checked before the first run
+    for axis, choices in sweep.search.items():  # checks every choice before the first run
         for choice in choices:
             _job(sweep, first | {axis: choice}, out, overrides, seed)
     trials = min(trials, len(rest))
@@ -144,7 +144,7 @@ def run_search(
 
 
 def _space(sweep: Sweep) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """The first choice of every axis, and all combinations."""
+    """Returns the combination of the first choices, and all combinations."""
     if not sweep.search or not all(sweep.search.values()):
         raise InputError(f'{sweep.path}: search: missing; give axes with their choices, as under matrix:')
     combinations = [dict(zip(sweep.search, taken, strict=True)) for taken in itertools.product(*sweep.search.values())]
@@ -167,7 +167,7 @@ def _study(optuna: Any, seed: int, trials: int) -> Any:
 
 
 def _suggestions(study: Any, sweep: Sweep, rest: list[dict[str, str]]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The suggestions of the study; one of the remaining combinations if it keeps suggesting known ones."""
+    """Yields the suggestions of the study, and a remaining combination if it keeps suggesting known ones; updates ``rest``."""
     repeats = 0
     while True:
         asked = study.ask()
@@ -192,7 +192,7 @@ def _target(sweep: Sweep, target: float | None) -> float:
 
 
 def _keep_target(out: Path, target: float, *, fresh: bool) -> None:
-    """Refuses another target for runs that were stopped at one."""
+    """Records the target; rejects a target other than the one at which earlier runs were stopped."""
     file = out / TARGET
     try:
         before = float(read_text(file)) if file.exists() and not fresh else target
@@ -239,7 +239,7 @@ def _line(trial: Trial) -> str:
 
 
 def factor(trial: Trial, trials: Sequence[Trial]) -> float | None:
-    """The seconds of the fastest plain run to the target over those of this one; above 1 the combination pays. None if unknown."""
+    """Seconds of the fastest plain trial to the target over those of this trial; above 1 the combination pays. None if unknown."""
     plain = min((other.seconds for other in trials if other.plain and other.seconds is not None), default=None)
     return None if plain is None or trial.seconds is None else plain / trial.seconds
 

@@ -1,18 +1,18 @@
 """Sweeps: many runs described in one YAML file.
 
-A sweep names methods; each method is a recipe with settings on top, trained once a seed:
+A sweep has named methods; each method is a recipe with overrides, trained once per seed:
 
-    recipe: digits/digits_baseline.yaml        # for methods that name no other; relative to this file, else to the folder of recipes
+    recipe: digits/digits_baseline.yaml        # default recipe; relative to this file, else to the recipe folder
     seeds: [17, 18, 19]
-    targets: [0.9, 0.95]                       # accuracies whose first epoch the report gives
-    settings: {max_duration: 8ep}              # on top of every recipe
+    targets: [0.9, 0.95]                       # accuracies for which the report gives the first epoch above
+    settings: {max_duration: 8ep}              # override every recipe
     methods:
-      baseline: {}                             # nothing on top
+      baseline: {}                             # no overrides
       infobatch: {algorithms: {infobatch: {prune_ratio: 0.5}}}
       adabatch: {recipe: digits/digits_adabatch.yaml, seeds: [17]}
-    matrix:                                    # every combination of one choice an axis, named by its choices: glister+blurpool
+    matrix:                                    # every combination of one choice per axis, named by its choices: glister+blurpool
       strategy: {glister: {algorithms: {subset_selection: {strategy: glister}}}}
-      with: {plain: {}, blurpool: {algorithms: {blurpool: {}}}}      # without settings: not in the name
+      with: {plain: {}, blurpool: {algorithms: {blurpool: {}}}}      # a choice without settings is not in the name
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 from composer_effalgos.utils.type_hints import check_type
 
-# What a sweep sets itself in every recipe
+# Settings that the sweep sets in every recipe
 _PLACED = {
     'run_name': 'expected no such key in a sweep, which names its runs by method and seed; rename the method',
     'save_folder': 'expected no such key in a sweep; give the folder with --out',
     'seed': 'expected no such key in a sweep; give seeds: [...], or --seed',
 }
-MOST_RUNS = 10_000  # of a sweep or search: more is a slip, and takes minutes to write down alone
+MOST_RUNS = 10_000  # limit of a sweep or search: more is a mistake, and takes minutes just to list
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         method: The method's name.
-        recipe: The recipe, checked, with everything on top of it.
+        recipe: The checked recipe, with all overrides.
     """
 
     method: str
@@ -56,14 +56,14 @@ class Job:
 
     @property
     def epochs(self) -> int | None:
-        """Length of the run in epochs; None where it is given in other units."""
+        """Length of the run in epochs; None if it is given in another unit."""
         duration = ensure_time(self.recipe.max_duration, TimeUnit.EPOCH)
         return int(duration) if duration.unit == TimeUnit.EPOCH else None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of a sweep: a recipe, its seeds, and what is merged on top of the recipe in turn."""
+    """A method of a sweep: a recipe, its seeds, and layers of overrides that are merged into the recipe in order."""
 
     recipe: Path
     seeds: list[int]
@@ -72,17 +72,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as its file has it.
+    """A sweep as defined in its file.
 
     Attributes:
-        name: The file's name without ending.
+        name: The file's name without extension.
         path: The file.
-        recipe: The recipe of the methods that name none.
-        seeds: Seeds of the methods that name none.
-        targets: Accuracies in [0, 1] whose first epoch and seconds the report gives.
-        settings: What continues top of every recipe.
-        methods: What continues top of each method's recipe, and its own ``recipe`` and ``seeds``, by name.
-        matrix: Axes, each with its choices by name; every combination of them is a method too.
+        recipe: The default recipe of the methods.
+        seeds: The default seeds of the methods.
+        targets: Accuracies in (0, 1] for which the report gives the first epoch above and the seconds until then.
+        settings: Overrides of every recipe.
+        methods: Overrides of each method's recipe, and optionally its own ``recipe`` and ``seeds``, by name.
+        matrix: Axes with named choices; every combination is a method too.
         search: Axes for ``effalgos search``, in the same form.
     """
 
@@ -97,10 +97,10 @@ class Sweep:
     search: dict[str, Any] = field(default_factory=dict)
 
     def all_methods(self) -> dict[str, Method]:
-        """The methods and the combinations of the matrix, by name, in order.
+        """Returns the methods and the combinations of the matrix, by name, in order.
 
         Raises:
-            InputError: Two of them have the same name, or one has no recipe.
+            InputError: Two methods have the same name, or one has no recipe.
         """
         named: list[tuple[str, list[Any]]] = [(name, [layer]) for name, layer in self.methods.items()]
         if self.matrix:
@@ -113,11 +113,11 @@ class Sweep:
         return found
 
     def method(self, name: str, layers: Sequence[Any]) -> Method:
-        """A method, checked as far as it can be without its recipe.
+        """Builds a method and checks it as far as possible without reading its recipe.
 
         Args:
-            name: Its name.
-            layers: What lies on the sweep's ``settings``, in turn.
+            name: The method's name.
+            layers: Overrides, applied in order after the sweep's ``settings``.
 
         Returns:
             The method.
@@ -139,26 +139,26 @@ class Sweep:
         return Method(beside if beside.is_file() else recipe_folder() / recipe, seeds, settings)
 
     def job(self, name: str, method: Method, seed: int, out: Path, overrides: Sequence[str] = ()) -> Job:
-        """One run.
+        """Builds one run and checks its recipe.
 
         Args:
             name: The method's name.
             method: The method.
-            seed: Its seed.
+            seed: The run's seed.
             out: The runs' ``save_folder``.
-            overrides: ``key=value`` settings on top of everything else.
+            overrides: ``key=value`` settings, applied last.
 
         Returns:
-            The run, its recipe checked.
+            The run.
 
         Raises:
-            InputError: The recipe is missing or wrong, or something on top of it sets what the sweep sets.
+            InputError: The recipe is missing or invalid, or an override sets a key that the sweep sets.
         """
         for key in _PLACED:
             if any(key in layer for layer in method.layers) or any(item.split('=')[0].strip() == key for item in overrides):
                 raise InputError(f'{self.path}: {name}: {key}: {_PLACED[key]}')
         run_name = f'{name}_seed{seed}'
-        # Not part of what is compared. One who gives save_interval wants a run that was stopped to continue from there.
+        # Do not affect what is compared. With save_interval, a stopped run is expected to resume from its last checkpoint.
         placed = {'run_name': run_name, 'seed': seed, 'save_folder': str(out), 'progress_bar': False}
         settings = read_settings(method.recipe, [*method.layers, *overrides, placed])
         if settings.get('save_interval') is not None:
@@ -166,21 +166,21 @@ class Sweep:
         return Job(name, parse_recipe(settings, source=f'{self.path}: {name}', run_name=run_name))
 
     def jobs(self, out: Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), only: Sequence[str] = ()) -> list[Job]:
-        """Every run of the sweep, each recipe checked.
+        """Builds all runs of the sweep and checks their recipes.
 
         Runs are ordered by seed, so that an interrupted sweep has complete comparisons.
 
         Args:
             out: The runs' ``save_folder``.
-            overrides: ``key=value`` settings on top of everything else.
-            seeds: Replace all other seeds, if any are given.
-            only: The methods to take, by name; all where empty.
+            overrides: ``key=value`` settings, applied last.
+            seeds: If not empty, replace all seeds of the sweep.
+            only: Names of the methods to include; empty for all.
 
         Returns:
             The runs.
 
         Raises:
-            InputError: A recipe is missing or wrong, or a name in ``only`` unknown.
+            InputError: A recipe is missing or invalid, a name in ``only`` is unknown, or there are no methods or too many runs.
         """
         methods = self.all_methods()
         if not methods:
@@ -200,13 +200,13 @@ class Sweep:
 
 
 def combine(choices: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """The name and the layers of a combination.
+    """Returns the name and the layers of a combination.
 
     Args:
-        choices: The settings of the choice taken on each axis, by the choice's name.
+        choices: The settings of the choice on each axis, by the choice's name.
 
     Returns:
-        The names of the choices that have settings, joined by ``+`` (``baseline`` where none has), and the settings.
+        The names of the choices that have settings, joined by ``+`` (``baseline`` if none has), and the settings.
     """
     return '+'.join(name for name, layer in choices.items() if layer) or 'baseline', list(choices.values())
 
@@ -218,10 +218,10 @@ def load_sweep(path: str | Path) -> Sweep:
         path: The YAML file.
 
     Returns:
-        The sweep; its recipes are read and checked by :meth:`Sweep.jobs`.
+        The sweep; :meth:`Sweep.jobs` reads and checks the recipes.
 
     Raises:
-        InputError: No such file, broken YAML, an unknown key or a mistyped value.
+        InputError: The file is missing or not valid YAML, or has an unknown key or an invalid value.
     """
     path = Path(path)
     settings = read_settings(path)
@@ -256,6 +256,6 @@ def _check_count(key: str, count: int) -> None:
 
 
 def _check_name(key: str, name: Any) -> None:
-    """Refuses names that YAML does not read as text, such as 0.1, on and 17."""
+    """Rejects names that YAML does not read as strings, such as 0.1, on and 17."""
     if not isinstance(name, str):
         raise InputError(f"{key}: {name!r} is no name; put it in quotes, such as '{name}'")

@@ -1,4 +1,4 @@
-"""Runs compared with their baseline, one row per method."""
+"""Table of runs compared with their baseline, one row per method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from composer_effalgos.report.runs import Run, first_above
 
-PARITY = 0.002  # how far below the baseline's mean an accuracy counts as the same
+PARITY = 0.002  # accuracies down to this far below the baseline's mean count as equal
 _NONE = '–'
 
 
@@ -25,10 +25,10 @@ class Reached:
 
     Attributes:
         target: The accuracy, in [0, 1].
-        runs: How many of them got there.
-        of: How many there are.
-        epoch: Mean number of the first epoch at whose end they were above it, from 1; None where none got there.
-        seconds: Mean seconds of training to that epoch's end.
+        runs: Number of runs that exceeded it.
+        of: Number of all runs.
+        epoch: Mean of the first epoch (from 1) at whose end a run was above the target, over the runs that exceeded it; None if none did.
+        seconds: Mean seconds of training to the end of that epoch; None likewise.
     """
 
     target: float
@@ -39,35 +39,35 @@ class Reached:
 
     @property
     def share(self) -> str:
-        """How many of the runs got there, where it is not all."""
+        """Number of runs that exceeded the target, as text; empty if all did."""
         return '' if self.runs == self.of else f' ({self.runs}/{self.of})'
 
 
 @dataclass(frozen=True)
 class Row:
-    """The results of the runs of one method, which differ only in the seed.
+    """Results of the runs of one method, which differ only in the seed.
 
     Attributes:
         method: The runs' common name.
-        runs: The runs themselves.
-        accuracy: Mean of the final accuracies in [0, 1]; None where a run has none.
-        accuracy_sd: Their sample standard deviation; None for a single run.
-        accuracy_gain: ``accuracy`` less the baseline's; None for the baseline itself or where there is none.
+        runs: The runs.
+        accuracy: Mean final accuracy in [0, 1]; None if a run has none.
+        accuracy_sd: Sample standard deviation of the final accuracies; None for a single run.
+        accuracy_gain: ``accuracy`` minus the baseline's; None for the baseline itself or without one.
         samples_seen: Mean number of samples trained on.
-        saved_fraction: Share of the unpruned samples that was not trained on, over all the runs.
-        train_seconds: Mean seconds of training, selection included, evaluation left out.
-        time_ratio: ``train_seconds`` over the baseline's; None as for ``accuracy_gain``, or where the device or its number differ.
-        epoch_seconds: Mean seconds of training an epoch.
+        saved_fraction: Fraction of the samples of the full epochs that was not trained on, over all runs.
+        train_seconds: Mean seconds of training, including selection, excluding evaluation.
+        time_ratio: ``train_seconds`` over the baseline's; None as for ``accuracy_gain``, or if device or number of ranks differ.
+        epoch_seconds: Mean training seconds per epoch.
         selection_seconds: Mean seconds of selection.
-        reached: When they got above each target.
-        parity: When they got above the baseline's mean accuracy less :data:`PARITY`; None where there is no baseline.
-        speed_up: The baseline's seconds to parity over theirs; None as for ``time_ratio``, or where not all of them got there.
-        loss: Mean of the final held-out losses, in nats; None where a run has none.
-        loss_sd: Their sample standard deviation; None for a single run.
-        loss_gain: ``loss`` less the baseline's; None as for ``accuracy_gain``.
-        tokens_seen: Mean number of tokens trained on; None where a run's samples have none.
-        tokens_saved_fraction: Share of the tokens of the full epochs that was not trained on, over all the runs.
-        tokens_per_second: Tokens over seconds of training, over all the runs.
+        reached: When the runs exceeded each target.
+        parity: When the runs exceeded the baseline's mean accuracy minus :data:`PARITY`; None without a baseline.
+        speed_up: The baseline's seconds to parity over the method's; None as for ``time_ratio``, or if not all runs reach parity.
+        loss: Mean final held-out loss, in nats; None if a run has none.
+        loss_sd: Sample standard deviation of the final losses; None for a single run.
+        loss_gain: ``loss`` minus the baseline's; None as for ``accuracy_gain``.
+        tokens_seen: Mean number of tokens trained on; None if a run does not count tokens.
+        tokens_saved_fraction: Fraction of the tokens of the full epochs that was not trained on, over all runs.
+        tokens_per_second: Tokens over seconds of training, over all runs.
     """
 
     method: str
@@ -97,10 +97,10 @@ class Column:
     """A column of the table.
 
     Attributes:
-        title: Its head.
-        text: A row's cell.
-        value: What the cell sorts by; None where it has no value.
-        brief: Whether it is shown in a terminal.
+        title: The column title.
+        text: Returns the cell text of a row.
+        value: Returns the sort key of a row; None if it has no value.
+        brief: Whether to show it in a terminal.
         meaning: Explanation, if the title needs one.
     """
 
@@ -112,10 +112,10 @@ class Column:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns for rows: those of the targets and of the baseline where there are any.
+    """Returns the columns for rows; optional columns only if they have values.
 
     Args:
-        rows: Rows as :func:`table_rows` gives them.
+        rows: Rows from :func:`table_rows`.
 
     Returns:
         The columns, the method's name first.
@@ -145,7 +145,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def _quality(rows: Sequence[Row]) -> list[Column]:
-    """Accuracy, and the held-out loss with its perplexity for text and where there is nothing else."""
+    """Columns of accuracy, and of held-out loss and perplexity for text or without an accuracy."""
     spread = 'mean ± sample standard deviation over the seeds, at the end of the run'
     less = 'its mean less the baseline’s'
     by_loss = any(row.loss is not None and (row.accuracy is None or row.tokens_seen is not None) for row in rows)
@@ -179,11 +179,11 @@ def _tokens(rows: Sequence[Row]) -> list[Column]:
 
 
 def note(rows: Sequence[Row], *, brief: bool = False) -> str:
-    """What the columns of a table mean.
+    """Explains the columns of a table.
 
     Args:
-        rows: Rows as :func:`table_rows` gives them.
-        brief: Those of the terminal's table alone.
+        rows: Rows from :func:`table_rows`.
+        brief: Only explain the columns shown in a terminal.
 
     Returns:
         One paragraph.
@@ -244,15 +244,15 @@ def _perplexity(row: Row) -> float | None:
 def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
     """Compares runs with their baseline.
 
-    Runs of the same name, settings, device and number of ranks that differ in the seed alone share a row. The baseline of a row is the
-    first method of the same dataset, limit, model and duration whose name has ``baseline`` in it.
+    Runs with the same name, settings, device and number of ranks that differ only in the seed share a row. The baseline of a row is the
+    first method with the same dataset, limit, model and duration whose name contains ``baseline``.
 
     Args:
-        runs: Runs as :func:`read_runs` gives them.
-        targets: Accuracies in [0, 1] whose first epoch is wanted.
+        runs: Runs from :func:`read_runs`.
+        targets: Accuracies in [0, 1] for which to find the first epoch above.
 
     Returns:
-        One row a method, each baseline before the others, then in the order of the runs.
+        One row per method, baselines first, otherwise in the order of the runs.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -267,14 +267,14 @@ def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
 
 
 def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows for a terminal, without the columns that do not fit.
+    """Returns the rows as a table for a terminal, with the brief columns only.
 
     Args:
-        rows: Rows as :func:`table_rows` gives them.
+        rows: Rows from :func:`table_rows`.
         title: A line above the table.
 
     Returns:
-        A table that rich prints.
+        A table for rich.
     """
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     shown = [column for column in columns(rows) if column.brief]
@@ -286,13 +286,13 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table.
+    """Returns the rows as a Markdown table.
 
     Args:
-        rows: Rows as :func:`table_rows` gives them.
+        rows: Rows from :func:`table_rows`.
 
     Returns:
-        Lines of Markdown, with a line break after the last.
+        Lines of Markdown, with a newline at the end.
     """
     shown = columns(rows)
     head = [[column.title for column in shown], ['---'] + ['---:'] * (len(shown) - 1)]
@@ -346,7 +346,7 @@ def _row(group: list[Run], baseline: list[Run] | None, targets: Sequence[float])
 
 
 def _mean_of(group: Sequence[Run], key: str) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation of a total; neither where a run has none, as those of older versions."""
+    """Mean and sample standard deviation of a total; both None if a run lacks it, as older versions do."""
     values = [run.summary['totals'].get(key) for run in group]
     if None in values:
         return None, None
@@ -379,6 +379,6 @@ def _is_baseline(run: Run) -> bool:
 
 
 def _markdown(text: str) -> str:
-    """Text escaped for a table cell."""
+    """Escapes text for a table cell."""
     text = re.sub(r'([\\`*\[\]|~])', r'\\\1', ' '.join(text.split()))
     return text.replace('&', '&amp;').replace('<', '&lt;')

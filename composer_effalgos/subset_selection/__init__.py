@@ -1,4 +1,4 @@
-"""Training on a subset that CORDS's strategies select."""
+"""Subset selection: trains on a subset that a CORDS-style strategy selects."""
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients, find_final_linear, last_layer_gradients
 from composer_effalgos.subset_selection.selection import select_subset

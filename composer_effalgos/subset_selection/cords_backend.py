@@ -1,8 +1,8 @@
-"""Selection by the CORDS 0.0.4 package, kept as the reference for this package's own strategies.
+"""Selection with the CORDS 0.0.4 package, the reference for this package's own strategies.
 
-CORDS's strategy classes are used unchanged; the model, loaders and loss that they need are stand-ins made from the gradients.
-Each class of samples is a separate problem for them. This package splits by class, because CORDS rounds every class's budget up (GLISTER,
-GradMatch, CRAIG) or down (the submodular functions) and fails on a class without samples.
+CORDS's strategy classes run unchanged on a stub model, stub dataloaders and a stub loss built from the gradients. They see one class at a
+time: this package splits by class, because CORDS rounds every class's budget up (GLISTER, GradMatch, CRAIG) or down (the submodular
+functions) and fails on a class without samples.
 """
 
 import contextlib
@@ -36,26 +36,26 @@ __all__ = ['INSTALL_COMMAND', 'solver']
 
 INSTALL_COMMAND = 'pip install apricot-select numba scipy && pip install --no-deps cords==0.0.4'
 PRIVATE_PACKAGE = '_composer_effalgos_cords'
-PAIRWISE_BYTES = 2**26  # CRAIG and the submodular functions write out the differences of every pair in two batches
+PAIRWISE_BYTES = 2**26  # for the pairwise differences between two batches, which CRAIG and the submodular functions materialise
 
 log = logging.getLogger(__name__)
 
 
 def solver(strategy: str) -> Solver:
-    """The solver that runs a CORDS strategy.
+    """Returns the solver that runs a CORDS strategy.
 
     Args:
         strategy (str): ``glister``, ``gradmatch``, ``craig``, ``fixedweight``, ``adapweights``, ``selcon``, or a submodular function.
 
     Raises:
-        InputError: if CORDS, or a package that it needs, is not installed.
+        InputError: if CORDS or one of its dependencies is not installed.
     """
     modules = _cords_modules()
     run = _RUNS.get(strategy, functools.partial(_submodular, function=strategy))
 
     def solve(problem: Problem) -> Selection:
-        # CORDS draws from the generators of Python, NumPy and torch, and pins memory where there is no device to pin it for.
-        quiet = contextlib.redirect_stdout(io.StringIO())  # some of its strategies print
+        # CORDS draws from the global generators of Python, NumPy and torch, and pins memory even without an accelerator.
+        quiet = contextlib.redirect_stdout(io.StringIO())  # some strategies print
         with preserve_rng(seed_of(problem.generator)), warnings.catch_warnings(), torch.enable_grad(), quiet:
             warnings.filterwarnings('ignore', message='.*pin_memory.*')
             indices, weights = run(modules[strategy if strategy in modules else 'submodular'], problem)
@@ -68,19 +68,19 @@ def solver(strategy: str) -> Solver:
 
 @functools.cache
 def _cords_modules() -> dict[str, ModuleType]:
-    """CORDS's strategy modules under a private name, so that changes to them do not affect an ``import cords`` elsewhere."""
+    """Imports CORDS's strategy modules under a private name, so that patching them does not affect an ``import cords`` elsewhere."""
     spec = importlib.util.find_spec('cords')
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f'backend: cords is not installed; to install it, run: {INSTALL_COMMAND}')
     root = Path(next(iter(spec.submodule_search_locations))) / 'selectionstrategies'
-    # selectionstrategies/SL/__init__.py fails to import: it wants torchtext and a dataset that scikit-learn has dropped. Empty packages
-    # stand in for it and its parent.
+    # selectionstrategies/SL/__init__.py fails to import: it needs torchtext and a dataset that scikit-learn has removed. Empty packages
+    # replace it and its parent.
     for name, folder in ((PRIVATE_PACKAGE, root), (f'{PRIVATE_PACKAGE}.SL', root / 'SL')):
         package = types.ModuleType(name)
         package.__path__ = [str(folder)]
         sys.modules[name] = package
     try:
-        with np.errstate(), selcon_data_sets():  # importing CORDS's helpers turns NumPy's warnings into errors for good
+        with np.errstate(), selcon_data_sets():  # importing CORDS's helpers permanently turns NumPy's warnings into errors
             loaded = {
                 name: import_module(f'{PRIVATE_PACKAGE}.SL.{module}')
                 for name, module in (
@@ -96,18 +96,18 @@ def _cords_modules() -> dict[str, ModuleType]:
             }
     except ImportError as error:
         raise InputError(f'backend: cords cannot be imported ({error}); to install what it needs, run: {INSTALL_COMMAND}') from error
-    # The submodular class forgets to pass a logger on.
+    # The submodular class does not pass a logger to its base class.
     loaded['base'].DataSelectionStrategy.__init__.__defaults__ = (log,)
-    # CRAIG and the submodular functions read the samples through a shuffling sampler, and then take them to be in order.
+    # CRAIG and the submodular functions read the samples through a shuffling sampler but assume that they are in order.
     for name in ('craig', 'submodular'):
         vars(loaded[name])['SubsetRandomSampler'] = torch.Tensor.tolist
-    # Stochastic GLISTER asks for more candidates than are left.
+    # Stochastic GLISTER samples more candidates than remain.
     vars(loaded['glister'])['random'] = types.SimpleNamespace(sample=lambda rows, k: random.sample(rows, min(k, len(rows))))
     return loaded
 
 
 class _Rows(nn.Module):
-    """Stands in for the model: the input is a row number, the output what the loss needs to give that row's gradient."""
+    """Stub model: maps row numbers to the outputs for which the loss has those rows' gradients."""
 
     def __init__(self, outputs: LastLayerGradients, *, written_out: bool) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         labels, reference_labels = targets[0][1], targets[1][1]
         loss, eta = functools.partial(cross_entropy, reduction='none'), problem.options.eta
     else:
-        # The loss is not known beyond its gradient. A step size of zero keeps the validation gradient where it is.
+        # Only the gradient of the loss is known. A step size of zero keeps the validation gradient constant.
         outputs = joined.error
         labels, reference_labels = _one_class(candidates), _one_class(reference)
         loss, eta = _half_square, 0.0
@@ -164,7 +164,7 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     batch_size = problem.batch_size or 1024
     strategy = module.GLISTERStrategy(
         _loader(0, labels, batch_size),
-        # A validation set smaller than a batch would be cut into zero batches.
+        # CORDS would divide a validation set smaller than a batch into zero batches.
         _loader(len(candidates), reference_labels, min(batch_size, len(reference))),
         _Rows(LastLayerGradients(outputs, joined.embedding), written_out=False),
         loss,
@@ -175,14 +175,14 @@ def _glister(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         'Supervised' if problem.batch_size is None else 'PerBatch',
         problem.options.greedy,
         log,
-        r=min(problem.options.r, picks),  # more rounds than picks never end: every round picks int(picks / r) = 0
+        r=min(problem.options.r, picks),  # with more rounds than picks, every round picks int(picks / r) = 0 and the loop never ends
     )
     indices, _ = strategy.select(problem.budget, {})
-    return indices, [1.0] * len(indices)  # RGreedy overshoots, and gives a weight to the budget alone
+    return indices, [1.0] * len(indices)  # RGreedy overshoots the budget but returns only ``budget`` weights
 
 
 def _matching(problem: Problem) -> tuple[Any, ...]:
-    """What the three strategies that match gradients take first."""
+    """Returns the leading arguments of the three gradient-matching strategies."""
     candidates, reference = problem.gradients, problem.reference
     batch_size = problem.batch_size or 1024
     return (
@@ -191,14 +191,14 @@ def _matching(problem: Problem) -> tuple[Any, ...]:
         _Rows(_joined(candidates, reference), written_out=True),
         _half_square,
         problem.options.eta,
-        candidates.device,  # not the string 'cpu', for which CORDS takes a solver that ignores lam, eps and v1
+        candidates.device,  # for the string 'cpu' CORDS uses a solver that ignores lam, eps and v1
         1,
         False,
     )
 
 
 def _nothing_to_match(problem: Problem) -> bool:
-    """Whether the gradients to be matched add up to zero, by which CORDS would divide."""
+    """Whether the target gradients sum to zero; CORDS would divide by that sum."""
     return not (problem.reference if problem.options.valid else problem.gradients).sum().any()
 
 
@@ -229,7 +229,7 @@ def _craig(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         1,
         False,
         False,
-        # One class is the same problem as Supervised, without the detour over a sparse matrix.
+        # With one class this is the same problem as Supervised, without a sparse matrix.
         'PerClass' if problem.batch_size is None else 'PerBatch',
         log,
         optimizer=problem.options.optimizer,
@@ -239,7 +239,7 @@ def _craig(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
 
 def _submodular(module: ModuleType, problem: Problem, function: str) -> tuple[Any, Any]:
     candidates = problem.gradients
-    # Over several classes CORDS sets the similarity across classes to zero, and divides the budget by the number of classes.
+    # With several classes CORDS sets the similarity between classes to zero and divides the budget by the number of classes.
     labels = _one_class(candidates) if problem.labels is None else problem.labels.unique(return_inverse=True)[1]
     classes = int(labels.max()) + 1
     loader = _loader(0, labels, _pairwise_batch(candidates))
@@ -260,10 +260,10 @@ def _submodular(module: ModuleType, problem: Problem, function: str) -> tuple[An
 
 
 def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
-    """Greedy picks that all have one weight.
+    """Greedy selection with equal weights.
 
-    As published it cannot run: it calls ``ompwrapper``, which it does not define, in place of its own ``optimalWeightsWrapper``, and hands
-    the gradients to its solver as columns where that takes them as rows. Both are mended here.
+    The published code cannot run: it calls an undefined ``ompwrapper`` instead of its own ``optimalWeightsWrapper``, and passes the
+    gradients as columns to a solver that expects rows. Both are fixed here.
     """
     if _nothing_to_match(problem):
         return [], []
@@ -277,7 +277,7 @@ def _fixedweight(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
 
 
 def _adapweights(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
-    """Non-negative least-squares weights for a subset that is given."""
+    """Non-negative least-squares weights for a given subset."""
     candidates = problem.gradients
     subset = problem.options.ss_indices
     if subset is None:

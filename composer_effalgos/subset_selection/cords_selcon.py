@@ -1,4 +1,4 @@
-"""SELCON of the CORDS 0.0.4 package, a selection for linear regression that never ends where its bound cannot be met."""
+"""SELCON of the CORDS 0.0.4 package: subset selection for linear regression under a bound on the validation loss."""
 
 import contextlib
 import logging
@@ -18,14 +18,14 @@ from composer_effalgos.utils.errors import InputError
 
 __all__ = ['data_sets', 'selcon']
 
-MULTIPLIER_STEPS = 1000  # of SELCON's first loop, which as published may never end
+MULTIPLIER_STEPS = 1000  # limit on SELCON's first loop, which as published never ends if the bound cannot be met
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def data_sets() -> Iterator[None]:
-    """Lets SELCON's module find its datasets, whose package imports a dataset that scikit-learn has dropped, and torchtext."""
+    """Stubs the dataset module that SELCON imports: its package needs torchtext and a dataset that scikit-learn has removed."""
     name = 'cords.utils.data.datasets.SL.custom_dataset_selcon'
     before, stand_in = sys.modules.get(name), types.ModuleType(name)
     for unused in ('CustomDataset_SELCON', 'CustomDataset_WithId_SELCON'):
@@ -41,7 +41,7 @@ def data_sets() -> Iterator[None]:
 
 
 class _WithNumbers(Dataset):
-    """Inputs, targets and their numbers, as SELCON's datasets give them."""
+    """Returns inputs, targets and sample indices, as SELCON's datasets do."""
 
     def __init__(self, data: Tensor, targets: Tensor) -> None:
         self.data, self.targets = data, targets
@@ -54,14 +54,14 @@ class _WithNumbers(Dataset):
 
 
 class _SubsetWithNumbers(_WithNumbers):
-    """Some rows of such a dataset, renumbered."""
+    """A subset of such a dataset, with sample indices from 0."""
 
     def __init__(self, dataset: _WithNumbers, rows: list[int]) -> None:
         super().__init__(dataset.data[rows], dataset.targets[rows])
 
 
 class _CountsSamples(DataLoader):
-    """SELCON takes the number of batches for the number of samples."""
+    """Reports the number of samples as its length: SELCON uses ``len(loader)`` as the number of samples."""
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -70,9 +70,11 @@ class _CountsSamples(DataLoader):
 def selcon(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     """SELCON (Sivasubramanian et al., arXiv 2106.12491) on the last layer: a linear regression from the embeddings to the targets.
 
-    The layer is the one that predicts what the errors of the squared loss say, ``prediction = target + error / 2``. Validation samples come
-    one by one: SELCON's sums over them have another shape than its sums over training samples in batches of another size. What CORDS gives
-    as weights are the values of the samples, the smaller the better; here all weights are one, as in the paper.
+    The layer is fitted to the predictions that the errors of the squared loss imply, ``prediction = target + error / 2``. CORDS returns the
+    value of each sample (smaller is better) as its weight; here all weights are one, as in the paper.
+
+    Raises:
+        InputError: if there is no embedding, the model has more than one output, the budget is 1, or the bound ``delta`` is not met.
     """
     candidates, reference, options = problem.gradients, problem.reference, problem.options
     targets, reference_targets = problem.labels, problem.reference_labels
@@ -84,14 +86,14 @@ def selcon(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         raise InputError('budget: expected at least 2 for selcon, which divides by the number of other samples in the subset, got 1')
     inputs, device = candidates.embedding, candidates.device
     predictions = targets + candidates.error[:, 0] / 2
-    # gelsd: an input that is always zero, as after a ReLU, must do no harm
+    # gelsd handles rank-deficient inputs, such as a feature that is always zero after a ReLU
     solution = torch.linalg.lstsq(
         torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1).double().cpu(), predictions[:, None].double().cpu(), driver='gelsd'
     ).solution[:, 0]
     model = _Regression(solution.float().to(device))
     theta = {name: value.clone() for name, value in model.state_dict().items()}
     criterion = _BoundedSquaredLoss(options.delta, 2 * len(reference) * MULTIPLIER_STEPS)
-    # before a first step Adam's moments are zero
+    # Adam's moments before the first step
     moments = [{'step': 0, 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)} for p in model.parameters()]
     batch_size = options.batch_size or 1000
     train, validation = _WithNumbers(inputs, targets), _WithNumbers(reference.embedding, reference_targets)
@@ -99,7 +101,7 @@ def selcon(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
         train,
         validation,
         _CountsSamples(train, batch_size=batch_size),
-        DataLoader(validation, batch_size=1),
+        DataLoader(validation, batch_size=1),  # SELCON's validation and training sums only have matching shapes with one sample per batch
         model,
         nn.MSELoss(reduction='none'),
         device,
@@ -133,7 +135,7 @@ class _Regression(nn.Module):
 
 
 class _BoundedSquaredLoss:
-    """The squared loss, for this many calls: SELCON's first loop continues until the validation loss meets its bound, or forever."""
+    """The squared loss, limited to ``calls`` calls: SELCON's first loop only ends when the validation loss meets its bound."""
 
     def __init__(self, delta: float, calls: int) -> None:
         self.delta, self.calls = delta, calls

@@ -1,4 +1,4 @@
-"""The data pass of a selection: every rank reads its share of the data, then the ranks exchange the results."""
+"""The data pass of a selection: every rank reads its shard of the data, then the ranks exchange the results."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ ONE_CLASS = 'expected one class a sample (class indices [B], or rows of [B, C] t
 
 @dataclass(frozen=True)
 class Rows:
-    """Some samples: their labels ``[n]``, and their gradients where they were asked for."""
+    """Labels ``[n]`` of some samples and, if requested, their gradients."""
 
     labels: Tensor
     gradients: LastLayerGradients | None = None
 
     def take(self, indices: Tensor | slice) -> Rows:
-        """Some of the rows."""
+        """Returns a subset of the rows."""
         return Rows(self.labels[indices], None if self.gradients is None else self.gradients.take(indices))
 
     @property
     def classes(self) -> Tensor | None:
-        """The labels where every sample has one class; ``None`` for a regression, or samples with several labels."""
+        """The labels if every sample has one class; ``None`` for regression or multi-label samples."""
         return None if self.labels.is_floating_point() or bool((self.labels == NO_CLASS).any()) else self.labels
 
 
 @dataclass(frozen=True)
 class SelectionInputs:
-    """What one look found: of a rank's own share, or after :meth:`gathered` of all samples in their order."""
+    """Results of a data pass: of this rank's shard, or after :meth:`gathered` of all samples in dataset order."""
 
     train: Rows
     validation: Rows | None = None
 
     def gathered(self, num_samples: int, state: State) -> SelectionInputs:
-        """The same of all ranks; a collective call."""
+        """Gathers the rows of all ranks; a collective call."""
         world_size = dist.get_world_size()
         if world_size == 1:
             return self
@@ -60,14 +60,14 @@ class SelectionInputs:
 
 
 class DataPass:
-    """One pass over a rank's share of the data, in evaluation mode and in the run's precision; no collective calls.
+    """One pass over a rank's shard of the data, in evaluation mode and in the run's precision; no collective calls.
 
     Batches go through the transforms of the training ``DataSpec``, as in training.
 
     Args:
         state: The trainer's state.
         loader: The planned loader.
-        loss: The weighted loss, whose per-sample form is differentiated.
+        loss: The weighted loss; its per-sample form is differentiated.
         seed: Seeds the dataset's random augmentation.
     """
 
@@ -75,21 +75,21 @@ class DataPass:
         self._state, self._loader, self._loss, self._seed = state, loader, loss, seed
 
     def gradients(self, *, linear_layer: bool, softmax: bool, errors: bool = True) -> Rows:
-        """Last-layer gradients and labels of this rank's training samples: every ``world_size``-th, from the ``rank``-th.
+        """Last-layer gradients and labels of this rank's training samples: every ``world_size``-th, starting at ``rank``.
 
         Args:
-            linear_layer: Whether the embeddings are kept.
-            softmax: Takes the gradients of a plain cross-entropy, whatever loss the model trains with.
-            errors: Whether the loss is looked at; otherwise the errors are zero, and the embeddings alone say something.
+            linear_layer: Whether to keep the embeddings.
+            softmax: Use the gradients of a plain cross-entropy instead of the model's training loss.
+            errors: Whether to compute the loss; if not, the errors are zero and only the embeddings are meaningful.
         """
         return self._complete(self._gradients_of(self._batches(), linear_layer, softmax, errors))
 
     def validation(self, dataloader: DataLoader | DataSpec, like: Rows, *, linear_layer: bool, softmax: bool, errors: bool = True) -> Rows:
-        """The same of this rank's share of a validation set.
+        """Last-layer gradients and labels of this rank's shard of a validation set.
 
         Args:
-            dataloader: Its loader; without a ``DistributedSampler`` its batches are divided over the ranks.
-            like: Training rows; a rank without a batch of its own has none of the same kind.
+            dataloader: Its dataloader; without a ``DistributedSampler``, its batches are divided among the ranks.
+            like: Training rows; a rank without a batch returns zero rows of the same shapes and dtypes.
             linear_layer: As for the training rows.
             softmax: As for the training rows.
             errors: As for the training rows.
@@ -105,7 +105,7 @@ class DataPass:
         return self._gradients_of(itertools.chain([first], transformed), linear_layer, softmax, errors)
 
     def labels(self) -> Rows:
-        """Labels of this rank's training samples: those that the dataset carries, or read sample by sample where it carries none."""
+        """Labels of this rank's training samples: from the dataset's label attribute, or by reading every sample if it has none."""
         known = class_labels(self._loader.dataset)
         if known is not None:
             return Rows(self._state.device.tensor_to_device(known[self._loader.rank :: self._loader.world_size]))
@@ -127,7 +127,7 @@ class DataPass:
         loader = self._loader
         fits, microbatch = loader.initial_batch_size, self._state.device_train_microbatch_size
         fits = min(fits, microbatch) if isinstance(microbatch, int) else fits
-        # what fits with all that a backward pass needs fits several times over without
+        # a forward pass without autograd needs much less memory, so that several training batches fit at once
         return self._on_device(loader.read(self._share, 4 * fits, seed=self._seed), training_data_spec(self._state))
 
     def _on_device(self, batches: Iterable[Any], spec: DataSpec | None) -> Iterator[Any]:
@@ -160,11 +160,11 @@ def logits_and_classes(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """A classifier's logits, float ``[B, C]``, and class indices, int64 ``[B]``, which may be ``NO_CLASS``.
 
     Args:
-        outputs: What the model gave: logits, or a mapping with a key ``logits``.
+        outputs: The model's outputs: logits, or a mapping with a key ``logits``.
         batch: The batch.
 
     Raises:
-        InputError: If the model does not classify.
+        InputError: If the model is not a classifier.
     """
     logits = outputs.get('logits') if isinstance(outputs, Mapping) else outputs
     labels = labels_of(batch)
@@ -185,7 +185,7 @@ def _concatenated(rows: Rows, state: State) -> Rows:
 
 
 def _all_rows(rows: Tensor, state: State) -> Tensor:
-    """Every rank's rows, rank after rank; ranks may have different numbers of them."""
+    """Concatenates the rows of all ranks, in rank order; ranks may have different numbers of rows."""
     rows = state.device.tensor_to_device(rows)
     counts = dist.all_gather(state.device.tensor_to_device(torch.tensor([len(rows)])))
     longest = max(int(count.item()) for count in counts)

@@ -1,4 +1,4 @@
-"""Per-sample gradients of the last linear layer, kept as the two factors they are made of."""
+"""Per-sample gradients of the last linear layer, stored as two factors."""
 
 import contextlib
 import random
@@ -17,7 +17,7 @@ from composer_effalgos.utils.errors import InputError
 __all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_gradients', 'preserve_rng']
 
 LABEL_KEYS = ('labels', 'label', 'targets', 'target', 'y')
-NO_CLASS = torch.iinfo(torch.int64).min  # stands for the class of a sample that has several labels, or several numbers to predict
+NO_CLASS = torch.iinfo(torch.int64).min  # marks a sample with several labels or several regression targets
 WITHOUT_GRADIENTS = (
     'for models that predict sequences or maps use strategy random, adaptive-random or file, or InfoBatch, which needs losses alone'
 )
@@ -27,16 +27,16 @@ WITHOUT_GRADIENTS = (
 class LastLayerGradients:
     """Gradients of N samples with respect to the last linear layer's bias and weight.
 
-    With logits ``W h + b``, the gradient of sample ``i`` is ``[error_i, error_i (x) embedding_i]``: its bias part, then its weight part
-    class by class, ``C + C D`` numbers in all. Inner products need only the factors,
-    ``(error_i . error_j)(embedding_i . embedding_j + 1)``, so the ``N x (C + C D)`` matrix is never built.
+    With logits ``W h + b``, the gradient of sample ``i`` is ``[error_i, error_i (x) embedding_i]``: the bias part, then the weight part
+    class by class, ``C + C D`` numbers. Inner products need only the factors, ``(error_i . error_j)(embedding_i . embedding_j + 1)``, so
+    the ``N x (C + C D)`` matrix is never built.
 
     Args:
         error (Tensor): ``d loss_i / d logits_i``, float ``[N, C]``.
-        embedding (Tensor | None): input of the last linear layer, float ``[N, D]``; ``None`` keeps the bias gradients alone, ``C`` numbers.
+        embedding (Tensor | None): input of the last linear layer, float ``[N, D]``; ``None`` for bias gradients only, ``C`` numbers.
 
     Raises:
-        InputError: if a factor is not a two-dimensional float tensor, or the two disagree in length or device.
+        InputError: if a factor is not a two-dimensional float tensor, or the factors differ in length or device.
     """
 
     error: Tensor
@@ -67,20 +67,20 @@ class LastLayerGradients:
 
     @property
     def dim(self) -> int:
-        """Numbers in one gradient: ``C + C D``, or ``C`` without an embedding."""
+        """Length of one gradient: ``C + C D``, or ``C`` without an embedding."""
         classes = self.error.shape[1]
         return classes if self.embedding is None else classes * (1 + self.embedding.shape[1])
 
     def take(self, indices: Tensor | slice) -> 'LastLayerGradients':
-        """The gradients of some samples, by position, mask or slice."""
+        """Returns the gradients of some samples, by position, mask or slice."""
         return LastLayerGradients(_rows(self.error, indices), None if self.embedding is None else _rows(self.embedding, indices))
 
     def to(self, device: torch.device | str) -> 'LastLayerGradients':
-        """The same gradients on another device."""
+        """Returns the gradients on another device."""
         return LastLayerGradients(self.error.to(device), None if self.embedding is None else self.embedding.to(device))
 
     def without_embedding(self) -> 'LastLayerGradients':
-        """The bias gradients alone."""
+        """Returns the bias gradients only."""
         return LastLayerGradients(self.error)
 
     def sum(self) -> Tensor:
@@ -93,7 +93,7 @@ class LastLayerGradients:
         return self.sum() / len(self)
 
     def dot(self, vector: Tensor) -> Tensor:
-        """Inner product of every gradient with one dense vector of ``[dim]``, float ``[N]``."""
+        """Inner product of every gradient with a dense vector ``[dim]``, float ``[N]``."""
         classes = self.error.shape[1]
         scores = vector[:classes].expand_as(self.error)
         if self.embedding is not None:
@@ -101,7 +101,7 @@ class LastLayerGradients:
         return (self.error * scores).sum(dim=1)
 
     def gram(self, other: 'LastLayerGradients | None' = None) -> Tensor:
-        """Inner products with the gradients of ``other`` (or with themselves), float ``[N, M]``."""
+        """Inner products with the gradients of ``other`` (default: ``self``), float ``[N, M]``."""
         other = self if other is None else other
         products = self.error @ other.error.T
         if self.embedding is None or other.embedding is None:
@@ -109,18 +109,18 @@ class LastLayerGradients:
         return products.mul_((self.embedding @ other.embedding.T).add_(1))
 
     def squared_norms(self) -> Tensor:
-        """Squared length of every gradient, float ``[N]``."""
+        """Squared norm of every gradient, float ``[N]``."""
         norms = self.error.square().sum(dim=1)
         return norms if self.embedding is None else norms * (self.embedding.square().sum(dim=1) + 1)
 
     def squared_distances(self, other: 'LastLayerGradients | None' = None) -> Tensor:
-        """Squared distances to the gradients of ``other`` (or to themselves), float ``[N, M]``, never below zero."""
+        """Squared distances to the gradients of ``other`` (default: ``self``), float ``[N, M]``, non-negative."""
         theirs = self if other is None else other
         distances = self.gram(theirs).mul_(-2).add_(self.squared_norms()[:, None]).add_(theirs.squared_norms())
         return distances.clamp_(min=0)
 
     def dense(self) -> Tensor:
-        """The gradients written out, float ``[N, dim]``: for a few samples or a small layer only."""
+        """The full gradient matrix, float ``[N, dim]``; only for a few samples or a small layer."""
         if self.embedding is None:
             return self.error
         return torch.cat([self.error, (self.error[:, :, None] * self.embedding[:, None, :]).flatten(1)], dim=1)
@@ -133,12 +133,12 @@ def _rows(factor: Tensor, indices: Tensor | slice) -> Tensor:
 
 
 def find_final_linear(module: nn.Module) -> nn.Linear:
-    """The linear layer registered last, wherever it sits, also inside ``DistributedDataParallel``.
+    """Returns the linear layer that was registered last, at any depth.
 
-    The gates that Composer's SqueezeExcite adds are linear layers too; they are passed over.
+    Skips the linear layers in the gates that Composer's SqueezeExcite adds.
 
     Args:
-        module (nn.Module): a model; its forward pass is not run.
+        module (nn.Module): a model, possibly wrapped in ``DistributedDataParallel``; its forward pass is not run.
 
     Raises:
         InputError: if there is no linear layer.
@@ -162,30 +162,30 @@ def last_layer_gradients(
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     device: torch.device | str | None = None,
 ) -> tuple[LastLayerGradients, Tensor]:
-    """Gradients of every sample with respect to the last linear layer, in one forward pass and without a backward pass.
+    """Computes the gradient of every sample with respect to the last linear layer, with forward passes only.
 
-    The embedding is the input of the last linear layer, read by a hook. The error is the gradient of the summed loss at the layer's output,
-    computed by autograd only over what follows that layer, so any loss with a per-sample form works. The last layer is the one called last;
-    the first batch is passed through the model once more to find it.
+    A hook reads the embedding, the input of the last linear layer. The error is the gradient of the summed loss with respect to the layer's
+    output; autograd only records what follows that layer, so any loss with a per-sample form works. The last layer is the one called last;
+    an extra forward pass of the first batch finds it.
 
-    The model is in evaluation mode during the pass, and every module's mode is restored afterwards, and so are the generators of Python,
-    NumPy and torch. ``DistributedDataParallel`` is unwrapped first, so that ranks may hold different numbers of batches.
+    The model is in evaluation mode during the pass. Afterwards the mode of every module and the generators of Python, NumPy and torch are
+    restored. ``DistributedDataParallel`` is unwrapped, so ranks may have different numbers of batches.
 
     Args:
         model (nn.Module): called as ``model(batch)``, as a ``ComposerModel`` is.
         batches (Iterable): batches on the model's device: ``(inputs, labels)``, or a mapping with a key ``labels``.
-        per_sample_loss (Callable | None): ``per_sample_loss(outputs, batch)`` gives the losses, float ``[B]``; ``None`` for errors of
-            zero, where the embeddings alone are wanted.
-        linear_layer (bool): ``False`` leaves the embedding out: the model's output is taken for the logits, and no linear layer is needed.
-        context (Callable): makes the context of each forward pass, such as the run's autocast.
-        device (torch.device | str | None): where the result is kept; ``None`` for where it was computed.
+        per_sample_loss (Callable | None): ``per_sample_loss(outputs, batch)`` returns the losses, float ``[B]``; ``None`` if only the
+            embeddings are needed: the errors are then zero.
+        linear_layer (bool): ``False`` omits the embedding: the model's output is used as the logits, and no linear layer is needed.
+        context (Callable): returns the context manager for each forward pass, such as the run's autocast.
+        device (torch.device | str | None): device of the result; ``None`` for the device of the computation.
 
     Returns:
-        tuple[LastLayerGradients, Tensor]: float32 gradients of N samples, in the order of ``batches``, and their labels as ``labels_of``
-            gives them, int64 or float32 ``[N]``.
+        tuple[LastLayerGradients, Tensor]: float32 gradients of N samples, in the order of ``batches``, and their labels as returned by
+            ``labels_of``, int64 or float32 ``[N]``.
 
     Raises:
-        InputError: if there is no final linear layer, no batch, or a batch, a loss or a layer without one row per sample.
+        InputError: if there is no final linear layer or no batch, or if a batch, loss or layer does not have one row per sample.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -211,7 +211,7 @@ def last_layer_gradients(
 
 @contextlib.contextmanager
 def preserve_rng(seed: int | None = None) -> Iterator[None]:
-    """Puts the generators of Python, NumPy and torch back as they were; seeds them first if asked to."""
+    """Restores the generators of Python, NumPy and torch on exit; seeds them on entry if ``seed`` is given."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=cuda_devices):
@@ -228,7 +228,7 @@ def preserve_rng(seed: int | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module: a model may keep frozen parts in evaluation mode while the rest trains.
+    # Saved per module: a model may keep frozen parts in evaluation mode while the rest trains.
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -243,7 +243,7 @@ def _gate_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def _last_called_linear(model: nn.Module, batch: Any) -> nn.Linear:
-    find_final_linear(model)  # raises where there is none at all
+    find_final_linear(model)  # raises if there is no linear layer at all
     gates = _gate_modules(model)
     called: list[nn.Module] = []
     own_parameters = [m for m in model.modules() if m not in gates and next(m.parameters(recurse=False), None) is not None]
@@ -254,7 +254,7 @@ def _last_called_linear(model: nn.Module, batch: Any) -> nn.Linear:
         for handle in handles:
             handle.remove()
     position = max((i for i, module in enumerate(called) if isinstance(module, nn.Linear)), default=None)
-    # a container with parameters of its own (a transformer's class token) is done after the layers it holds
+    # the hook of a container with its own parameters (a transformer's class token) fires after those of its children
     after = called if position is None else [m for m in called[position + 1 :] if called[position] not in set(m.modules())]
     if position is None or after:
         found = type(after[-1]).__name__ if after else 'no layer'
@@ -280,9 +280,9 @@ def _batch_gradients(
 
     def cut(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         captured['embedding'] = args[0].detach().float()
-        # In float32 whatever the run's precision, so that the error is not rounded on its way back.
+        # Always float32, so that the error is not rounded to the run's precision.
         captured['logits'] = output.detach().float().requires_grad_()
-        torch.set_grad_enabled(True)  # from here on what the model computes is recorded; the surrounding no_grad puts the mode back
+        torch.set_grad_enabled(True)  # record everything after this layer; the surrounding no_grad restores the mode
         return captured['logits']
 
     handle = None if linear is None else linear.register_forward_hook(cut)
@@ -320,18 +320,18 @@ def _check_rows(name: str, rows: Tensor | None, ndim: int, batch_size: int) -> N
 
 
 def labels_of(batch: Any) -> Tensor:
-    """The label of every sample of a batch, one number each.
+    """Returns one label per sample of a batch.
 
     Args:
         batch (Any): ``(inputs, labels)``, or a mapping with a key ``labels``.
 
     Returns:
-        Tensor: class indices, int64 ``[B]``: the labels themselves, or the largest class of soft labels, which are rows of ``[B, C]`` that
-            are not negative and sum to 1; ``NO_CLASS`` for other rows, such as several positives or several numbers to predict. Where the
-            labels are one number each that is not whole, as in a regression, float32 ``[B]``.
+        Tensor: class indices, int64 ``[B]``: integer labels, or the argmax of soft labels ``[B, C]`` (non-negative rows that sum to 1);
+            ``NO_CLASS`` for other rows, such as multi-label targets or several regression targets. Floating-point labels with one number
+            per sample, as in regression, are returned as float32 ``[B]``.
 
     Raises:
-        InputError: if there are no labels, or labels of another shape.
+        InputError: if there are no labels, or they have another shape.
     """
     if isinstance(batch, Mapping):
         labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
@@ -351,6 +351,6 @@ def labels_of(batch: Any) -> Tensor:
 
 
 def _are_distributions(rows: Tensor) -> Tensor:
-    """Which rows are not negative and sum to 1, within what their precision allows."""
+    """Which rows are non-negative and sum to 1, up to rounding in their dtype."""
     tolerance = max(1e-3, torch.finfo(rows.dtype).eps) if rows.is_floating_point() else 0
     return (rows >= 0).all(dim=1) & ((rows.float().sum(dim=1) - 1).abs() <= tolerance)

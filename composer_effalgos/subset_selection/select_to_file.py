@@ -1,4 +1,4 @@
-"""``effalgos select``: the subset that a recipe's strategy picks with a trained model, as a file to train on."""
+"""``effalgos select``: selects a subset with a recipe's strategy and a trained model, and writes it to a file to train on."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ['select_to_file']
 
 
 def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path | None, out: Path) -> str:
-    """Selects once with the weights of a checkpoint and writes the subset; nothing is trained.
+    """Selects once with the weights of a checkpoint and writes the subset, without training.
 
     Args:
-        recipe_path: A recipe with ``algorithms.subset_selection``, which says how.
-        overrides: ``key=value`` settings on top of it.
-        checkpoint: A checkpoint that the recipe's training wrote; ``None`` for the weights that the model begins with.
+        recipe_path: A recipe whose ``algorithms.subset_selection`` configures the selection.
+        overrides: ``key=value`` settings that override the recipe.
+        checkpoint: A checkpoint of the recipe's training; ``None`` for the model's initial weights.
         out: The Parquet file to write, see :mod:`composer_effalgos.subset_selection.subset_file`.
 
     Returns:
-        What was selected, in one line.
+        A one-line summary of the selection.
 
     Raises:
-        InputError: The recipe, the checkpoint or ``out`` is at fault, or the selection fails.
+        InputError: The recipe, the checkpoint or ``out`` is invalid, or the selection fails.
     """
     recipe = load_recipe(recipe_path, overrides)
     if not any(component.target is SubsetSelection for component in recipe.algorithms):
@@ -45,11 +45,11 @@ def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path
         raise InputError(f'--out: expected a file in a folder that exists, got {out}')
     arguments = {name: value for name, value in recipe.trainer.items() if name != 'autoresume' and not name.startswith('save_')}
     if checkpoint is not None:
-        read_checkpoint(checkpoint, '--checkpoint')  # refuses a file with code in it before anything reads it as Composer does
+        read_checkpoint(checkpoint, '--checkpoint')  # rejects a pickle with code in it before Composer unpickles it
         weights_only = arguments.get('load_weights_only', False) or only_weights(checkpoint)
         check_checkpoint('--checkpoint', checkpoint, weights_only=weights_only)
         arguments |= {'load_path': str(checkpoint), 'load_weights_only': weights_only}
-    with tempfile.TemporaryDirectory() as folder:  # for what a training would leave there
+    with tempfile.TemporaryDirectory() as folder:  # for files that the trainer writes
         trainer = build_trainer(replace(recipe, trainer=arguments, callbacks=[], loggers=[], save_folder=folder))
         (algorithm,) = (item for item in trainer.state.algorithms if isinstance(item, SubsetSelection))
         if algorithm.strategy == 'file':

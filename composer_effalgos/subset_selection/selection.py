@@ -1,4 +1,4 @@
-"""Selects a weighted subset of a dataset from its last-layer gradients."""
+"""Selects a weighted subset from last-layer gradients."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,48 +28,48 @@ def select_subset(
     backend: str = 'torch',
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Selects exactly ``budget`` samples and a weight for each.
+    """Selects exactly ``budget`` samples, with weights.
 
     Sources: GLISTER, Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al.,
-    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543; the others name theirs in their
-    modules. Options have the names of the CORDS package.
+    arXiv 1906.01827; the four submodular functions as in apricot, Schreiber et al., arXiv 1906.03543; the modules of the other strategies
+    name theirs. Options are named as in the CORDS package.
 
     Args:
         strategy (str): ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
-            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, drawn again by the caller with another seed), ``el2n``,
+            ``saturated-coverage``, ``random``, ``adaptive-random`` (``random``, redrawn by the caller with another seed), ``el2n``,
             ``grand``, ``forgetting``, ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``; with
-            ``backend='cords'`` alone ``fixedweight``, ``adapweights``, ``selcon``.
-        gradients (LastLayerGradients): of the N candidates.
-        budget (int): samples to pick, 1 to N.
-        labels (Tensor | None): class indices, integer ``[N]``; needed for the selection types by class. For ``selcon`` the numbers to
-            predict, float ``[N]``.
+            ``backend='cords'`` only ``fixedweight``, ``adapweights``, ``selcon``.
+        gradients (LastLayerGradients): gradients of the N candidates.
+        budget (int): number of samples to select, 1 to N.
+        labels (Tensor | None): class indices, integer ``[N]``; required for the per-class selection types. For ``selcon`` the regression
+            targets, float ``[N]``.
         backend (str): ``torch`` (this package's own) or ``cords`` (the CORDS 0.0.4 package).
         **options: for every strategy ``selection_type`` (``PerClass``, ``PerBatch``, ``Supervised``, ``PerClassPerGradient``; by default
-            ``PerClass`` where there are labels, else ``Supervised``), ``linear_layer`` (``False``: bias gradients alone), ``val_gradients``
-            and ``val_labels`` (of a validation set; the candidates stand in for it if absent), ``batch_size`` (``PerBatch``: rows of a
-            batch), ``num_classes``, ``class_balance`` (``proportional``, or ``equal``: as many of each class, as far as the class goes),
-            and ``seed`` or ``generator`` (seed 0 if neither is given).
+            the strategy's default if there are labels, else ``Supervised``), ``linear_layer`` (``False``: bias gradients only),
+            ``val_gradients`` and ``val_labels`` (of a validation set; default: the candidates), ``batch_size`` (``PerBatch``: rows per
+            batch), ``num_classes``, ``class_balance`` (``proportional``, or ``equal``: the same number from each class, up to the class
+            size), and ``seed`` or ``generator`` (seed 0 if neither is given).
             ``glister``: ``eta`` (step size of the one-step update), ``greedy`` (``Stochastic``, ``RGreedy``, ``Naive``), ``r`` (rounds).
-            ``gradmatch``: ``valid`` (match the validation gradient), ``lam`` (ridge), ``eps`` (relative residual to stop at), ``v1`` (which
-            of CORDS's two solvers), ``eta`` (CORDS asks for it and does not use it). ``craig`` and the submodular functions:
+            ``gradmatch``: ``valid`` (match the validation gradient), ``lam`` (ridge), ``eps`` (stop at this relative residual), ``v1``
+            (which of CORDS's two solvers), ``eta`` (required by CORDS but unused). ``craig`` and the submodular functions:
             ``optimizer``, ``if_convex`` (distances between embeddings instead of gradients). ``el2n``, ``grand``, ``forgetting``,
-            ``margin``, ``entropy``, ``least-confidence``: ``keep`` (``highest``, ``lowest``), ``skip`` (share of the top to leave out).
+            ``margin``, ``entropy``, ``least-confidence``: ``keep`` (``highest``, ``lowest``), ``skip`` (fraction to skip at the top).
             ``forgetting``: ``scores`` (forgetting events, ``[N]``). ``herding``, ``k-center``, ``milo``: ``features`` (``embedding``,
             ``gradient``). ``milo``: ``phase`` (``stochastic-greedy``, ``weighted-random``), ``lam`` (of the graph cut), ``scores``
-            (importance, ``[N]``). ``adapweights``: ``ss_indices`` (the subset to weigh; random if absent). ``selcon``: ``delta`` (bound
+            (importance, ``[N]``). ``adapweights``: ``ss_indices`` (the subset to weight; default: random). ``selcon``: ``delta`` (bound
             on the validation loss), ``lam``, ``lr``, ``num_epochs``, ``batch_size``.
 
     Returns:
-        tuple[Tensor, Tensor]: ``budget`` different positions, int64, in the order of selection (class after class for the types by class;
-        CORDS shuffles the order of GradMatch and CRAIG), and their weights, float32, not below zero and as CORDS gives them: matching
-        weights for GradMatch, cluster sizes for CRAIG and the submodular functions, ones for nearly all others. Where a solver ends short
-        of the budget (GradMatch has matched the gradient, a batch is short), the rest is filled with random samples of weight 1; where
-        it gives more (a last whole batch), those of the least weight are left out, the last picked first. Both lie on the device of the
-        gradients.
+        tuple[Tensor, Tensor]: ``budget`` distinct positions, int64 ``[budget]``, in selection order (class by class for the per-class
+        types; CORDS shuffles the order of GradMatch and CRAIG), and their non-negative weights, float32 ``[budget]``, with CORDS's
+        meaning: matching weights for GradMatch, cluster sizes for CRAIG and the submodular functions, ones for nearly all others. If a
+        solver selects too few samples (GradMatch has matched the gradient, a batch is short), random samples of weight 1 fill the rest;
+        if it selects too many (a last whole batch), the samples of the lowest weight are dropped, of equal weights the last selected
+        first. Both tensors are on the device of the gradients.
 
     Raises:
-        InputError: for an unknown strategy, backend, option or value; a budget outside 1 to N; gradients that are not finite; labels that
-            are missing, out of range or of another length.
+        InputError: for an unknown strategy, backend, option or value; a budget outside 1 to N; non-finite gradients; labels that are
+            missing, out of range or of another length.
     """
     settings, spec = check_options(strategy, backend=backend, **options), STRATEGIES[strategy]
     gradients, labels = _check_rows('gradients', gradients, 'labels', labels, settings, spec)
@@ -107,15 +107,15 @@ def select_subset(
 
 
 def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> Options:
-    """Every option of a strategy, checked, with the defaults filled in.
+    """Checks the options of a strategy and fills in the defaults.
 
     Args:
-        strategy (str): a strategy's name.
+        strategy (str): the strategy's name.
         backend (str): ``torch`` or ``cords``.
         **options: as for ``select_subset``.
 
     Raises:
-        InputError: for an unknown name or a value that cannot be.
+        InputError: for an unknown name or an invalid value.
     """
     if backend not in BACKENDS:
         raise InputError(f'backend: expected one of {", ".join(BACKENDS)}, got {backend!r}')
@@ -133,11 +133,11 @@ def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> O
 def _check_rows(
     name: str, gradients: Any, label_name: str, labels: Any, settings: Options, spec: Strategy
 ) -> tuple[LastLayerGradients, Tensor | None]:
-    """The gradients in float32 as the options want them, and the labels beside them in int64 (numbers to predict in float32)."""
+    """Checks gradients and labels; returns float32 gradients as the options require, and int64 labels (float32 regression targets)."""
     if not isinstance(gradients, LastLayerGradients):
         raise InputError(f'{name}: expected LastLayerGradients, got {type(gradients).__name__}')
     for part, factor in (('error', gradients.error), ('embedding', gradients.embedding)):
-        # by the extremes, which are not finite either then, because isfinite() itself makes a copy of what it looks at
+        # aminmax propagates NaN and inf, and unlike isfinite() allocates nothing of the size of the factor
         if factor is not None and factor.numel() and not all(extreme.isfinite() for extreme in factor.aminmax()):
             row = int((~torch.isfinite(factor)).any(dim=1).nonzero()[0])
             raise InputError(f'{name}.{part}: expected finite values, got another for sample {row}; check the loss and the precision')
@@ -191,25 +191,25 @@ def _reference(
 
 def _solver(strategy: str, backend: str) -> Solver:
     own = STRATEGIES[strategy].solver
-    if own is None or (backend == 'cords' and own is not random_subset):  # random draws are ours in either
+    if own is None or (backend == 'cords' and own is not random_subset):  # random selection is ours with either backend
         return cords_backend.solver(strategy)
     return own
 
 
 def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gradient: bool) -> Selection:
-    """Picks ``budget`` samples of one class; peak memory is that of one class."""
+    """Selects ``budget`` samples of one class; the peak memory is that of one class."""
     assert problem.labels is not None
     assert problem.reference_labels is not None
     rows = (problem.labels == label).nonzero()[:, 0]
     part = problem.part(rows)
     reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
     if problem.reference is problem.gradients or len(reference_rows) == 0:
-        # there is no validation set, or it lacks this class: it is measured against its own training gradients
+        # no validation set, or none of this class: use the class's training gradients as the reference
         gradients, reference, reference_labels = part.gradients, part.gradients, part.labels
     else:
         gradients, reference = part.gradients, problem.reference.take(reference_rows)
         reference_labels = problem.reference_labels[reference_rows]
-    if per_gradient:  # only what the classifier of this class sees
+    if per_gradient:  # only this class's row of the last layer
         if label >= gradients.error.shape[1]:
             raise InputError(
                 f'selection_type: expected an output for class {label}, which PerClassPerGradient needs, got none; use PerClass'
@@ -221,13 +221,13 @@ def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gra
 
 
 def _shares(counts: list[int], budget: int) -> list[int]:
-    """Divides the budget in proportion to the counts, by largest remainder; every class gets at least one if the budget allows."""
+    """Splits the budget in proportion to the counts, by largest remainder; every class gets at least one if the budget allows."""
     total = sum(counts)
     shares = [max(budget * count // total, int(budget >= len(counts))) for count in counts]
     missing = budget - sum(shares)
     for i in sorted(range(len(counts)), key=lambda i: shares[i] * total - budget * counts[i])[: max(missing, 0)]:
         shares[i] += 1
-    while missing < 0:  # the ones given to tiny classes are taken from where most is left
+    while missing < 0:  # take back from the largest shares what the minimum of one added
         largest = max(range(len(counts)), key=lambda i: shares[i])
         shares[largest] -= 1
         missing += 1
@@ -235,7 +235,7 @@ def _shares(counts: list[int], budget: int) -> list[int]:
 
 
 def _equal_shares(counts: list[int], budget: int) -> list[int]:
-    """Divides the budget equally, as far as the classes have enough samples; the larger classes share the rest."""
+    """Splits the budget equally; what exceeds the size of a small class goes to the larger ones."""
     shares, left = [0] * len(counts), budget
     for done, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
         shares[i] = min(counts[i], left // (len(counts) - done))
@@ -244,7 +244,7 @@ def _equal_shares(counts: list[int], budget: int) -> list[int]:
 
 
 def _exactly(problem: Problem, selection: Selection) -> Selection:
-    """The selection without repeated positions, cut or filled to the budget."""
+    """Merges repeated positions (their weights add up), then trims or fills the selection to the budget."""
     device = problem.gradients.device
     positions, weights = selection[0].to(device), selection[1].to(device).float().clamp(min=0)
     seen: dict[int, int] = {}

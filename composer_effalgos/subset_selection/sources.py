@@ -1,4 +1,4 @@
-"""Sources of subsets: gradients, random draws, forgetting counts, MILO's two phases, or a file."""
+"""Sources of subsets: gradients, random selection, forgetting counts, MILO's two phases, or a file."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = ['SelectionContext', 'Source', 'make_source']
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """One selection.
+    """Context of one selection.
 
     Attributes:
-        budget: Samples to pick.
-        num_candidates: Samples to pick from.
-        candidates: Their numbers in the dataset, int64, ascending; ``None`` for all samples.
+        budget: Number of samples to select.
+        num_candidates: Number of samples to select from.
+        candidates: Their indices in the dataset, int64, ascending; ``None`` for all samples.
         generator: The only source of randomness.
         number: Number of earlier selections, including failed ones.
-        total: Selections in the whole run; ``None`` where its length is not in epochs.
-        batch_size: Samples of a batch on one rank.
-        current: The subset trained on so far, as positions among the candidates, int64; ``None`` before the first.
+        total: Number of selections in the whole run; ``None`` if its duration is not in epochs.
+        batch_size: Batch size per rank.
+        current: The current subset, as positions among the candidates, int64; ``None`` before the first selection.
     """
 
     budget: int
@@ -53,17 +53,17 @@ class SelectionContext:
 
 
 class Source:
-    """Selects subsets. Every rank reads its share of the data; rank 0 selects.
+    """Selects subsets. Every rank reads its shard of the data; rank 0 selects.
 
     Args:
         strategy: The strategy's name.
         backend: The strategy's backend.
-        options: The strategy's options, checked here.
+        options: The strategy's options; checked here.
     """
 
     once = False  # whether one subset serves the whole run
-    weighted = False  # whether weights may differ from one another
-    by_position = False  # whether it names samples by their position in a batch, beside weights
+    weighted = False  # whether the weights may differ
+    by_position = False  # whether it needs the position of samples in a batch for more than weights
     val_dataloader: DataLoader | DataSpec | None = None
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
@@ -71,38 +71,38 @@ class Source:
         self.settings: Any = check_options(strategy, backend=backend, **options)
 
     def start(self, planner: EpochPlanner, loss: WeightedLoss) -> None:
-        """At ``INIT``."""
+        """Called at ``INIT``."""
 
     def epoch_end(self, state: State) -> None:
-        """At the end of an epoch or a fit, and before one that follows an interrupted fit; on every rank."""
+        """Called on every rank at the end of an epoch or fit, and at the start of a fit (an earlier one may have been interrupted)."""
 
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
-        """Before the first epoch on a dataset; ``known`` where what was loaded from a checkpoint is about it."""
+        """Called before the first epoch on a dataset; ``known`` if state loaded from a checkpoint belongs to this dataset."""
 
     def budget(self, num_samples: int, fraction: float) -> int:
-        """How many samples a subset has."""
+        """Number of samples in a subset."""
         return round(fraction * num_samples)
 
     def read(self, data: DataPass) -> SelectionInputs | None:
-        """Reads this rank's inputs without a collective call; ``None`` if none are needed."""
+        """Reads this rank's inputs, without collective calls; ``None`` if none are needed."""
         raise NotImplementedError
 
     def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
-        """Positions among the candidates and their weights, on rank 0."""
+        """Returns positions among the candidates and their weights; called on rank 0 only."""
         raise NotImplementedError
 
     def picked(self) -> None:
-        """After a selection that succeeded; on every rank."""
+        """Called on every rank after a successful selection."""
 
     def state_dict(self, state: State | None) -> dict[str, Any]:
-        """The state that a resumed run needs; a collective call."""
+        """Returns the state needed to resume; a collective call."""
         return {}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores the state returned by :meth:`state_dict`."""
 
     def _classes(self, rows: Rows) -> Tensor | None:
-        """The classes of some samples; ``None`` where they have none and the strategy does without."""
+        """Returns the classes of some samples; ``None`` if they have none and the strategy does not need them."""
         by_class = (self.settings.selection_type or '').startswith('PerClass') or self.settings.class_balance == 'equal'
         if by_class and rows.classes is None:
             raise InputError(
@@ -123,7 +123,7 @@ class Source:
         )
 
     def _select_without_gradients(self, context: SelectionContext, classes: Tensor | None, **options: Any) -> Selection:
-        """For strategies that look at no gradient: by chance, or by scores."""
+        """Selects at random or by scores, without gradients."""
         if classes is not None:
             classes = classes.cpu()
             options['num_classes'] = int(classes.max()) + 1
@@ -131,7 +131,7 @@ class Source:
 
 
 class _Gradients(Source):
-    """Uses a strategy with the gradients of the current model."""
+    """Runs a strategy on the gradients of the current model."""
 
     def __init__(
         self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
@@ -169,7 +169,7 @@ class _Gradients(Source):
 
 
 class _Random(Source):
-    """Draws at random; labels are only used for the shares of the classes."""
+    """Selects at random; labels are only used to split the budget among the classes."""
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
         super().__init__(strategy, backend, options)
@@ -187,7 +187,7 @@ class _Random(Source):
 
 
 class _Forgetting(Source):
-    """Counts how often each sample is forgotten while the run trains on it, and ranks by the count."""
+    """Counts how often each sample is forgotten during training, and ranks by the count."""
 
     by_position = True
 
@@ -201,7 +201,7 @@ class _Forgetting(Source):
         self.events = torch.zeros(0, dtype=torch.int32)
 
     def start(self, planner: EpochPlanner, loss: WeightedLoss) -> None:
-        self.table = SampleTable(planner)  # 1 where a sample was right when last trained on, else 0
+        self.table = SampleTable(planner)  # 1 if the sample was classified correctly when last trained on, else 0
         loss.subscribers.append(self._observe)
 
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
@@ -225,7 +225,7 @@ class _Forgetting(Source):
             raise InputError('strategy: forgetting has counted nothing yet; train with this strategy and kappa above 0 first')
         learnt = (self.events > 0) | (rows.scores == 1)
         scores = torch.where(learnt, self.events.float(), math.inf)
-        scores[~rows.scored] = -1.0  # never trained on: nothing is known
+        scores[~rows.scored] = -1.0  # never trained on
         scores = scores if context.candidates is None else scores[context.candidates]
         return self._select_without_gradients(context, None if inputs is None else self._classes(inputs.train), scores=scores)
 
@@ -237,7 +237,7 @@ class _Forgetting(Source):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.events = saved['events'].cpu()
-        if 'last' in saved:  # of an older version: -1 for samples that were not trained on
+        if 'last' in saved:  # a checkpoint of an older version; -1 means not trained on
             scored = saved['last'] >= 0
             saved = {'history': (saved['last'] == 1).float()[None], 'scored': scored, 'offered': scored, 'trained': scored.int()}
         self.table.load_state_dict(saved)
@@ -248,14 +248,14 @@ class _Forgetting(Source):
         self.table.note(torch.where(classes == NO_CLASS, -1.0, right), where)
 
     def _counted(self, before: SampleRows, after: SampleRows) -> Tensor:
-        """The forgetting events up to ``after``: samples that were right before and are wrong now."""
+        """Adds the forgetting events between ``before`` and ``after``: samples that were classified correctly and no longer are."""
         if bool((after.scores < 0).any()):
             raise InputError(f'labels: {ONE_CLASS}, and strategy forgetting counts right answers; gradmatch, glister and random do without')
         return self.events + ((before.scores == 1) & (after.scores == 0)).int()
 
 
 class _Milo(Source):
-    """Prepares both of MILO's phases from one pass over the data, and then trains through them without another."""
+    """Prepares both of MILO's phases in one data pass; later selections need no pass."""
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool) -> None:
         options, self.linear_layer = dict(options), linear_layer
@@ -266,7 +266,7 @@ class _Milo(Source):
                 raise InputError(f'{name}: SubsetSelection goes through both phases by itself; exploration is the share of the first')
         super().__init__(strategy, backend, options)
         self.prepared: dict[str, Tensor] = {}
-        self.ready = False  # on every rank, while rank 0 alone needs what was prepared
+        self.ready = False  # known on every rank; only rank 0 has ``prepared``
 
     def new_data(self, dataset: Dataset[Any], *, known: bool) -> None:
         self.ready = self.ready and known
@@ -312,7 +312,7 @@ class _Milo(Source):
 
 
 class _File(Source):
-    """Trains on the subset that a file holds."""
+    """Trains on a subset from a file."""
 
     once = True
 
@@ -341,14 +341,14 @@ class _File(Source):
 def make_source(
     strategy: str, backend: str, options: Mapping[str, Any], *, linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
 ) -> Source:
-    """The source for a strategy.
+    """Returns the source for a strategy.
 
     Args:
         strategy: ``file`` or a strategy's name.
         backend: ``torch`` or ``cords``.
         options: The strategy's options.
-        linear_layer: Whether weight gradients of the last layer are used.
-        val_dataloader: The validation data, or ``None``.
+        linear_layer: Whether to use the weight gradients of the last layer.
+        val_dataloader: The validation dataloader, or ``None``.
 
     Raises:
         InputError: For an unknown strategy, backend, option or value, or a file that cannot be read.

@@ -1,4 +1,4 @@
-"""A subset as a file: Parquet with the columns ``index`` and ``weight``, and in its metadata which dataset it belongs to."""
+"""Subset files: Parquet with the columns ``index`` and ``weight``, and metadata that identifies the dataset."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ['SubsetFile', 'read_subset', 'write_subset']
 
 _KEY = b'composer_effalgos.subset'
 
-_HEAVIEST = 3.4e38  # about what float32 holds
+_HEAVIEST = 3.4e38  # about the largest float32
 
 
 @dataclass(frozen=True)
 class SubsetFile:
-    """What a file holds.
+    """The content of a subset file.
 
     Attributes:
-        indices: Sample numbers, int64 ``[k]``, ascending.
+        indices: Sample indices, int64 ``[k]``, ascending.
         weights: Their loss weights, float32 ``[k]``.
-        facts: What is known about its origin: ``num_samples`` and ``labels`` of the dataset, and whatever the writer added.
+        facts: Metadata: ``num_samples`` and ``labels`` (a digest) of the dataset, and what the writer added.
     """
 
     indices: Tensor
@@ -45,20 +45,20 @@ class SubsetFile:
 
 
 def _fingerprint(dataset: Dataset[Any]) -> str | None:
-    """Of a dataset's labels; ``None`` where it has none."""
+    """Returns a digest of a dataset's labels; ``None`` if it has none."""
     labels = class_labels(dataset)
     return None if labels is None else labels_digest(labels)[:16]
 
 
 def write_subset(path: Path, indices: Tensor, weights: Tensor, *, dataset: Dataset[Any], facts: Mapping[str, Any]) -> None:
-    """Writes a subset, all of it or nothing.
+    """Writes a subset atomically.
 
     Args:
-        path: The file, which is replaced if there is one.
-        indices: Sample numbers, int64 ``[k]``.
+        path: The file; an existing one is replaced.
+        indices: Sample indices, int64 ``[k]``.
         weights: Their loss weights, float32 ``[k]``.
-        dataset: The dataset they number.
-        facts: What else the file should say of itself; plain data.
+        dataset: The dataset that the indices refer to.
+        facts: Additional metadata, serialisable as JSON.
 
     Raises:
         InputError: The file cannot be written.
@@ -83,20 +83,20 @@ def read_subset(path: Path) -> SubsetFile:
         path: A Parquet file with a column ``index`` and, unless all weights are one, a column ``weight``.
 
     Returns:
-        The subset, its indices ascending.
+        The subset, with ascending indices.
 
     Raises:
-        InputError: No such file, another kind of file, a column missing or of another type, an index twice or below zero, a weight that is
-            not a number from 0 on, weights that are all zero, or damaged metadata.
+        InputError: The file is missing or not Parquet, a column is missing or has another type, an index is repeated or negative, a weight
+            is negative or not finite, all weights are zero, or the metadata is damaged.
     """
     _, pq = _parquet()
-    if not path.is_file():  # a FIFO would be waited for
+    if not path.is_file():  # reading a FIFO would block
         raise InputError(f'path: {path}: no such file; effalgos select writes one')
     try:
         table = pq.ParquetFile(path).read()
         table.validate(full=True)
         names = table.column_names
-    except Exception as error:  # what damaged bytes lead to is not specified
+    except Exception as error:  # pyarrow does not specify what damaged files raise
         raise InputError(f'path: {path}: not a readable Parquet file ({" ".join(str(error).split())[:200]})') from error
     index = _column(path, table, 'index', 'whole numbers').astype(np.int64)
     if len(index) == 0:
@@ -128,15 +128,15 @@ def read_subset(path: Path) -> SubsetFile:
 
 
 def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
-    """Refuses a subset of another dataset.
+    """Rejects a subset of another dataset.
 
     Args:
-        path: Where it came from, for messages.
+        path: The file of the subset, for messages.
         subset: The subset.
         dataset: The dataset to train on.
 
     Raises:
-        InputError: It was written for a dataset of another size or with other labels, or names samples that are not there.
+        InputError: It was written for a dataset of another size or with other labels, or has an index out of range.
     """
     size = len(dataset)  # type: ignore[arg-type]
     written_for = subset.facts.get('num_samples', size)
@@ -150,7 +150,7 @@ def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
 
 
 def _parquet() -> tuple[Any, Any]:
-    """pyarrow, which training with another strategy does not need."""
+    """Imports pyarrow lazily: only subset files need it."""
     try:
         import pyarrow
         import pyarrow.parquet

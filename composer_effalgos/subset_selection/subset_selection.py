@@ -1,4 +1,4 @@
-"""SubsetSelection: trains on a weighted subset that a strategy selects again every few epochs."""
+"""SubsetSelection: trains on a weighted subset that a strategy reselects every few epochs."""
 
 from __future__ import annotations
 
@@ -34,51 +34,51 @@ from composer_effalgos.subset_selection.sources import SelectionContext, make_so
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-_STREAM = 11  # of random numbers, see stream_seed
+_STREAM = 11  # random stream, see stream_seed
 _HOLD_OUT_STREAM = 12
 
 
 class SubsetSelection(Selector, Algorithm):
-    """Trains on a weighted subset of the data, selected again every few epochs.
+    """Trains on a weighted subset of the data, reselected every few epochs.
 
-    A selection makes one forward pass over the data in evaluation mode, divided over the ranks, and passes the per-sample gradients of
+    A selection makes one forward pass over the data in evaluation mode, sharded over the ranks, and passes the per-sample gradients of
     the last linear layer to the strategy. Rank 0 selects, and all ranks train on the same subset. The weights are scaled to mean 1.
-    Schedules run on the clock of the run on all data. If a selection fails, the previous subset is kept, with one warning.
+    Schedules advance as in the run on all data. If a selection fails, the previous subset is kept, with a warning the first time.
     Batches go through the training ``DataSpec``'s transforms as in training.
 
-    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``; it selects at ``EPOCH_START``, when the plan asks. Sources: GLISTER,
+    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``; the epoch plan triggers selections at ``EPOCH_START``. Sources: GLISTER,
     Killamsetty et al., arXiv 2012.10630; GradMatch, Killamsetty et al., arXiv 2103.00123; CRAIG, Mirzasoleiman et al., arXiv 1906.01827;
-    MILO, Killamsetty et al., arXiv 2301.13287; the CORDS package; those of the other strategies are in the method card.
+    MILO, Killamsetty et al., arXiv 2301.13287; the CORDS package; the method card lists those of the other strategies.
 
     Args:
         strategy: ``glister``, ``gradmatch``, ``craig``, ``facility-location``, ``graph-cut``, ``sum-redundancy``,
             ``saturated-coverage``, ``random`` (drawn once), ``adaptive-random`` (drawn at every selection), ``el2n``, ``grand``,
             ``forgetting`` (counted during ``kappa``), ``margin``, ``entropy``, ``least-confidence``, ``herding``, ``k-center``, ``milo``;
             with ``backend='cords'`` also ``fixedweight``, ``adapweights``, ``selcon``; or ``file``, the subset in the Parquet file
-            ``path``, as ``effalgos select`` writes it.
-        fraction: The share of the data to train on, in (0, 1]; ``file`` has its own.
+            ``path``, as written by ``effalgos select``.
+        fraction: Fraction of the data to train on, in (0, 1]; ignored for ``file``.
         select_every: Time between selections, in whole epochs.
-        kappa: The share of the run trained on all data first, in [0, 1): CORDS's warm start.
+        kappa: Fraction of the run that trains on all data first, in [0, 1): CORDS's warm start.
         backend: ``torch`` (ours) or ``cords`` (the CORDS package).
-        selection_type: ``PerClass``, ``PerBatch``, ``Supervised`` or ``PerClassPerGradient`` as in CORDS; ``None`` for the strategy's own
+        selection_type: ``PerClass``, ``PerBatch``, ``Supervised`` or ``PerClassPerGradient`` as in CORDS; ``None`` for the strategy's
             default.
-        linear_layer: Whether weight gradients of the last layer are used; otherwise its bias gradients alone.
+        linear_layer: Whether to use the weight gradients of the last layer; if not, only its bias gradients.
         val_dataloader: The data whose gradient GLISTER and ``valid=True`` GradMatch match; ``None`` for the training data. A ``DataSpec``
             has its own transforms.
-        val_share: Instead of ``val_dataloader``: the share of the training data to hold out for validation, in [0, 1). It is drawn
+        val_share: Instead of ``val_dataloader``: fraction of the training data to hold out for validation, in [0, 1). It is drawn
             once and never trained on, with any strategy.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. Gradients are those of
-            it; the model's loss stays what is trained on.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``, the loss to differentiate; ``None`` to derive it from the model. Training still
+            uses the model's loss.
         seed: Seeds the selections; ``None`` for the trainer's seed.
-        budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that a subset saves no time; or
-            ``'full'``, what a run on all samples would train. It must then be a whole number of full epochs;
-            batches allow no AdaBatch beside it, and tokens need a dataset that says how many each sample has (``seq_len``).
+        budget: What a ``max_duration`` in samples, batches or tokens counts: ``'trained'``, what is trained on, so that a subset saves no
+            time; or ``'full'``, what a run on all samples would train on. With ``'full'`` it must be a whole number of full epochs; batches
+            cannot be combined with AdaBatch, and tokens need a dataset that reports the tokens per sample (``seq_len``).
         **strategy_options: The strategy's own options, named as in CORDS (``eta``, ``greedy``, ``r``, ``lam``, ``eps``, ...), and
-            ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the share of the
-            selections that are made by stochastic greedy.
+            ``class_balance`` (``proportional`` or ``equal`` shares of the classes). ``milo`` takes ``exploration``, the fraction of the
+            selections that use stochastic greedy.
 
     Raises:
-        InputError: For an argument outside its range or an unknown option; when training starts, for a run it cannot be used in.
+        InputError: For an argument out of range or an unknown option; at the start of training, for an unsupported run.
 
     Example:
         >>> from composer import Trainer
@@ -89,7 +89,7 @@ class SubsetSelection(Selector, Algorithm):
     """
 
     stage = 'coarse'
-    _planner: EpochPlanner  # from INIT on
+    _planner: EpochPlanner  # set at INIT
     _loss: WeightedLoss
     _logger: Logger
 
@@ -142,11 +142,11 @@ class SubsetSelection(Selector, Algorithm):
         self.seed = seed
         self.budget = budget
         self.strategy_options = strategy_options
-        self._state: State | None = None  # from INIT on
+        self._state: State | None = None  # set at INIT
         self._held_out: Tensor | None = None  # ascending
-        self._rest: Tensor | None = None  # all others, ascending; None for all samples
+        self._rest: Tensor | None = None  # all samples not held out, ascending; None for all samples
         self._indices: Tensor | None = None  # the subset, ascending
-        self._weights: Tensor | None = None  # None for ones
+        self._weights: Tensor | None = None  # None if all are 1
         self._failure_warned = False
 
     def __repr__(self) -> str:
@@ -165,7 +165,7 @@ class SubsetSelection(Selector, Algorithm):
 
     @property
     def indices(self) -> Tensor | None:
-        """The samples trained on, int64 ``[k]`` ascending; ``None`` before the first selection."""
+        """Indices of the selected samples, int64 ``[k]`` ascending; ``None`` before the first selection."""
         return self._indices
 
     @property
@@ -177,7 +177,7 @@ class SubsetSelection(Selector, Algorithm):
 
     @property
     def held_out(self) -> Tensor | None:
-        """The samples held out by ``val_share``, int64 ascending; ``None`` before the first epoch or without any."""
+        """Indices of the samples held out by ``val_share``, int64 ascending; ``None`` before the first epoch or if ``val_share`` is 0."""
         return self._held_out
 
     def match(self, event: Event, state: State) -> bool:
@@ -198,7 +198,7 @@ class SubsetSelection(Selector, Algorithm):
             start = time.perf_counter()
             self._select(state, budget)
             self._planner.loader.metrics.selection_seconds = time.perf_counter() - start
-            self._logger.log_metrics({'subset_selection/samples': budget})  # the time is EfficiencyMonitor's to log
+            self._logger.log_metrics({'subset_selection/samples': budget})  # EfficiencyMonitor logs the time
         samples = self.candidates(epoch)
         return None if samples is None else Choice(samples, self._weights if epoch >= warm_up else None)
 
@@ -207,13 +207,13 @@ class SubsetSelection(Selector, Algorithm):
         return self._indices if epoch >= self._warm_up(self._state) else self._rest
 
     def select(self, state: State) -> tuple[Tensor, Tensor]:
-        """Selects once, outside training; for a trainer that was built with this algorithm and is not fitted.
+        """Selects once, outside training, in a trainer that was built with this algorithm and not fitted.
 
         Args:
             state: The trainer's state.
 
         Returns:
-            The samples, int64 ``[k]`` ascending, and their weights, float32 ``[k]`` with mean 1.
+            Sample indices, int64 ``[k]`` ascending, and their weights, float32 ``[k]`` with mean 1.
 
         Raises:
             InputError: If the selection fails.
@@ -251,13 +251,13 @@ class SubsetSelection(Selector, Algorithm):
         self._source.start(self._planner, self._loss)
 
     def _length(self, state: State) -> Time:
-        """How long the run is planned to be; outside ``fit`` as long as the Trainer was told."""
+        """The planned duration of the run; outside ``fit`` the Trainer's ``max_duration``."""
         length = self._planner.horizon.end or state.max_duration
         assert length is not None
         return length
 
     def _warm_up(self, state: State) -> int:
-        """Epochs trained on all data first."""
+        """Number of epochs at the start that train on all data."""
         end = self._length(state)
         if end.unit == TimeUnit.EPOCH:
             return math.ceil(self.kappa * end.value - 1e-9)
@@ -292,7 +292,7 @@ class SubsetSelection(Selector, Algorithm):
         loader = self._planner.loader
         budget = self._source.budget(loader.num_samples, self.fraction)
         batch = loader.initial_batch_size * loader.world_size
-        if batch > loader.num_samples:  # no epoch has a full one
+        if batch > loader.num_samples:  # no epoch has a full batch
             batch = loader.world_size
         if budget < batch and self.strategy == 'file':
             raise InputError(f'path: expected at least one batch of {batch} samples, got {budget}; use a larger subset or a smaller batch')
@@ -318,7 +318,7 @@ class SubsetSelection(Selector, Algorithm):
         try:
             _put_training_weights_back(state)
             inputs = self._source.read(DataPass(state, self._planner.loader, self._loss, epoch))
-        except Exception as caught:  # whatever the model raises must not leave the other ranks waiting
+        except Exception as caught:  # any error of the model: the other ranks must not be left waiting in a collective call
             error = caught
         if self._any_rank(state, error is not None):
             outcome = [_message(error) if error is not None else 'another rank failed']
@@ -371,7 +371,7 @@ class SubsetSelection(Selector, Algorithm):
         weights = weights.cpu()[order].float()
         if bool((weights == weights[0]).all()):
             return indices, None
-        weights = weights.double()  # in a file they may be near the end of float32
+        weights = weights.double()  # weights from a file may be so large that their float32 sum overflows
         return indices, (weights * (len(weights) / weights.sum())).float()
 
     @staticmethod
@@ -388,4 +388,4 @@ def _message(error: Exception) -> str:
 def _put_training_weights_back(state: State) -> None:
     for algorithm in state.algorithms:
         if isinstance(algorithm, EMA) and algorithm.ema_model is not None:
-            algorithm._ensure_training_weights_active(state)  # a checkpoint at the epoch's end leaves the average in place
+            algorithm._ensure_training_weights_active(state)  # a checkpoint at the end of an epoch leaves the averaged weights in the model

@@ -1,4 +1,4 @@
-"""The strategies, by name."""
+"""Registry of the selection strategies."""
 
 import functools
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ class Strategy:
     """A strategy: its options, implementation and requirements.
 
     Attributes:
-        options: Its options.
-        solver: This package's own; None where only CORDS has it.
-        cords: Its options with ``backend='cords'``; None where CORDS does not have it.
-        weighted: Whether its weights can be other than one.
-        validation: Whether it looks at validation gradients.
-        softmax: Whether its error must be ``softmax(logits) - onehot(label)``, whatever loss the model trains with.
-        targets: Whether ``labels`` are the numbers of a regression, not classes.
+        options: Dataclass of its options.
+        solver: This package's implementation; None if only CORDS has it.
+        cords: Dataclass of its options with ``backend='cords'``; None if CORDS does not have it.
+        weighted: Whether its weights can differ from one.
+        validation: Whether it uses validation gradients.
+        softmax: Whether the errors must be ``softmax(logits) - onehot(label)``, regardless of the training loss.
+        targets: Whether ``labels`` are regression targets instead of classes.
     """
 
     options: type[Options]
@@ -56,13 +56,13 @@ class Strategy:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Those that have it."""
+        """The backends that implement it."""
         has = {'torch': self.solver is not None, 'cords': self.cords is not None}
         return tuple(name for name in BACKENDS if has[name])
 
     @property
     def selection_types(self) -> tuple[str, ...]:
-        """Those that it knows, the default first."""
+        """The selection types it supports, the default first."""
         return selection_types(self.options)
 
 
@@ -74,7 +74,7 @@ def _submodular(name: str) -> Strategy:
     return Strategy(SubmodularOptions, functools.partial(submodular, function=name), CordsSubmodularOptions, weighted=True)
 
 
-STRATEGIES: dict[str, Strategy] = {  # another is added by name
+STRATEGIES: dict[str, Strategy] = {  # may be extended
     'glister': Strategy(GlisterOptions, glister, GlisterOptions, validation=True),
     'gradmatch': Strategy(GradMatchOptions, gradmatch, GradMatchOptions, weighted=True, validation=True),
     'craig': Strategy(CraigOptions, craig, CordsCraigOptions, weighted=True),

@@ -1,4 +1,4 @@
-"""Options of strategies that only CORDS has, and of those for which its options differ from ours."""
+"""Options of strategies that only CORDS has, or whose options differ between CORDS and this package."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,24 +17,24 @@ ApricotOptimizer = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class CordsSubmodularOptions(SubmodularOptions):
-    """Options of the submodular functions: the greedy maximisation is apricot's."""
+    """Options of the submodular functions, maximised by apricot."""
 
     optimizer: ApricotOptimizer = 'lazy'  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CordsCraigOptions(CraigOptions):
-    """Options of CRAIG: the greedy maximisation is apricot's."""
+    """Options of CRAIG, maximised by apricot."""
 
     optimizer: ApricotOptimizer = 'lazy'  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedWeightOptions(Options):
-    """Options of greedy picks of one weight.
+    """Options of greedy selection with equal weights.
 
     Attributes:
-        eta: CORDS asks for it and does not use it.
+        eta: Required by CORDS but unused.
         valid: Whether to match the gradient of the validation set.
     """
 
@@ -45,12 +45,12 @@ class FixedWeightOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapWeightsOptions(Options):
-    """Options of weights for a given subset.
+    """Options of least-squares weights for a given subset.
 
     Attributes:
-        eta: CORDS asks for it and does not use it.
+        eta: Required by CORDS but unused.
         valid: Whether to match the gradient of the validation set.
-        ss_indices: Positions of the subset; None for random ones.
+        ss_indices: Positions of the subset; None for a random subset.
     """
 
     selection_type: Literal['Supervised'] | None = None
@@ -64,9 +64,9 @@ class SelconOptions(Options):
     """Options of SELCON.
 
     Attributes:
-        delta: Bound on the validation loss; it has no default.
-        lam: Ridge.
-        lr: Learning rate of the multipliers and of the layer.
+        delta: Bound on the validation loss; required.
+        lam: Ridge penalty.
+        lr: Learning rate of the multipliers and the layer.
         num_epochs: Epochs of its second loop.
     """
 

@@ -1,4 +1,4 @@
-"""CRAIG: medoids of the gradients, each weighted by the samples that it stands for."""
+"""CRAIG: medoids of the gradients, weighted by cluster size."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +22,9 @@ class CraigOptions(KernelOptions):
 
 
 def craig(problem: Problem) -> Selection:
-    """Facility location over the gradients of the problem, or of its batches (Mirzasoleiman et al., arXiv 1906.01827, algorithm 1).
+    """Facility location over the gradients of samples or batches (Mirzasoleiman et al., arXiv 1906.01827, algorithm 1).
 
-    Unlike the submodular functions, ``Supervised`` compares samples of all classes with each other, as CORDS does.
+    As in CORDS, and unlike the submodular functions, ``Supervised`` compares samples across classes.
     """
     distances, device = Distances(problem), problem.gradients.device
     steps = greedy(FacilityLocation(distances), problem.options.optimizer, problem.item_budget, problem.generator, device)

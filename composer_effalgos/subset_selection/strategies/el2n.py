@@ -7,8 +7,8 @@ __all__ = ['el2n']
 
 
 def el2n(problem: Problem) -> Selection:
-    """Ranks by the length of the error, ``|softmax(logits) - onehot(label)|`` (Paul et al., arXiv 2107.07075, definition 2.2).
+    """Ranks by the norm of the error, ``|softmax(logits) - onehot(label)|`` (Paul et al., arXiv 2107.07075, definition 2.2).
 
-    The paper averages the score over several networks, early in training; here it is that of the one network at hand.
+    The paper averages the score over several networks early in training; here it is the score of the current network.
     """
     return by_rank(problem, problem.gradients.error.square().sum(dim=1))

@@ -1,4 +1,4 @@
-"""Forgetting: the samples that were learnt and lost again most often."""
+"""Forgetting: the samples that were learned and forgotten most often."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ class ForgettingOptions(RankingOptions):
     """Options of forgetting.
 
     Attributes:
-        scores: Forgetting events of every sample, ``[N]``.
+        scores: Number of forgetting events per sample, ``[N]``.
     """
 
     scores: Any = None
@@ -24,8 +24,8 @@ class ForgettingOptions(RankingOptions):
 def forgetting(problem: Problem) -> Selection:
     """Ranks by the number of forgetting events, given as ``scores`` (Toneva et al., arXiv 1812.05159, section 3).
 
-    A sample is forgotten when it was classified correctly and is classified wrongly the next time it is trained on; one that was never
-    learnt counts as forgotten infinitely often. ``SubsetSelection`` counts while it trains on all data (``kappa``).
+    A forgetting event: a sample is classified correctly, and misclassified the next time it is trained on. A sample that was never learned
+    counts as forgotten infinitely often. ``SubsetSelection`` counts the events while it trains on all data (``kappa``).
     """
     if problem.scores is None:
         raise InputError('scores: missing; forgetting needs the number of forgetting events of every sample')

@@ -1,4 +1,4 @@
-"""GLISTER: the samples whose gradient step lowers the validation loss most."""
+"""GLISTER: the samples whose gradient step reduces the validation loss most."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +21,8 @@ class GlisterOptions(Options):
 
     Attributes:
         eta: Step size of the one-step update.
-        greedy: How the greedy maximisation goes, see :func:`glister`.
-        r: Rounds of ``RGreedy``.
+        greedy: The greedy variant, see :func:`glister`.
+        r: Number of rounds of ``RGreedy``.
     """
 
     selection_type: Literal['PerClass', 'PerBatch', 'Supervised'] | None = None
@@ -32,13 +32,13 @@ class GlisterOptions(Options):
 
 
 def glister(problem: Problem) -> Selection:
-    """Greedy maximisation of the first-order fall of the validation loss, GLISTER-ONLINE (Killamsetty et al., arXiv 2012.10630, section 4).
+    """Greedily maximises the first-order decrease of the validation loss: GLISTER-ONLINE (Killamsetty et al., arXiv 2012.10630, section 4).
 
-    The gain of a sample is the inner product of its gradient with the mean validation gradient; after every pick (or round of picks) the
-    last layer takes a step of ``eta`` along the picked gradients, and the validation gradient is evaluated again. That needs the validation
-    loss itself: it is the cross-entropy wherever the gradients are those of a cross-entropy with hard labels. For another loss the
-    validation gradient stays what it is, as if ``eta`` were zero. ``greedy`` is ``Naive`` (one pick a step), ``RGreedy`` (``budget // r``
-    picks a step) or ``Stochastic`` (one pick a step among a random sample of the rest, Mirzasoleiman et al., arXiv 1409.7938).
+    The gain of a sample is the inner product of its gradient with the mean validation gradient. After every pick (or round of picks) the
+    last layer takes a step of ``eta`` along the picked gradients, and the validation gradient is recomputed. This requires the validation
+    loss: cross-entropy if the gradients have the form of a cross-entropy with hard labels. For any other loss the validation gradient stays
+    fixed, as if ``eta`` were zero. ``greedy`` is ``Naive`` (one pick per step), ``RGreedy`` (``budget // r`` picks per step) or
+    ``Stochastic`` (one pick per step from a random sample of the rest, Mirzasoleiman et al., arXiv 1409.7938).
     """
     validation = _Validation(problem)
     if problem.options.greedy == 'Stochastic':
@@ -50,7 +50,7 @@ def glister(problem: Problem) -> Selection:
 
 
 class _Validation:
-    """The validation loss as a function of the last layer. Logits and errors have a row a class, along which the CPU is fast."""
+    """The validation loss as a function of the last layer. Logits and errors are stored ``[C, M]``, which is faster on the CPU."""
 
     def __init__(self, problem: Problem) -> None:
         self.embedding = problem.reference.embedding
@@ -63,7 +63,7 @@ class _Validation:
             self.onehot = one_hot(targets[1], len(self.logits)).to(self.logits.dtype).T.contiguous()
 
     def step(self, picked: LastLayerGradients) -> None:
-        """Moves the last layer along some gradients and takes the validation gradient there."""
+        """Moves the last layer along the picked gradients and recomputes the validation gradient."""
         if not self.moves:
             return
         error = picked.error.T
@@ -80,7 +80,7 @@ class _Validation:
 def _by_rounds(problem: Problem, validation: _Validation, size: int) -> Tensor:
     candidates, budget = problem.gradients, problem.item_budget
     if not validation.moves:
-        size = budget  # the gains never change
+        size = budget  # the gains are constant, one round suffices
     taken = torch.zeros(problem.items, dtype=torch.bool, device=candidates.device)
     picks: list[Tensor] = []
     for done in range(0, budget, size):
@@ -110,7 +110,7 @@ def _stochastic(problem: Problem, validation: _Validation) -> Tensor:
 
 
 def _means(problem: Problem, items: Tensor) -> LastLayerGradients:
-    """Gradients that add up to the mean gradient of each item: those of its rows, divided by their number."""
+    """Gradients of the rows of some items, scaled so that those of an item sum to its mean gradient."""
     if problem.batch_size is None:
         return problem.gradients.take(items)
     rows, position = problem.rows_of(items, torch.arange(len(items), device=items.device))

@@ -1,4 +1,4 @@
-"""GradMatch: a weighted subset whose gradient is close to the whole."""
+"""GradMatch: a weighted subset whose gradient approximates the full gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from composer_effalgos.subset_selection.strategies.options import Options, Posit
 
 __all__ = ['GradMatchOptions', 'gradmatch', 'matching_pursuit']
 
-DEPENDENT = 1e-6  # share of a squared length, outside the span of the others, below which a gradient counts as inside it
+DEPENDENT = 1e-6  # a gradient with less than this fraction of its squared norm outside the span of the others counts as dependent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,11 @@ class GradMatchOptions(Options):
     """Options of GradMatch.
 
     Attributes:
-        eta: CORDS asks for it and does not use it.
+        eta: Required by CORDS but unused.
         valid: Whether to match the gradient of the validation set.
-        v1: Which of CORDS's two solvers, with ``backend='cords'``.
-        lam: Ridge.
-        eps: Relative residual to stop at.
+        v1: Which of CORDS's two solvers to use, with ``backend='cords'``.
+        lam: Ridge penalty.
+        eps: Stop at this relative residual.
     """
 
     selection_type: Literal['PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'] | None = None
@@ -40,8 +40,8 @@ class GradMatchOptions(Options):
 def gradmatch(problem: Problem) -> Selection:
     """Orthogonal matching pursuit with non-negative weights (Killamsetty et al., arXiv 2103.00123, section 3.2).
 
-    The target is the sum of the candidates' gradients, or of the validation set's with ``valid``; for ``PerBatch`` the sum of the batches'
-    means, to be matched by some of these means.
+    The target is the sum of the candidates' gradients, or of the validation gradients with ``valid``. With ``PerBatch`` it is the sum of
+    the batches' mean gradients, matched by a subset of these means.
     """
     candidates = problem.gradients
     target = _target(problem.reference if problem.options.valid else candidates, problem.batch_size)
@@ -89,24 +89,24 @@ def matching_pursuit(
     lam: float,
     eps: float,
 ) -> Selection:
-    """Minimises ``|sum_i w_i g_i - target|^2 + lam |w|^2`` over ``w >= 0`` with at most ``budget`` entries above zero, greedily.
+    """Greedily minimises ``|sum_i w_i g_i - target|^2 + lam |w|^2`` over ``w >= 0`` with at most ``budget`` positive entries.
 
-    Each step takes the gradient best aligned with the residual and solves for all weights again; weights that would turn negative leave on
-    the way there (the active-set rule of Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23), so that the objective never
-    rises. All in the space of inner products; the device is waited for once a step. Memory: ``4 budget n + 8 budget^2`` bytes, three times
-    as much in the rare step that a weight leaves in.
+    Each step adds the gradient best aligned with the residual and solves for all weights again; weights that would become non-positive are
+    dropped on the way (the active-set rule of Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23), so the objective never
+    increases. All computations use inner products only, with one device synchronisation per step. Memory: ``4 budget n + 8 budget^2``
+    bytes, three times as much in the rare step that drops a weight.
 
     Args:
-        correlations (Tensor): inner products with the target, float ``[n]``.
-        squares (Tensor): squared lengths, float ``[n]``.
-        column (Callable[[Tensor], Tensor]): inner products of one gradient, by its position ``[1]``, with all, float ``[n]``.
-        target_square (float): squared length of the target.
-        budget (int): most entries above zero.
-        lam (float): ridge.
-        eps (float): stops once the residual is below ``eps`` times the target.
+        correlations (Tensor): inner products of the gradients with the target, float ``[n]``.
+        squares (Tensor): squared norms of the gradients, float ``[n]``.
+        column (Callable[[Tensor], Tensor]): maps the position ``[1]`` of a gradient to its inner products with all, float ``[n]``.
+        target_square (float): squared norm of the target.
+        budget (int): maximum number of positive weights.
+        lam (float): ridge penalty.
+        eps (float): stop when the norm of the residual is at most ``eps`` times that of the target.
 
     Returns:
-        Selection: positions in the order of selection and their weights.
+        Selection: positions in selection order and their weights.
     """
     active = _ActiveSet(correlations, squares, budget, lam)
     open_ = torch.ones(len(correlations), dtype=torch.bool, device=correlations.device)
@@ -124,20 +124,20 @@ def matching_pursuit(
         if not independence > DEPENDENT:
             continue
         for left in active.accept():
-            open_[left] = left != best  # the one that has just come would come again at once
+            open_[left] = left != best  # reopen dropped gradients, except the one just added: it would be added again at once
         residual = active.residual(target_square)
         aligned = torch.addmv(correlations, active.columns[: active.size].T, active.weights.float(), alpha=-1)
     return active.chosen[: active.size], active.weights.float()
 
 
 class _ActiveSet:
-    """The gradients taken so far and their least-squares weights, by the inverse of a Cholesky factor that grows by a row a gradient.
+    """The gradients selected so far and their least-squares weights, from an inverse Cholesky factor that grows by one row per gradient.
 
     Args:
         correlations: Inner products with the target, float ``[n]``.
-        squares: Squared lengths, float ``[n]``.
-        budget: Most gradients.
-        lam: Ridge.
+        squares: Squared norms, float ``[n]``.
+        budget: Maximum number of gradients.
+        lam: Ridge penalty.
     """
 
     def __init__(self, correlations: Tensor, squares: Tensor, budget: int, lam: float) -> None:
@@ -147,26 +147,26 @@ class _ActiveSet:
         self.chosen = torch.empty(budget, dtype=torch.int64, device=device)
         self.size = 0
         self.weights = torch.zeros(0, dtype=torch.float64, device=device)
-        # Row by row the inverse of the factor, with what it makes of the correlations of the chosen in front.
+        # Column 0: the inverse factor times the correlations of the chosen gradients; columns 1 and up: the inverse factor.
         self._inverse = torch.zeros(budget, 1 + budget, dtype=torch.float64, device=device)
-        self._matched = 0.0  # what the solution takes off the squared residual, ridge included
-        self._norm = 0.0  # squared length of the solution
+        self._matched = 0.0  # decrease of the objective (squared residual plus ridge term) by the solution
+        self._norm = 0.0  # squared norm of the solution
         self._solution, self._smallest, self._pushed = self.weights, 0.0, (0.0, 0.0)
 
     def residual(self, target_square: float) -> float:
-        """Squared length of what the weighted sum leaves of the target."""
+        """Squared norm of the residual, the target minus the weighted sum."""
         return target_square - self._matched - self.lam * self._norm
 
     def push(self, item: Tensor, column: Tensor, alignment: Tensor) -> tuple[float, float]:
-        """Solves with one gradient more, which :meth:`accept` then takes.
+        """Solves with one more gradient; :meth:`accept` then adds it.
 
         Args:
             item: Its position, ``[1]``.
-            column: Its inner products with all, float ``[n]``.
-            alignment: A number that the caller needs on the host, ``[1]``.
+            column: Its inner products with all gradients, float ``[n]``.
+            alignment: A number that the caller needs on the host, ``[1]``; transferred here to share the only synchronisation of the step.
 
         Returns:
-            That number, and the share of the gradient's squared length outside the span of the others.
+            ``alignment``, and the fraction of the gradient's squared norm outside the span of the others.
         """
         size = self.size
         self.columns[size] = column
@@ -186,12 +186,12 @@ class _ActiveSet:
         return said, independence
 
     def accept(self) -> list[Tensor]:
-        """Takes the gradient that was pushed, and drops those whose weights would not be above zero; returns their positions."""
+        """Adds the pushed gradient, drops gradients whose weights would not be positive, and returns the positions of the dropped."""
         self.size += 1
         self._matched, self._norm = self._pushed
         dropped = []
         while self._smallest <= 0 and self.size:
-            # Walk from the old weights towards the solution until the first of them meets zero, and let that one go.
+            # Move from the old weights towards the solution until the first weight reaches zero, and drop that one.
             weights = torch.cat([self.weights, self.weights.new_zeros(self.size - len(self.weights))])
             step = (weights / (weights - self._solution)).masked_fill(self._solution > 0, torch.inf)
             first = int(step.argmin())
@@ -202,7 +202,7 @@ class _ActiveSet:
         return dropped
 
     def _drop(self, position: int) -> Tensor:
-        """Lets one of the gradients go and solves for the others again."""
+        """Drops one gradient, solves for the others again, and returns the position of the dropped."""
         left = self.chosen[position].clone()
         self.size -= 1
         size = self.size

@@ -1,4 +1,4 @@
-"""Greedy maximisation of a submodular function, one item after the other."""
+"""Greedy maximisation of a submodular function."""
 
 import math
 from collections.abc import Iterator
@@ -11,34 +11,34 @@ from composer_effalgos.subset_selection.strategies.kernels import BLOCK_BYTES
 
 __all__ = ['Remaining', 'SetFunction', 'greedy']
 
-BLOCK = 32  # candidates that are looked at together
-SAMPLE_FACTOR = math.log(100)  # stochastic greedy looks at ln(1/0.01) n/k candidates a step
-DRAWS = 2**18  # random numbers that are sent to the device together
+BLOCK = 32  # candidates evaluated together
+SAMPLE_FACTOR = math.log(100)  # stochastic greedy evaluates ln(1/0.01) n/k candidates per step
+DRAWS = 2**18  # random numbers sent to the device together
 
 
 class SetFunction(Protocol):
-    """A submodular function of a set that grows item by item."""
+    """A submodular function of a set that grows by one item at a time."""
 
     n: int
 
     def gains(self, items: Tensor) -> Tensor:
-        """What each of some items would add to the set as it is, float64 ``[m]``."""
+        """Marginal gains of some items, int64 ``[m]``, for the current set; float64 ``[m]``."""
 
     def add(self, item: Tensor) -> None:
-        """Takes one item, int64 ``[1]``, into the set."""
+        """Adds one item, int64 ``[1]``, to the set."""
 
 
 class Remaining:
-    """The items that are not picked yet, and the random samples of them that stochastic greedy looks at.
+    """The remaining items, and the random samples of them for stochastic greedy.
 
-    A sample is drawn with replacement, which leaves out nothing but repeated looks at the same item; one that would be as large as what
-    is left is all of it. The random numbers come from the CPU some thousands at a time, so that no step waits for a device.
+    Samples are drawn with replacement, which is cheap and only costs repeated items; a sample at least as large as the remaining items is
+    replaced by all of them. Random numbers are drawn on the CPU in large blocks, so that no step waits for the device.
 
     Args:
-        n (int): items.
-        picks (int): how many will be picked; a sample has ``ln(100) n / picks`` items.
-        generator (torch.Generator): on the CPU.
-        device (torch.device): where the samples are wanted.
+        n (int): number of items.
+        picks (int): number of items that will be picked; a sample has ``ln(100) n / picks`` items.
+        generator (torch.Generator): CPU generator.
+        device (torch.device): device of the samples.
     """
 
     def __init__(self, n: int, picks: int, generator: torch.Generator, device: torch.device) -> None:
@@ -54,12 +54,12 @@ class Remaining:
             yield from torch.cat(drawn).to(self.items.device).split([len(positions) for positions in drawn])
 
     def sample(self) -> Tensor:
-        """Items to look at, int64 ``[m]``."""
+        """Draws items to evaluate, int64 ``[m]``."""
         self.positions = next(self.draws)
         return self.items[self.positions]
 
     def remove(self, which: Tensor) -> None:
-        """Takes out the item at one position, int64 ``[1]``, of the last sample."""
+        """Removes the item at a position, int64 ``[1]``, in the last sample."""
         self.left -= 1
         self.items.index_copy_(0, self.positions[which], self.items[self.left :][:1].clone())
 
@@ -67,18 +67,18 @@ class Remaining:
 def greedy(
     function: SetFunction, optimizer: str, budget: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[tuple[int, float]]:
-    """Yields every item, the one with the largest gain first, and its gain.
+    """Yields all items in greedy order, each with its gain.
 
-    ``lazy`` and ``naive`` are the same here: the greedy choice, found by looking again only at items whose old gain, a bound by
-    submodularity, is still in front (Minoux, 1978). ``stochastic`` chooses the best of a random sample of ``ln(100) n / budget`` of the
-    rest (Mirzasoleiman et al., arXiv 1409.7938). The device is waited for once a look at candidates.
+    ``lazy`` and ``naive`` are the same here: lazy greedy (Minoux, 1978), which re-evaluates only items whose old gain, an upper bound by
+    submodularity, is still the largest. ``stochastic`` picks the best of a random sample of ``ln(100) n / budget`` remaining items
+    (Mirzasoleiman et al., arXiv 1409.7938). The device is synchronised once per evaluation of candidates.
 
     Args:
-        function (SetFunction): empty at the start.
+        function (SetFunction): the function, with an empty set.
         optimizer (str): ``lazy``, ``naive`` or ``stochastic``.
-        budget (int): items that will be asked for; sets the size of the random samples, nothing else.
-        generator (torch.Generator): for the random samples.
-        device (torch.device): where the function computes.
+        budget (int): number of items the caller will take; only determines the size of the random samples.
+        generator (torch.Generator): CPU generator for the random samples.
+        device (torch.device): device of the function.
     """
     return _stochastic(function, budget, generator, device) if optimizer == 'stochastic' else _lazy(function, device)
 
@@ -100,16 +100,16 @@ def _lazy(function: SetFunction, device: torch.device) -> Iterator[tuple[int, fl
     everything = torch.arange(function.n, device=device)
     taken = torch.zeros(function.n, dtype=torch.bool, device=device)
     bounds = torch.cat([function.gains(block) for block in everything.split(max(BLOCK, BLOCK_BYTES // (4 * function.n)))])
-    fresh = ~taken  # whose bound is the gain as it is
+    fresh = ~taken  # items whose bound is their current gain
     for left in range(function.n, 0, -1):
         while True:
-            best = bounds.argmax(dim=0, keepdim=True)  # of equals the first
+            best = bounds.argmax(dim=0, keepdim=True)  # the first of equals
             is_fresh, item, gain = torch.cat([fresh[best].double(), best.double(), bounds[best]]).tolist()
             if is_fresh:
                 break
             front = torch.cat([best, bounds.masked_fill(fresh, -torch.inf).topk(min(BLOCK, left)).indices])
             bounds[front] = function.gains(front)
-            bounds.masked_fill_(taken, -torch.inf)  # where fewer are left to look at, some that are taken were among them
+            bounds.masked_fill_(taken, -torch.inf)  # with fewer than BLOCK stale items, topk also returned taken ones
             fresh[front] = True
         taken.index_fill_(0, best, True)
         bounds.index_fill_(0, best, -torch.inf)

@@ -1,4 +1,4 @@
-"""K-center: the samples that leave no other far away."""
+"""K-center: samples that minimise the largest distance from any sample to its nearest pick."""
 
 import torch
 
@@ -9,9 +9,9 @@ __all__ = ['k_center']
 
 
 def k_center(problem: Problem) -> Selection:
-    """Greedy k-center (Sener and Savarese, arXiv 1708.00489, algorithm 1), from a random first sample.
+    """Greedy k-center (Sener and Savarese, arXiv 1708.00489, algorithm 1), starting from a random sample.
 
-    The largest distance from a sample to its nearest pick is at most twice the least possible.
+    The largest distance from a sample to its nearest pick is at most twice the optimum.
     """
     points = points_of(problem.gradients, problem.options.features)
     first = int(torch.randint(len(points), (), generator=problem.generator))

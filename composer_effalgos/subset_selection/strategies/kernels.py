@@ -14,17 +14,17 @@ from composer_effalgos.subset_selection.strategies.options import Options
 
 __all__ = ['Distances', 'KernelOptions', 'batch_mean_gram']
 
-KERNEL_BYTES = 2**28  # a kernel above this is computed again, block by block, whenever a part of it is needed
-BLOCK_BYTES = 2**20  # of one block; some four of them are in use at a time
+KERNEL_BYTES = 2**28  # a larger kernel is not stored but recomputed in blocks on demand
+BLOCK_BYTES = 2**20  # size of a block; about four are in use at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelOptions(Options):
-    """Options of every strategy that compares all pairs of samples.
+    """Options of strategies that compare all pairs of samples.
 
     Attributes:
-        if_convex: Whether it compares embeddings in place of gradients.
-        optimizer: How the greedy maximisation goes.
+        if_convex: Compare embeddings instead of gradients.
+        optimizer: The greedy variant.
     """
 
     if_convex: bool = False
@@ -32,9 +32,9 @@ class KernelOptions(Options):
 
 
 def batch_mean_gram(gradients: LastLayerGradients, batch_size: int) -> Tensor:
-    """Inner products between the mean gradients of successive batches, float ``[P, P]``.
+    """Inner products between the mean gradients of consecutive batches, float ``[P, P]``.
 
-    A mean of products is no product, so the means are written out, but only for as many classes at a time as fit in a block.
+    The mean of outer products does not factor, so the means are materialised, for as many classes at a time as fit in a block.
     """
     n, classes = gradients.error.shape
     batches = -(-n // batch_size)
@@ -55,11 +55,11 @@ def batch_mean_gram(gradients: LastLayerGradients, batch_size: int) -> Tensor:
 class Distances:
     """Squared distances between the gradients of n items: samples, or means of batches.
 
-    Kept whole up to ``KERNEL_BYTES`` (n = 8,192), otherwise computed by rows on demand. In use at any time are those bytes and some
-    ``4 BLOCK_BYTES``.
+    The matrix is stored if it fits in ``KERNEL_BYTES`` (n = 8,192), otherwise rows are computed on demand. Peak memory is these bytes plus
+    about ``4 BLOCK_BYTES``. With ``PerBatch`` it is always stored.
 
     Args:
-        problem (Problem): whose items are compared.
+        problem (Problem): the problem whose items are compared.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -71,10 +71,10 @@ class Distances:
             gram = batch_mean_gram(problem.gradients, problem.batch_size)
             squares = gram.diagonal().clone()
             self.whole = gram.mul_(-2).add_(squares).add_(squares[:, None]).clamp_(min=0)
-            self.whole.fill_diagonal_(0)  # not the rounding error of norm + norm - 2 norm
+            self.whole.fill_diagonal_(0)  # exactly zero, without the rounding error of norm + norm - 2 norm
         else:
             self.squares = self.gradients.squared_norms()
-        # One pass for all: the total from each item to all, float64 [n], the largest distance, and the kernel if it is kept.
+        # One pass computes the row sums, float64 [n], the largest distance and, if it fits, the stored kernel.
         keep = self.whole is None and 4 * self.n**2 <= KERNEL_BYTES
         kernel = torch.empty(self.n, self.n, device=device) if keep else None
         totals, largest = [], []
@@ -88,7 +88,7 @@ class Distances:
         self.totals, self.largest = torch.cat(totals), float(torch.stack(largest).max())
 
     def rows(self, items: Tensor) -> Tensor:
-        """Squared distances from some items to all, float ``[m, n]``."""
+        """Squared distances from some items ``[m]`` to all, float ``[m, n]``."""
         if self.whole is not None:
             return self.whole.index_select(0, items)
         distances = self.gradients.take(items).gram(self.gradients).mul_(-2)
@@ -97,12 +97,12 @@ class Distances:
         return distances
 
     def blocks(self, items: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in blocks: some of the items, and their rows."""
+        """Yields blocks of the items with their rows of :meth:`rows`."""
         for part in items.split(max(1, BLOCK_BYTES // (4 * self.n))):
             yield part, self.rows(part)
 
     def cluster_sizes(self, items: Tensor) -> Tensor:
-        """How many of all have each of the items as their nearest (the first of those equally near), float ``[m]``."""
+        """Number of items whose nearest item in ``items`` is each of them (ties go to the first), float ``[m]``."""
         nearest = torch.full((self.n,), torch.inf, device=items.device)
         owner = torch.zeros(self.n, dtype=torch.int64, device=items.device)
         done = 0

@@ -1,4 +1,4 @@
-"""MILO: first varied subsets of typical samples, then random draws that favour the untypical ones."""
+"""MILO: first diverse subsets of representative samples, then random subsets that favour hard samples."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,9 +20,9 @@ class MiloOptions(PointOptions):
     """Options of MILO.
 
     Attributes:
-        phase: Which of the two phases a subset is of.
-        lam: Weight of the graph cut's second term.
-        scores: Importance of every sample, ``[N]``; None to measure it.
+        phase: Which of the two phases to select for.
+        lam: Weight of the second term of the graph cut.
+        scores: Importance of every sample, ``[N]``; None to compute it.
     """
 
     phase: Literal['stochastic-greedy', 'weighted-random'] = 'weighted-random'
@@ -31,12 +31,12 @@ class MiloOptions(PointOptions):
 
 
 def milo(problem: Problem) -> Selection:
-    """One subset of MILO (Killamsetty et al., arXiv 2301.13287), of either of its phases.
+    """Selects one subset of MILO (Killamsetty et al., arXiv 2301.13287), for either phase.
 
-    ``phase='stochastic-greedy'``: graph cut, ``sum_{v, s in S} sim(v, s) - lam sum_{s, t in S} sim(s, t)``, by stochastic greedy, which
-    gives another near-optimal subset with every seed. ``phase='weighted-random'``: a draw without replacement in which a sample of
-    importance ``g`` (:func:`importance`, or ``scores``) has weight ``1 + g + g^2 / 2``, the second-order Taylor softmax. The similarity
-    is ``(1 + cosine) / 2``. ``SubsetSelection`` goes through both phases.
+    ``phase='stochastic-greedy'`` maximises graph cut, ``sum_{v, s in S} sim(v, s) - lam sum_{s, t in S} sim(s, t)``, with stochastic
+    greedy: each seed gives a different near-optimal subset. ``phase='weighted-random'`` samples without replacement with weights
+    ``1 + g + g^2 / 2`` (second-order Taylor softmax), where ``g`` is the importance (:func:`importance`, or ``scores``). The similarity is
+    ``(1 + cosine) / 2``. ``SubsetSelection`` runs both phases.
     """
     points = unit_length(points_of(problem.gradients, problem.options.features))
     if problem.options.phase == 'stochastic-greedy':
@@ -45,22 +45,22 @@ def milo(problem: Problem) -> Selection:
     else:
         gain = _importance(points) if problem.scores is None else problem.scores
         weight = 1 + gain.double() + gain.double().square() / 2
-        # The smallest of exponential variables with these rates make a draw without replacement (Efraimidis and Spirakis, 2006).
+        # The smallest of exponential variables with these rates are a weighted sample without replacement (Efraimidis and Spirakis, 2006).
         times = -torch.rand(len(points), generator=problem.generator, dtype=torch.float64).clamp(min=1e-300).log().to(points.device)
         items = (times / weight).argsort()[: problem.budget]
     return items, torch.ones(problem.budget, device=points.device)
 
 
 def importance(gradients: LastLayerGradients, labels: Tensor | None = None, features: str = 'embedding') -> Tensor:
-    """MILO's importance of every sample: how far it was from those taken before, when all of its class are taken greedily.
+    """MILO's importance of every sample: its distance to the samples picked before it when its whole class is picked greedily.
 
-    The greedy maximisation of disparity-min, the least distance ``1 - sim`` within a set: the gain is the value of the set that the
-    sample enters with. One pass over a class of ``n`` samples costs ``n^2`` inner products, once a run.
+    The greedy order maximises disparity-min, the smallest distance ``1 - sim`` within a set; the importance is the value of the set after
+    adding the sample. A class of ``n`` samples costs ``n^2`` inner products, once per run.
 
     Args:
-        gradients (LastLayerGradients): of the N samples.
-        labels (Tensor | None): class indices, int64 ``[N]``; ``None`` for one class.
-        features (str): compares ``embedding`` or ``gradient``.
+        gradients (LastLayerGradients): gradients of the N samples.
+        labels (Tensor | None): class indices, int64 ``[N]``; ``None`` for a single class.
+        features (str): what to compare, ``embedding`` or ``gradient``.
 
     Returns:
         Tensor: float32 ``[N]``, in [0, 1].
@@ -73,7 +73,7 @@ def importance(gradients: LastLayerGradients, labels: Tensor | None = None, feat
 
 
 def _importance(points: LastLayerGradients) -> Tensor:
-    """Begins with the sample nearest to the mean, so that the result does not depend on chance."""
+    """Importance within one class; starts from the sample most aligned with the mean, so that the result is deterministic."""
     first = int(points.dot(points.mean()).argmax())
     order, distances = farthest_first(points, len(points), first)
     distances[0] = distances[1] if len(points) > 1 else 0.0
@@ -81,7 +81,7 @@ def _importance(points: LastLayerGradients) -> Tensor:
 
 
 class _GraphCut:
-    """Graph cut of cosine similarities, in closed form: no kernel is kept."""
+    """Graph cut of cosine similarities, in closed form, without storing the kernel."""
 
     def __init__(self, points: LastLayerGradients, lam: float) -> None:
         self.points, self.lam, self.n = points, lam, len(points)

@@ -1,4 +1,4 @@
-"""What a strategy accepts: the fields of a dataclass, one a strategy, checked by their types."""
+"""Strategy options: one dataclass per strategy, checked against its field types."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ OptionsT = TypeVar('OptionsT', bound='Options')
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options that every strategy has; a strategy adds its own, and says its selection types, in a subclass.
+    """Options of every strategy. Subclasses add their own and restrict the selection types.
 
     Attributes:
-        selection_type: What is chosen from what. None for the first of the class's, or ``Supervised`` where there are no labels.
-        linear_layer: Whether weight gradients of the last layer are used; otherwise its bias gradients alone.
-        val_gradients: ``LastLayerGradients`` of a validation set; None where the candidates stand in for it.
-        val_labels: Its labels.
-        batch_size: Rows of a batch, for ``PerBatch``.
-        num_classes: How many classes there are; None for as many as the gradients have.
-        class_balance: Shares of the classes: in proportion to their sizes, or equal as far as a class goes.
+        selection_type: How the problem is split. None for the first type that the subclass lists, or ``Supervised`` without labels.
+        linear_layer: Whether to use the weight gradients of the last layer; if not, only its bias gradients.
+        val_gradients: ``LastLayerGradients`` of a validation set; None to use the candidates instead.
+        val_labels: Labels of the validation set.
+        batch_size: Rows per batch, for ``PerBatch``.
+        num_classes: Number of classes; None for the number of outputs, at least 2.
+        class_balance: Split of the budget: proportional to the class sizes, or equal up to the class size.
         seed: Seeds the selection; None for 0.
-        generator: In place of a seed, on the CPU.
+        generator: A CPU generator, instead of a seed.
     """
 
     selection_type: Literal['PerClass', 'PerBatch', 'PerClassPerGradient', 'Supervised'] | None = None
@@ -59,18 +59,18 @@ class Options:
 
 
 def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> OptionsT:
-    """A strategy's options, each checked by the type of its field.
+    """Checks a strategy's options against the types of their fields.
 
     Args:
         kind: The strategy's dataclass.
         options: Values by name.
-        owner: Who has these options, for messages.
+        owner: Owner of the options, for messages.
 
     Returns:
         The options, with the defaults filled in.
 
     Raises:
-        InputError: A name is unknown, or a value not of its field's type.
+        InputError: A name is unknown, or a value does not match the type of its field.
     """
     hints = get_type_hints(kind, include_extras=True)
     for name, value in options.items():
@@ -81,6 +81,6 @@ def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> Optio
 
 
 def selection_types(kind: type[Options]) -> tuple[str, ...]:
-    """The selection types of a strategy, its default first."""
+    """Returns the selection types of a strategy, the default first."""
     literal, _ = get_args(get_type_hints(kind)['selection_type'])
     return get_args(literal)

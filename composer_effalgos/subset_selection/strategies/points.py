@@ -1,4 +1,4 @@
-"""What herding, k-center and MILO compare samples by."""
+"""Feature points of samples, for herding, k-center and MILO."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +14,10 @@ __all__ = ['PointOptions', 'farthest_first', 'points_of', 'unit_length']
 
 @dataclass(frozen=True, kw_only=True)
 class PointOptions(Options):
-    """Options of every strategy that compares samples as points.
+    """Options of strategies that compare samples as points.
 
     Attributes:
-        features: What the points are.
+        features: What to use as points.
     """
 
     selection_type: ByClass | None = None
@@ -25,27 +25,27 @@ class PointOptions(Options):
 
 
 def points_of(gradients: LastLayerGradients, features: str) -> LastLayerGradients:
-    """Samples as points: their embeddings, or with ``features='gradient'`` (or without an embedding) their gradients."""
+    """Returns the embeddings as points, or the gradients with ``features='gradient'`` or without an embedding."""
     if features == 'gradient' or gradients.embedding is None:
         return gradients
     return LastLayerGradients(gradients.embedding)
 
 
 def unit_length(points: LastLayerGradients) -> LastLayerGradients:
-    """The points scaled to length 1; a point at the origin stays there."""
+    """Normalises the points to length 1; a point at the origin stays there."""
     return LastLayerGradients(points.error / points.squared_norms().sqrt().clamp(min=1e-12)[:, None], points.embedding)
 
 
 def farthest_first(points: LastLayerGradients, count: int, first: int) -> tuple[Tensor, Tensor]:
-    """Takes one point after the other, always the one furthest from those taken (Gonzalez, 1985). Nothing here waits for the device.
+    """Farthest-first traversal (Gonzalez, 1985): repeatedly picks the point farthest from those picked. Never synchronises the device.
 
     Args:
         points (LastLayerGradients): N points.
-        count (int): how many to take, 1 to N.
-        first (int): the point to begin with.
+        count (int): number of points to pick, 1 to N.
+        first (int): position of the first point.
 
     Returns:
-        tuple[Tensor, Tensor]: positions, int64 ``[count]``, and how far (squared) each was from the nearest taken before it, float32
+        tuple[Tensor, Tensor]: positions, int64 ``[count]``, and the squared distance of each to the nearest point picked before it, float32
         ``[count]``; infinite for the first.
     """
     squares, device = points.squared_norms(), points.device

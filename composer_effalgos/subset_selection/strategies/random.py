@@ -1,4 +1,4 @@
-"""The yardstick: samples drawn at random, without replacement."""
+"""The baseline: samples drawn at random, without replacement."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,13 +13,13 @@ __all__ = ['RandomOptions', 'random_subset']
 
 @dataclass(frozen=True, kw_only=True)
 class RandomOptions(Options):
-    """Options of random draws."""
+    """Options of random selection."""
 
     selection_type: Literal['Supervised', 'PerClass'] | None = None
 
 
 def random_subset(problem: Problem) -> Selection:
-    """Draws the budget uniformly; all weights are one."""
+    """Draws ``budget`` samples uniformly; all weights are one."""
     positions = torch.randperm(len(problem.gradients), generator=problem.generator)[: problem.budget]
     device = problem.gradients.device
     return positions.to(device), torch.ones(problem.budget, device=device)

@@ -1,4 +1,4 @@
-"""Picking the samples that rank first by one number each."""
+"""Selection of the top-ranked samples by a score."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,11 +15,11 @@ __all__ = ['RankingOptions', 'by_rank']
 
 @dataclass(frozen=True, kw_only=True)
 class RankingOptions(Options):
-    """Options of every strategy that ranks.
+    """Options of ranking strategies.
 
     Attributes:
         keep: Which end of the ranking to keep.
-        skip: Share of the samples at that end to leave out.
+        skip: Fraction of the samples to skip at that end.
     """
 
     selection_type: ByClass | None = None
@@ -28,10 +28,10 @@ class RankingOptions(Options):
 
 
 def by_rank(problem: Problem, scores: Tensor) -> Selection:
-    """The samples of the highest scores (``keep='lowest'``: of the lowest), with weight 1; equal scores in random order.
+    """Selects the samples with the highest scores (``keep='lowest'``: the lowest), with weight 1; ties are in random order.
 
-    ``skip`` leaves out that share of the samples at the top of the ranking first: with noisy labels the very hardest are often the
-    mislabelled ones (Paul et al., arXiv 2107.07075, section 4). It gives way where the budget needs them.
+    ``skip`` first drops that fraction of the samples at the top of the ranking: with noisy labels the hardest samples are often mislabelled
+    (Paul et al., arXiv 2107.07075, section 4). Fewer are skipped if the budget needs them.
     """
     n, device = len(scores), scores.device
     shuffled = torch.randperm(n, generator=problem.generator).to(device)

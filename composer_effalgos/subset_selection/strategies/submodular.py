@@ -1,4 +1,4 @@
-"""Facility location, graph cut, sum redundancy and saturated coverage, on the similarity that CORDS uses."""
+"""Facility location, graph cut, sum redundancy and saturated coverage, with CORDS's similarity."""
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from composer_effalgos.subset_selection.strategies.options import ByClass
 
 __all__ = ['FUNCTIONS', 'FacilityLocation', 'GraphCut', 'SaturatedCoverage', 'SubmodularOptions', 'SumRedundancy', 'submodular']
 
-SATURATION = 0.1  # apricot's default, which CORDS leaves alone
+SATURATION = 0.1  # apricot's default, which CORDS uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class SubmodularOptions(KernelOptions):
 
 
 class _OfSimilarity:
-    """Similarity is the largest squared distance of the problem minus the squared distance, as in CORDS."""
+    """Base class: the similarity is the largest squared distance of the problem minus the squared distance, as in CORDS."""
 
     def __init__(self, distances: Distances) -> None:
         self.distances = distances
@@ -34,12 +34,12 @@ class _OfSimilarity:
         self.row_sums = distances.n * distances.largest - distances.totals
 
     def similarity(self, items: Tensor) -> Tensor:
-        """Of some items to all, float ``[m, n]``."""
+        """Similarities of some items ``[m]`` to all, float ``[m, n]``."""
         return self.distances.largest - self.distances.rows(items)
 
 
 class FacilityLocation(_OfSimilarity):
-    """``sum_v max_{s in S} sim(v, s)``: how well the nearest of the set stands for every item."""
+    """``sum_v max_{s in S} sim(v, s)``: how well the set represents every item."""
 
     def __init__(self, distances: Distances) -> None:
         super().__init__(distances)
@@ -53,7 +53,7 @@ class FacilityLocation(_OfSimilarity):
 
 
 class GraphCut(_OfSimilarity):
-    """``sum_{v, s in S} sim(v, s) - sum_{s, t in S} sim(s, t)``: near to all, and far from each other."""
+    """``sum_{v, s in S} sim(v, s) - sum_{s, t in S} sim(s, t)``: close to all items, and far from each other."""
 
     def __init__(self, distances: Distances) -> None:
         super().__init__(distances)
@@ -75,11 +75,11 @@ class SumRedundancy(GraphCut):
 
 
 class SaturatedCoverage(_OfSimilarity):
-    """``sum_v min(sum_{s in S} sim(v, s), a sum_u sim(v, u))``: every item is covered up to a share ``a`` of what all would cover."""
+    """``sum_v min(sum_{s in S} sim(v, s), a sum_u sim(v, u))``: each item's coverage saturates at ``a`` times the full coverage."""
 
     def __init__(self, distances: Distances) -> None:
         super().__init__(distances)
-        self.room = SATURATION * self.row_sums  # what is left to cover
+        self.room = SATURATION * self.row_sums  # coverage left until saturation
 
     def gains(self, items: Tensor) -> Tensor:
         return torch.minimum(self.similarity(items), self.room).sum(dim=1)
@@ -99,8 +99,8 @@ FUNCTIONS: Mapping[str, Callable[[Distances], SetFunction]] = {
 def submodular(problem: Problem, function: str) -> Selection:
     """Greedy maximisation of a submodular function, with cluster sizes as weights.
 
-    Functions as in apricot (Schreiber et al., arXiv 1906.03543). Where the problem spans several classes, samples of different classes are
-    not similar at all: the function is a sum over the classes, and the greedy choice over all of them is the best of each class's own next.
+    The functions are those of apricot (Schreiber et al., arXiv 1906.03543). Samples of different classes have similarity zero: the function
+    is a sum over the classes, so the greedy choice over all classes is the best of the next choices of each class.
     """
     parts = by_label(problem.labels, len(problem.gradients), problem.gradients.device)
     kernels = []

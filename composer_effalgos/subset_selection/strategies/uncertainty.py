@@ -1,4 +1,4 @@
-"""Margin, entropy and least confidence: the samples that the model is least sure of."""
+"""Margin, entropy and least confidence: the samples that the model is least certain about."""
 
 from collections.abc import Callable, Mapping
 
@@ -29,10 +29,10 @@ MEASURES: Mapping[str, Callable[[Tensor], Tensor]] = {'margin': _margin, 'entrop
 
 
 def uncertainty(problem: Problem, measure: str) -> Selection:
-    """Ranks by how unsure the model is (Coleman et al., "Selection via Proxy", arXiv 1906.11829, section 2).
+    """Ranks by the uncertainty of the model (Coleman et al., "Selection via Proxy", arXiv 1906.11829, section 2).
 
-    With ``p`` the class probabilities: ``margin`` is the second largest less the largest, ``entropy`` is ``-sum p log p``, and
-    ``least-confidence`` is one less the largest. The probabilities are read from the error of a cross-entropy, ``p - onehot(label)``.
+    With class probabilities ``p``, ``margin`` is the second largest minus the largest, ``entropy`` is ``-sum p log p``, and
+    ``least-confidence`` is 1 minus the largest. The probabilities are recovered from the error of a cross-entropy, ``p - onehot(label)``.
 
     Raises:
         InputError: if the gradients are not those of a cross-entropy with hard labels.
