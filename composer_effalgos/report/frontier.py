@@ -206,7 +206,7 @@ def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str)
         name, recipe = methods[number]
         other = lengths.get(length := str(_duration(recipe)))
         if other is not None:
-            raise InputError(f'{source}: expected one plain run of a length, got {other} and {name}, alike but for what does not count')
+            raise InputError(f'{source}: expected one plain run per length, got {other} and {name}, which differ only in ignored settings')
         lengths[length] = name
     if len(lengths) < 2:
         raise InputError(f'{source}: expected a baseline of at least two lengths, got {", ".join(lengths.values())} alone; {hint}')
@@ -291,7 +291,7 @@ def _units(runs: Sequence[Run], by: str | None, *, timed: bool) -> tuple[str, li
     """Returns the budget unit of the verdicts and the units of the table."""
     if not timed:
         if by in TIMES:
-            raise InputError(f'--by: expected samples or steps where the times of the runs do not compare, got {by}')
+            raise InputError(f'--by: expected samples or steps, as the times of the runs are not comparable, got {by}')
         return by or 'samples', ['samples', 'steps']
     lacking = [run.summary['run_name'] for run in runs if not run.summary['totals'].get('train_cpu_seconds')]
     if by == 'cpu_seconds' and lacking:

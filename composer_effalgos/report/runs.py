@@ -181,7 +181,7 @@ def _check_histograms(histograms: Any) -> None:
     for entry in entries:
         counts = entry.get('counts') if isinstance(entry, dict) else None
         if not isinstance(counts, list) or len(counts) != len(edges) - 1 or not all(map(_is_number, [entry.get('epoch'), *counts])):
-            raise ValueError("'score_histograms': each epoch needs its number and a count a bin")
+            raise ValueError("'score_histograms': each epoch needs its number and one count per bin")
 
 
 def _is_number(value: Any) -> bool:

@@ -285,7 +285,7 @@ def _adapweights(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     subset = torch.as_tensor(subset).cpu()
     if subset.shape != (problem.budget,) or subset.is_floating_point() or len(subset.unique()) != problem.budget:
         raise InputError(
-            f'ss_indices: expected {problem.budget} different positions, the budget, got {len(subset.unique())} of {len(subset)}'
+            f'ss_indices: expected {problem.budget} distinct positions (the budget), got {len(subset.unique())} distinct of {len(subset)}'
         )
     if not 0 <= int(subset.min()) <= int(subset.max()) < len(candidates):
         raise InputError(f'ss_indices: expected 0 to {len(candidates) - 1}, got {int(subset.min())} to {int(subset.max())}')

@@ -81,7 +81,7 @@ def selcon(module: ModuleType, problem: Problem) -> tuple[Any, Any]:
     assert targets is not None
     assert reference_targets is not None
     if candidates.embedding is None or reference.embedding is None or candidates.error.shape[1] != 1:
-        raise InputError('gradients: expected embeddings and the errors of one number a sample, [N, 1], for selcon')
+        raise InputError('gradients: expected embeddings and one error per sample, [N, 1], for selcon')
     if problem.budget == 1:
         raise InputError('budget: expected at least 2 for selcon, which divides by the number of other samples in the subset, got 1')
     inputs, device = candidates.embedding, candidates.device

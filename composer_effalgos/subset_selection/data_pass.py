@@ -21,7 +21,7 @@ from composer_effalgos.utils.errors import InputError
 
 __all__ = ['DataPass', 'Rows', 'SelectionInputs']
 
-ONE_CLASS = 'expected one class a sample (class indices [B], or rows of [B, C] that are not negative and sum to 1), got several labels'
+ONE_CLASS = 'expected one class per sample (class indices [B], or non-negative rows [B, C] that sum to 1), got several labels'
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class SelectionInputs:
         world_size = dist.get_world_size()
         if world_size == 1:
             return self
+        # rank r holds samples r, r + world_size, ...; the argsort inverts this rank-major order
         by_rank = torch.cat([torch.arange(rank, num_samples, world_size) for rank in range(world_size)])
         train = _concatenated(self.train, state)
         back = by_rank.argsort().to(train.labels.device)
@@ -105,7 +106,7 @@ class DataPass:
         return self._gradients_of(itertools.chain([first], transformed), linear_layer, softmax, errors)
 
     def labels(self) -> Rows:
-        """Labels of this rank's training samples: from the dataset's label attribute, or by reading every sample if it has none."""
+        """Labels of this rank's training samples: the class labels that the dataset exposes, or else read sample by sample."""
         known = class_labels(self._loader.dataset)
         if known is not None:
             return Rows(self._state.device.tensor_to_device(known[self._loader.rank :: self._loader.world_size]))
@@ -118,8 +119,8 @@ class DataPass:
     def _complete(self, rows: Rows) -> Rows:
         if len(rows.labels) != len(self._share):
             raise InputError(
-                f'train_dataloader: {len(self._share)} samples were read, {len(rows.labels)} came; collate_fn or a transform of the '
-                'DataSpec adds or drops samples, so positions no longer name them'
+                f'train_dataloader: expected {len(self._share)} samples, got {len(rows.labels)}; collate_fn or a transform of the '
+                'DataSpec adds or drops samples, so positions no longer identify them'
             )
         return rows
 
@@ -152,7 +153,7 @@ class DataPass:
 def _cross_entropy(outputs: Any, batch: Any) -> Tensor:
     logits, classes = logits_and_classes(outputs, batch)
     if (classes == NO_CLASS).any():
-        raise InputError(f'labels: {ONE_CLASS}; strategies gradmatch, craig, glister, grand and random do without')
+        raise InputError(f'labels: {ONE_CLASS}; strategies gradmatch, craig, glister, grand and random do not need one')
     return cross_entropy(logits, classes, reduction='none')
 
 

@@ -19,7 +19,7 @@ __all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_g
 LABEL_KEYS = ('labels', 'label', 'targets', 'target', 'y')
 NO_CLASS = torch.iinfo(torch.int64).min  # marks a sample with several labels or several regression targets
 WITHOUT_GRADIENTS = (
-    'for models that predict sequences or maps use strategy random, adaptive-random or file, or InfoBatch, which needs losses alone'
+    'for models that predict sequences or maps use strategy random, adaptive-random or file, or InfoBatch, which only needs losses'
 )
 
 
@@ -48,7 +48,7 @@ class LastLayerGradients:
                 continue
             if not isinstance(factor, Tensor) or factor.ndim != 2 or not factor.is_floating_point():
                 found = f'{factor.dtype} {list(factor.shape)}' if isinstance(factor, Tensor) else type(factor).__name__
-                raise InputError(f'gradients.{name}: expected a float tensor with one row a sample, [N, features], got {found}')
+                raise InputError(f'gradients.{name}: expected a float tensor with one row per sample, [N, features], got {found}')
         if self.embedding is not None:
             if len(self.embedding) != len(self.error):
                 raise InputError(f'gradients: expected as many rows in embedding as in error, {len(self.error)}, got {len(self.embedding)}')
@@ -315,7 +315,7 @@ def _batch_gradients(
 def _check_rows(name: str, rows: Tensor | None, ndim: int, batch_size: int) -> None:
     if rows is not None and (rows.ndim != ndim or len(rows) != batch_size):
         raise InputError(
-            f'model: expected one row a sample in {name}, got shape {list(rows.shape)} for {batch_size} samples; {WITHOUT_GRADIENTS}'
+            f'model: expected one row per sample in {name}, got shape {list(rows.shape)} for {batch_size} samples; {WITHOUT_GRADIENTS}'
         )
 
 

@@ -167,7 +167,7 @@ def _scores(scores: Any, gradients: LastLayerGradients) -> Tensor | None:
     if scores is None:
         return None
     if not isinstance(scores, Tensor) or scores.shape != (len(gradients),) or scores.isnan().any():
-        raise InputError(f'scores: expected one number a sample, a tensor [{len(gradients)}] without NaN, got {described(scores)}')
+        raise InputError(f'scores: expected one number per sample, a tensor [{len(gradients)}] without NaN, got {described(scores)}')
     return scores.detach().float().to(gradients.device)
 
 
@@ -181,7 +181,7 @@ def _reference(
     reference, reference_labels = _check_rows('val_gradients', settings.val_gradients, 'val_labels', settings.val_labels, settings, spec)
     if len(reference) == 0 or reference.dim != gradients.dim or reference.device != gradients.device:
         raise InputError(
-            f'val_gradients: expected at least one of {gradients.dim} numbers on {gradients.device}, '
+            f'val_gradients: expected at least one gradient of {gradients.dim} numbers on {gradients.device}, '
             f'got {len(reference)} of {reference.dim} numbers on {reference.device}'
         )
     if labels is not None and reference_labels is None:

@@ -106,7 +106,7 @@ class Source:
         by_class = (self.settings.selection_type or '').startswith('PerClass') or self.settings.class_balance == 'equal'
         if by_class and rows.classes is None:
             raise InputError(
-                'selection_type: expected one class a sample for PerClass and class_balance=equal, got several labels or numbers; '
+                'selection_type: expected one class per sample for PerClass and class_balance=equal, got several labels or numbers; '
                 'use selection_type=Supervised'
             )
         return rows.classes
@@ -250,7 +250,7 @@ class _Forgetting(Source):
     def _counted(self, before: SampleRows, after: SampleRows) -> Tensor:
         """Adds the forgetting events between ``before`` and ``after``: samples that were classified correctly and no longer are."""
         if bool((after.scores < 0).any()):
-            raise InputError(f'labels: {ONE_CLASS}, and strategy forgetting counts right answers; gradmatch, glister and random do without')
+            raise InputError(f'labels: {ONE_CLASS}, but strategy forgetting counts right answers; use gradmatch, glister or random')
         return self.events + ((before.scores == 1) & (after.scores == 0)).int()
 
 

@@ -262,7 +262,7 @@ class SubsetSelection(Selector, Algorithm):
         if end.unit == TimeUnit.EPOCH:
             return math.ceil(self.kappa * end.value - 1e-9)
         if self.kappa > 0:
-            raise InputError(f'kappa: expected max_duration in epochs beside it, got {end.to_timestring()!r}; leave it 0')
+            raise InputError(f'kappa: expected max_duration in epochs, got {end.to_timestring()!r}; leave it 0')
         return 0
 
     def new_data(self, *, first: bool) -> None:

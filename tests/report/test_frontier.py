@@ -103,7 +103,7 @@ def test_plain_runs_are_alike_but_for_their_length():
         ([('a', {'max_duration': 4}), ('b', {'max_duration': 8})], 'methods beside the baseline, got plain runs alone'),
         (
             [('a', {'max_duration': 4}), ('b', {'max_duration': '4ep'}), ('c', {'max_duration': 8})],
-            'one plain run of a length, got a and b',
+            'one plain run per length, got a and b',
         ),
     ],
 )
@@ -283,4 +283,4 @@ def test_a_sweep_from_the_command_line(tmp_path, monkeypatch, capsys):
     path.write_text(SWEEP.replace('baseline+2ep: {max_duration: 2ep}', 'baseline+2ep: {max_duration: 1ep}'))
     status, _, error = run()
     assert status == 2
-    assert 'expected one plain run of a length, got baseline+1ep and baseline+2ep' in error
+    assert 'expected one plain run per length, got baseline+1ep and baseline+2ep' in error

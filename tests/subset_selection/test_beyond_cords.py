@@ -249,7 +249,7 @@ def test_equal_shares_add_up_and_differ_by_one_where_the_class_goes(counts, shar
         ({'strategy': 'herding', 'features': 'pixels'}, 'features: expected'),
         ({'strategy': 'milo', 'phase': 'first'}, 'phase: expected'),
         ({'strategy': 'forgetting'}, 'scores: missing'),
-        ({'strategy': 'forgetting', 'scores': torch.zeros(11)}, r'scores: expected one number a sample, a tensor \[12\]'),
+        ({'strategy': 'forgetting', 'scores': torch.zeros(11)}, r'scores: expected one number per sample, a tensor \[12\]'),
         ({'strategy': 'milo', 'scores': torch.full((12,), torch.nan)}, 'scores: .*without NaN'),
         ({'strategy': 'glister', 'class_balance': 'even'}, "class_balance: expected 'proportional' or 'equal', got 'even'"),
     ],

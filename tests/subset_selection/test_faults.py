@@ -127,5 +127,5 @@ def test_no_linear_layer_but_bias_gradients(make_trainer, strategy):
 @pytest.mark.parametrize('change', [lambda items: items * 2, lambda items: items[1:]], ids=['doubles', 'drops'])
 def test_a_collate_function_that_changes_the_number_of_samples(make_trainer, problem, change):
     loader = DataLoader(problem, batch_size=16, collate_fn=lambda items: default_collate(change(items)))
-    with pytest.raises(InputError, match=r'train_dataloader: 203 samples were read, \d+ came; collate_fn or'):
+    with pytest.raises(InputError, match=r'train_dataloader: expected 203 samples, got \d+; collate_fn or'):
         make_trainer([SubsetSelection('glister', 0.5)], train_loader=loader).fit()

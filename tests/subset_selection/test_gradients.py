@@ -128,7 +128,7 @@ def test_leaves_modes_generators_and_parameters_alone():
 
 def test_modes_come_back_after_an_error():
     model = ComposerClassifier(Net(), num_classes=4).train()
-    with pytest.raises(InputError, match='one row a sample'):
+    with pytest.raises(InputError, match='one row per sample'):
         last_layer_gradients(model, batches(), lambda outputs, batch: cross_entropy(outputs, batch[1]))
     assert all(m.training for m in model.modules())
 

@@ -446,11 +446,11 @@ def test_several_labels_or_numbers_are_no_classes(fit, make_trainer, problem, ki
 @pytest.mark.parametrize(
     ('strategy', 'options', 'message'),
     [
-        ('el2n', {}, '^labels: expected one class a sample .* got several labels; strategies gradmatch'),
-        ('forgetting', {'kappa': 0.5}, '^labels: expected one class a sample .* got several labels, and strategy forgetting counts'),
-        ('gradmatch', {'selection_type': 'PerClass'}, '^selection_type: expected one class a sample .* use selection_type=Supervised'),
-        ('random', {'selection_type': 'PerClass'}, '^selection_type: expected one class a sample .* use selection_type=Supervised'),
-        ('craig', {'class_balance': 'equal'}, '^selection_type: expected one class a sample .* use selection_type=Supervised'),
+        ('el2n', {}, '^labels: expected one class per sample .* got several labels; strategies gradmatch'),
+        ('forgetting', {'kappa': 0.5}, '^labels: expected one class per sample .* got several labels, but strategy forgetting counts'),
+        ('gradmatch', {'selection_type': 'PerClass'}, '^selection_type: expected one class per sample .* use selection_type=Supervised'),
+        ('random', {'selection_type': 'PerClass'}, '^selection_type: expected one class per sample .* use selection_type=Supervised'),
+        ('craig', {'class_balance': 'equal'}, '^selection_type: expected one class per sample .* use selection_type=Supervised'),
     ],
 )
 def test_what_needs_classes_refuses_several_labels(fit, problem, strategy, options, message):

@@ -112,7 +112,7 @@ def matching_pursuit(
     open_ = torch.ones(len(correlations), dtype=torch.bool, device=correlations.device)
     aligned, residual = correlations, target_square
     threshold = 1e-6 * float(correlations.max())
-    for _ in range(3 * budget):
+    for _ in range(3 * budget):  # more steps than picks, because weights can be dropped again
         if active.size == budget or residual <= eps**2 * target_square:
             break
         masked = torch.where(open_, aligned, -torch.inf)
