@@ -1,4 +1,4 @@
-"""The selection problem that every solver takes."""
+"""The selection problem passed to a solver."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

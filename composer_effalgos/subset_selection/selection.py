@@ -227,7 +227,7 @@ def _shares(counts: list[int], budget: int) -> list[int]:
     missing = budget - sum(shares)
     for i in sorted(range(len(counts)), key=lambda i: shares[i] * total - budget * counts[i])[: max(missing, 0)]:
         shares[i] += 1
-    while missing < 0:  # take back from the largest shares what the minimum of one added
+    while missing < 0:  # the minimum of one exceeded the budget: reduce the largest shares
         largest = max(range(len(counts)), key=lambda i: shares[i])
         shares[largest] -= 1
         missing += 1

@@ -102,7 +102,7 @@ class Distances:
             yield part, self.rows(part)
 
     def cluster_sizes(self, items: Tensor) -> Tensor:
-        """Number of items whose nearest item in ``items`` is each of them (ties go to the first), float ``[m]``."""
+        """For each of some items, the number of items that are nearest to it (ties go to the first), float ``[m]``."""
         nearest = torch.full((self.n,), torch.inf, device=items.device)
         owner = torch.zeros(self.n, dtype=torch.int64, device=items.device)
         done = 0
