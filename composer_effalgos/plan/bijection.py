@@ -1,4 +1,4 @@
-"""A random order of ``n`` samples that is evaluated sample by sample, so that nobody has to hold all of it."""
+"""A pseudorandom permutation of ``n`` samples, evaluated per sample so that no rank has to hold all of it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 _ROUNDS = 8
-_BLOCK = 1 << 15  # numbers that go through all rounds together, in the processor's cache
+_BLOCK = 1 << 15  # values that go through all rounds together; they stay in the CPU cache
 
 
 class Bijection:
-    """A permutation of ``0 .. size - 1``, drawn by a seed.
+    """A pseudorandom permutation of ``0 .. size - 1``, determined by a seed.
 
-    A Feistel network over pairs ``(left, right)`` of ``a x b >= size``, both about ``sqrt(size)``. Each round adds to one half, modulo its
-    range, a random function of the other half: a table of ``sqrt(size)`` random numbers (Luby and Rackoff, 1988). A result of ``size`` or
-    more goes through it again (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), which few do, because
-    ``a b < size + a``.
+    A Feistel network on pairs ``(left, right)`` from an ``a x b`` grid with ``a b >= size``, where ``a`` and ``b`` are both about
+    ``sqrt(size)``. Each round adds a random function of one half to the other half, modulo its range. The function is a table of about
+    ``sqrt(size)`` random numbers (Luby and Rackoff, 1988). A result outside ``[0, size)`` is mapped again until it falls inside (cycle
+    walking; Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). This is rare, because ``a b < size + a``.
 
     Args:
-        size: How many numbers, at least 1.
+        size: Number of elements, at least 1.
         seed: In [0, 2**63); ``None`` for the identity.
     """
 
@@ -37,7 +37,7 @@ class Bijection:
         self._rounds = [torch.randint(high, (count,), generator=generator).numpy() for high, count in ranges]
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Where samples stand in the order.
+        """Returns the position of each sample in the permuted order.
 
         Args:
             samples: int64 ``[n]``.
@@ -48,7 +48,7 @@ class Bijection:
         return samples if self._identity else self._walk(samples, self._forward)
 
     def inverse(self, positions: Tensor) -> Tensor:
-        """Which samples stand at some positions.
+        """Returns the sample at each position of the permuted order.
 
         Args:
             positions: int64 ``[n]``.
@@ -74,7 +74,7 @@ class Bijection:
     def _forward(self, values: np.ndarray) -> np.ndarray:
         left, right = self._split(values)
         for to_left, to_right in zip(self._rounds[::2], self._rounds[1::2], strict=True):
-            left += to_left.take(right, mode='wrap')  # the other modes copy the indices
+            left += to_left.take(right, mode='wrap')  # 'wrap' is the mode that does not copy the indices
             _to_range(left, -self._left)
             right += to_right.take(left, mode='wrap')
             _to_range(right, -self._right)
@@ -91,6 +91,9 @@ class Bijection:
 
 
 def _to_range(values: np.ndarray, period: int) -> None:
-    """Adds ``period`` in place where that brings a number nearer to 0 from above, negative ones counting as very large."""
+    """Reduces values in place to ``[0, abs(period))``, where adding ``period`` at most once is enough.
+
+    Read as unsigned integers, negative values are very large, so the minimum selects the candidate that is in range without a division.
+    """
     unsigned = values.view(np.uint64)
     np.minimum(unsigned, (values + period).view(np.uint64), out=unsigned)

@@ -1,8 +1,8 @@
-"""The epoch clock: learning-rate schedules run on the clock of the unpruned epoch at the initial batch size.
+"""The epoch clock: learning-rate schedules follow the time of the unpruned run at the initial batch size.
 
-Composer's schedules convert epochs into batches through the length of the *current* epoch, so epochs of varying length distort
-them; PyTorch schedulers stepped per batch fall behind. With the clock, both have the value they would have without pruning, selection or
-batch growth at every epoch boundary.
+Composer's schedules convert epochs to batches using the length of the *current* epoch, so epochs of varying length distort them. PyTorch
+schedulers that are stepped once per batch fall behind. With the clock, both have the value at every epoch boundary that they would have
+without pruning, selection or batch growth.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from composer_effalgos.plan.loader import PlannedDataLoader
 
 
 def virtual_batch(samples: int, samples_before_last: int, full_batches: int, batches_left: int = 1) -> int:
-    """Maps a batch of the planned epoch to a batch of the full one, by the samples before it.
+    """Maps a batch of the planned epoch to a batch of the full epoch, by the number of samples before it.
 
-    Schedules are stepped *after* a batch's update and *before* the timestamp moves on, so the last batch must map to the last batch:
-    ``s -> s (L - 1) / S``, rounded. Every remaining batch needs its own step, so a small batch before the last must not map to
-    the same step as the last.
+    The mapping is ``s -> s (L - 1) / S``, rounded. Schedules are stepped *after* a batch's update and *before* the timestamp advances, so
+    the last planned batch must map to the last full batch. Every remaining batch needs a step of its own, so a small batch before the last
+    must not map to the same step as the last.
 
     Args:
         samples: Samples of the planned epoch before the batch, ``s``.
@@ -31,49 +31,49 @@ def virtual_batch(samples: int, samples_before_last: int, full_batches: int, bat
         batches_left: Batches of the planned epoch from this one on.
 
     Returns:
-        Batch in the full epoch, 0 to ``L - 1``.
+        Batch number in the full epoch, 0 to ``L - 1``.
     """
     batch = round(samples * (full_batches - 1) / samples_before_last) if samples_before_last else full_batches - 1
     return max(0, min(batch, full_batches - batches_left))
 
 
 def is_composer_schedule(scheduler: LRScheduler) -> bool:
-    """Whether a schedule is Composer's: a ``LambdaLR`` whose functions read the trainer's state."""
+    """Whether a schedule is one of Composer's: a ``LambdaLR`` whose functions read the trainer's state."""
     return isinstance(scheduler, LambdaLR) and all(
         getattr(f, '__module__', None) == 'composer.optim.scheduler' or hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas
     )
 
 
 class EpochClock:
-    """Shows schedules the time of the unpruned run.
+    """Shows learning-rate schedules the time of the unpruned run.
 
-    Composer's schedules are pure functions of the state: they are evaluated while the state shows virtual time. Every other PyTorch
-    scheduler that the trainer steps per batch is stepped again, as often as the full epoch would have stepped it.
+    Composer's schedules are pure functions of the state, so they are evaluated while the state shows virtual time. Every other PyTorch
+    scheduler that the trainer steps per batch gets extra steps, as many as the full epoch would have given it.
     """
 
     def __init__(self) -> None:
-        self.batch_base = 0  # virtual batches, samples before the current epoch
+        self.batch_base = 0  # virtual batches and samples before the current epoch
         self.sample_base = 0
         self.batches_done = 0  # virtual batches of the current epoch that PyTorch schedulers were stepped for
-        self.budget: Time | None = None  # the length that schedules see in place of max_duration
+        self.budget: Time | None = None  # the run length that schedules see instead of max_duration
         self._loader: PlannedDataLoader | None = None
         self._steps_seen: dict[int, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """The virtual time at which the current epoch began, and how far the schedulers are in it."""
+        """The virtual time at which the current epoch began, and how many of its virtual batches schedulers were stepped for."""
         return {'batch_base': self.batch_base, 'sample_base': self.sample_base, 'batches_done': self.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the result of :meth:`state_dict`."""
         self.batch_base, self.sample_base = state['batch_base'], state['sample_base']
         self.batches_done = state.get('batches_done', 0)
 
     def start(self, state: State, loader: PlannedDataLoader) -> None:
-        """Puts the run's schedules on this clock, unless they already are.
+        """Puts the run's schedules on this clock, unless they already are on it.
 
         Args:
             state: The trainer's state at ``FIT_START``.
-            loader: The planned loader, which knows the full epoch.
+            loader: The planned loader, which knows the length of the full epoch.
         """
         self._loader = loader
         for scheduler in state.schedulers:
@@ -83,13 +83,13 @@ class EpochClock:
             fresh = [not hasattr(f, 'epoch_clock') for f in scheduler.lr_lambdas]
             scheduler.lr_lambdas = [self._on_clock(f, state) if new else f for f, new in zip(scheduler.lr_lambdas, fresh, strict=True)]
             if any(fresh) and scheduler.last_epoch == 0 and state.timestamp.batch > 0:
-                # given to a later fit(): Composer has just set its first value by real time
+                # The schedule was passed to a later fit(): Composer has just set its first value from real time.
                 for group, base, function in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
                     group['lr'] = base * function(0)
         self._note_steps(state)
 
     def _on_clock(self, function: Callable[[int], float], state: State) -> Callable[[int], float]:
-        # a plain function, because LambdaLR saves the attributes of callable objects into checkpoints
+        # must be a plain function: LambdaLR saves the attributes of callable objects in checkpoints
         def clocked(step: int) -> float:
             with self.virtual_time(state):
                 return function(step)
@@ -99,7 +99,7 @@ class EpochClock:
 
     @contextmanager
     def virtual_time(self, state: State) -> Iterator[None]:
-        """Makes the state show the time and epoch length of the unpruned run; the real time if the run's length is not in epochs.
+        """Makes the state show the time and epoch length of the unpruned run; no change if the run's length is not in epochs.
 
         Args:
             state: The trainer's state.
@@ -110,7 +110,7 @@ class EpochClock:
             return
         real, real_len = state.timestamp, state._dataloader_len
         state.max_duration = length if self.budget is None else self.budget
-        # where nothing was pruned so far, real time is virtual time
+        # as long as nothing has been pruned, real time is virtual time
         if len(loader) != loader.full_batches or self.batch_base != int(real.batch - real.batch_in_epoch):
             state.timestamp = self._virtual_timestamp(real, loader)
             state._dataloader_len = Time(loader.full_batches, TimeUnit.BATCH)  # type: ignore[assignment]  # the setter would clip it to the planned epoch
@@ -128,11 +128,11 @@ class EpochClock:
             batch_in_epoch=batch,
             sample=samples,
             sample_in_epoch=sample,
-            token=round(int(real.token) * samples / max(1, int(real.sample))),  # tokens of skipped samples are unknown: in proportion
+            token=round(int(real.token) * samples / max(1, int(real.sample))),  # tokens of skipped samples are unknown: scaled by samples
         )
 
     def batch_end(self, state: State) -> None:
-        """Steps PyTorch schedulers that were stepped once for this batch as often as the full epoch would have been.
+        """Gives PyTorch schedulers that were stepped for this batch the additional steps of the full epoch.
 
         Args:
             state: The trainer's state at ``BATCH_END``.
@@ -150,7 +150,7 @@ class EpochClock:
         self._note_steps(state)
 
     def epoch_end(self, state: State) -> None:
-        """Moves on by one full epoch.
+        """Advances the virtual time by one full epoch.
 
         Args:
             state: The trainer's state at ``EPOCH_END``.
@@ -162,7 +162,7 @@ class EpochClock:
         self._note_steps(state)
 
     def _virtual(self, batch: int) -> int:
-        """The full epoch's batch for a batch of the planned one, 0 to the number of batches."""
+        """Maps a batch of the planned epoch to a batch of the full epoch; the end of the former to the end of the latter."""
         loader = self._loader
         assert loader is not None
         if batch >= len(loader):
@@ -177,5 +177,5 @@ class EpochClock:
 
 
 def _steps(scheduler: Any) -> int:
-    parts = getattr(scheduler, '_schedulers', None)  # ChainedScheduler counts nothing itself
+    parts = getattr(scheduler, '_schedulers', None)  # ChainedScheduler has no counter of its own
     return scheduler.last_epoch if hasattr(scheduler, 'last_epoch') else _steps(parts[0]) if parts else 0

@@ -1,4 +1,4 @@
-"""One epoch's plan as pure functions: which samples, in which order, with which weight, in batches of which size."""
+"""The plan of one epoch, as pure functions: which samples, in what order, with what weights and batch sizes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BatchSize = int | Callable[[int, int], int]
 """Samples per rank and batch: a constant, or a function of (batch in epoch, samples of the epoch already planned)."""
 
 Tail = Literal['shared', 'own', 'half']
-"""What becomes of the samples that do not fill an epoch's last batch, see :func:`split_batches`."""
+"""How the samples that do not fill an epoch's last batch are handled, see :func:`split_batches`."""
 
 
 def stream_seed(*keys: int) -> int:
-    """Mixes integers into one 63-bit seed, so that every (seed, purpose, epoch, ...) has a random stream of its own.
+    """Mixes integers into one 63-bit seed, so that every (seed, purpose, epoch, ...) has its own random stream.
 
     Args:
         *keys: Non-negative integers.
@@ -33,13 +33,13 @@ def stream_seed(*keys: int) -> int:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuses what cannot seed a stream.
+    """Checks an algorithm's ``seed``.
 
     Args:
-        seed: An algorithm's ``seed``.
+        seed: The argument.
 
     Raises:
-        InputError: Where it is neither ``None`` nor a whole number of at least 0.
+        InputError: If it is neither ``None`` nor a non-negative integer.
     """
     if seed is not None:
         check_whole('seed', seed, least=0)
@@ -55,26 +55,27 @@ def split_batches(
 ) -> list[int]:
     """Splits an epoch into global batches.
 
-    Every batch but the last two holds ``world_size * batch_size`` samples. A remainder of less than half the batch before it, or too small
-    to give every rank two samples (BatchNorm needs more than one), is put together with that batch, and the two are split about evenly. A
-    ``DataLoader`` would make it a batch of its own; but where an epoch's length changes with every plan it may be any number of samples,
-    and a step at full learning rate on a handful of them, each with many times its weight, can undo a short epoch's work. There are as
-    many batches as a ``DataLoader`` has, unless it would leave a rank without a sample.
+    With ``tail='shared'``, every batch except the last two has ``world_size * batch_size`` samples. A remainder that is smaller than half
+    of the batch before it, or too small to give every rank two samples (BatchNorm needs more than one), is merged with that batch and the
+    sum is split about evenly. A ``DataLoader`` would make the remainder a batch of its own. Here the length of an epoch changes with every
+    plan, so the remainder can be arbitrarily small, and a step at the full learning rate on a few samples, each with many times its usual
+    weight, can undo the work of a short epoch. The number of batches is that of a ``DataLoader``, unless a rank would be left without a
+    sample.
 
-    This is ``tail='shared'``. With ``'own'`` the remainder is a batch of its own, as a ``DataLoader`` has it. With ``'half'`` a last batch
-    that is not full has half the size of the one before it, and fewer samples than that are left out: batches of one growth stage have two
-    sizes in all, however long the epochs are.
+    With ``tail='own'`` the remainder is a batch of its own, as in a ``DataLoader``. With ``tail='half'`` an incomplete last batch has half
+    the size of the one before it, and a remainder smaller than that is dropped: batches of one growth stage then have only two sizes,
+    whatever the length of the epoch.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
         batch_size: Samples per rank and batch.
         world_size: Number of ranks.
         drop_last: Drops the remainder instead.
-        max_batches: Only so many batches, full ones where there are enough samples for them.
-        tail: What becomes of the remainder.
+        max_batches: Maximum number of batches; they are full ones if there are enough samples.
+        tail: How the remainder is handled.
 
     Returns:
-        Global batch sizes. All but the last are multiples of ``world_size``. Empty where no batch can be made.
+        Global batch sizes. All but the last are multiples of ``world_size``. Empty if no batch can be made.
     """
     sizes: list[int] = []
     if callable(batch_size):
@@ -103,15 +104,15 @@ def split_batches(
 
 
 def _last_batches(before: int, remainder: int, world_size: int) -> list[int]:
-    """The batch before an epoch's remainder and the remainder, as they are or put together and split about evenly."""
+    """The sizes of the last full batch and the remainder: unchanged, or merged and split about evenly."""
     together = before + remainder
     enough = 2 * remainder >= max(4 * world_size, before)
-    if enough or (world_size <= remainder and together < 4 * world_size):  # the two together have not enough either
+    if enough or (world_size <= remainder and together < 4 * world_size):  # merging them would not give every rank two samples either
         return [before, remainder]
     if together < 2 * world_size:
         return [together]
     unit = world_size
-    while 16 * unit <= before:  # so that 1, 2, 4 and 8 ranks with the same global batch, a power of two, train on the same batches
+    while 16 * unit <= before:  # for a global batch that is a power of two, the batches are then the same on 1, 2, 4 and 8 ranks
         unit *= 2
     first = unit * (together // (2 * unit))
     return [first, together - first]
@@ -121,18 +122,18 @@ def _last_batches(before: int, remainder: int, world_size: int) -> list[int]:
 class EpochPlan:
     """What one epoch trains on, for all ranks.
 
-    Batch ``b`` holds ``order[stops[b - 1]:stops[b]]``; rank ``r`` of ``w`` takes every ``w``-th of them, from the ``r``-th. Since every
-    batch but the last is a multiple of ``w``, a rank's whole epoch is ``order[start:][r::w]``. The order is kept as a permutation, and a
-    rank looks up its own part alone.
+    Batch ``b`` contains ``order[stops[b - 1]:stops[b]]``. Rank ``r`` of ``w`` takes every ``w``-th of these samples, starting with the
+    ``r``-th. Since every batch except the last is a multiple of ``w``, the epoch of a rank is ``order[start:][r::w]``. The order is stored
+    as a permutation, and each rank looks up only its own part.
 
     Attributes:
-        kept: Sample indices, int64 ``[n]``, no index twice.
-        kept_weights: Loss weights aligned with ``kept``, float32 ``[n]``; ``None`` where all are 1.
+        kept: Sample indices without duplicates, int64 ``[n]``.
+        kept_weights: Loss weights aligned with ``kept``, float32 ``[n]``; ``None`` if all are 1.
         sizes: Global sizes of the batches from ``first_batch`` on.
-        permutation: Positions in ``kept`` in the order of training, int32 or int64 ``[n]``; ``None`` for the order of ``kept``.
-        start: Samples that were trained before (a run resumed within the epoch), else 0.
-        first_batch: Number of the first batch in ``sizes``: the batches trained before, else 0.
-        tail: How its last batches were made.
+        permutation: Positions in ``kept`` in training order, int32 or int64 ``[n]``; ``None`` for the order of ``kept``.
+        start: Number of samples trained before a resume within the epoch, otherwise 0.
+        first_batch: Number of the first batch in ``sizes``, which is the number of batches trained before a resume, otherwise 0.
+        tail: How the last batches were made.
     """
 
     kept: Tensor
@@ -145,22 +146,22 @@ class EpochPlan:
 
     @property
     def num_batches(self) -> int:
-        """Batches of the whole epoch, those trained before included."""
+        """Batches of the whole epoch, including those trained before a resume."""
         return self.first_batch + len(self.sizes)
 
     @property
     def num_samples(self) -> int:
-        """Samples of the whole epoch over all ranks, those trained before included."""
+        """Samples of the whole epoch over all ranks, including those trained before a resume."""
         return self.start + sum(self.sizes)
 
     @property
     def order(self) -> Tensor:
-        """Sample indices in the order of training, int64 ``[n]``."""
+        """Sample indices in training order, int64 ``[n]``."""
         return self._ordered(self.kept, slice(None))
 
     @property
     def weights(self) -> Tensor | None:
-        """Loss weights aligned with :attr:`order`, float32 ``[n]``; ``None`` where all are 1."""
+        """Loss weights aligned with :attr:`order`, float32 ``[n]``; ``None`` if all are 1."""
         return None if self.kept_weights is None else self._ordered(self.kept_weights, slice(None))
 
     def rank_order(self, rank: int, world_size: int) -> Tensor:
@@ -168,18 +169,19 @@ class EpochPlan:
         return self._ordered(self.kept, slice(self.start + rank, self.num_samples, world_size))
 
     def rank_weights(self, rank: int, world_size: int) -> Tensor | None:
-        """The weights of :meth:`rank_order`, float32 ``[m]``; ``None`` where all are 1."""
+        """The weights of :meth:`rank_order`, float32 ``[m]``; ``None`` if all are 1."""
         if self.kept_weights is None:
             return None
         return self._ordered(self.kept_weights, slice(self.start + rank, self.num_samples, world_size))
 
     def rank_offsets(self, rank: int, world_size: int) -> list[int]:
-        """Where the batches of :meth:`rank_order` begin and end: ``len(sizes) + 1`` ascending positions."""
+        """Batch boundaries in :meth:`rank_order`: ``len(sizes) + 1`` ascending positions."""
         stops = np.cumsum((0, *self.sizes))
+        # of the first s samples, rank r has ceil((s - r) / w)
         return np.maximum(0, (stops - rank + world_size - 1) // world_size).tolist()
 
     def state_dict(self, done: Sequence[int]) -> dict[str, Any]:
-        """What a checkpoint holds of the plan, as that of a run that was never stopped.
+        """The plan for a checkpoint, in the form that an uninterrupted run would save.
 
         Args:
             done: Global sizes of the batches before ``first_batch``, trained since the epoch began.
@@ -188,11 +190,11 @@ class EpochPlan:
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> EpochPlan:
-        """The plan that :meth:`state_dict` saved."""
+        """Restores a plan from the result of :meth:`state_dict`."""
         return cls(saved['order'], saved['weights'], **saved_batches(saved))
 
     def _batches_with(self, done: Sequence[int]) -> dict[str, Any]:
-        """For a checkpoint: the batches from the first of ``done`` on."""
+        """The checkpoint entries for batches, starting with the first of ``done``."""
         sizes = torch.tensor((*done, *self.sizes))
         return {'sizes': sizes, 'start': self.start - sum(done), 'first_batch': self.first_batch - len(done)}
 
@@ -201,25 +203,25 @@ class EpochPlan:
 
 
 def saved_batches(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a plan that say what its batches are, from a checkpoint.
+    """The arguments of a plan that describe its batches, from a checkpoint.
 
     Args:
-        saved: What ``state_dict`` of a plan gave.
+        saved: Result of a plan's ``state_dict``.
     """
     return {'sizes': tuple(saved['sizes'].tolist()), 'start': saved['start'], 'first_batch': saved['first_batch']}
 
 
 def by_shard(order: Tensor, shard_starts: Tensor, generator: torch.Generator, block: int = 1) -> Tensor:
-    """Brings the samples of each shard together, the shards in a random order, so that one pass reads every shard once.
+    """Groups samples by shard, with the shards in random order, so that one pass reads every shard once.
 
     Args:
-        order: Sample indices in a random order, int64 ``[n]``.
+        order: Sample indices in random order, int64 ``[n]``.
         shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0.
         generator: Draws the order of the shards.
-        block: Samples of ``order`` that are mixed with each other: shards that follow each other are put together until they hold more.
+        block: Number of samples to mix with each other: consecutive shards are grouped until they hold at least this many.
 
     Returns:
-        Positions in ``order``, int64 ``[n]``: within a block of shards they ascend, so a random order stays one.
+        Positions in ``order``, int64 ``[n]``. They ascend within a block of shards, so the random order is kept there.
     """
     place = torch.randperm(len(shard_starts), generator=generator)
     shards = torch.bucketize(order, shard_starts, right=True) - 1
@@ -241,22 +243,22 @@ def epoch_sizes(
     max_batches: int | None = None,
     tail: Tail = 'shared',
 ) -> list[int]:
-    """The batches of an epoch of so many samples.
+    """The batch sizes of an epoch with a given number of samples.
 
     Args:
         num_samples: Samples to train on, over all ranks.
-        batch_size: As for :func:`plan_epoch`, like all that follow.
+        batch_size: As for :func:`plan_epoch`, like the following arguments.
         world_size: Number of ranks.
-        drop_last: Drops a last batch that is not full, unless it is the only one.
-        even: Gives every rank as many samples as the others.
+        drop_last: Drops an incomplete last batch, unless it is the only one.
+        even: Gives every rank the same number of samples.
         max_batches: Keeps only the first batches.
-        tail: What becomes of a last batch that is not full.
+        tail: How an incomplete last batch is handled.
 
     Returns:
         Global batch sizes, at least one.
 
     Raises:
-        ValueError: Where there are fewer samples than ranks.
+        ValueError: If there are fewer samples than ranks.
     """
     dealt = num_samples - (num_samples % world_size if even else 0)
     sizes = split_batches(dealt, batch_size, world_size, drop_last, max_batches, tail)
@@ -282,37 +284,37 @@ def plan_epoch(
     max_batches: int | None = None,
     tail: Tail = 'shared',
 ) -> EpochPlan:
-    """Plans one epoch: a pure function of its arguments, the same on every rank.
+    """Plans one epoch. A pure function of its arguments, with the same result on every rank.
 
-    The order depends on ``kept``, ``seed`` and ``epoch`` alone, so it is the same at any world size and batch size.
+    The order depends only on ``kept``, ``seed`` and ``epoch``, so it is the same for any world size and batch size.
 
     Args:
-        kept: Indices of the samples to train on, int64 ``[n]``, no index twice.
+        kept: Indices of the samples to train on, without duplicates, int64 ``[n]``.
         weights: Loss weights aligned with ``kept``, float32 ``[n]``; ``None`` for ones.
         batch_size: Samples per rank and batch.
         seed: The run's seed.
-        epoch: Number of the epoch.
+        epoch: Epoch number.
         world_size: Number of ranks.
         shuffle: Draws a new order each epoch; otherwise the order is that of ``kept``.
-        shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0: the new order then goes shard by shard, as
-            :func:`by_shard` has it. ``None`` shuffles all samples together.
-        shuffle_block: Samples that it mixes with each other.
-        drop_last: Drops a last batch that is not full, unless it is the only one.
-        even: Gives every rank as many samples as the others; fewer samples than there are ranks are left out for it.
+        shard_starts: First sample of every shard, int64 ``[S]``, ascending from 0: the new order then goes shard by shard, see
+            :func:`by_shard`. ``None`` shuffles all samples together.
+        shuffle_block: Number of samples that the order by shards mixes with each other.
+        drop_last: Drops an incomplete last batch, unless it is the only one.
+        even: Gives every rank the same number of samples; for this, fewer samples than ranks are left out.
         max_batches: Keeps only the first batches.
-        tail: What becomes of a last batch that is not full, see :func:`split_batches`.
+        tail: How an incomplete last batch is handled, see :func:`split_batches`.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: Where there are fewer samples than ranks.
+        ValueError: If there are fewer samples than ranks.
     """
     sizes = epoch_sizes(len(kept), batch_size, world_size, drop_last=drop_last, even=even, max_batches=max_batches, tail=tail)
     permutation = None
     if shuffle:
         generator = torch.Generator().manual_seed(stream_seed(seed, 0, epoch))
-        # half as wide where that is enough: half the memory, and faster to draw
+        # int32 if possible: half the memory, and faster to draw
         permutation = torch.randperm(len(kept), generator=generator, dtype=torch.int32 if len(kept) < 2**31 else torch.int64)
         if shard_starts is not None:
             order = by_shard(kept.index_select(0, permutation), shard_starts, generator, shuffle_block)
@@ -330,24 +332,24 @@ def resume_epoch(
     drop_last: bool = False,
     even: bool = False,
 ) -> EpochPlan:
-    """The rest of an epoch of which ``batches`` batches were trained before.
+    """The rest of an epoch of which some batches were already trained.
 
     Args:
-        plan: The epoch's plan, as the run that was stopped had it.
-        batches: Batches of the epoch trained before.
-        batch_size: Samples per rank and batch, where the rest must be split anew.
+        plan: The epoch's plan in the interrupted run.
+        batches: Number of batches of the epoch already trained.
+        batch_size: Samples per rank and batch, if the rest must be split again.
         world_size: Number of ranks now.
-        same_world_size: Whether the batches of ``plan`` can be kept; otherwise the rest is split anew for the new number of ranks.
-        drop_last: Drops a last batch that is not full.
+        same_world_size: Whether the batches of ``plan`` can be kept; otherwise the rest is split again for the new number of ranks.
+        drop_last: Drops an incomplete last batch.
         even: As for :func:`plan_epoch`.
 
     Returns:
-        The same order with ``start`` and ``first_batch`` set; nothing is trained twice.
+        The plan with the same order and with ``start`` and ``first_batch`` set, so that no sample is trained on twice.
     """
     done, rest = plan.sizes[: batches - plan.first_batch], plan.sizes[batches - plan.first_batch :]
     start = plan.start + sum(done)
     if not same_world_size and rest:
-        # fewer samples than ranks can only be left at the very end of an epoch; they are seen again in the next
+        # A rest smaller than the number of ranks occurs only at the very end of an epoch; its samples come again in the next epoch.
         num_samples = sum(rest) - (sum(rest) % world_size if even else 0)
         rest = tuple(split_batches(num_samples, _later(batch_size, batches, start), world_size, drop_last, tail=plan.tail))
     elif even and rest:
@@ -357,18 +359,19 @@ def resume_epoch(
 
 
 def resize_rest(plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_size: int) -> EpochPlan:
-    """The same epoch with its rest in batches of another size.
+    """The plan with the rest of the epoch split into batches of another size.
 
-    Samples, their order, their weights and who trains on them stay as they are; so under ``drop_last`` the last batch may be smaller.
+    The samples, their order, their weights and their assignment to ranks do not change. Therefore the last batch may be smaller, even with
+    ``drop_last``.
 
     Args:
         plan: The epoch's plan.
-        batches: Batches of the epoch trained before.
+        batches: Number of batches of the epoch already trained.
         batch_size: Samples per rank and batch.
         world_size: Number of ranks.
 
     Returns:
-        The plan with other ``sizes`` from batch number ``batches`` on.
+        The plan with new ``sizes`` from batch number ``batches`` on.
     """
     done, rest = plan.sizes[: batches - plan.first_batch], plan.sizes[batches - plan.first_batch :]
     start = plan.start + sum(done)
@@ -377,5 +380,5 @@ def resize_rest(plan: EpochPlan, *, batches: int, batch_size: BatchSize, world_s
 
 
 def _later(batch_size: BatchSize, batches: int, samples: int) -> BatchSize:
-    """The batch sizes of an epoch's rest, counted from its beginning."""
+    """Batch sizes for the rest of an epoch; a function still counts from the start of the epoch."""
     return (lambda b, s: batch_size(b + batches, s + samples)) if callable(batch_size) else batch_size

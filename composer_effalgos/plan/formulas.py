@@ -1,4 +1,4 @@
-"""What the usual models' loss may be, tried where there is no graph to read (a compiled model)."""
+"""Common loss formulas, tried if there is no autograd graph to read (a compiled model)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from composer_effalgos.plan.per_sample import per_sample_mean
 
 
 def formulas(outputs: Any, batch: Any) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-    """Some formulas.
+    """The formulas that fit the shapes of outputs and labels.
 
     Args:
         outputs: The model's outputs.
         batch: The batch.
 
     Returns:
-        Functions that give losses and shares of the samples, float ``[B]``; none where no output fits the labels.
+        Functions that return per-sample losses and shares, float ``[B]`` each; an empty list if no output fits the labels.
     """
     labels = None
     if isinstance(batch, Mapping | UserDict):
@@ -37,7 +37,7 @@ def formulas(outputs: Any, batch: Any) -> list[Callable[[], tuple[Tensor, Tensor
     logits = fitting[0]
 
     def tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
-        # sample by sample, so that no more than one sample's logits are copied
+        # sample by sample, so that only one sample's logits are copied to float32 at a time
         sums = torch.stack(
             [functional.cross_entropy(row.float(), label, reduction='sum') for row, label in zip(logits, labels, strict=True)]
         )

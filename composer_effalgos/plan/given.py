@@ -1,4 +1,4 @@
-"""Loaders under AdaBatch alone, which needs no sample numbers: the user's own order or stream, in batches of other sizes."""
+"""Loaders for AdaBatch without pruning or selection: the user's own order or stream, in batches of other sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from composer_effalgos.plan.shard_loader import ShardLoader
 from composer_effalgos.plan.streams import BatchStream, WorkerStream
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
-_HORIZON = 256  # batches that a stream of unknown length is planned ahead, and as many again as there were
+_HORIZON = 256  # batches to plan ahead for a stream of unknown length; the plan then doubles in length
 
 
 def planned_loader(
@@ -34,17 +34,17 @@ def planned_loader(
     world_size: int,
     ranks: Ranks | None = None,
 ) -> PlannedDataLoader:
-    """The loader that takes the place of the user's.
+    """Creates the loader that replaces the user's loader.
 
     Args:
         given: The user's loader.
-        needs_numbers: Who needs the samples' numbers. Where nobody does, a loader with an order of its own keeps it.
-        max_batches: Batches an epoch at most; ``None`` where that is not known.
-        tail: What becomes of a last batch that is not full, where the order is the plan's.
+        needs_numbers: Names of the algorithms that need sample numbers. If there are none, a loader with its own order keeps it.
+        max_batches: Maximum number of batches per epoch; ``None`` if unknown.
+        tail: How an incomplete last batch is handled, if the plan determines the order.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
-        ranks: The ranks, where each of them plans for its own part of the samples.
+        ranks: The ranks, if each plans its own part of the samples (``shard=True``).
 
     Raises:
         InputError: For a loader that cannot be planned.
@@ -67,24 +67,26 @@ def planned_loader(
         length = None
     if kind is PlannedDataLoader:
         loader.tail = tail
+    # without train_subset_num_batches, Composer reports the loader's own length, which is no limit
     loader.limit(None if max_batches == length else max_batches)
     return loader
 
 
 def _kind(given: Any, rank: int, world_size: int) -> type[PlannedDataLoader]:
+    # without batch_sampler and batch_size the dataset makes batches itself
     if not isinstance(given, DataLoader) or not iterates_as_usual(given) or given.batch_sampler is None is given.batch_size:
         return StreamLoader
     if isinstance(given.dataset, IterableDataset):
         return GivenOrder if is_streaming(given.dataset) else StreamLoader
     try:
         samples_of(given, rank=rank, world_size=world_size)
-    except InputError:  # a sampler of the user's own
+    except InputError:  # a custom sampler
         return GivenOrder
     return PlannedDataLoader
 
 
 class GivenOrder(PlannedDataLoader):
-    """The order of the user's sampler or ``StreamingDataset``, which may read some samples more than once an epoch and others never.
+    """Keeps the order of the user's sampler or ``StreamingDataset``, which may repeat or omit samples in an epoch.
 
     Args:
         loader: The user's ``DataLoader``.
@@ -93,7 +95,7 @@ class GivenOrder(PlannedDataLoader):
         world_size: Number of ranks.
 
     Raises:
-        InputError: For a loader without a length or whose batches have different sizes.
+        InputError: For a loader without a length, or with batches of different sizes.
     """
 
     tail = 'own'
@@ -101,8 +103,8 @@ class GivenOrder(PlannedDataLoader):
     def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         sampler: Any = loader.batch_sampler
         dataset: Any = loader.dataset
-        self._unit = 1  # what batch sizes are a multiple of
-        self._drawn = 0  # epochs
+        self._unit = 1  # batch sizes must be multiples of this
+        self._drawn = 0  # epochs drawn from the sampler so far
         if is_streaming(dataset):
             if dataset.batch_size != loader.batch_size:
                 raise InputError(
@@ -136,7 +138,7 @@ class GivenOrder(PlannedDataLoader):
         return EpochPlan(order, None, tuple(sizes), tail=self.tail)
 
     def _whole(self, batch_size: BatchSize) -> BatchSize:
-        """Batch sizes, checked to be whole batches of the user's batch sampler."""
+        """Batch sizes, checked to be multiples of the user's batch sampler's own batch size."""
 
         def checked(batch: int, sample: int) -> int:
             size = batch_size(batch, sample) if callable(batch_size) else batch_size
@@ -154,13 +156,13 @@ class GivenOrder(PlannedDataLoader):
 
     def catch_up(self, state: State) -> None:
         super().catch_up(state)
-        if not is_streaming(self.given.dataset):  # whose order follows from the epoch
-            # a sampler may draw from a generator of its own; the order of an epoch under way is in the checkpoint
+        if not is_streaming(self.given.dataset):  # a streaming order depends on the epoch number alone
+            # A sampler may have its own generator: repeat its draws to advance it. The order of the current epoch is in the checkpoint.
             for epoch in range(self._drawn, int(state.timestamp.epoch) + (int(state.timestamp.batch_in_epoch) > 0)):
                 next(self._batches(epoch), None)
 
     def _batches(self, epoch: int) -> Iterator[Any]:
-        """The sampler's batches in an epoch."""
+        """The sampler's batches for an epoch."""
         self._drawn = epoch + 1
         for sampler in (self.given.sampler, self.given.batch_sampler):
             if isinstance(sampler, DistributedSampler):
@@ -170,7 +172,7 @@ class GivenOrder(PlannedDataLoader):
         return iterator
 
     def _sampled(self, epoch: int) -> Tensor:
-        """The order that the ranks' samplers draw, over all ranks: rank ``r`` of ``w`` has every ``w``-th sample."""
+        """The order drawn by the samplers of all ranks, interleaved: rank ``r`` of ``w`` has every ``w``-th sample."""
         batches = [list(batch) for batch in self._batches(epoch)]
         if self._unit > 1 and any(len(batch) != self._unit for batch in batches[:-1]):
             raise InputError(
@@ -181,27 +183,27 @@ class GivenOrder(PlannedDataLoader):
         if self.world_size == 1:
             return mine
         everyone = dist.all_gather_object(mine)
-        shortest = min(map(len, everyone))  # Composer ends an epoch where the first rank does
+        shortest = min(map(len, everyone))  # Composer ends an epoch when the first rank runs out of batches
         return torch.stack([order[:shortest] for order in everyone], dim=1).flatten()
 
     def _streamed(self, epoch: int) -> Tensor:
-        """The order of a ``StreamingDataset``, over all ranks; it does not depend on the number of workers."""
+        """The order of a ``StreamingDataset`` over all ranks; it does not depend on the number of workers."""
         from streaming.base.batching import generate_work
         from streaming.base.world import World
 
         _draw_as_a_data_loader(self.given)
         dataset: Any = self.given.dataset
-        dataset.state_dict(0, True)  # decides what was left to it, such as num_canonical_nodes, or takes it from a checkpoint
+        dataset.state_dict(0, True)  # sets defaults such as num_canonical_nodes, or takes them from a checkpoint
         world, replicas = World.detect(), dataset.replication or 1
         work = generate_work(dataset.batching_method, dataset, world.replicate(replicas) if replicas > 1 else world, epoch, 0)
-        # [nodes, ranks, workers = 1, batches, batch] of samples, -1 where the last batch is not full
+        # sample numbers [nodes, ranks, workers = 1, batches, batch]; -1 pads an incomplete last batch
         by_rank = torch.from_numpy(work).flatten(2).flatten(0, 1).repeat_interleave(replicas, dim=0)
         order = by_rank.T.flatten()
         return order[order >= 0]
 
 
 class StreamLoader(PlannedDataLoader):
-    """A loader whose samples have no numbers, in batches of other sizes. Its plan has sizes alone.
+    """A loader whose samples have no numbers, read in batches of other sizes. Its plan contains only batch sizes.
 
     Args:
         loader: The user's ``DataLoader`` over an ``IterableDataset``, or any iterable of batches with an attribute ``batch_size``.
@@ -228,7 +230,7 @@ class StreamLoader(PlannedDataLoader):
             length = len(loader.dataset) if usual else len(loader) * batch_size  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
             length = None
-        self._begun = 0  # epochs
+        self._begun = 0  # epochs begun so far
         self._sizes: BatchSize = batch_size
         drop_last = bool(getattr(loader, 'drop_last', False)) and usual
         dataset: Any = getattr(loader, 'dataset', [])
@@ -236,7 +238,7 @@ class StreamLoader(PlannedDataLoader):
         super().__init__(loader, seed=seed, rank=rank, world_size=world_size, samples=samples)
 
     def _make_path(self, indices: Tensor | None) -> None:
-        """There are no numbers to read by."""
+        """Does nothing: without sample numbers there is no path that reads by number."""
 
     def limit(self, max_batches: int | None) -> None:
         if self.num_samples is not None:
@@ -248,7 +250,7 @@ class StreamLoader(PlannedDataLoader):
 
     def plan_epoch(self, kept: Tensor | None, weights: Tensor | None, batch_size: BatchSize, epoch: int, *, even: bool) -> EpochPlan:
         assert kept is None, 'whoever chooses samples needs their numbers'
-        if isinstance(self._stream, WorkerStream):  # which draws nothing itself, as a DataLoader would
+        if isinstance(self._stream, WorkerStream):  # unlike a DataLoader, it does not draw from the training generator
             _draw_as_a_data_loader(self.given)
         self._sizes = batch_size
         if self.num_samples is not None:
@@ -278,7 +280,7 @@ class StreamLoader(PlannedDataLoader):
         return replace(self.plan, sizes=(*done, *ahead))
 
     def _ahead(self, batch: int, sample: int, count: int) -> list[int]:
-        """Sizes, over all ranks, of ``count`` batches from ``batch`` on, before which there are ``sample`` samples of the epoch."""
+        """Global sizes of ``count`` batches from ``batch`` on, given ``sample`` samples of the epoch before them."""
         sizes: list[int] = []
         for number in range(batch, batch + count):
             size = self._sizes(number, sample) if callable(self._sizes) else self._sizes
@@ -298,7 +300,7 @@ class StreamLoader(PlannedDataLoader):
         return super().__len__()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yields the epoch's batches. Batches that were trained before a resume are read and left out, as Composer does."""
+        """Yields the epoch's batches. Batches trained before a resume are read and discarded, as Composer does."""
         if self.plan is None:
             yield None
             return
@@ -319,12 +321,12 @@ class StreamLoader(PlannedDataLoader):
                     'resume from a checkpoint saved at the end of an epoch'
                 )
         elif self._stream.keeps_dataset:
-            for earlier in range(self._begun, epoch):  # a dataset may count its epochs; Composer does the same
+            for earlier in range(self._begun, epoch):  # a dataset may count its epochs, so start each one; Composer does the same
                 next(self._stream.read(earlier, lambda batch: self.initial_batch_size), None)
         self._begun = epoch
 
     def _size_of(self, batch: int) -> int | None:
-        """Samples of a batch on this rank, as planned now."""
+        """Samples of a batch on this rank, as currently planned."""
         assert self.plan is not None
         position = batch - self.plan.first_batch
         if position < 0:
@@ -333,7 +335,7 @@ class StreamLoader(PlannedDataLoader):
             self.set_plan(self.resize_rest(batch, self._sizes), self._epoch, self._done)
         if position >= len(self.plan.sizes):
             return None
-        # a last batch is asked for in full: a stream ends where it ends
+        # request the last batch in full: the stream itself determines where it ends
         return self._sizes(batch, self.samples_before(batch)) if callable(self._sizes) else self._sizes
 
     def read(self, indices: Any, batch_size: int, seed: int = 0) -> Iterator[Any]:
@@ -341,5 +343,8 @@ class StreamLoader(PlannedDataLoader):
 
 
 def _draw_as_a_data_loader(loader: DataLoader) -> None:
-    """Takes the random number that a ``DataLoader`` takes for its workers: the training's others then stay those of a run without us."""
+    """Draws the random number that a ``DataLoader`` draws to seed its workers.
+
+    The random numbers that training draws afterwards are then those of a run without this package.
+    """
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)

@@ -1,7 +1,7 @@
-"""The autograd graph between a model's outputs and its loss, walked by hand.
+"""Traverses the autograd graph between a model's outputs and its loss.
 
-``torch.autograd.grad`` runs the hooks that others put on outputs and losses (FSDP gathers its parameters there) and may free what the real
-backward pass needs. What is here calls single nodes of the graph, so that it runs no hook and frees nothing.
+``torch.autograd.grad`` runs hooks that others registered on outputs and losses (FSDP gathers its parameters in one) and may free buffers
+that the real backward pass needs. The functions here call individual nodes of the graph, so they run no hooks and free nothing.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch.autograd.graph import get_gradient_edge
 from composer_effalgos.utils.errors import InputError
 
 Edge = tuple[Any, int]
-"""A node of the graph and which of its outputs: one tensor."""
+"""A node of the graph and the index of one of its outputs; identifies a tensor."""
 
 
 class OpaqueGraphError(InputError):
-    """A Python ``autograd.Function`` (a compiled model is one): its backward pass may run only once."""
+    """The graph contains a Python ``autograd.Function`` (a compiled model is one), whose backward pass may run only once."""
 
 
 class Walk(NamedTuple):
-    """What :func:`walk` came by."""
+    """Result of :func:`walk`."""
 
-    nodes: list[Any]  # each before those that made its inputs
-    arrivals: list[tuple[Any, Edge]]  # stops, with the node that reads them, or None for a start
+    nodes: list[Any]  # each before the nodes that produced its inputs
+    arrivals: list[tuple[Any, Edge]]  # stops that were reached, each with the node that reads it (None for a start)
 
 
 def edge_of(tensor: Tensor) -> Edge:
-    """Where a tensor sits in the graph.
+    """The position of a tensor in the graph.
 
     Args:
         tensor: A tensor that requires a gradient.
 
     Returns:
-        Its edge; the same one for all tensors that are the same result.
+        Its edge, which is the same for all tensors that represent the same result.
     """
     edge = get_gradient_edge(tensor)
     return _through_ddp((edge.node, edge.output_nr))
@@ -50,7 +50,7 @@ def inputs_of(node: Any) -> list[Edge]:
 
 
 def _through_ddp(edge: Edge) -> Edge:
-    """DDP hands outputs through a function of its own where it looks for unused parameters: what went in stands for what came out."""
+    """Skips the identity function that DDP puts on outputs if it looks for unused parameters."""
     node, number = edge
     while type(node).__name__ == '_DDPSinkBackward':
         node, number = node.next_functions[number]
@@ -58,12 +58,12 @@ def _through_ddp(edge: Edge) -> Edge:
 
 
 def walk(starts: Iterable[Edge], stops: Collection[Edge], halt: Callable[[Any], bool] = lambda node: False) -> Walk:
-    """Goes through the graph, from a result towards what it was made of.
+    """Traverses the graph from a result towards its inputs.
 
     Args:
-        starts: Where to begin.
-        stops: Edges that are not passed.
-        halt: Nodes that are listed and not passed.
+        starts: Edges to start from.
+        stops: Edges at which the traversal stops.
+        halt: Predicate for nodes that are listed but not traversed further.
 
     Returns:
         Nodes and arrivals.
@@ -90,18 +90,18 @@ def walk(starts: Iterable[Edge], stops: Collection[Edge], halt: Callable[[Any], 
             stack.append((node, True))
             if not halt(node):
                 visit(node, inputs_of(node))
-    return Walk(finished[::-1], arrivals)
+    return Walk(finished[::-1], arrivals)  # reverse postorder is topological
 
 
 def between(start: Edge, stops: Collection[Edge]) -> list[Any]:
-    """The nodes on the ways from a result to some edges.
+    """The nodes on the paths from a result to given edges.
 
     Args:
         start: The result.
-        stops: The edges; none is passed.
+        stops: The edges; the traversal does not pass any of them.
 
     Returns:
-        The nodes, each before those that made its inputs.
+        The nodes, each before the nodes that produced its inputs.
     """
     order = walk([start], stops).nodes
     leading: set[Any] = set()
@@ -112,18 +112,18 @@ def between(start: Edge, stops: Collection[Edge]) -> list[Any]:
 
 
 def pull(result: Tensor, stops: Collection[Edge], scale: float = 1.0) -> dict[Edge, Tensor]:
-    """Gradients of a result's mean.
+    """Gradients of the mean of a result.
 
     Args:
         result: A tensor of any shape.
-        stops: The edges whose gradients are wanted; none is passed.
+        stops: The edges whose gradients are computed; gradients do not flow past them.
         scale: Multiplies the gradients.
 
     Returns:
-        The gradients of those that the result depends on.
+        The gradients of the edges that the result depends on.
 
     Raises:
-        OpaqueGraphError: If a Python ``autograd.Function`` lies between.
+        OpaqueGraphError: If there is a Python ``autograd.Function`` in between.
     """
     root = edge_of(result)
     order = between(root, stops)
@@ -144,5 +144,5 @@ def pull(result: Tensor, stops: Collection[Edge], scale: float = 1.0) -> dict[Ed
                 into = found if edge in stops else pending
                 if edge in stops or source in needed:
                     into[edge] = into[edge] + gradient if edge in into else gradient
-            del gradients, gradient
+            del gradients, gradient  # before the next node allocates its own
     return found

@@ -10,21 +10,24 @@ from composer.core import State, Time, TimeUnit
 from composer_effalgos.utils.errors import InputError
 
 Budget = Literal['trained', 'full']
-"""What a ``max_duration`` in samples, batches or tokens counts: what is trained on, or what a run that prunes nothing would train."""
+"""What a ``max_duration`` in samples, batches or tokens counts: the samples trained on, or those of a run without pruning."""
 
 
 def check_budget(budget: str) -> None:
-    """Refuses anything that is not a :data:`Budget`.
+    """Checks that an argument is a :data:`Budget`.
 
     Args:
         budget: The argument.
+
+    Raises:
+        InputError: If it is something else.
     """
     if budget not in ('trained', 'full'):
         raise InputError(f"budget: expected 'trained' or 'full', got {budget!r}")
 
 
 def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
-    """A time in epochs.
+    """Converts a time to epochs.
 
     Args:
         length: The time.
@@ -54,12 +57,12 @@ def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
 class Horizon:
     """The planned end of the run.
 
-    ``fit(duration=...)`` sets ``max_duration`` to the end of that call only. The planned end is the Trainer's own
-    ``max_duration``, if that is later and in the same unit. After that end, each ``fit`` moves it.
+    ``fit(duration=...)`` sets ``max_duration`` to the end of that call only. The planned end is the Trainer's own ``max_duration``, if that
+    is later and in the same unit. Once the run has reached it, each further ``fit`` moves it.
 
     Attributes:
         end: The planned end, from ``FIT_START`` on.
-        budget: The ``max_duration`` that :meth:`convert` replaced by epochs; ``None`` for none.
+        budget: The ``max_duration`` that :meth:`convert` replaced by epochs; ``None`` if it replaced none.
         extended: Whether the current ``fit`` began at or after the previously planned end, so that the end of the run is unknown.
     """
 
@@ -69,10 +72,10 @@ class Horizon:
         self.end: Time | None = None
         self.budget: Time | None = None
         self.extended = False
-        self._sample_tokens: int | None = None  # that a budget in tokens was converted with
+        self._sample_tokens: int | None = None  # used to convert a budget in tokens
 
     def after_load(self, state: State) -> None:
-        """Notes the Trainer's ``max_duration``.
+        """Records the Trainer's ``max_duration``.
 
         Args:
             state: The trainer's state at ``AFTER_LOAD``.
@@ -80,12 +83,12 @@ class Horizon:
         self._given = state.max_duration
 
     def convert(self, state: State, full: Mapping[TimeUnit, int], sample_tokens: int | None = None) -> None:
-        """Replaces a ``max_duration`` in another unit by epochs: as many as a run without pruning would train.
+        """Replaces a ``max_duration`` in another unit by the number of epochs that a run without pruning would train.
 
         Args:
             state: The trainer's state at ``FIT_START``, before :meth:`fit_start`.
             full: Samples and batches of a full epoch.
-            sample_tokens: Tokens of each sample, where all have as many.
+            sample_tokens: Tokens per sample, if all samples have the same number.
 
         Raises:
             InputError: If it is not a whole number of epochs.
@@ -96,7 +99,7 @@ class Horizon:
         assert length is not None
         if length.unit != TimeUnit.EPOCH:
             self.budget = length
-        elif self.end is None or length != self.end:  # else fit() continues
+        elif self.end is None or length != self.end:  # otherwise fit() continues with the converted end
             self.budget = None
         state.max_duration = in_full_epochs(length, full)
         if self._given is not None:
@@ -105,13 +108,13 @@ class Horizon:
         self._sample_tokens = sample_tokens if in_tokens else None
 
     def check_tokens(self, state: State) -> None:
-        """Checks the tokens that Composer counted in a batch against those that a budget in tokens was converted with.
+        """Checks the tokens that Composer counted in a batch against the number used to convert a budget in tokens.
 
         Args:
             state: The trainer's state at ``BATCH_END``.
 
         Raises:
-            InputError: The samples have other numbers of tokens.
+            InputError: If the samples have another number of tokens.
         """
         if self._sample_tokens is None:
             return
@@ -129,11 +132,11 @@ class Horizon:
 
         Args:
             state: The trainer's state at ``FIT_START``.
-            loaded: The planned end as a checkpoint has it.
+            loaded: The planned end from a checkpoint.
         """
         fit_end, before = state.max_duration, self.end if loaded is None else Time.from_timestring(loaded)
         assert fit_end is not None
-        if self._fitted and int(state.timestamp.batch) == 0:  # fit(reset_time=True) is another run
+        if self._fitted and int(state.timestamp.batch) == 0:  # fit(reset_time=True) starts another run
             self._given = before = None
         given = self._given is not None and self._given.unit == fit_end.unit and self._given >= fit_end
         self.end = self._given if given else fit_end
@@ -141,13 +144,13 @@ class Horizon:
         self.extended, self._fitted = passed and not given, True
 
     def progress(self, state: State) -> float:
-        """The share of the run that has passed.
+        """The fraction of the run that is finished.
 
         Args:
             state: The trainer's state.
 
         Returns:
-            A number in [0, 1] before the end.
+            A number in [0, 1] up to the planned end.
         """
         assert self.end is not None
         return int(state.timestamp.get(self.end.unit)) / int(self.end.value)

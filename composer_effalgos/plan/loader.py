@@ -1,4 +1,4 @@
-"""The loader that replaces the user's: it yields the batches of the epoch's plan."""
+"""The loader that replaces the user's loader and yields the batches of the epoch's plan."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from composer_effalgos.utils.errors import CheckpointError, InputError
 
 
 def class_labels(dataset: Any) -> Tensor | None:
-    """The class indices that a dataset has as an attribute.
+    """Class indices stored as an attribute of a dataset.
 
     Args:
         dataset: A map-style dataset.
 
     Returns:
-        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` unless these are one whole
-        number per sample (not class names, several labels per sample, regression targets or a method).
+        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` unless they are one integer per
+        sample (not class names, several labels per sample, regression targets or a method).
     """
     if isinstance(dataset, Subset):
         labels = class_labels(dataset.dataset)
@@ -61,7 +61,7 @@ def tokens_per_sample(dataset: Any) -> int | None:
         dataset: A map-style dataset.
 
     Returns:
-        Its ``seq_len``, which the text datasets here have; ``None`` without such a whole number.
+        Its ``seq_len``, which the text datasets of this package have; ``None`` if there is no such positive integer.
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
@@ -70,37 +70,39 @@ def tokens_per_sample(dataset: Any) -> int | None:
 
 
 class PlannedDataLoader(DataLoader):
-    """Yields the batches of an :class:`EpochPlan`, in place of the user's loader and on its data path.
+    """Yields the batches of an :class:`EpochPlan`. Replaces the user's loader, and reads through its data path.
 
     Args:
-        loader: The user's loader over a map-style dataset or a ``StreamingDataset``: ``DataLoader`` or :class:`BatchReader`. Its sampler
+        loader: The user's loader over a map-style dataset or a ``StreamingDataset``: a ``DataLoader`` or :class:`BatchReader`. Its sampler
             determines the samples and whether their order is shuffled.
         seed: The run's seed, the same on every rank.
         rank: This process's global rank.
         world_size: Number of ranks.
+        samples: The samples that the loader reads; ``None`` to derive them from the loader.
 
     Attributes:
         dataset: The samples that the user's loader reads, by index; the user's dataset if it reads all of it.
         indices: Indices of these samples in the user's dataset, int64 ``[N]``, ascending; ``None`` if they are the same.
         num_samples: Number of these samples.
         full_samples: Samples, over all ranks, of an epoch that trains on everything at the initial batch size.
-        full_batches: Its number of batches.
-        shard_starts: First sample of every shard, int64 ``[S]``, where the dataset has an attribute of this name or is a
-            ``StreamingDataset``. A new order then goes shard by shard.
-        shuffle_block: Samples that such an order shuffles together, at least a shard.
+        full_batches: Number of batches of such an epoch.
+        shard_starts: First sample of every shard, int64 ``[S]``, if the dataset has an attribute of this name or is a ``StreamingDataset``.
+            A shuffled order then goes shard by shard.
+        shuffle_block: Number of samples that such an order shuffles together, at least a shard.
         given: The user's loader.
-        metrics: What the selectors measured of the epoch.
+        metrics: Metrics of the epoch, set by the selectors.
         by_position: Whether samples are identified by their position in a batch, so that the loader's batches must keep their order.
-        given_batch: The last batch that was yielded, as the loader made it; kept until it is taken if ``by_position`` is set.
+        given_batch: The last batch that was yielded, as the loader made it; stored until the order check takes it, if ``by_position`` is
+            set.
 
     Raises:
-        InputError: For a loader that cannot be planned, or with fewer samples than ranks.
+        InputError: For a loader that cannot be planned, or that has fewer samples than ranks.
     """
 
     by_position = False
     given_batch: Any = None
-    tail: Tail = 'shared'  # what becomes of a last batch that is not full
-    microbatch: int | None = None  # samples per rank that are trained on at a time, where that is less than a batch
+    tail: Tail = 'shared'  # how an incomplete last batch is handled
+    microbatch: int | None = None  # samples per rank, if smaller than a batch
 
     def __init__(self, loader: DataLoader, *, seed: int, rank: int = 0, world_size: int = 1, samples: Samples | None = None) -> None:
         samples = samples or samples_of(loader, rank=rank, world_size=world_size)
@@ -144,10 +146,10 @@ class PlannedDataLoader(DataLoader):
         """Plans an epoch.
 
         Args:
-            kept: Samples to train on, int64 ``[n]``, no sample twice; ``None`` for all. :meth:`surplus` of them are left out at random.
+            kept: Samples to train on, without duplicates, int64 ``[n]``; ``None`` for all. :meth:`surplus` of them are left out at random.
             weights: Their loss weights, float32 ``[n]``; ``None`` for ones.
             batch_size: Samples per rank and batch.
-            epoch: The epoch's number.
+            epoch: Epoch number.
             even: Whether every rank gets the same number of samples.
         """
         if kept is not None and (surplus := self.surplus(len(kept), batch_size, even=even)):
@@ -170,12 +172,12 @@ class PlannedDataLoader(DataLoader):
         return replace(plan, sizes=self._spread(plan.sizes))
 
     def surplus(self, count: int, batch_size: BatchSize, *, even: bool) -> int:
-        """The number of kept samples that are left out of an epoch, so that no batch has only one sample per rank.
+        """The number of kept samples that an epoch leaves out, so that no batch has only one sample per rank.
 
-        BatchNorm cannot be trained on one sample. None are left out if the ``DataLoader`` would also make such a batch without pruning.
+        BatchNorm cannot be trained on one sample. The result is 0 if the ``DataLoader`` would also produce such a batch without pruning.
 
         Args:
-            count: Samples that are kept, over all ranks.
+            count: Number of kept samples, over all ranks.
             batch_size: Samples per rank and batch.
             even: As for :meth:`plan_epoch`.
         """
@@ -197,13 +199,13 @@ class PlannedDataLoader(DataLoader):
         return num_surplus(count, sizes_of, self.world_size, criteria[0])
 
     def _spread(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Batch sizes; the last two are split differently if a rank would be left with one sample."""
+        """Batch sizes, with the last two split differently if a rank would be left with one sample."""
         if self.tail != 'shared' or self.drop_last or not (criteria := self._single_criteria()):
             return tuple(sizes)
         return tuple(spread(sizes, self.world_size, criteria[0]))
 
     def _single_criteria(self) -> list[int | None]:
-        """By which microbatch, or by whole batches (None), an epoch of all samples leaves no rank with one sample; the strictest first."""
+        """Microbatch sizes (None: whole batches) for which an unpruned epoch leaves no rank with one sample, strictest first."""
 
         def leaves_one(microbatch: int | None) -> bool:
             return unpruned_has_single(
@@ -215,11 +217,11 @@ class PlannedDataLoader(DataLoader):
     def resume(
         self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool
     ) -> tuple[EpochPlan, tuple[int, ...]]:
-        """The rest of an epoch after some of its batches were trained.
+        """The rest of an epoch of which some batches were already trained.
 
         Args:
             plan: The epoch's plan in the interrupted run.
-            batches: Batches of the epoch trained before.
+            batches: Number of batches of the epoch already trained.
             batch_size: Samples per rank and batch, if the rest must be split again.
             world_size: Number of ranks of the interrupted run.
             even: Whether every rank gets the same number of samples.
@@ -240,7 +242,11 @@ class PlannedDataLoader(DataLoader):
         return (rest, plan.sizes[: batches - plan.first_batch]) if same else (replace(rest, sizes=self._spread(rest.sizes)), ())
 
     def plan_from_state(self, saved: Mapping[str, Any]) -> EpochPlan:
-        """The plan that its ``state_dict`` saved."""
+        """Restores a plan from the result of its ``state_dict``.
+
+        Raises:
+            CheckpointError: If the plan was saved by a run with ``shard=True``.
+        """
         if 'order' not in saved:
             raise CheckpointError(
                 'the checkpoint was saved within an epoch by a run with shard=True; give shard=True, or resume from one saved at the end '
@@ -249,10 +255,10 @@ class PlannedDataLoader(DataLoader):
         return EpochPlan.from_state(saved)
 
     def resize_rest(self, batches: int, batch_size: BatchSize) -> EpochPlan:
-        """The plan with its rest in batches of other sizes.
+        """The plan with the rest of the epoch in batches of other sizes.
 
         Args:
-            batches: Batches of the epoch trained before.
+            batches: Number of batches of the epoch already trained.
             batch_size: Samples per rank and batch.
         """
         assert self.plan is not None
@@ -261,12 +267,12 @@ class PlannedDataLoader(DataLoader):
         return replace(plan, sizes=(*plan.sizes[:done], *self._spread(plan.sizes[done:])))
 
     def set_plan(self, plan: EpochPlan, epoch: int, done: tuple[int, ...] = ()) -> None:
-        """Takes the plan that the next iteration yields.
+        """Sets the plan that the next iteration yields.
 
         Args:
             plan: The epoch's plan, for all ranks.
-            epoch: The epoch's number, which seeds the augmentations.
-            done: Sizes over all ranks of the batches before ``plan.first_batch``, for loaders that have to read them again.
+            epoch: Epoch number, which seeds the augmentations.
+            done: Global sizes of the batches before ``plan.first_batch``, for loaders that must read them again.
         """
         self.plan, self._epoch = plan, epoch
         self.rank_order = plan.rank_order(self.rank, self.world_size)
@@ -282,10 +288,10 @@ class PlannedDataLoader(DataLoader):
         self._batch_size = batch_size
 
     def limit(self, max_batches: int | None) -> None:
-        """Limits every epoch, also the full one.
+        """Limits the length of every epoch, including the full one.
 
         Args:
-            max_batches: Largest number of batches per epoch (``train_subset_num_batches``); ``None`` for no limit.
+            max_batches: Maximum number of batches per epoch (``train_subset_num_batches``); ``None`` for no limit.
         """
         self.max_batches = max_batches
         full = split_batches(self.num_samples, self.initial_batch_size, self.world_size, self.drop_last, max_batches, self.tail)
@@ -305,28 +311,28 @@ class PlannedDataLoader(DataLoader):
     def catch_up(self, state: State) -> None:
         """Brings the user's loader to its position in the interrupted run; at ``FIT_START``, before random states are restored.
 
-        Nothing here: the plan says what to read.
+        Nothing to do here, because the plan determines what to read.
 
         Args:
             state: The trainer's state.
         """
-        # the plan resumes within an epoch; a StreamingDataset that did so too would leave samples out
+        # The plan already resumes within an epoch. If a StreamingDataset did so too, samples would be skipped.
         state.dataset_resumption.pop('train', None)
 
     def note_microbatch(self, state: State) -> None:
-        """Records the microbatch size, and warns if Composer has not determined it yet; at ``FIT_START``.
+        """Records the microbatch size, and sets it if Composer has not determined it; at ``FIT_START``.
 
         Args:
             state: The trainer's state.
         """
         size = state.device_train_microbatch_size
-        if size is None:  # Composer looks at the batch_size of the DataLoader, which is None beside a batch_sampler
+        if size is None:  # Composer reads the DataLoader's batch_size, which is None if it has a batch_sampler
             size = state.device_train_microbatch_size = self.initial_batch_size
         smaller = isinstance(size, int) and size < self.initial_batch_size and not state.auto_microbatching
         self.microbatch = int(size) if smaller else None
 
     def samples_before(self, batch: int) -> int:
-        """Samples over all ranks that the epoch trains on before batch number ``batch``, which must not be one trained before a resume."""
+        """Samples of the epoch, over all ranks, before batch number ``batch``, which must not precede a resume."""
         assert self.plan is not None
         return self.plan.start + self.world_size * self.rank_offsets[batch - self.plan.first_batch]
 
@@ -336,7 +342,7 @@ class PlannedDataLoader(DataLoader):
         return [self.plan.rank_order(rank, self.world_size) for rank in range(self.world_size)]
 
     def batch_slice(self, batch: int) -> slice:
-        """Where batch number ``batch`` of the epoch lies in ``rank_order``."""
+        """The position of batch number ``batch`` of the epoch in ``rank_order``."""
         assert self.plan is not None
         position = batch - self.plan.first_batch
         return slice(self.rank_offsets[position], self.rank_offsets[position + 1])
@@ -347,10 +353,9 @@ class PlannedDataLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yields the epoch's batches.
 
-        Batches that were trained before a resume are yielded as ``None``: the trainer skips them without reading them, so nothing is read
-        or decoded for them on any path. The same holds before there is a plan, when the trainer spins its loaders. A plan whose rest
-        changes between two batches (:func:`~composer_effalgos.plan.epoch.resize_rest`) takes effect from the next batch on, despite
-        prefetching.
+        Batches that were trained before a resume are yielded as ``None``: the trainer skips them, so they are not read or decoded on any
+        path. The same applies before there is a plan, when the trainer spins its loaders. If the rest of the plan changes between two
+        batches (:func:`~composer_effalgos.plan.epoch.resize_rest`), this takes effect from the next batch on, despite prefetching.
         """
         if self.plan is None:
             yield None
@@ -364,11 +369,11 @@ class PlannedDataLoader(DataLoader):
                 self.given_batch = read if self.by_position else None
                 yield read
                 batch += 1
-                if self.plan is not plan:  # what was read ahead is read again, in batches of the new size
+                if self.plan is not plan:  # discard prefetched batches and read them again in the new size
                     break
 
     def _rest(self, batch: int) -> Reading:
-        """What is to be read from ``batch`` on."""
+        """The reading from batch number ``batch`` on."""
         assert self.plan is not None
         offsets = self.rank_offsets[batch - self.plan.first_batch :]
         batch_seeds = (stream_seed(self.seed, 2, self._epoch, self.rank, b) for b in range(batch, self.plan.num_batches))
@@ -376,15 +381,15 @@ class PlannedDataLoader(DataLoader):
         return Reading(indices, offsets, stream_seed(self.seed, 2, self._epoch), batch_seeds, self.by_position)
 
     def read(self, indices: Sequence[int], batch_size: int, seed: int = 0) -> Iterator[Any]:
-        """Reads given samples in their order on the same path, outside the epoch's plan.
+        """Reads given samples in order through the same data path, outside the epoch's plan.
 
         Args:
             indices: Sample indices.
-            batch_size: Samples a batch; the last may have fewer.
+            batch_size: Samples per batch; the last may have fewer.
             seed: Seeds the dataset's random augmentation.
 
         Yields:
-            Batches as the path gives them, on the host or on the device of training.
+            Batches as the data path returns them, on the host or on the training device.
         """
         batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
         yield from self._path.read_batches(Reading.of_batches(batches, self.seed, 3, seed, by_position=True))

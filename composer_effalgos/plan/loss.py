@@ -1,4 +1,4 @@
-"""The weighted loss: the model's own, with each sample's gradient multiplied by its weight in the plan."""
+"""The weighted loss: the model's own loss, with the gradient of each sample multiplied by its weight in the plan."""
 
 from __future__ import annotations
 
@@ -25,84 +25,86 @@ __all__ = ['PerSampleLoss', 'Weigher', 'WeightedLoss', 'per_sample_mean']
 
 
 class Weigher(Protocol):
-    """Weighs the samples or tokens of a microbatch by their losses."""
+    """Computes weights for the samples or tokens of a microbatch from their losses."""
 
     by_token: ClassVar[bool]
 
     def begun(self) -> bool:
-        """Whether there are weights now."""
+        """Whether weights apply now; False during a burn-in."""
 
     def weigh(self, losses: Any, batch: Any) -> Tensor:
         """Float ``[B]`` for losses ``[B]``, or ``[n]`` for :class:`~composer_effalgos.plan.token_loss.Tokens`."""
 
 
 class WeightedLoss:
-    """Stands in for ``model.loss``.
+    """Replaces ``model.loss``.
 
-    The model's own loss stays the loss: it is evaluated once, with its graph, and where the epoch has no weights what it returned is
-    returned untouched. Where all weights are 1 the value and the gradient are its own bit for bit.
+    The model's own loss is evaluated once, with its graph. If the epoch has no weights, its result is returned unchanged. If all weights
+    are 1, value and gradient are bitwise equal to the original.
 
-    A loss that is ``sum(c_i l_i) / M`` plus terms that do not read the outputs has ``sum(w_i c_i l_i) / M`` weighted: its gradient at
-    the outputs is the loss's own with the rows of sample i multiplied by ``w_i``. A hook on the outputs does that (for a plain cross-
-    entropy a hook on the targets' log-probabilities, which costs next to nothing), and the value returned is the own one plus
-    ``sum((w_i - 1) c_i l_i) / M`` without a gradient. The model's own normalisation ``M`` (class weights, ignored labels, tokens) is
-    kept, and terms for the whole batch (the router loss of a mixture of experts) stay unweighted.
+    If the loss is ``sum(c_i l_i) / M`` plus terms that do not read the outputs, the weighted loss is ``sum(w_i c_i l_i) / M`` plus these
+    terms. Its gradient at the outputs is that of the original loss, with the rows of sample i multiplied by ``w_i``. A hook on the outputs
+    does this (for a plain cross-entropy, a hook on the log-probabilities of the targets, which costs next to nothing). The returned value
+    is the original one plus ``sum((w_i - 1) c_i l_i) / M``, detached from the graph. The model's normalisation ``M`` (class weights,
+    ignored labels, tokens) is kept, and terms for the whole batch (the router loss of a mixture of experts) are not weighted.
 
-    That is checked in the first batch and in each whose number is a power of two: each sample's loss must depend on its own rows alone and
-    have the direction of the own loss's gradient there. Where the own loss's graph does not pass through the outputs (a compiled model),
-    and for a caller's per-sample loss that is not the model's, the correction ``sum((w_i - 1) c_i l_i) / M`` carries the gradient instead.
+    This form is verified in the first batch and in every batch whose number is a power of two: the loss of each sample must depend only on
+    the sample's own rows, and its gradient there must have the direction of the original loss's gradient. If the graph of the original loss
+    does not pass through the outputs (a compiled model), or if the caller's per-sample loss is not the model's, the correction ``sum((w_i -
+    1) c_i l_i) / M`` carries the gradient instead.
 
-    Outside training steps (evaluation, SelectiveBackprop's look-ahead) it is the model's own loss. The position in the batch moves on
+    Outside training steps (evaluation, SelectiveBackprop's look-ahead) the original loss is called. The position in the batch advances on
     events, not on calls: MixUp and CutMix call the loss twice for one microbatch, microbatching splits one batch into several calls, and a
-    batch may be replayed after an out-of-memory error. Only a microbatch's first call is shown to subscribers.
+    batch may be replayed after an out-of-memory error. Subscribers are notified only of the first call for a microbatch.
 
     Args:
         model: The model whose ``loss`` it replaces.
-        per_sample_loss: The caller's per-sample loss; ``None`` for the model's own, by ``reduction='none'`` or from its graph.
-        user: The algorithm that takes one, for messages.
+        per_sample_loss: The caller's per-sample loss; ``None`` for the model's own, computed with ``reduction='none'`` or read from its
+            graph.
+        user: The algorithm with the argument ``per_sample_loss``, for messages.
 
     Attributes:
-        subscribers: Called as ``subscriber(losses, where, outputs, batch)`` with detached float32 ``[B]`` and the slice of the rank's epoch
-            that they fill.
-        weigher: Weighs each microbatch by its own losses, on top of the epoch's weights; ``None`` for no such weights.
+        subscribers: Called as ``subscriber(losses, where, outputs, batch)`` with detached float32 ``[B]`` and their slice of the rank's
+            epoch.
+        weigher: Weights each microbatch by its own losses, in addition to the epoch's weights; ``None`` for no such weights.
     """
 
     def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None, *, user: str = 'InfoBatch') -> None:
         self.original: Callable[..., Any] = model.loss
         self._model = model
-        self._logger: Any = None  # each Trainer gives the model its own: identifies the Trainer that opened the window
+        self._logger: Any = None  # each Trainer sets its own on the model: identifies the Trainer that opened the window
         self._user = user
         self._given = False
         self._form: Form = reduction_form(model, self.original) or ReadFromGraph(self.original)
         self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
         self.weigher: Weigher | None = None
         self._weights: Tensor | None = None
-        self._window: slice | None = None  # the batch's place in the rank's epoch, while it is trained on
+        self._window: slice | None = None  # position of the current batch in the rank's epoch; None outside training steps
         self._position = self._next_position = 0
         self._first_call = True
-        self._batches = 0  # begun in this fit
+        self._batches = 0  # started in this fit
         self._check_due = True
-        self._read: list[int] | None = None  # positions of the outputs whose gradients take the weights; None where a correction does
-        self._settled = self._parted = False  # whether the form is the one to stay with, and was tried on a part of a batch
-        self._checked = self._foreign = False  # foreign: the caller's per-sample loss is not the model's own
-        self._hooked: set[Any] = set()  # what takes the weights in this microbatch
+        self._read: list[int] | None = None  # positions of the outputs whose gradients are weighted; None if a correction is added instead
+        self._settled = self._parted = False  # whether the form is final, and whether it was tested on a part of a batch
+        self._checked = self._foreign = False  # foreign: the caller's per-sample loss differs from the model's
+        self._hooked: set[Any] = set()  # nodes that already have a hook in this microbatch
         if per_sample_loss is not None:
             self.use(per_sample_loss)
 
     @property
     def model_name(self) -> str:
-        """The model's class, for messages."""
+        """Name of the model's class, for messages."""
         return type(self._model).__name__
 
     def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
-        # a copy of the model (SWA, export) gets its plain loss: it has no plan
+        # a copy of the model (SWA, export) has no plan, so it gets the original loss
         return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.original,)  # a saved model has its plain loss too
+        return _itself, (self.original,)  # a pickled model gets the original loss too
 
     def use(self, per_sample_loss: PerSampleLoss) -> None:
-        """Takes the caller's per-sample loss.
+        """Sets the caller's per-sample loss.
 
         Args:
             per_sample_loss: ``(outputs, batch) -> [B, ...]``.
@@ -110,16 +112,16 @@ class WeightedLoss:
         self._form, self._given = Called(per_sample_loss, 'per_sample_loss', self.original, given=True), True
 
     def begin_fit(self) -> None:
-        """Before a fit: its first batch is checked."""
+        """Schedules a check of the first batch; called before each fit."""
         self._batches, self._check_due = 0, True
 
     @property
     def check_due(self) -> bool:
-        """Whether the next loss of a training step is checked, which waits for the device."""
+        """Whether the next loss of a training step is checked, which synchronises with the device."""
         return self._check_due
 
     def per_sample(self, outputs: Any, batch: Any) -> Tensor:
-        """The loss of each sample, differentiable; in a training step or outside.
+        """The loss of each sample, differentiable; inside or outside a training step.
 
         Args:
             outputs: The model's outputs.
@@ -129,17 +131,17 @@ class WeightedLoss:
             Float ``[B]``.
 
         Raises:
-            InputError: Where the loss has no per-sample form.
+            InputError: If the loss has no per-sample form.
         """
         self._settle(outputs, batch)
-        if not self._parted and not self._given:  # outside training there is no other check
+        if not self._parted and not self._given:  # outside training steps this is the only check
             self._parted = True
             if dependent := self._why_dependent(self._form.evaluate(outputs, batch), outputs, batch):
                 self._refuse(dependent)
         return self._refusing(self._form.losses, outputs, batch)
 
     def _settle(self, outputs: Any, batch: Any) -> None:
-        """Looks once whether ``reduction`` does what its name says, and whether the loss can be computed twice for each batch."""
+        """Checks once whether ``reduction='none'`` works and whether the loss can be computed twice per batch without side effects."""
         if not self._settled and not self._given and isinstance(self._form, Called):
             with repeated(self._model) as changed:
                 ignores = self._form.ignores_reduction(outputs, batch)
@@ -148,7 +150,7 @@ class WeightedLoss:
         self._settled = True
 
     def start_epoch(self, weights: Tensor | None) -> None:
-        """Takes the weights of the epoch.
+        """Sets the weights of the epoch.
 
         Args:
             weights: Float32 ``[m]`` on the training device, in the rank's order; ``None`` for ones.
@@ -156,10 +158,10 @@ class WeightedLoss:
         self._weights = weights
 
     def start_batch(self, window: slice) -> None:
-        """Before a batch is trained on, or replayed.
+        """Called before a batch is trained on or replayed.
 
         Args:
-            window: The batch's place in the rank's epoch.
+            window: The batch's position in the rank's epoch.
         """
         self._window, self._position, self._first_call = window, 0, True
         self._hooked.clear()
@@ -168,16 +170,16 @@ class WeightedLoss:
         self._check_due |= is_due(self._batches)
 
     def end_microbatch(self) -> None:
-        """After a microbatch's backward pass."""
+        """Called after the backward pass of a microbatch."""
         self._position, self._first_call = self._next_position, True
         self._hooked.clear()
         self._form.forget()
 
     def end_batch(self) -> None:
-        """After a batch's last backward pass.
+        """Called after the last backward pass of a batch.
 
         Raises:
-            InputError: Where the batch held other samples than planned.
+            InputError: If the number of samples in the batch was not the planned one.
         """
         window, self._window = self._window, None
         if window is not None and self._by_position and self._position != window.stop - window.start:
@@ -189,7 +191,7 @@ class WeightedLoss:
 
     @property
     def _active(self) -> bool:
-        # a loss that cannot be weighed is refused at once, not at the end of a burn-in
+        # report a loss that cannot be weighted in the first batch, not only at the end of a burn-in
         return self._by_position or (self.weigher is not None and (self._check_due or self.weigher.begun()))
 
     def _wrong_size(self, seen: int, window: slice) -> None:
@@ -214,7 +216,7 @@ class WeightedLoss:
         raise InputError(f'{self.model_name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        # a run that broke off within a batch leaves its window behind, and another Trainer may go on with the model
+        # A run that failed within a batch leaves its window open, and another Trainer may reuse the model.
         if self._window is None or not self._active or getattr(self._model, 'logger', None) is not self._logger:
             return self.original(outputs, batch, *args, **kwargs)
         if self.weigher is not None and not self._first_call:
@@ -225,7 +227,7 @@ class WeightedLoss:
         if self.weigher is not None and self.weigher.by_token:
             return self._weigh_tokens(self.weigher, self.original(outputs, batch, *args, **kwargs), outputs, batch)
         given_outputs, given_batch = outputs, batch
-        outputs, batch = same_structure(outputs), same_structure(batch)  # a loss may pop from what it is given
+        outputs, batch = same_structure(outputs), same_structure(batch)  # copies of the containers: a loss may pop from its arguments
         self._settle(outputs, batch)
         own = self._form.evaluate(given_outputs, given_batch, *args, **kwargs)
         samples = self._read_samples(own, outputs, batch)
@@ -235,7 +237,7 @@ class WeightedLoss:
             self._wrong_size(self._position + len(samples.losses), self._window)
         if self._check_due:
             self._check(own, outputs, batch)
-            samples = self._read_samples(own, outputs, batch)  # of which the check may have found what their mean is over
+            samples = self._read_samples(own, outputs, batch)  # the check may have determined another normalisation
         losses, shares = samples.losses, samples.shares
         self._next_position = self._position + len(losses)
         if self._first_call:
@@ -246,7 +248,7 @@ class WeightedLoss:
         if self.weigher is not None and self.weigher.begun():
             factors = self.weigher.weigh(losses, batch)
             weights = factors if weights is None else weights * factors
-        if weights is None or not self._checked:  # unchecked: nothing has been finite yet
+        if weights is None or not self._checked:  # unchecked: no loss has been finite yet
             return own
         if self._read is None:
             shares = self._corrections(own, outputs, batch)
@@ -261,7 +263,7 @@ class WeightedLoss:
             return self._refusing(self._form.samples, own, outputs, batch)
 
     def _weigh_tokens(self, weigher: Weigher, own: Any, outputs: Any, batch: Any) -> Any:
-        """The loss with a weight for each token. What is read from its graph needs no check: it is linear in the tokens' losses."""
+        """The loss with a weight per token. It needs no check: the graph shows that it is linear in the token losses."""
         self._first_call = self._check_due = False
         with torch.no_grad():
             tokens = self._refusing(read_tokens, own, outputs)
@@ -269,7 +271,7 @@ class WeightedLoss:
         return own if added is None else with_added(own, [added])
 
     def _weigh_gradients(self, outputs: Any, weights: Tensor) -> None:
-        """Has the backward pass multiply each sample's gradient at the outputs, once a microbatch."""
+        """Registers hooks that multiply each sample's gradient at the outputs, once per microbatch."""
         tensors = tensors_of(outputs)
         for position in self._read or ():
             node, number = edge_of(tensors[position])
@@ -287,7 +289,7 @@ class WeightedLoss:
             node.register_prehook(weigh)
 
     def _corrections(self, own: Any, outputs: Any, batch: Any) -> list[Tensor]:
-        """Shares of the samples with their graph; of a loss that is not the model's own, those in its plain mean."""
+        """Shares of the samples with their graph; for a loss that is not the model's own, the shares in its plain mean."""
         if self._foreign:
             losses = self._form.losses(outputs, batch)
             return [losses / len(losses)]
@@ -296,7 +298,7 @@ class WeightedLoss:
     # ------------------------------------------------------------------ the check
 
     def _why_dependent(self, own: Any, outputs: Any, batch: Any) -> str:
-        """Why samples' losses are other ones in another batch; empty where they are not."""
+        """The reason why the losses of samples depend on the rest of the batch; empty if they do not."""
         with repeated(self._model):
             dependent = self._refusing(self._form.depends_on_others, own, outputs, batch)
         if not dependent:
@@ -311,8 +313,8 @@ class WeightedLoss:
         )
 
     def _check(self, own: Any, outputs: Any, batch: Any) -> None:
-        """Holds the per-sample losses against the model's own loss and decides how the weights enter."""
-        dependent = self._why_dependent(own, outputs, batch)  # first: it settles what the losses are
+        """Compares the per-sample losses with the model's own loss and decides how the weights are applied."""
+        dependent = self._why_dependent(own, outputs, batch)  # must come first: it sets the normalisation of the losses
         probe: Probe = self._refusing(self._form.probe, own, outputs, batch)
         total = total_of(own)
         if not probe.shares.requires_grad:

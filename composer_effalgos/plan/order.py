@@ -20,16 +20,16 @@ from composer_effalgos.plan.outputs import leaves_of, rows_of
 from composer_effalgos.plan.randomness import RandomStream
 from composer_effalgos.utils.errors import InputError
 
-_MOST = 13  # samples that a check looks at; few other dimensions are as long
+_MOST = 13  # samples per check; an unusual length for any other dimension
 _WRONG_ORDER = (
     'expected row i of each tensor to be of sample i, got another order, or rows mixed with others in a fixed way; leave the samples in '
     'their order (a model may sort them and undo it) and mix them at random, since scores and weights go by position'
 )
-_CLONED = 2**20  # numbers of a tensor that is noted as it was; of a larger one only its replacement is noticed
+_CLONED = 2**20  # elements up to which a tensor is cloned for comparison; for larger ones only a replacement is noticed
 
 
 def is_due(count: int) -> bool:
-    """Whether the batch with this number, from 1 on, is one to check: a power of two.
+    """Whether to check the batch with this number, counted from 1: true for powers of two.
 
     Args:
         count: The number.
@@ -38,13 +38,13 @@ def is_due(count: int) -> bool:
 
 
 def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, seed: int) -> None:
-    """Checks that a collate function keeps the order of the samples, on samples that were read anyway.
+    """Checks that a collate function keeps the order of the samples, using samples that were read anyway.
 
     Args:
         collate: The function.
-        samples: What the dataset gave; other things than a list (a dataset that makes batches itself) say nothing.
-        size: How many samples it should be.
-        seed: Of its random numbers.
+        samples: What the dataset returned. Anything but a list (from a dataset that makes batches itself) is not checked.
+        size: The expected number of samples.
+        seed: Seed of the random numbers that the function draws.
 
     Raises:
         InputError: If its batches have another order.
@@ -52,7 +52,7 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
     if collate is default_collate or not isinstance(samples, list) or len(samples) != size:
         return
     samples, size = samples[:_MOST], min(size, _MOST)
-    collate = _copied(collate)  # it may count its calls, or have random numbers of its own
+    collate = _copied(collate)  # the function may count its calls or have its own random generator
     if not keeps_order(collate, samples, size, lambda some, order: [some[index] for index in order], seed):
         raise InputError(f'collate_fn: {_WRONG_ORDER}')
 
@@ -60,11 +60,11 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
 class OrderCheck:
     """Checks that the transforms of the training ``DataSpec``, and the model, keep the order of the samples.
 
-    Without transforms it costs a comparison, in batches 1, 2, 4, ... of a fit.
+    Runs in batches 1, 2, 4, ... of a fit. Without transforms it costs one comparison.
 
     Args:
         state: The trainer's state.
-        seed: Of the transforms' random numbers.
+        seed: Seed of the random numbers that the transforms draw.
     """
 
     def __init__(self, state: State, seed: int) -> None:
@@ -72,19 +72,19 @@ class OrderCheck:
         self._batches = 0
         self._spec: DataSpec | None = None
         self._looked = False
-        self._noted: list[tuple[Tensor, int, Tensor]] = []  # tensors of a batch, their versions and content, before the forward pass
+        self._noted: list[tuple[Tensor, int, Tensor]] = []  # tensors of a batch with version and content before the forward pass
 
     def before_forward(self, loader: Any) -> None:
-        """Checks what the transforms made of a batch.
+        """Checks the result of the transforms on a batch.
 
         Args:
-            loader: The planned loader, which keeps the batch that it gave until it is taken.
+            loader: The planned loader, which stores the batch it yielded until it is taken here.
 
         Raises:
-            InputError: If a transform gives the samples another order.
+            InputError: If a transform changes the order of the samples.
         """
         given, loader.given_batch = loader.given_batch, None
-        if given is None:  # not a batch's first microbatch
+        if given is None:  # not the first microbatch of a batch
             return
         self._batches += 1
         if is_due(self._batches):
@@ -93,10 +93,10 @@ class OrderCheck:
             self._noted = [(t, t._version, t.clone() if t.numel() <= _CLONED else t) for t in tensors]
 
     def after_forward(self) -> None:
-        """Checks that the model left the rows of the batch, which its loss reads, where they were.
+        """Checks that the model left the rows of the batch, which its loss reads, in place.
 
         Raises:
-            InputError: It put them in another order.
+            InputError: If it changed their order.
         """
         noted, self._noted = self._noted, []
         found = [leaf for leaf in leaves_of(self._state.batch) if isinstance(leaf, Tensor)] if noted else []
@@ -129,17 +129,17 @@ class OrderCheck:
 def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Callable[[Any, Sequence[int]], Any], seed: int) -> bool:
     """Whether a function makes row i of its result from sample i.
 
-    The function is called on the samples in their order and in two others: a rotation and the exchange of two samples, which together make
-    every order. Take a tensor with a row a sample: where it is the same under other random numbers, its rows must move as the samples did;
-    else, as where tokens are masked or images mixed at random, the exchange must change the rows of these two samples. A tensor that no
-    order changes says nothing where another one moves with the samples.
+    The function is called on the samples in their order and in two permutations, a rotation and a transposition, which together generate
+    all permutations. Consider a tensor with one row per sample. If it does not depend on the random numbers, its rows must move exactly as
+    the samples did. Otherwise (masked tokens, randomly mixed images) the transposition must change the rows of its two samples. A tensor
+    that no permutation changes is inconclusive if another one moves with the samples.
 
     Args:
-        function: From samples to tensors in any structure.
-        batch: The samples; the function gets copies.
-        size: How many.
-        take: ``(batch, order)`` -> these samples in this order.
-        seed: Of the function's random numbers; those of the process stay as they are.
+        function: Maps samples to tensors in any structure.
+        batch: The samples; the function receives copies.
+        size: Number of samples.
+        take: ``(batch, order)`` -> the samples in this order.
+        seed: Seed of the function's random numbers. The random state of the process is not changed.
     """
     order = list(range(size))
     first = take(batch, [0])
@@ -165,7 +165,7 @@ def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Cal
         elif _near(ours, second) and _near(ours, third):
             unmoved |= not _near(ours, ours[rotation]) and len(others[0]) > number and _near(ours, others[0][number])
         else:
-            if len(others) == 1:  # a few samples may be mixed twice in the same way by chance
+            if len(others) == 1:  # with few samples, two seeds may give the same random mixture by chance
                 others += [tensors(order, stream) for stream in range(2, 10)]
             if all(len(found) > number and _near(ours, found[number]) for found in others):
                 return False
@@ -176,14 +176,14 @@ def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Cal
 
 
 def _moved(before: Tensor, after: Tensor, order: list[int]) -> bool:
-    """Whether the rows have moved, or rows and columns, as in a mask for pairs of samples."""
+    """Whether the rows moved with the samples; or rows and columns, as in a mask over pairs of samples."""
     if _near(after, before[order]):
         return True
     return before.ndim > 1 and before.shape[1] == len(order) and _near(after, before[order][:, order])
 
 
 def _is_reordered(before: Tensor, after: Tensor) -> bool:
-    """Whether a tensor has the rows of another one in another order."""
+    """Whether a tensor has the rows of another one in another order, by comparing sorted checksums of the rows."""
     if before.shape != after.shape or before.dtype != after.dtype or torch.equal(before, after):
         return False
     rows = [tensor.detach().flatten(1).double() if tensor.ndim > 1 else tensor.detach().double()[:, None] for tensor in (before, after)]
@@ -197,7 +197,7 @@ def _near(ours: Tensor, theirs: Tensor) -> bool:
         return False
     if not ours.is_floating_point():
         return torch.equal(ours, theirs)
-    return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)  # a mean over the batch rounds as it is added up
+    return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)  # a mean over the batch depends on the summation order
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -215,14 +215,14 @@ def _equal(ours: Any, theirs: Any) -> bool:
 
 def _copied(samples: Any) -> Any:
     try:
-        return copy.deepcopy(samples)  # a collate function may change what it is given
-    except Exception:  # what cannot be copied is given as it is
+        return copy.deepcopy(samples)  # a collate function may modify its argument in place
+    except Exception:  # cannot be copied: use the original
         return samples
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # never in a worker process
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # in a worker process CUDA is never initialised
     with torch.random.fork_rng(devices), RandomStream(seed % 2**63):
         if devices:
             torch.cuda.manual_seed(seed % 2**63)
@@ -230,7 +230,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _begins_with(given: Any, microbatch: Any) -> bool:
-    """Whether a microbatch is the first rows of what the loader gave, unchanged."""
+    """Whether a microbatch consists of the first rows of the loader's batch, unchanged."""
 
     def unchanged(ours: Any, theirs: Any) -> bool:
         if not isinstance(ours, Tensor) or ours is theirs:
@@ -251,15 +251,15 @@ def _is_default(transform: Any) -> bool:
 def training_data_spec(state: State) -> DataSpec | None:
     """The ``DataSpec`` whose transforms the Trainer applies to training batches.
 
-    Composer shows algorithms the loader alone, and nothing in the state leads to the ``DataSpec`` or to the Trainer, which holds it. The
-    Trainer is the live object that has this state.
+    Composer gives algorithms only the loader. The state refers neither to the ``DataSpec`` nor to the Trainer that holds it, so this
+    searches the live objects for the Trainer with this state.
 
     Args:
         state: The Trainer's state.
 
     Returns:
-        The ``DataSpec``; ``None`` where no Trainer has this state.
+        The ``DataSpec``; ``None`` if no Trainer has this state.
     """
-    # by their type: some objects import a library where isinstance() asks them
+    # issubclass(type()): on lazy modules, isinstance() triggers an import
     trainers = [item for item in gc.get_objects() if issubclass(type(item), Trainer) and getattr(item, 'state', None) is state]
     return next((value for trainer in trainers for value in vars(trainer).values() if isinstance(value, DataSpec)), None)

@@ -1,4 +1,4 @@
-"""Model outputs: tensors inside any structure, and one loss or several."""
+"""Model outputs and losses: tensors in any structure, one loss or several."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from composer_effalgos.utils.errors import InputError
 
 
 class NotReadableError(InputError):
-    """Why a loss has no per-sample form."""
+    """The loss has no per-sample form; the message says why."""
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """The leaves of a structure in a fixed order, including those of objects with tensors as attributes (a ``BatchEncoding``)."""
+    """The leaves of a structure in a fixed order, including tensors that are attributes of objects (``BatchEncoding``)."""
     leaves = []
     for leaf in tree_leaves(value):
         leaves += tree_leaves(dict(vars(leaf))) if _holds_tensors(leaf) else [leaf]
@@ -26,10 +26,10 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same structure with a function of each tensor in it.
+    """Applies a function to each tensor in a structure and returns the same structure.
 
     Args:
-        function: Of one tensor.
+        function: Function of one tensor.
         value: Outputs or a batch.
     """
 
@@ -46,7 +46,7 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def same_structure(value: Any) -> Any:
-    """The same tensors in containers of their own."""
+    """Copies the containers of a structure but not its tensors."""
     return mapped(lambda tensor: tensor, value)
 
 
@@ -57,22 +57,22 @@ def _holds_tensors(leaf: Any) -> bool:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors among a model's outputs, in a fixed order; single numbers (a loss) are none of them."""
+    """The floating-point tensors among a model's outputs, in a fixed order, without scalars (a loss)."""
     return [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0]
 
 
 def detached(outputs: Any) -> Any:
-    """The same outputs cut off from their graph, each tensor a leaf of a new one."""
+    """The same outputs detached from their graph; each floating-point tensor becomes a leaf that requires a gradient."""
     return mapped(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), outputs)
 
 
 def rows_of(value: Any, rows: Tensor | Sequence[int], size: int) -> Any:
-    """The same structure with some samples alone.
+    """The same structure restricted to some samples.
 
     Args:
-        value: Outputs or a batch; tensors that have not ``size`` rows stay whole, and so do lists within it without one item a sample.
+        value: Outputs or a batch. Tensors with a first dimension other than ``size`` stay whole, and so do nested lists of another length.
         rows: Which samples, int64 ``[k]``.
-        size: How many there are.
+        size: Number of samples in ``value``.
     """
 
     def has_rows(item: Any) -> bool:
@@ -90,7 +90,7 @@ def rows_of(value: Any, rows: Tensor | Sequence[int], size: int) -> Any:
 
 
 def entries_of(own: Any) -> list[Tensor]:
-    """The losses that Composer's trainer sums up: one, those of a sequence, those of a mapping or its ``total`` alone."""
+    """The losses that Composer's trainer adds up: one, all in a sequence, or all in a mapping (only ``total`` if it exists)."""
     if isinstance(own, Mapping):
         own = [own['total']] if 'total' in own else list(own.values())
     entries = list(own) if isinstance(own, Sequence) else [own]
@@ -100,11 +100,11 @@ def entries_of(own: Any) -> list[Tensor]:
 
 
 def with_added(own: Any, amounts: Sequence[Tensor]) -> Any:
-    """What the model returned, with amounts added to its first losses.
+    """Adds amounts to the losses that the model returned.
 
     Args:
-        own: What ``model.loss`` returned; it is left as it is.
-        amounts: One number for each of :func:`entries_of`, or for the first.
+        own: Result of ``model.loss``; it is not modified.
+        amounts: One number for each of :func:`entries_of`, or for the first ones.
     """
     if isinstance(own, Tensor):
         return own + amounts[0].to(own.dtype)
@@ -118,26 +118,26 @@ def with_added(own: Any, amounts: Sequence[Tensor]) -> Any:
 
 
 def total_of(own: Any) -> Tensor:
-    """The number that is trained on, without its graph; float32 or float64."""
+    """The scalar loss that is trained on, detached; float32 or float64."""
     return torch.stack([in_full(entry.detach()).mean() for entry in entries_of(own)]).sum()
 
 
 def in_full(tensor: Tensor) -> Tensor:
-    """Float32 where it is half as wide."""
+    """Converts float16 and bfloat16 to float32; other dtypes are unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def is_rounded(tensor: Tensor) -> bool:
-    """Whether numbers are kept to 8 or 11 bits, here or in what they were computed from."""
+    """Whether a tensor, or what it was computed from, has half precision (8 or 11 significant bits)."""
     return tensor.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(tensor.device.type)
 
 
 def is_near(ours: Tensor, theirs: Tensor, like: Tensor) -> bool:
-    """Whether two losses are equal but for rounding.
+    """Whether two losses are equal up to rounding.
 
     Args:
-        ours: One number.
-        theirs: One number.
-        like: A tensor of the precision that they were computed in.
+        ours: A scalar.
+        theirs: A scalar.
+        like: A tensor in the precision in which the losses were computed.
     """
     return bool((ours - theirs).abs() <= (1e-2 if is_rounded(like) else 2e-5) * theirs.abs() + 1e-9)

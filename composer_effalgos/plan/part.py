@@ -1,4 +1,7 @@
-"""Whether the losses of samples are the same in a part of the batch: what a mask or a mean over the batch makes of them is not theirs."""
+"""Tests whether per-sample losses are the same in a part of the batch.
+
+If they are not, a mask or a mean over the batch makes the loss of a sample depend on the other samples.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from composer_effalgos.plan.graph import Edge, edge_of, walk
 from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, is_rounded, leaves_of, rows_of, tensors_of
 from composer_effalgos.utils.errors import InputError
 
-_MOST = 8  # samples in the part
+_MOST = 8  # maximum number of samples in the part
 
 
 def part_of(losses: Tensor) -> Tensor | None:
-    """The samples with the smallest losses and the one with the largest, which a mask over them would treat otherwise.
+    """Selects the samples with the smallest losses and the one with the largest: a mask by loss would treat them differently.
 
     Args:
         losses: Float ``[B]``.
 
     Returns:
-        int64 ``[k]``, ascending; ``None`` where there is no part.
+        int64 ``[k]``, ascending; ``None`` for a batch of fewer than two samples.
     """
     if len(losses) < 2:
         return None
@@ -32,12 +35,12 @@ def part_of(losses: Tensor) -> Tensor | None:
 
 
 def alike(ours: Tensor, theirs: Tensor, like: Tensor) -> bool:
-    """Whether the losses of some samples are the same; true where one is not finite, which shows nothing.
+    """Whether two sets of losses are equal up to rounding; true if any is not finite, since that is inconclusive.
 
     Args:
         ours: Float ``[k]``.
         theirs: Float ``[k]``.
-        like: A tensor of the precision that they were computed in.
+        like: A tensor in the precision in which the losses were computed.
     """
     if ours.shape != theirs.shape:
         return False
@@ -48,35 +51,35 @@ def alike(ours: Tensor, theirs: Tensor, like: Tensor) -> bool:
 
 
 def take_part(outputs: Any, batch: Any, rows: Tensor, size: int) -> tuple[Any, Any]:
-    """Some samples' outputs, cut off from their graph, and their batch.
+    """The outputs of some samples, detached from their graph, and the batch with these samples.
 
     Args:
         outputs: The model's outputs.
         batch: The batch.
         rows: The samples, int64 ``[k]``.
-        size: How many there are.
+        size: Number of samples in the batch.
     """
     with torch.no_grad():
         return detached(rows_of(outputs, rows, size)), rows_of(batch, rows, size)
 
 
 def evaluated(function: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> Any:
-    """A loss of a part of the batch, with its graph.
+    """Evaluates a loss on a part of the batch, with its graph.
 
     Args:
-        function: Of outputs and batch.
-        outputs: Those of the part.
+        function: Function of outputs and batch.
+        outputs: Outputs of the part.
         batch: The part.
 
     Raises:
-        NotReadableError: Where the function fails.
+        NotReadableError: If the function fails.
     """
     try:
         with torch.enable_grad():
             return function(outputs, batch)
     except InputError:
         raise
-    except Exception as error:  # whatever a loss of the user's raises
+    except Exception as error:  # a user's loss may raise anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise NotReadableError(
             f'it fails on a part of the batch, cut along the first dimension of outputs and batch ({reason}), so that its samples cannot '
@@ -85,10 +88,10 @@ def evaluated(function: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> 
 
 
 def computed_before(own: Any, outputs: Any) -> bool:
-    """Whether a loss was computed in the forward pass: it is among the outputs, or its graph does not begin at them.
+    """Whether a loss was computed in the forward pass: it is among the outputs, or its graph does not start at them.
 
     Args:
-        own: What ``model.loss`` returned.
+        own: Result of ``model.loss``.
         outputs: The model's outputs, or a part of them.
     """
     numbers = _edges(leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.ndim == 0)

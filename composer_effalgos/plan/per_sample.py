@@ -1,4 +1,4 @@
-"""A model's loss sample by sample: called, as the caller's function or with ``reduction='none'``."""
+"""Per-sample losses from a function: the caller's own, or the model's loss with ``reduction='none'``."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ PerSampleLoss = Callable[[Any, Any], Any]
 
 
 def check_per_sample_loss(given: Any) -> None:
-    """Refuses what is no :data:`PerSampleLoss`; None passes.
+    """Checks that an argument is a :data:`PerSampleLoss` or ``None``.
 
     Args:
         given: The argument ``per_sample_loss``.
+
+    Raises:
+        InputError: If it is something else.
     """
     if given is not None and not callable(given):
         raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {given!r}')
 
 
 def per_sample_mean(losses: Tensor) -> Tensor:
-    """Reduces losses to one a sample.
+    """Reduces losses to one per sample.
 
     Args:
         losses: Float ``[B, ...]``.
 
     Returns:
-        Float32 (or float64) ``[B]``: the mean over all but the first dimension.
+        Float32 (or float64) ``[B]``: the mean over all dimensions but the first.
     """
     losses = in_full(losses)
     return losses if losses.ndim == 1 else losses.flatten(1).mean(dim=1)
@@ -46,54 +49,54 @@ def per_sample_mean(losses: Tensor) -> Tensor:
 class Samples(NamedTuple):
     """The loss of each sample."""
 
-    losses: Tensor  # [B], as it is per sample
-    shares: list[Tensor]  # [B] each: what it adds to each of the losses that the model returns, or to their sum
-    # weighs the gradients, but for what is in the set already, where there is a cheaper way than at the outputs
+    losses: Tensor  # [B]
+    shares: list[Tensor]  # [B] each: contribution of each sample to each of the losses that the model returns, or to their sum
+    # weights the gradients more cheaply than at the outputs, if possible; skips nodes that are already in the set
     weigh: Callable[[Tensor, set[Any]], None] | None = None
 
 
 class Form(Protocol):
-    """One way to the loss of each sample."""
+    """A way to obtain the loss of each sample."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``model.loss`` returns."""
+        """Returns the result of ``model.loss``."""
 
     def forget(self) -> None:
-        """Lets go of what was noted in :meth:`evaluate`."""
+        """Releases what :meth:`evaluate` recorded."""
 
     def losses(self, outputs: Any, batch: Any) -> Tensor:
-        """Float ``[B]``."""
+        """Loss of each sample, float ``[B]``."""
 
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
-        """With the shares in ``own``, the model's loss for this batch."""
+        """Losses of the samples and their shares in ``own``, the model's loss for this batch."""
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
-        """For a check."""
+        """Per-sample losses for a check of their gradients."""
 
     def depends_on_others(self, own: Any, outputs: Any, batch: Any) -> bool:
-        """Whether a sample's loss is another one in another batch, as far as can be seen."""
+        """Whether the loss of a sample depends on the rest of the batch, as far as can be determined."""
 
 
 class Called:
-    """Losses that a function of outputs and batch gives.
+    """Per-sample losses returned by a function of outputs and batch.
 
     Args:
-        function: Gives ``[B, ...]``, or several of them as ``model.loss`` does.
-        name: Of the function, for messages.
+        function: Returns ``[B, ...]``, or several of them in the structure of ``model.loss``.
+        name: Name of the function, for messages.
         original: The model's loss.
-        given: Whether the function is the caller's, who answers for it.
+        given: Whether the function is the caller's, who is responsible for its correctness.
     """
 
     def __init__(self, function: PerSampleLoss, name: str, original: Callable[..., Any], *, given: bool = False) -> None:
         self._function, self.name, self.evaluate, self._given = function, name, original, given
-        self._per_batch = False  # whether its losses are divided by the size of the batch, as Composer's binary cross-entropy's are
-        self.plain_mean = False  # whether the model's loss is their mean and terms for the whole batch
+        self._per_batch = False  # whether the losses are divided by the batch size, as in Composer's binary cross-entropy
+        self.plain_mean = False  # whether the model's loss is the mean of these losses plus terms for the whole batch
 
     def forget(self) -> None:
         pass
 
     def ignores_reduction(self, outputs: Any, batch: Any) -> bool:
-        """Whether ``reduction='none'`` is refused or changes nothing, as in a ``loss(self, outputs, batch, *args, **kwargs)``."""
+        """Whether ``reduction='none'`` is rejected or has no effect, as in ``loss(self, outputs, batch, *args, **kwargs)``."""
         if self._given:
             return False
         try:
@@ -127,7 +130,7 @@ class Called:
             return Samples(total, [losses / len(losses) for losses in each])
         if len(each) != len(entries):
             return Samples(total, [total * _factor(total, total_of(own))])
-        # whatever the mean is taken over (class weights, ignored labels, a scale), it is found again in every batch
+        # the divisor (class weights, ignored labels, a scale) differs between batches, so it is computed for each
         pairs = zip(each, entries, strict=True)
         return Samples(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
 
@@ -148,7 +151,7 @@ class Called:
         return Probe(shares, slopes, any(hasattr(node, 'variable') for node in nodes))
 
     def _call(self, outputs: Any, batch: Any) -> Any:
-        return self._function(same_structure(outputs), same_structure(batch))  # it may pop from what it is given
+        return self._function(same_structure(outputs), same_structure(batch))  # the function may pop from its arguments
 
     def _each(self, outputs: Any, batch: Any) -> list[Tensor]:
         returned = self._call(outputs, batch)
@@ -161,22 +164,22 @@ class Called:
             if not found or (losses.ndim and len(losses) != len(found[0])):
                 raise NotReadableError(f'{self.name} must give a tensor [B, ...], got shape {tuple(losses.shape)}')
         factor = len(found[0]) if self._per_batch else 1
-        # a number beside losses [B] is a term for the whole batch
+        # a scalar next to losses [B] is a term for the whole batch
         return [factor * per_sample_mean(losses) if losses.ndim else torch.zeros_like(found[0]) for losses in each]
 
 
 def _factor(losses: Tensor, mean: Tensor) -> Tensor:
-    """``1 / M``: what the model's own loss divides the sum of this batch's losses by."""
+    """``1 / M``, where ``M`` is the divisor that the model's own loss applies to the sum of this batch's losses."""
     total = losses.detach().sum()
     return torch.where(total != 0, mean / total, torch.full_like(total, 1 / len(losses)))
 
 
 def reduction_form(model: ComposerModel, original: Callable[..., Any]) -> Called | None:
-    """The loss called with ``reduction='none'``, where it takes one."""
+    """The model's loss with ``reduction='none'``; ``None`` if it has no such argument."""
     loss_fn = getattr(model, '_loss_fn', None)
     name = f"{type(model).__name__}.loss with reduction='none'"
     if isinstance(model, ComposerClassifier) and isinstance(loss_fn, nn.Module):
-        # a torch.nn loss takes no reduction when it is called, but reads its attribute then
+        # a torch.nn loss module has no reduction argument, but reads its attribute when it is called
         if not hasattr(loss_fn, 'reduction'):
             return None
 

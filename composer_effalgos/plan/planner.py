@@ -23,34 +23,34 @@ from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
-_ENDLESS = 2**62  # batches: the loader itself ends the epoch
+_ENDLESS = 2**62  # placeholder for the epoch length in batches; the loader itself ends the epoch
 
 
 class EpochPlanner(Callback):
-    """Says which samples, with which weight, in batches of which size, each epoch trains on.
+    """Determines the samples, weights and batch sizes that each epoch trains on.
 
-    Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` to ``selectors`` or set ``batch_size``, and do nothing else to the
-    trainer. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all of them are there, whatever the order of
-    ``algorithms=[...]``. The plan then asks the selectors, installs the epoch in the loader, sets the clock and hands the weights to the
-    loss.
+    Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` to ``selectors`` or set ``batch_size``, and change nothing else in
+    the trainer. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all algorithms have registered, whatever the order of
+    ``algorithms=[...]``. The planner then queries the selectors, installs the epoch's plan in the loader, sets the clock and passes the
+    weights to the loss.
 
     Args:
-        tail: What becomes of the samples that do not fill an epoch's last batch: ``'shared'`` puts a small rest together with the batch
-            before it and splits both about evenly; ``'half'`` makes a batch of half the size, or none, and leaves the rest out, so that
-            batches have two sizes in all for each that AdaBatch asks for. A model under ``torch.compile(dynamic=False)`` is then compiled
-            that often; add ``EpochPlanner(tail='half')`` to the callbacks.
+        tail: How the samples that do not fill an epoch's last batch are handled. ``'shared'`` merges a small remainder with the batch
+            before it and splits both about evenly. ``'half'`` makes a batch of half the size, or none, and drops the rest, so that there
+            are only two batch sizes for each size that AdaBatch requests. A model under ``torch.compile(dynamic=False)`` is then compiled
+            only that often; to use it, add ``EpochPlanner(tail='half')`` to the callbacks.
 
     Attributes:
         selectors: Choose the samples of each epoch.
-        batch_size: Says, at the start of an epoch, how many samples per rank a batch has; ``None`` for the initial size.
-        loss: The weighted loss, from ``INIT`` on, where an algorithm asked for it.
-        by_position: Who names samples by their position in the batch.
-        whole_batches: Whether automatic microbatching is on only to try whole batches, set by who switched it on.
-        exchanges: Whether an algorithm exchanges something over the ranks at every microbatch.
-        full_budget: Whether ``max_duration`` in samples or batches is what a run that prunes nothing would train.
-        expects_state: Whether an algorithm of the run was loaded from the checkpoint, which then holds the planner's state too.
+        batch_size: Returns, at the start of an epoch, the number of samples per rank and batch; ``None`` for the initial size.
+        loss: The weighted loss, from ``INIT`` on, if an algorithm requested it.
+        by_position: Names of the algorithms that identify samples by their position in the batch.
+        whole_batches: Whether automatic microbatching is on only to try whole batches; set by the code that turned it on.
+        exchanges: Whether an algorithm communicates between ranks at every microbatch.
+        full_budget: Whether ``max_duration`` in samples or batches counts what a run without pruning would train.
+        expects_state: Whether an algorithm of the run was loaded from the checkpoint, which must then hold the planner's state too.
         may_lengthen: Whether :meth:`resize` may give an epoch more batches than it began with.
-        horizon: How long the run is planned to be.
+        horizon: The planned length of the run.
     """
 
     _state: State  # from INIT on
@@ -68,12 +68,12 @@ class EpochPlanner(Callback):
         self.by_position: list[str] = []
         self._loaded: dict[str, Any] | None = None
         self.expects_state = False
-        self._done: tuple[int, ...] = ()  # sizes of the batches that a resumed epoch had trained, left out of the loader's plan
+        self._done: tuple[int, ...] = ()  # sizes of the batches trained before a resume, which the loader's plan does not contain
         self._started = self._in_epoch = self._duration_warned = False
 
     @classmethod
     def of(cls, state: State) -> EpochPlanner:
-        """The run's planner: found, or made by whoever asks first.
+        """The run's planner; the first call creates it.
 
         Args:
             state: The trainer's state.
@@ -90,7 +90,7 @@ class EpochPlanner(Callback):
 
     @classmethod
     def find(cls, state: State) -> EpochPlanner | None:
-        """The run's planner where there is one.
+        """The run's planner, or ``None`` if there is none.
 
         Args:
             state: The trainer's state.
@@ -100,13 +100,13 @@ class EpochPlanner(Callback):
     def request_loss(
         self, state: State, who: str, per_sample_loss: PerSampleLoss | None = None, *, by_position: bool = True
     ) -> WeightedLoss:
-        """Wraps ``model.loss``, once a run. To be called at ``INIT``.
+        """Wraps ``model.loss``, once per run. Must be called at ``INIT``.
 
         Args:
             state: The trainer's state.
-            who: Who asks, for messages.
+            who: The requesting algorithm, for messages.
             per_sample_loss: The caller's per-sample loss; ``None`` for the model's own.
-            by_position: Whether scores or weights are given to samples by their position in the batch.
+            by_position: Whether scores or weights are assigned to samples by their position in the batch.
 
         Returns:
             The weighted loss.
@@ -114,7 +114,7 @@ class EpochPlanner(Callback):
         model = state.model
         if self.loss is None:
             found = model.__dict__.get('loss')
-            # a model that is trained again by another Trainer still carries the last run's wrapper
+            # a model that was trained by another Trainer before still has that run's wrapper
             if isinstance(found, WeightedLoss):
                 model.loss = found.original  # type: ignore[method-assign,assignment]
             self.loss = WeightedLoss(model, user=who.partition('(')[0])  # type: ignore[arg-type]
@@ -133,21 +133,21 @@ class EpochPlanner(Callback):
 
     @property
     def num_candidates(self) -> int | None:
-        """Samples that may be trained on now, over all ranks; ``None`` where the length of the data set is unknown."""
+        """Number of samples that may be trained on now, over all ranks; ``None`` if the length of the dataset is unknown."""
         return self.loader.num_samples if self.selectors.candidates is None else len(self.selectors.candidates)
 
     # ------------------------------------------------------------------ events
 
     def init(self, state: State, logger: Logger) -> None:
-        """Notes the state, where the planner is one of the user's callbacks."""
+        """Stores the state, for a planner that the user passed as a callback."""
         self._state = state
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Notes how long the Trainer is to train."""
+        """Records the Trainer's ``max_duration``."""
         self.horizon.after_load(state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Installs the planned loader over the user's, or finds it there, and puts the schedules on the clock."""
+        """Replaces the user's loader by the planned one, unless it is installed, and puts the schedules on the clock."""
         self._refuse(state)
         self.install(state)
         if self.full_budget:
@@ -171,7 +171,7 @@ class EpochPlanner(Callback):
                 'state.callbacks: expected the state of EpochPlanner beside that of the algorithms, got none, as in checkpoints of an '
                 'earlier version of composer_effalgos; resume with the version that saved it, or load_weights_only=True'
             )
-        elif not self._started:  # a checkpoint of a run without us: its epochs were full ones
+        elif not self._started:  # a checkpoint of a run without this package: all its epochs were full
             samples = int(state.timestamp.sample - state.timestamp.sample_in_epoch)
             self.clock.load_state_dict({'batch_base': int(state.timestamp.batch) - in_epoch, 'sample_base': samples})
         self.selectors.begin(state)
@@ -184,7 +184,7 @@ class EpochPlanner(Callback):
 
     def _convert_budget(self, state: State) -> None:
         full = self.loader.full_epoch
-        if self.batch_size is not None:  # there is no telling how many batches a full epoch would have
+        if self.batch_size is not None:  # with varying batch sizes, the number of batches of a full epoch is unknown
             del full[TimeUnit.BATCH]
         self.horizon.convert(state, full, tokens_per_sample(self.loader.dataset))
         self.clock.budget = self.horizon.budget
@@ -203,7 +203,7 @@ class EpochPlanner(Callback):
         )
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """Plans the epoch from what the selectors choose."""
+        """Plans the epoch from the choices of the selectors."""
         self._done = ()
         self._take(self._plan_epoch(state), state)
 
@@ -214,9 +214,9 @@ class EpochPlanner(Callback):
         return loader.plan_epoch(kept, weights, self.current_batch_size(), epoch, even=self.in_step(state))
 
     def resize(self, state: State) -> None:
-        """Plans the rest of the epoch anew, from the next batch on, with the batch sizes that are asked for now.
+        """Replans the rest of the epoch, from the next batch on, with the batch sizes requested now.
 
-        To be called between two batches, on every rank (at ``BEFORE_DATALOADER``).
+        Must be called between two batches, on every rank (at ``BEFORE_DATALOADER``).
 
         Args:
             state: The trainer's state.
@@ -229,53 +229,53 @@ class EpochPlanner(Callback):
             state.set_dataloader(loader, state.dataloader_label)
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Shows the epoch's length again, which Composer has read by now."""
+        """Restores the true length of the epoch, once Composer has read the placeholder."""
         if state._dataloader_len == _ENDLESS:
             state.set_dataloader(self.loader, state.dataloader_label)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Tells the loss which samples come."""
+        """Tells the loss which samples come next."""
         if self.loss is not None:
             self.loss.start_batch(self.loader.batch_slice(int(state.timestamp.batch_in_epoch)))
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """Checks what came between loader and model."""
+        """Checks the transforms between loader and model."""
         self._order.before_forward(self.loader)
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Checks what the model made of the batch."""
+        """Checks that the model kept the order of the batch."""
         self._order.after_forward()
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Moves on to the next microbatch."""
+        """Advances the loss to the next microbatch."""
         if self.loss is not None:
             self.loss.end_microbatch()
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Makes the loss transparent again."""
+        """Makes the loss pass calls through to the original again."""
         if self.loss is not None:
             self.loss.end_batch()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Lets PyTorch schedulers catch up."""
+        """Steps PyTorch schedulers that lag behind the clock."""
         self.clock.batch_end(state)
         self.horizon.check_tokens(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Moves the clock on by one full epoch."""
+        """Advances the clock by one full epoch."""
         self.clock.epoch_end(state)
         self._in_epoch = False
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Gives the user's loader back: whoever takes it from the state finds all samples, not those of the last plan."""
+        """Restores the user's loader in the state, so that later users see all samples and not those of the last plan."""
         state.train_dataloader = self.loader.given
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock and the current epoch's decision, so that a run resumed within the epoch goes on with it.
+        """The clock and the plan of the current epoch, so that a run resumed within the epoch continues with it.
 
-        A resumed run saves what the run that was never stopped saves: the whole epoch, the batches trained before the resume included.
+        A resumed run saves the same as an uninterrupted one: the whole epoch, including the batches trained before the resume.
         """
         return pack(self._state, {} if self._loader is None else self._saved(self._loader))
 
@@ -291,7 +291,7 @@ class EpochPlanner(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps what :meth:`state_dict` gave until ``FIT_START``, when the loader is there to check it against."""
+        """Stores the loaded state until ``FIT_START``, when the loader exists to check it against."""
         self._loaded = unpack(state) or None
 
     # ------------------------------------------------------------------ parts
@@ -305,7 +305,7 @@ class EpochPlanner(Callback):
             )
 
     def install(self, state: State) -> None:
-        """Puts the planned loader in the place of the user's; what is there already is found, not doubled.
+        """Replaces the user's loader by the planned one; does not wrap a planned loader again.
 
         Args:
             state: The trainer's state.
@@ -335,7 +335,7 @@ class EpochPlanner(Callback):
                 f'the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
                 f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
             )
-        if before is not None and self.loader.reads_as(before):  # an epoch that is under way goes on with its plan
+        if before is not None and self.loader.reads_as(before):  # same data: a current epoch continues with its plan
             self.loader.plan, self.loader.metrics = before.plan, before.metrics
         else:
             self.selectors.new_data(first=before is None)
@@ -343,10 +343,10 @@ class EpochPlanner(Callback):
         state.train_dataloader = self.loader
 
     def in_step(self, state: State) -> bool:
-        """Whether the ranks exchange something at every microbatch, so that all of them must take as many.
+        """Whether ranks communicate at every microbatch, so that all of them need the same number of microbatches.
 
-        FSDP does, DDP where an algorithm makes Composer look for unused parameters, Composer itself where it looks for the microbatch that
-        fits, unless whole batches are tried, and an algorithm where ``exchanges`` is set.
+        This is the case with FSDP, with DDP if an algorithm makes Composer look for unused parameters, with Composer's automatic
+        microbatching (unless it only tries whole batches), and with an algorithm that sets ``exchanges``.
 
         Args:
             state: The trainer's state.
@@ -356,7 +356,7 @@ class EpochPlanner(Callback):
         return dist.get_world_size() > 1 and (state.fsdp_enabled or searches or unused or self.exchanges)
 
     def current_batch_size(self) -> BatchSize:
-        """Samples per rank and batch that are asked for now."""
+        """Samples per rank and batch that are requested now."""
         return self.loader.initial_batch_size if self.batch_size is None else self.batch_size()
 
     def _take(self, plan: EpochPlan, state: State) -> None:
@@ -370,21 +370,21 @@ class EpochPlanner(Callback):
         self._in_epoch = True
         state.set_dataloader(loader, state.dataloader_label)  # reads the epoch's new length
         if self.may_lengthen:
-            # Composer reads the length once, before the epoch's first batch, and would leave out every batch past it
+            # Composer reads the length once, before the epoch's first batch, and would skip every batch beyond it
             state._dataloader_len = Time(_ENDLESS, TimeUnit.BATCH)  # type: ignore[assignment]
         if self.loss is not None:
             weights = plan.rank_weights(loader.rank, loader.world_size)
             self.loss.start_epoch(None if weights is None else state.device.tensor_to_device(weights.clone()))
 
     def _resume(self, state: State) -> None:
-        """Goes on within an epoch: its decision comes from the checkpoint, or is still here when ``fit`` is called again."""
+        """Continues within an epoch, with the plan from the checkpoint, or with the present one if ``fit`` is called again."""
         loader = self.loader
         if self._loaded is not None and (saved := self._loaded['plan']) is not None:
             loader.metrics = EpochMetrics(**self._loaded['metrics'])
             plan, world_size = loader.plan_from_state(saved), saved['world_size']
         elif loader.plan is not None:
             plan, world_size = loader.plan, loader.world_size
-        elif self._started:  # fit() was given another loader within an epoch
+        elif self._started:  # fit() was called with another loader within an epoch
             plan, world_size, self._done = self._plan_epoch(state), loader.world_size, ()
         else:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Checks per-sample losses against the loss that a model returns, by their gradients at the model's outputs."""
+"""Checks per-sample losses against the model's own loss, by their gradients at the model's outputs."""
 
 from __future__ import annotations
 
@@ -12,56 +12,57 @@ from torch import Tensor
 from composer_effalgos.plan.graph import edge_of, pull
 from composer_effalgos.plan.outputs import entries_of, is_rounded, tensors_of, total_of
 
-_COMPARED = 2**20  # numbers of a gradient that are looked at, beside at least two samples
+_COMPARED = 2**20  # elements of a gradient to compare, but at least two samples
 
 Gradients = dict[int, Tensor]
-"""By the position of an output, as :func:`tensors_of` has them."""
+"""Gradients by the position of the output in :func:`tensors_of`."""
 
 
 class Probe(NamedTuple):
-    """Per-sample losses for a check."""
+    """Per-sample losses to be checked."""
 
-    shares: Tensor  # float [B]: what each sample adds to the loss, with the graph
-    slopes: Callable[[Tensor], Gradients]  # a number computed from the shares -> its gradients at the outputs
-    reads_parameters: bool  # whether the shares depend on parameters by other ways than the outputs
+    shares: Tensor  # float [B]: contribution of each sample to the loss, with the graph
+    slopes: Callable[[Tensor], Gradients]  # maps a scalar computed from the shares to its gradients at the outputs
+    reads_parameters: bool  # whether the shares depend on parameters other than through the outputs
 
 
 class Comparison(NamedTuple):
-    """What a check found."""
+    """Result of a check."""
 
-    read: list[int]  # positions of the outputs that the per-sample losses read; empty where no gradient can be compared
-    difference: str | None = None  # what is different from the model's own loss
-    plain: bool = False  # whether the gradients are equal without a scale
+    read: list[int]  # positions of the outputs that the per-sample losses read; empty if no gradient can be compared
+    difference: str | None = None  # how the losses differ from the model's own loss
+    plain: bool = False  # whether the gradients are equal without rescaling
 
 
 def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: bool) -> Comparison | None:
-    """Whether each sample's loss depends on its own rows of the outputs alone, and has the own loss's gradient there.
+    """Compares the gradients of per-sample losses at the outputs with those of the model's own loss.
 
-    Then the own loss's gradient with the rows of sample i multiplied by ``w_i`` is that of its samples' sum weighted with ``w``, whatever
-    the mean is taken over. Terms of the loss that do not read these outputs are left out of the comparison.
+    Checks that the loss of each sample depends only on its own rows of the outputs, and has the gradient of the own loss there. Then
+    multiplying the rows of sample i in the own loss's gradient by ``w_i`` gives the gradient of the sum of sample losses weighted with
+    ``w``, whatever the mean is taken over. Terms of the loss that do not read these outputs do not enter the comparison.
 
     Args:
         probe: The per-sample losses.
-        own: What ``model.loss`` returned.
+        own: Result of ``model.loss``.
         outputs: The model's outputs.
-        by_direction: Whether each sample's gradient may be any multiple of the own loss's. Otherwise they are equal, or all the multiple
-            that makes the shares sum up to the own loss.
+        by_direction: Whether each sample's gradient may be any multiple of the own loss's. Otherwise the gradients must be equal, or all
+            the same multiple, the one that makes the shares add up to the own loss.
 
     Returns:
-        What was found; ``None`` where all gradients are zero, which shows nothing.
+        The result; ``None`` if all gradients are zero, which is inconclusive.
 
     Raises:
         OpaqueGraphError: If the graph between outputs and loss cannot be followed.
     """
     tensors, factors = tensors_of(outputs), _uneven(probe.shares)
-    scale = 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0  # a mean's gradients underflow
+    scale = 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0  # the gradients of a mean would underflow
     even = _excerpts(probe.slopes(scale * probe.shares.sum()))
     stops = {edge_of(tensors[position]): position for position in even if tensors[position].requires_grad}
     theirs: Gradients = {}
     for entry in entries_of(own):
         if not entry.requires_grad:
             continue
-        # no name is given to a whole gradient, which may be as large as the logits, so that none outlives its excerpt
+        # Do not bind a whole gradient to a name: it may be as large as the logits and must not outlive its excerpt.
         for position, gradient in _excerpts({stops[edge]: gradient for edge, gradient in pull(entry, stops, scale).items()}).items():
             theirs[position] = theirs[position] + gradient if position in theirs else gradient
     if any(len(tensors[position]) != len(probe.shares) for position in even):
@@ -72,7 +73,8 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
     even_rows, uneven_rows, their_rows = (_joined(found, even) for found in (even, uneven, theirs))
     if not even_rows.any() and not their_rows.any():
         return None
-    # where all is learnt, gradients are what rounding leaves of larger numbers: a multiple that is not a power of two rounds otherwise
+    # Once everything is learned, gradients are mostly rounding error. A factor of 3 rounds differently (a power of two would not), which
+    # reveals its size.
     thrice = _joined(_excerpts(probe.slopes(3 * scale * probe.shares.sum())), even)
     noise = 10 * (thrice / 3 - even_rows).norm(dim=1).max()
     tolerance = 2e-2 if any(is_rounded(tensors[position]) for position in even) else 1e-4
@@ -90,12 +92,12 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
 
 
 def _uneven(shares: Tensor) -> Tensor:
-    """Factors between 0.5 and 1.5, no two of them equal, ``[B]``."""
+    """Factors between 0.5 and 1.5, all different (golden-ratio sequence), ``[B]``."""
     return 0.5 + torch.frac(torch.arange(1, len(shares) + 1, device=shares.device, dtype=shares.dtype) * ((math.sqrt(5) - 1) / 2))
 
 
 def _excerpts(gradients: Gradients) -> Gradients:
-    """Some of each gradient, float ``[k, m]``: all where it is small, else some tokens of the first samples."""
+    """A part of each gradient, float ``[k, m]``: all of it if it is small, otherwise some elements of the first samples."""
     found = {}
     for position, gradient in gradients.items():
         rows = max(2, min(len(gradient), _COMPARED // max(1, gradient[0].numel())))
@@ -107,7 +109,7 @@ def _excerpts(gradients: Gradients) -> Gradients:
 
 
 def _joined(found: Gradients, like: Gradients) -> Tensor:
-    """The excerpts of all outputs side by side, ``[k, m]``."""
+    """The excerpts of all outputs, concatenated to ``[k, m]``."""
     rows = min(len(excerpt) for excerpt in like.values())
     return torch.cat([found.get(position, torch.zeros_like(excerpt))[:rows] for position, excerpt in sorted(like.items())], dim=1)
 

@@ -23,9 +23,8 @@ class Progress(NamedTuple):
         epoch: Finished epochs.
         batch: Batches trained.
         sample: Samples trained, over all ranks.
-        token: Tokens trained, over all ranks; 0 if the batches have none. For later batches, an estimate from the tokens per sample so
-            far.
-        share: Finished share of the run, in [0, 1]; in whole epochs if the run's length is in epochs.
+        token: Tokens trained, over all ranks; 0 if the batches have none. For later batches, an estimate from the tokens per sample so far.
+        share: Finished fraction of the run, in [0, 1]; in whole epochs if the run's length is in epochs.
     """
 
     epoch: int
@@ -40,7 +39,7 @@ class Progress(NamedTuple):
 
 
 def progress_of(state: State, batch: int | None = None, sample: int | None = None) -> Progress:
-    """How far a run is.
+    """The progress of a run now, or at a later batch of the current epoch.
 
     Args:
         state: The trainer's state.
@@ -48,7 +47,7 @@ def progress_of(state: State, batch: int | None = None, sample: int | None = Non
         sample: Samples trained, over all ranks; ``None`` for now.
 
     Returns:
-        The progress in this epoch.
+        The progress.
     """
     now = state.timestamp
     token = int(now.token)
@@ -62,19 +61,19 @@ def progress_of(state: State, batch: int | None = None, sample: int | None = Non
 
 
 def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = UNITS) -> Time:
-    """Reads a time string.
+    """Parses a time string.
 
     Args:
         name: The argument's name, for messages.
-        value: A Composer time string (``'20ep'``), also with a suffix K, M, B or T (``'1.5Mtok'``), a :class:`composer.core.Time`, or a
-            number of epochs.
-        units: The units that are allowed.
+        value: A Composer time string (``'20ep'``), optionally with a suffix K, M, B or T (``'1.5Mtok'``), a :class:`composer.core.Time`, or
+            a number of epochs.
+        units: The allowed units.
 
     Returns:
         The time, greater than 0.
 
     Raises:
-        InputError: If it is not a time, not positive, in another unit, or a share of the run above 1.
+        InputError: If it is not a time, not positive, in another unit, or a fraction of the run above 1.
     """
     allowed = ', '.join(f"'{unit.value}'" for unit in units)
     found = _WITH_SUFFIX.fullmatch(value) if isinstance(value, str) else None
@@ -90,13 +89,13 @@ def parse_time(name: str, value: str | int | Time, units: Sequence[TimeUnit] = U
         raise InputError(f"{name}: expected a time such as '20ep' (units {allowed}), got {value!r}") from error
     if time.unit not in units or time.value <= 0:
         raise InputError(f'{name}: expected a positive time in one of the units {allowed}, got {value!r}')
-    if time.unit == TimeUnit.DURATION and time.value > 1:  # it would never come
+    if time.unit == TimeUnit.DURATION and time.value > 1:  # it would never be reached
         raise InputError(f"{name}: expected a share of the run of at most '1dur', got {value!r}")
     return time
 
 
 def reached(progress: Progress, unit: TimeUnit) -> float:
-    """The progress in a unit, for comparisons: 0.6 of a run has reached 3 * 0.2, despite rounding."""
+    """The progress in a unit, for comparisons. A tolerance makes 0.6 of a run reach 3 * 0.2 despite rounding."""
     return progress.of(unit) + (1e-9 if unit == TimeUnit.DURATION else 0)
 
 

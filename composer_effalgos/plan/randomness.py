@@ -10,10 +10,10 @@ import torch
 
 
 class RandomStream:
-    """A context with its own random states of Python, NumPy and PyTorch (on the CPU), which continue where they were left.
+    """A context with its own random states of Python, NumPy and PyTorch (on the CPU). Each entry continues the stream.
 
     Args:
-        seed: Of the stream, in [0, 2**63).
+        seed: Seed of the stream, in [0, 2**63).
     """
 
     def __init__(self, seed: int) -> None:
@@ -26,7 +26,7 @@ class RandomStream:
         if self._inside is not None:
             restore_random(self._inside)
             return
-        torch.default_generator.manual_seed(self._seed)  # not torch.manual_seed, which would seed the GPUs too
+        torch.default_generator.manual_seed(self._seed)  # torch.manual_seed would also seed the GPUs
         np.random.seed(self._seed % 2**32)
         random.seed(self._seed)
 
@@ -52,7 +52,7 @@ def restore_random(states: tuple[Any, ...]) -> None:
 
 
 def is_random_state(states: tuple[Any, ...]) -> bool:
-    """Whether no number was drawn since :func:`random_states` gave this.
+    """Whether the random states are still those returned by :func:`random_states`.
 
     Args:
         states: The three states.

@@ -1,4 +1,4 @@
-"""What the ranks tell each other where each of them keeps a part of the samples."""
+"""Communication between ranks that each hold a part of the samples."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from composer_effalgos.utils.errors import InputError
 
-_PIECE = 1 << 24  # rows of all ranks that are gathered at a time
+_PIECE = 1 << 24  # rows of all ranks to gather at a time, to bound the memory
 
 
 class Ranks:
-    """Collective calls on tensors of the CPU; with one rank nothing is called.
+    """Collective calls on CPU tensors. With one rank no communication takes place.
 
     Args:
-        device: Where the process group wants its tensors.
+        device: Device on which the process group requires its tensors.
 
     Attributes:
         rank: This process's global rank.
@@ -39,7 +39,7 @@ class Ranks:
             state: The trainer's state.
 
         Raises:
-            InputError: With FSDP's sharded checkpoints, which save what is the same on every rank.
+            InputError: With FSDP's sharded checkpoints, which require state that is the same on every rank.
         """
         if state.fsdp_sharded_state_dict_enabled:
             raise InputError(
@@ -49,10 +49,10 @@ class Ranks:
         return cls(state.device.tensor_to_device(torch.empty(0)).device)
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over the ranks.
+        """Sums a tensor over the ranks.
 
         Args:
-            values: int64 or float64, of one shape on all ranks.
+            values: int64 or float64, of the same shape on all ranks.
 
         Returns:
             The sums, in the same shape.
@@ -64,14 +64,14 @@ class Ranks:
         return values.cpu()
 
     def swap(self, values: Tensor, counts: Sequence[int]) -> Tensor:
-        """Hands each rank its part.
+        """Sends each rank its part of a tensor (all-to-all).
 
         Args:
-            values: ``[n]``: first what goes to rank 0, then what goes to rank 1, and so on.
-            counts: How many go to each rank.
+            values: ``[n]``: first the values for rank 0, then those for rank 1, and so on.
+            counts: Number of values for each rank.
 
         Returns:
-            What came, first from rank 0, then from rank 1, and so on.
+            The received values, first from rank 0, then from rank 1, and so on.
         """
         if self.world_size == 1:
             return values
@@ -83,13 +83,13 @@ class Ranks:
         return came.cpu()
 
     def gather(self, values: Tensor) -> list[Tensor] | None:
-        """Brings a tensor of every rank to rank 0.
+        """Gathers a tensor from every rank on rank 0.
 
         Args:
-            values: Of one shape on all ranks.
+            values: Of the same shape on all ranks.
 
         Returns:
-            On rank 0 those of all ranks; ``None`` on the others.
+            The tensors of all ranks on rank 0; ``None`` on the others.
         """
         if self.world_size == 1:
             return [values]
@@ -100,35 +100,36 @@ class Ranks:
 
 
 def send(ranks: Ranks, to: Tensor, *columns: Tensor) -> list[Tensor]:
-    """Sends rows to the ranks that they are for; a collective call.
+    """Sends rows to their destination ranks; a collective call.
 
     Args:
         ranks: The ranks.
-        to: Rank of each row, of whole numbers, ``[n]``.
-        *columns: What is sent of each row, ``[n]``.
+        to: Destination rank of each row, integer ``[n]``.
+        *columns: The values of each row, ``[n]`` each.
 
     Returns:
-        What came of each column, ``[m]``: by sender, and in the sender's order.
+        The received values of each column, ``[m]``, ordered by sender and then in the sender's order.
     """
     if ranks.world_size == 1:
         return list(columns)
     counts = torch.bincount(to, minlength=ranks.world_size).tolist()
-    # NumPy sorts integers of 16 bits by counting them
+    # NumPy uses a radix sort for 16-bit integers, which is much faster
     order = torch.from_numpy(np.argsort(to.numpy().astype(np.uint16 if ranks.world_size < 2**16 else np.int64), kind='stable'))
-    order = order.int() if len(order) < 2**31 else order  # half as wide where that is enough
+    order = order.int() if len(order) < 2**31 else order  # int32 if possible, to save memory
     return [ranks.swap(column.index_select(0, order), counts) for column in columns]
 
 
 def whole(ranks: Ranks, part: Tensor, size: int) -> Tensor | None:
-    """Puts rows that are dealt out to the ranks in turn together on rank 0, piece by piece; a collective call.
+    """Gathers rows that are distributed round-robin over the ranks on rank 0, in pieces; a collective call.
 
     Args:
         ranks: The ranks.
         part: This rank's rows, ``[..., ceil((size - rank) / W)]``.
-        size: Rows of all ranks.
+        size: Number of rows over all ranks.
 
     Returns:
-        On rank 0 the rows of all ranks, ``[..., size]``, of which rank ``r`` had every ``W``-th from the ``r``-th; ``None`` on the others.
+        On rank 0 the rows of all ranks, ``[..., size]``, of which rank ``r`` held every ``W``-th, starting with the ``r``-th; ``None`` on
+        the others.
     """
     found = torch.empty((*part.shape[:-1], size), dtype=part.dtype) if ranks.rank == 0 else None
     for row in np.ndindex(part.shape[:-1]):

@@ -1,4 +1,4 @@
-"""A model's loss sample by sample, read from the graph of the loss itself."""
+"""Per-sample losses, read from the autograd graph of the model's own loss."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ from composer_effalgos.plan.watch import Reduced, Watch
 
 
 class ReadFromGraph:
-    """Losses read from the graph of the model's own loss.
+    """Per-sample losses read from the graph of the model's own loss.
 
-    What its cross-entropy saved for the backward pass holds each token's loss. Nothing is assumed about shifts, ignored labels, class
-    weights or smoothing, since the nodes have them; no logits are copied, and no softmax is taken again. Any other loss is watched while
-    it is computed: what it takes its last mean or sum of holds the samples' losses. Where there is no graph to read (a compiled model),
-    the usual formulas are tried until one gives the same value.
+    The tensors that a cross-entropy saved for the backward pass contain the loss of each token. The nodes also record shifts, ignored
+    labels, class weights and smoothing, so nothing is assumed about them; no logits are copied, and no softmax is recomputed. Any other
+    loss is watched while it is computed: the input of its last mean or sum contains the losses of the samples. If there is no graph to read
+    (a compiled model), the usual formulas are tried until one gives the same value.
 
-    A sample's loss is that of the sample alone, so what the mean is over must be known: the elements of all samples (``'weighted'``), the
-    samples (``'averaged'``), or nothing at all (``'summed'``: a sum, divided by a constant or not). A part of the batch shows which.
+    The loss of a sample must be that of the sample alone, so the normalisation must be known: the mean is over the elements of all samples
+    (``'weighted'``), over the samples (``'averaged'``), or there is none (``'summed'``: a sum, possibly divided by a constant). Evaluating
+    a part of the batch shows which of them applies.
     """
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
         self._formula: int | None = None
         self._normalisation = NORMALISATIONS[0]
-        self._watching = True  # until the graph alone is seen to be enough
+        self._watching = True  # until a check shows that the graph alone is sufficient
         self._seen: dict[Any, Reduced] = {}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +79,7 @@ class ReadFromGraph:
         return _samples([pair or (nothing, nothing) for pair in each])._replace(weigh=functools.partial(_weigh, nodes) if plain else None)
 
     def _readings(self, own: Any, outputs: Any) -> list[GraphReading | None]:
-        """Of each loss, ``None`` for one that does not depend on the outputs; empty where there is nothing to read."""
+        """A reading per loss, ``None`` for a loss that does not depend on the outputs; empty if nothing can be read."""
         entries = entries_of(own)
         readings = [self._reading(entry, outputs) for entry in entries]
         unread = [entry for entry, reading in zip(entries, readings, strict=True) if reading is None and not is_apart(entry, outputs)]
@@ -125,7 +126,7 @@ class ReadFromGraph:
             found = self._readings(part_own, part)
         finally:
             self._seen = seen
-        if computed_before(part_own, part):  # in the forward pass, and kept
+        if computed_before(part_own, part):  # the loss comes from the forward pass and was stored
             return False
         for name in NORMALISATIONS:
             if found and alike(self._samples(found, name).losses.detach(), whole[name][rows], tensors_of(part)[0]):
@@ -155,7 +156,7 @@ def _samples(each: Sequence[tuple[Tensor, Tensor]]) -> Samples:
 
 
 def _weigh(nodes: Sequence[tuple[Any, Rows]], weights: Tensor, done: set[Any]) -> None:
-    """Weighs plain cross-entropies where they begin their backward pass: one number a token, in place of all logits' gradients."""
+    """Weights plain cross-entropies at the start of their backward pass: one factor per token instead of all logits' gradients."""
     for node, rows in nodes:
         if node in done:
             continue

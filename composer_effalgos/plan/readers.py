@@ -1,15 +1,15 @@
-"""The interface between plan and data: the same plan works with every data path.
+"""The interface between plan and data. The same plan works with every data path.
 
-A *path* turns sample indices into batches. It has one method, ``read_batches(reading)``; a :class:`Reading` has the samples in order, the
-batch boundaries and the seed. :class:`PlannedDataLoader` is the same on every path: it holds the epoch's plan, divides it over the ranks,
-skips finished batches after a resume without reading them, and serves the selection pass. Algorithms only use this loader. There are two
-kinds of path:
+A *path* turns sample indices into batches. It has one method, ``read_batches(reading)``; a :class:`Reading` contains the samples in order,
+the batch boundaries and the seed. :class:`PlannedDataLoader` is the same for every path: it holds the epoch's plan, divides it over the
+ranks, skips finished batches after a resume without reading them, and serves the selection pass. Algorithms only use this loader. There are
+two kinds of path:
 
 * ``torch.utils.data.DataLoader``, the user's own: read by worker processes with its dataset, collate function and memory settings;
-* a :class:`BatchReader`, a loader with its own way of reading, such as ``DeviceDataLoader``. It is passed to the Trainer instead of a
+* a :class:`BatchReader`, a loader that implements reading itself, such as ``DeviceDataLoader``. It is passed to the Trainer instead of a
   ``DataLoader``; without a plan it iterates like a ``DataLoader`` with a ``DistributedSampler``.
 
-A new path is a subclass of :class:`BatchReader` with ``read_batches``, and a name in ``composer_effalgos.loaders`` for recipes.
+To add a path, subclass :class:`BatchReader` with ``read_batches``, and add a name in ``composer_effalgos.loaders`` for recipes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from composer_effalgos.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Reading:
-    """What a path reads on this rank: samples in order, divided into batches.
+    """The samples that a path reads on this rank, in order and divided into batches.
 
     Attributes:
-        indices: Sample indices in the order of reading, int64 ``[m]``, on the CPU.
+        indices: Sample indices in reading order, int64 ``[m]``, on the CPU.
         offsets: Batch boundaries in ``indices``, ascending, one more than batches.
-        seed: Seeds random augmentation; the same on every rank, different in each epoch and pass. Together with a sample's index it
-            seeds a random stream per sample, which depends neither on the number of ranks nor on where a run was resumed.
+        seed: Seeds random augmentation; the same on every rank, different in each epoch and pass. Together with a sample's index it seeds a
+            random stream per sample, which is independent of the number of ranks and of resumption.
         batch_seeds: One seed per batch, for paths that cannot seed samples; it depends on rank and batch.
         by_position: Whether samples are identified by their position in a batch, so that its order matters.
     """
@@ -53,12 +53,12 @@ class Reading:
 
     @classmethod
     def of_batches(cls, batches: Iterable[Sequence[int]], *keys: int, by_position: bool = False) -> Reading:
-        """A reading of given batches.
+        """Creates a reading from batches.
 
         Args:
             batches: Sample numbers, batch by batch.
-            *keys: Non-negative integers that name its random stream.
-            by_position: As the attribute.
+            *keys: Non-negative integers that identify the random stream.
+            by_position: See the attribute.
         """
         batches = list(batches)
         offsets = np.cumsum([0, *map(len, batches)]).tolist()
@@ -67,7 +67,7 @@ class Reading:
 
     @property
     def batches(self) -> Iterator[Tensor]:
-        """The batches' sample numbers, each int64 ``[b]``."""
+        """The sample numbers of each batch, int64 ``[b]``."""
         return (self.indices[start:stop] for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True))
 
 
@@ -75,16 +75,15 @@ class BatchReader(DataLoader):
     """A loader that reads given samples; subclasses define :meth:`read_batches`.
 
     Args:
-        dataset: Has a length; subclasses may require more. ``InfoBatch(class_balanced=True)`` asks it for
-            ``targets``.
+        dataset: Has a length; subclasses may require more. ``InfoBatch(class_balanced=True)`` reads its ``targets``.
         batch_size: Samples per rank and batch.
         shuffle: Draws a new order each epoch.
-        drop_last: Drops a last batch that is not full.
-        seed: Seeds order and augmentation without a plan; a plan uses the run's seed.
+        drop_last: Drops an incomplete last batch.
+        seed: Seeds order and augmentation if there is no plan; a plan uses the run's seed.
     """
 
     def __init__(self, dataset: Dataset, *, batch_size: int, shuffle: bool = False, drop_last: bool = False, seed: int = 0) -> None:
-        # Composer asks for this sampler where there are several ranks, tells it the epoch, and leaves its padding out of evaluation
+        # With several ranks Composer requires this sampler, sets its epoch, and removes its padding from evaluation.
         sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=seed)
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last)
         self.seed = seed
@@ -93,10 +92,10 @@ class BatchReader(DataLoader):
         """Reads samples.
 
         Args:
-            reading: Which samples, in which batches, under which seed.
+            reading: The samples, batch boundaries and seeds.
 
         Yields:
-            ``reading``'s batches in their order, each with as many samples as it says; on the host or on the device of training.
+            The batches of ``reading`` in order, each with the given number of samples, on the host or on the training device.
         """
         raise NotImplementedError
 
@@ -107,25 +106,25 @@ class BatchReader(DataLoader):
 
 
 class _Task(NamedTuple):
-    """A batch to be made."""
+    """A batch that a worker is to make."""
 
     seed: int
     indices: list[int]
-    check: bool  # whether it is checked that it keeps their order
+    check: bool  # whether to check that collating keeps the order
 
 
 class _BatchMaker(Dataset):
     """Reads and collates a batch with its own random stream.
 
     Random augmentations and collate functions then depend only on (seed, epoch, rank, batch), not on the number of workers, on what a
-    persistent worker read before, or on where a run was resumed.
+    persistent worker read before, or on resumption.
     """
 
     def __init__(self, dataset: Dataset, collate_fn: Callable[[Any], Any]) -> None:
         self.dataset, self._collate = dataset, collate_fn
 
     def __getitems__(self, task: _Task) -> Any:
-        """The batch; or what is wrong with it, which PyTorch would bring out of a worker with a traceback in its message."""
+        """The batch, or an error as a value: PyTorch would add the worker's traceback to the message of a raised one."""
         with RandomStream(task.seed):
             if callable(getattr(self.dataset, '__getitems__', None)):
                 samples = self.dataset.__getitems__(task.indices)  # type: ignore[attr-defined]
@@ -143,7 +142,7 @@ class _BatchMaker(Dataset):
 
 
 def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
-    """Makes the user's dataset visible to the user's ``worker_init_fn``, instead of the wrapper around it.
+    """Shows the user's ``worker_init_fn`` the user's dataset instead of the wrapper around it.
 
     Args:
         users: The user's ``worker_init_fn``.
@@ -156,7 +155,7 @@ def init_worker(users: Callable[[int], None] | None, worker: int) -> None:
 
 
 class Tasks:
-    """A batch sampler that yields the tasks that were set last."""
+    """A batch sampler that yields the tasks set last."""
 
     tasks: Iterable[Any] = ()
 
@@ -169,14 +168,15 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def worker_loader(loader: DataLoader, dataset: Dataset, tasks: Tasks, *, seed: int, persistent: bool) -> DataLoader:
-    """A loader with the user's workers and memory settings, whose dataset makes a whole batch of a task.
+    """A loader with the user's workers and memory settings, whose dataset turns a task into a whole batch.
 
     Args:
         loader: The user's loader.
-        dataset: Takes a task and gives a batch; has the user's as ``dataset``.
-        tasks: What is to be read.
-        seed: Of the generator from which PyTorch draws the workers' base seed: starting workers does not change the training generator.
-        persistent: Whether the workers go on to the next reading.
+        dataset: Maps a task to a batch; has the user's dataset as its attribute ``dataset``.
+        tasks: The tasks to read.
+        seed: Seed of the generator from which PyTorch draws the workers' base seed, so that starting workers does not advance the training
+            generator.
+        persistent: Whether the workers persist between readings.
     """
     return DataLoader(
         dataset,
@@ -197,7 +197,7 @@ def worker_loader(loader: DataLoader, dataset: Dataset, tasks: Tasks, *, seed: i
 class WorkerReader:
     """Reads with the user's dataset, collate function, workers and memory settings.
 
-    The worker processes persist for the whole run while the samples, their order and the batch size change.
+    The worker processes persist for the whole run, while the samples, their order and the batch size change.
 
     Args:
         loader: The user's loader.
@@ -208,7 +208,7 @@ class WorkerReader:
     def __init__(self, loader: DataLoader, seed: int, indices: Tensor | None = None) -> None:
         self._indices = indices
         self._tasks = Tasks()
-        self._checked = 0  # batches by position so far
+        self._checked = 0  # batches read by position so far
         maker = _BatchMaker(loader.dataset, loader.collate_fn)
         self._inner = worker_loader(loader, maker, self._tasks, seed=seed, persistent=loader.num_workers > 0)
 

@@ -1,4 +1,4 @@
-"""Computing a loss once more than the training step does, without a trace."""
+"""Evaluates a loss more often than the training step does, without side effects."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _OF_TORCH = ('_parameters', '_buffers', '_modules')
 
 @contextlib.contextmanager
 def repeated(model: nn.Module) -> Iterator[list[str]]:
-    """Undoes what the block changes in the model's state and in the random numbers.
+    """Undoes changes that the block makes to the model's state and to the random states.
 
-    A loss may count its calls, keep a moving average or draw random numbers. Without this, one that is computed again for a check would
-    go on with another state than in a run without the check.
+    A loss may count its calls, keep a moving average or draw random numbers. Without this, evaluating it again for a check would change the
+    rest of the run.
 
     Args:
-        model: The model whose loss is computed. Its attributes and buffers, and those of its modules, are put back; lists and dicts among
+        model: The model whose loss is evaluated. Its attributes and buffers, and those of its modules, are restored; lists and dicts among
             them by their entries.
 
     Yields:
-        A list that holds, after the block, the names of what it changed.
+        A list that contains, after the block, the names of what it changed.
     """
     changed: list[str] = []
     kept = [
@@ -49,8 +49,8 @@ def repeated(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _content(value: Any) -> Any:
-    """What an in-place change could not be undone without."""
-    if type(value) is Tensor and not value.requires_grad and not value.is_inference():  # others are views of FSDP's parameters
+    """A copy of the content that an in-place change would destroy; ``None`` if there is none to restore."""
+    if type(value) is Tensor and not value.requires_grad and not value.is_inference():  # others may be views of FSDP's parameters
         return value._version, value.clone()
     return value.copy() if type(value) in (list, dict) else None
 

@@ -32,14 +32,14 @@ class Samples:
     """The samples that a loader reads in an epoch, each of them once.
 
     Attributes:
-        dataset: Holds them: sample ``i`` is ``dataset[i]``.
+        dataset: Sample ``i`` is ``dataset[i]``.
         size: Number of samples; ``None`` if unknown.
         batch_size: Samples per rank and batch.
-        drop_last: Whether a last batch that is not full is dropped.
-        indices: Their indices in the loader's dataset, int64, ascending; ``None`` if they are the same.
+        drop_last: Whether an incomplete last batch is dropped.
+        indices: Indices of the samples in the loader's dataset, int64, ascending; ``None`` if they are the same.
         shuffle: Whether each epoch has a new order.
-        shard_starts: First sample of each shard, int64 ``[S]``, where a new order should go shard by shard.
-        shuffle_block: Samples that such an order shuffles together, at least a shard.
+        shard_starts: First sample of each shard, int64 ``[S]``, if a shuffled order should go shard by shard.
+        shuffle_block: Number of samples that such an order shuffles together, at least a shard.
     """
 
     dataset: Dataset
@@ -53,10 +53,10 @@ class Samples:
 
 
 class StreamedSamples(Dataset):
-    """A ``StreamingDataset`` by sample number: its own length is that of one rank's share, and it is read by iteration.
+    """Map-style access to a ``StreamingDataset``, which itself is iterable and has the length of one rank's share.
 
     Args:
-        dataset: The ``StreamingDataset``. Its attributes are found here too.
+        dataset: The ``StreamingDataset``. Its attributes are available here too.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -69,13 +69,13 @@ class StreamedSamples(Dataset):
         return self.dataset[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':  # while it is unpickled
+        if name == 'dataset':  # during unpickling, to prevent infinite recursion
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
-    """The samples that a loader reads in an epoch.
+    """Determines the samples that a loader reads in an epoch.
 
     Args:
         loader: The user's loader.
@@ -86,7 +86,7 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
         The samples, the same on every rank.
 
     Raises:
-        InputError: If they have no indices, or if it is unknown which of them the loader reads; with the reason and a workaround.
+        InputError: If the samples have no indices, or if it is unknown which of them the loader reads; with the reason and a workaround.
     """
     if not isinstance(loader, DataLoader):
         raise InputError(f'train_dataloader: expected a torch.utils.data.DataLoader to be planned, got {type(loader).__name__}')
@@ -119,12 +119,12 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
 
 
 def is_streaming(dataset: Any) -> bool:
-    """Whether a dataset is mosaicml-streaming's and iterates as such. Nobody has one who has not imported it.
+    """Whether a dataset is a ``StreamingDataset`` with the standard iteration.
 
     Args:
         dataset: Any dataset.
     """
-    streaming = sys.modules.get('streaming.base.dataset')
+    streaming = sys.modules.get('streaming.base.dataset')  # a user who has such a dataset has imported the module
     return (
         streaming is not None
         and isinstance(dataset, streaming.StreamingDataset)
@@ -133,7 +133,7 @@ def is_streaming(dataset: Any) -> bool:
 
 
 def iterates_as_usual(loader: DataLoader) -> bool:
-    """Whether a loader's batches are those that its dataset, samplers and collate function make.
+    """Whether a loader's batches are determined by its dataset, samplers and collate function.
 
     Args:
         loader: The loader.
@@ -146,7 +146,7 @@ def iterates_as_usual(loader: DataLoader) -> bool:
 
 
 def _sampled(sampler: Any, size: int, rank: int, world_size: int) -> tuple[Tensor | None, bool]:
-    """The indices that a sampler yields over all ranks, ascending, ``None`` for all of them; and whether it shuffles them."""
+    """The indices that a sampler yields over all ranks, ascending (``None`` for all), and whether it shuffles them."""
     name = type(sampler).__name__
     if type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler, SubsetRandomSampler):
         raise InputError(f'train_dataloader: expected a sampler of PyTorch, got {name}, which the plan would replace; {_WAY_OUT}')
@@ -166,7 +166,7 @@ def _sampled(sampler: Any, size: int, rank: int, world_size: int) -> tuple[Tenso
             )
         shuffle = sampler.shuffle
         if sampler.drop_last and not shuffle:
-            source -= source % world_size  # it never reads the others
+            source -= source % world_size  # it never reads the remaining samples
     return None if source == size else torch.arange(source), shuffle
 
 
@@ -181,7 +181,7 @@ def _checked(indices: Sequence[int], size: int) -> Tensor | None:
 
 
 def _streamed(loader: DataLoader) -> Samples:
-    """The samples of a ``StreamingDataset`` that reads each of them once an epoch."""
+    """The samples of a ``StreamingDataset`` that reads each of them once per epoch."""
     dataset: Any = loader.dataset
     name = type(dataset).__name__
     if loader.batch_size is None:

@@ -1,4 +1,4 @@
-"""Selectors: which candidates an epoch trains on, with which weights."""
+"""Selectors: which candidates an epoch trains on, and with which weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _TWICE = {
 
 
 class Choice(NamedTuple):
-    """What a selector keeps.
+    """The samples that a selector keeps.
 
     Attributes:
         positions: Positions among the candidates, int64 ``[k]``, ascending.
         weights: Loss weights aligned with ``positions``, float32 ``[k]``; ``None`` for ones.
-        total: Samples that all ranks keep, where ``positions`` are those of a rank's own part; ``None`` for the number of ``positions``.
+        total: Number of samples kept by all ranks, if ``positions`` covers only the rank's own part; ``None`` for the number of
+            ``positions``.
     """
 
     positions: Tensor
@@ -32,7 +33,7 @@ class Choice(NamedTuple):
 
     @property
     def num_kept(self) -> int:
-        """Samples that are kept, over all ranks."""
+        """Number of samples kept, over all ranks."""
         return len(self.positions) if self.total is None else self.total
 
 
@@ -42,7 +43,7 @@ class EpochMetrics:
 
     Attributes:
         pruned_fraction: Fraction of the candidates that the fine selector left out.
-        selection_seconds: Time that the coarse selector took.
+        selection_seconds: Time that the coarse selector took, in seconds.
     """
 
     pruned_fraction: float = 0.0
@@ -50,9 +51,10 @@ class EpochMetrics:
 
 
 class Selector:
-    """Chooses samples for an epoch. The planner asks the coarse selector first, then the fine one among what is left; weights multiply.
+    """Chooses samples for an epoch. The planner queries the coarse selector first, then the fine one on the result.
 
-    A run has at most one of each stage: with two, the weights of the second would not correct for the choices of the first.
+    Their weights are multiplied. A run has at most one selector of each stage: with two, the weights of the second would not correct for
+    the choices of the first.
     """
 
     stage: ClassVar[Literal['coarse', 'fine']]
@@ -60,38 +62,38 @@ class Selector:
 
     @property
     def sample_scores(self) -> Tensor | None:
-        """The score of each sample, float32 ``[N]`` on the CPU, for reports; ``None`` where the selector keeps none."""
+        """The score of each sample, float32 ``[N]`` on the CPU, for reports; ``None`` if the selector keeps no scores."""
         return None
 
     def new_data(self, *, first: bool) -> None:
-        """Called when ``fit`` brings another dataset, and once for the first.
+        """Called when ``fit`` is given another dataset, and once for the first.
 
         Args:
-            first: Whether it is the run's first dataset, which a loaded checkpoint describes.
+            first: Whether it is the run's first dataset, the one that a loaded checkpoint describes.
         """
 
     def begin(self, state: State) -> None:
         """Called at the start of every ``fit``, when the loader and the planned length of the run are known."""
 
     def candidates(self, epoch: int) -> Tensor | None:
-        """The samples that are left to finer selectors in the middle of an epoch, int64 ``[n]`` ascending; ``None`` for all."""
+        """The samples left for finer selectors in the current epoch, on resume, int64 ``[n]``, ascending; ``None`` for all."""
         return None
 
     def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
-        """Chooses at the start of an epoch; called on every rank, with the same result.
+        """Chooses samples at the start of an epoch; called on every rank, and must return the same result there.
 
         Args:
             candidates: Sample indices to choose from, int64 ``[n]``, ascending; ``None`` for all samples.
-            epoch: Number of the epoch.
+            epoch: Epoch number.
 
         Returns:
-            What to keep; ``None`` to keep everything with weight 1.
+            The samples to keep; ``None`` to keep everything with weight 1.
         """
         raise NotImplementedError
 
 
 class Selectors:
-    """A run's selectors, coarse before fine.
+    """The selectors of a run, coarse before fine.
 
     Attributes:
         candidates: The samples that the coarse selector keeps in this epoch, int64 ``[n]``, ascending; ``None`` for all.
@@ -108,7 +110,7 @@ class Selectors:
             selector: The selector.
 
         Raises:
-            InputError: If there is already one of its stage.
+            InputError: If there already is one of its stage, or if ``shard=True`` is combined with a coarse selector.
         """
         name = type(selector).__name__
         for other in self._items:
@@ -125,7 +127,7 @@ class Selectors:
 
     @property
     def names(self) -> list[str]:
-        """Their names."""
+        """Class names of the selectors."""
         return [type(selector).__name__ for selector in self._items]
 
     @property
@@ -134,7 +136,7 @@ class Selectors:
         return any(selector.stage == 'fine' for selector in self._items)
 
     def ranks(self, state: State) -> Ranks | None:
-        """The ranks, where each of them decides on its own part of the samples.
+        """The ranks, if each decides on its own part of the samples; otherwise ``None``.
 
         Args:
             state: The trainer's state.
@@ -143,33 +145,33 @@ class Selectors:
 
     @property
     def sample_scores(self) -> Tensor | None:
-        """The score of each sample, float32 ``[N]`` on the CPU, where a selector keeps any."""
+        """The score of each sample, float32 ``[N]`` on the CPU; ``None`` if no selector keeps scores."""
         return next((scores for selector in self._items if (scores := selector.sample_scores) is not None), None)
 
     def new_data(self, *, first: bool) -> None:
-        """Tells all of them of another dataset, as :meth:`Selector.new_data` has it."""
+        """Calls :meth:`Selector.new_data` of all selectors."""
         for selector in self._items:
             selector.new_data(first=first)
 
     def begin(self, state: State) -> None:
-        """Tells all of them that a ``fit`` begins."""
+        """Calls :meth:`Selector.begin` of all selectors."""
         for selector in self._items:
             selector.begin(state)
 
     def resume(self, epoch: int) -> None:
-        """Finds the candidates again in the middle of an epoch."""
+        """Restores the candidates in the middle of an epoch."""
         coarse = next((selector for selector in self._items if selector.stage == 'coarse'), None)
         self.candidates = None if coarse is None else coarse.candidates(epoch)
 
     def choose(self, epoch: int, world_size: int) -> tuple[Tensor | None, Tensor | None]:
-        """Asks each selector among the samples that the previous ones kept; weights multiply.
+        """Queries each selector on the samples that the previous ones kept, and multiplies their weights.
 
         Args:
-            epoch: Number of the epoch.
-            world_size: Number of ranks; a selector that keeps fewer samples is ignored.
+            epoch: Epoch number.
+            world_size: Number of ranks. The choice of a selector that keeps fewer samples than this is ignored.
 
         Returns:
-            Sample indices, int64 ``[n]``, ascending, ``None`` for all; and their weights, float32 ``[n]`` or ``None`` for ones.
+            Sample indices, int64 ``[n]``, ascending, or ``None`` for all; and their weights, float32 ``[n]``, or ``None`` for ones.
         """
         samples: Tensor | None = None
         weights: Tensor | None = None

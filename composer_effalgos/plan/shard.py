@@ -1,4 +1,4 @@
-"""The part of the samples that a rank keeps the rows of, and statistics over the parts of all ranks."""
+"""A rank's part of the samples, and statistics over the parts of all ranks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from composer_effalgos.plan.bijection import Bijection
 from composer_effalgos.plan.ranks import Ranks, send, whole
 
-_DIGIT = 16  # bits of a key that are looked at in one pass
+_DIGIT = 16  # bits of a key that one pass of the radix selection determines
 
 
 class Shard:
-    """This rank's part of ``size`` samples: number ``rank``, ``rank + W``, ``rank + 2 W``, ...
+    """This rank's part of ``size`` samples on ``W`` ranks: ``rank``, ``rank + W``, ``rank + 2 W``, ...
 
-    All that it computes over the ranks is a collective call, the same on every rank and for any number of ranks.
+    Every statistic over the ranks is a collective call. Its result is the same on every rank and for any number of ranks.
 
     Args:
-        size: Samples over all ranks.
+        size: Number of samples over all ranks.
         ranks: The ranks.
     """
 
@@ -36,15 +36,15 @@ class Shard:
         return torch.arange(self.ranks.rank, self.size, self.ranks.world_size)
 
     def total(self, number: int) -> int:
-        """The sum of a number over the ranks.
+        """Sums a number over the ranks; a collective call.
 
         Args:
-            number: This rank's.
+            number: This rank's number.
         """
         return int(self.ranks.total(torch.tensor([int(number)])))
 
     def keys(self, seed: int) -> Tensor:
-        """A random key of each sample, all of them different, which depends on the sample and the seed alone.
+        """A distinct random key for each sample of this part, which depends only on the sample, the seed and ``size``.
 
         Args:
             seed: In [0, 2**63), the same on every rank.
@@ -55,10 +55,10 @@ class Shard:
         return Bijection(self.size, seed)(self.samples)
 
     def finite_mean(self, values: Tensor) -> float:
-        """The mean of what is finite, summed in double precision; NaN where nothing is.
+        """The mean of the finite values over all ranks, in float64; NaN if there are none. A collective call.
 
         Args:
-            values: Float32 ``[m]``, this rank's.
+            values: Float32 ``[m]``, of this rank.
         """
         finite = torch.isfinite(values)
         mine = torch.stack([torch.where(finite, values, 0).sum(dtype=torch.float64), finite.sum().double()])
@@ -66,13 +66,13 @@ class Shard:
         return total / count if count else float('nan')
 
     def kth(self, keys: Tensor, place: int) -> int:
-        """The key at a place of all keys in ascending order.
+        """The key at a given place among the keys of all ranks in ascending order (radix selection); a collective call.
 
         Args:
-            keys: int64 ``[m]`` of at least 0, this rank's.
-            place: Counted from 0, less than there are keys.
+            keys: Non-negative int64 ``[m]``, of this rank.
+            place: Counted from 0; smaller than the number of keys.
         """
-        longest = torch.zeros(64, dtype=torch.int64)
+        longest = torch.zeros(64, dtype=torch.int64)  # one-hot: the sum over the ranks then shows the maximum
         longest[int(keys.max()).bit_length() if len(keys) else 0] = 1
         bits = int(self.ranks.total(longest).nonzero()[-1])
         found = 0
@@ -87,11 +87,11 @@ class Shard:
         return found
 
     def smallest(self, keys: Tensor, count: int) -> Tensor:
-        """Which keys are among the ``count`` smallest of all ranks.
+        """Selects the ``count`` smallest keys of all ranks; a collective call.
 
         Args:
-            keys: int64 ``[m]`` of at least 0, this rank's; no two are equal, on any rank.
-            count: How many, not more than there are.
+            keys: Non-negative int64 ``[m]``, of this rank; all keys on all ranks must be different.
+            count: How many, at most the number of keys.
 
         Returns:
             Bool ``[m]``.
@@ -99,14 +99,14 @@ class Shard:
         return keys <= self.kth(keys, count - 1) if count else torch.zeros(len(keys), dtype=torch.bool)
 
     def quantiles(self, values: Tensor, quantiles: Sequence[float]) -> list[float]:
-        """Quantiles of what is finite, between two values in proportion, in double precision; NaN where nothing is.
+        """Quantiles of the finite values of all ranks, linearly interpolated in float64; NaN if there are none. A collective call.
 
         Args:
-            values: Float32 ``[m]``, this rank's.
+            values: Float32 ``[m]``, of this rank.
             quantiles: In [0, 1].
         """
         bits = values[torch.isfinite(values)].view(torch.int32).long()
-        keys = torch.where(bits < 0, -(2**31) - bits, bits) + 2**31  # in the order of the values
+        keys = torch.where(bits < 0, -(2**31) - bits, bits) + 2**31  # the bits of a float as an integer, in the order of the floats
         size = self.total(len(keys))
         return [self._quantile(keys, quantile * (size - 1)) if size else float('nan') for quantile in quantiles]
 
@@ -118,26 +118,26 @@ class Shard:
         return float(np.quantile(np.array(ends, np.float64), place - int(place)))
 
     def to_owners(self, samples: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Sends values of any samples to the ranks whose part the samples are of.
+        """Sends values of arbitrary samples to the ranks that own the samples; a collective call.
 
         Args:
-            samples: int64 ``[m]``; no sample comes from two ranks.
+            samples: int64 ``[m]``; no two ranks may send the same sample.
             values: ``[m]``.
 
         Returns:
             Positions in this rank's part, int64 ``[k]``, and their values, ``[k]``.
         """
         positions = samples // self.ranks.world_size
-        positions = positions.int() if self.size < 2**31 else positions  # half as wide where that is enough
+        positions = positions.int() if self.size < 2**31 else positions  # int32 if possible, to halve the traffic
         found, came = send(self.ranks, (samples % self.ranks.world_size).int(), positions, values)
         return found.long(), came
 
     def whole(self, part: Tensor) -> Tensor | None:
-        """The rows of all ranks, on rank 0; see :func:`~composer_effalgos.plan.ranks.whole`."""
+        """Gathers the rows of all ranks on rank 0; see :func:`~composer_effalgos.plan.ranks.whole`."""
         return whole(self.ranks, part, self.size)
 
     def part(self, rows: Tensor) -> Tensor:
-        """This rank's rows of those of all ranks, a copy.
+        """Copies this rank's rows from the rows of all ranks.
 
         Args:
             rows: ``[..., size]``.

@@ -1,4 +1,4 @@
-"""Epochs that are planned together by ranks of which each knows its own part of the samples."""
+"""Epochs that the ranks plan together, each knowing only its own part of the samples."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from composer_effalgos.utils.errors import CheckpointError, InputError
 
 @dataclass(frozen=True)
 class ShardPlan(EpochPlan):
-    """An epoch's plan on one rank, which knows what is kept of its part of the samples, and the samples that it trains on.
+    """An epoch's plan on one rank, which knows the kept samples of its own part and the samples that it trains on.
 
-    The order of all samples is a :class:`~composer_effalgos.plan.bijection.Bijection`, and that of an epoch the order of those that are
-    kept: it is the same on any number of ranks, and dealt out over them as the order of an :class:`EpochPlan` is.
+    The order of all samples is a :class:`~composer_effalgos.plan.bijection.Bijection`, and the order of an epoch is its restriction to the
+    kept samples. It is the same for any number of ranks, and is distributed over them like the order of an :class:`EpochPlan`.
 
     Attributes:
         kept: Positions in this rank's part, int64 ``[k]``, ascending; ``None`` for all.
-        kept_weights: Loss weights aligned with ``kept``, float32 ``[k]``; ``None`` where all are 1, on all ranks.
+        kept_weights: Loss weights aligned with ``kept``, float32 ``[k]``; ``None`` if all are 1, on all ranks.
         shard: This rank's part.
-        seed: Of the order; ``None`` for the order of the samples.
+        seed: Seed of the order; ``None`` for ascending order.
         mine: The samples that this rank trains on, int64 ``[m]``, from number ``dealt_from`` of the epoch's order on.
-        my_weights: Their weights, float32 ``[m]``; ``None`` where all are 1.
-        dealt_from: Number in the epoch's order.
+        my_weights: Their weights, float32 ``[m]``; ``None`` if all are 1.
+        dealt_from: Number in the epoch's order at which the distribution starts.
     """
 
     kept: Tensor | None  # type: ignore[assignment]
@@ -51,12 +51,12 @@ class ShardPlan(EpochPlan):
         raise NotImplementedError('with shard=True no rank holds the weights of all samples; see rank_weights')
 
     def rank_order(self, rank: int, world_size: int) -> Tensor:
-        """The samples that this rank trains on from ``first_batch`` on, int64 ``[m]``; ``rank`` must be this one."""
+        """The samples that this rank trains on from ``first_batch`` on, int64 ``[m]``; ``rank`` must be this process's rank."""
         assert self.mine is not None
         return self.mine[self._part(rank, world_size)]
 
     def rank_weights(self, rank: int, world_size: int) -> Tensor | None:
-        """The weights of :meth:`rank_order`, float32 ``[m]``; ``None`` where all are 1."""
+        """The weights of :meth:`rank_order`, float32 ``[m]``; ``None`` if all are 1."""
         return None if self.my_weights is None else self.my_weights[self._part(rank, world_size)]
 
     def _part(self, rank: int, world_size: int) -> slice:
@@ -84,7 +84,7 @@ class ShardPlan(EpochPlan):
         return trained.nonzero()[:, 0] if self.kept is None else self.kept[trained]
 
     def state_dict(self, done: Sequence[int]) -> dict[str, Any]:
-        """What a checkpoint holds of the plan, as that of a run that was never stopped, on rank 0; a collective call.
+        """The plan for a checkpoint, as an uninterrupted run would save it, on rank 0; a collective call.
 
         Args:
             done: Global sizes of the batches before ``first_batch``, trained since the epoch began.
@@ -101,17 +101,17 @@ class ShardPlan(EpochPlan):
 
 
 def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
-    """Deals the kept samples of all ranks out in their order: rank ``r`` gets every ``W``-th from number ``start + r`` on.
+    """Distributes the kept samples of all ranks in order: rank ``r`` gets every ``W``-th, starting with number ``start + r``.
 
-    Each rank first gets the kept samples of an interval of the order, which it puts in their order by counting; how many the intervals
-    before have says which number each of them is.
+    Each rank first receives the kept samples of one interval of the order and sorts them by counting. The number of samples in the
+    preceding intervals then determines the number of each sample in the epoch's order. A collective call.
 
     Args:
         shard: This rank's part.
-        order: Of all samples.
+        order: The order of all samples.
         kept: Positions in this rank's part, int64 ``[k]``; ``None`` for all.
         weights: Aligned with ``kept``, float32 ``[k]``; ``None`` for ones, on all ranks.
-        start: Number in the order of what is kept.
+        start: Number of the first sample to distribute, in the order of the kept samples.
 
     Returns:
         This rank's samples, int64 ``[m]``, and their weights, float32 ``[m]`` or ``None``.
@@ -123,7 +123,7 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
     first = ranks.rank * width
     positions = order(kept * ranks.world_size + ranks.rank)
     found, *came = send(ranks, (positions // width).int(), positions, *(() if weights is None else (weights,)))
-    del positions  # large, like all that follows
+    del positions  # free large tensors early, here and below
     there = torch.zeros(max(0, min(width, shard.size - first)), dtype=torch.bool)
     there[found - first] = True
     columns = [there.nonzero()[:, 0] + first]
@@ -136,7 +136,7 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
     before = int(ranks.total(sizes)[: ranks.rank].sum())
     del found, came, there
     columns = [column[max(0, start - before) :] for column in columns]
-    number = max(0, before - start)  # of the first of them, from start on
+    number = max(0, before - start)  # number of the first column in the epoch, counted from start
     parts = [slice((rank - number) % ranks.world_size, None, ranks.world_size) for rank in range(ranks.world_size)]
     counts = [len(columns[0][part]) for part in parts]
     mine, *my_weights = (ranks.swap(torch.cat([column[part] for part in parts]), counts) for column in columns)
@@ -144,7 +144,7 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
 
 
 class ShardLoader(PlannedDataLoader):
-    """Plans epochs with the other ranks, none of which holds the order of all samples.
+    """Plans epochs together with the other ranks, so that no rank holds the order of all samples.
 
     Args:
         loader: The user's loader.
@@ -171,8 +171,8 @@ class ShardLoader(PlannedDataLoader):
             kept: Positions in this rank's part of the samples, int64 ``[k]``, ascending; ``None`` for all.
             weights: Their loss weights, float32 ``[k]``; ``None`` for ones, on all ranks.
             batch_size: Samples per rank and batch.
-            epoch: The epoch's number.
-            even: Gives every rank as many samples as the others.
+            epoch: Epoch number.
+            even: Whether every rank gets the same number of samples.
         """
         count = self.num_samples if kept is None else self.shard.total(len(kept))
         if kept is not None and (surplus := self.surplus(count, batch_size, even=even)):

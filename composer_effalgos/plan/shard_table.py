@@ -1,4 +1,4 @@
-"""The sample table where each rank keeps the rows of its own part of the samples."""
+"""The sample table in which each rank keeps only the rows of its own part of the samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from composer_effalgos.plan.table import SAVED, SampleRows, SampleTable, scores_
 
 
 class ShardTable(SampleTable):
-    """Keeps the rows of this rank's samples, ``rank``, ``rank + W``, ...; ``rows`` has these alone.
+    """Keeps only the rows of this rank's samples, ``rank``, ``rank + W``, ...
 
-    A rank notes scores of the samples that it trains on, which other ranks keep the rows of, as a rule: they go there once an epoch, and
-    when a checkpoint is written within one. A checkpoint holds the rows of all samples, as that of a table that is not sharded: rank 0
-    gathers them piece by piece, and holds all of them while it saves. So a run may go on with another number of ranks.
+    A rank records scores of the samples that it trains on, whose rows usually belong to other ranks. The scores are sent to their owners
+    once per epoch, and when a checkpoint is written within an epoch. A checkpoint holds the rows of all samples, like that of a table that
+    is not sharded: rank 0 gathers them in pieces, and holds all of them while it saves. A run may therefore resume on another number of
+    ranks.
 
     Args:
         planner: The run's planner.
@@ -53,7 +54,7 @@ class ShardTable(SampleTable):
         return Choice(positions, weights, self.total(len(positions)))
 
     def of_this_rank(self) -> SampleRows:
-        """The rows as of the last exchange: what was noted since is of other ranks' samples."""
+        """The rows as of the last exchange; scores recorded since then belong to samples of other ranks."""
         return self._rows
 
     def of_all_ranks(self, state: State) -> SampleRows:

@@ -10,17 +10,17 @@ from composer.core import State
 
 
 def pack(state: State, saved: dict[str, Any]) -> dict[str, Any]:
-    """Makes one value of a state dict where checkpoints are sharded.
+    """Packs a state dict into a single value if checkpoints are sharded.
 
-    ``torch.distributed.checkpoint`` loads into what the new run's state dict holds, and only that: an entry that it has not yet is not
-    read, and a tensor of another shape is refused. Before the first ``fit`` there is no plan, and no table of samples.
+    ``torch.distributed.checkpoint`` loads only into entries that exist in the new run's state dict: it skips an entry that does not exist
+    yet, and rejects a tensor of another shape. Before the first ``fit`` there is neither a plan nor a sample table.
 
     Args:
         state: The trainer's state.
         saved: What to save, the same on every rank.
 
     Returns:
-        ``saved`` itself, or with sharded checkpoints a dict with one entry, which is always there.
+        ``saved`` itself, or with sharded checkpoints a dict with one entry that always exists.
     """
     if not state.fsdp_sharded_state_dict_enabled:
         return saved
@@ -30,10 +30,10 @@ def pack(state: State, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(saved: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`pack` was given.
+    """Restores the argument of :func:`pack`.
 
     Args:
-        saved: What it returned.
+        saved: The result of :func:`pack`.
     """
     if 'packed' not in saved:
         return saved

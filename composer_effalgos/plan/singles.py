@@ -9,27 +9,27 @@ from torch import Tensor
 
 
 def has_single(sizes: Sequence[int], world_size: int = 1, microbatch: int | None = None) -> bool:
-    """Whether a rank trains on one sample alone in some batch or microbatch.
+    """Whether a rank has only one sample in some batch or microbatch.
 
     Args:
-        sizes: Batch sizes over all ranks.
+        sizes: Global batch sizes.
         world_size: Number of ranks.
-        microbatch: Samples per rank that are trained on at a time; ``None`` for a whole batch. With 1 that is what was asked for.
+        microbatch: Samples per rank and microbatch; ``None`` for whole batches. With 1, single samples are intended and do not count.
     """
     shares = {share for size in set(sizes) for share in (size // world_size, -(-size // world_size))}
     return any(share == 1 if microbatch is None else microbatch > 1 and share % microbatch == 1 for share in shares)
 
 
 def spread(sizes: Sequence[int], world_size: int = 1, microbatch: int | None = None) -> list[int]:
-    """Moves samples between the last two batches, as few as possible, so that no rank is left with one alone.
+    """Moves samples between the last two batches, as few as possible, so that no rank is left with a single one.
 
     Args:
-        sizes: Batch sizes over all ranks.
+        sizes: Global batch sizes.
         world_size: Number of ranks.
         microbatch: As for :func:`has_single`.
 
     Returns:
-        The sizes, with the same sum; as they were where there is no need or no way.
+        The sizes, with the same sum; unchanged if not necessary or not possible.
     """
     if len(sizes) < 2 or not has_single(sizes[-2:], world_size, microbatch):
         return list(sizes)
@@ -44,13 +44,13 @@ def spread(sizes: Sequence[int], world_size: int = 1, microbatch: int | None = N
 def unpruned_has_single(
     num_samples: int, batch_size: int, world_size: int = 1, *, drop_last: bool = False, microbatch: int | None = None
 ) -> bool:
-    """Whether a ``DataLoader`` with a ``DistributedSampler`` leaves a rank with one sample alone in an epoch of all samples.
+    """Whether a ``DataLoader`` with a ``DistributedSampler`` leaves a rank with a single sample in an unpruned epoch.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
         batch_size: Samples per rank and batch.
         world_size: Number of ranks.
-        drop_last: Whether the last batch is dropped where it is not full.
+        drop_last: Whether an incomplete last batch is dropped.
         microbatch: As for :func:`has_single`.
     """
     full, rest = divmod(num_samples // world_size if drop_last else -(-num_samples // world_size), batch_size)
@@ -59,16 +59,16 @@ def unpruned_has_single(
 
 
 def num_surplus(num_samples: int, sizes_of: Callable[[int], Sequence[int]], world_size: int = 1, microbatch: int | None = None) -> int:
-    """How many samples of an epoch have to be left out, so that no rank is left with one alone.
+    """The number of samples that an epoch must leave out, so that no rank is left with a single one.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
-        sizes_of: Batch sizes of an epoch of this many samples.
+        sizes_of: Returns the batch sizes of an epoch with a given number of samples.
         world_size: Number of ranks.
         microbatch: As for :func:`has_single`.
 
     Returns:
-        The smallest such number below two per rank; 0 if none is enough.
+        The smallest such number below two per rank; 0 if none suffices.
     """
     for surplus in range(min(2 * world_size, num_samples - world_size)):
         if not has_single(sizes_of(num_samples - surplus), world_size, microbatch):
@@ -77,18 +77,18 @@ def num_surplus(num_samples: int, sizes_of: Callable[[int], Sequence[int]], worl
 
 
 def leave_out(kept: Tensor, weights: Tensor | None, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Leaves samples out at random, each as likely as any other.
+    """Leaves out samples uniformly at random.
 
-    A batch is a random part of the kept samples before and after, so the expected gradient of a step stays the same, weights or not.
+    A batch is a random part of the kept samples before and after, so the expected gradient of a step is unchanged, with or without weights.
 
     Args:
         kept: Sample indices, int64 ``[n]``.
         weights: Their loss weights, float32 ``[n]``; ``None`` for ones.
-        count: How many are left out.
-        generator: Draws which.
+        count: Number of samples to leave out.
+        generator: Source of randomness.
 
     Returns:
-        Both without them, in the same order.
+        The remaining samples and weights, in the same order.
     """
     stay = torch.randperm(len(kept), generator=generator)[count:].sort().values
     return kept[stay], None if weights is None else weights[stay]

@@ -1,7 +1,7 @@
-"""Batches of changing size from loaders whose samples have no indices; every sample is read once.
+"""Batches of changing size from loaders whose samples have no indices. Every sample is read once.
 
-A *stream* has one method, ``read(epoch, size_of)``, which yields an epoch's batches; ``size_of(k)`` is the size of batch ``k`` and
-is called for every batch, so sizes may change between any two.
+A *stream* has one method, ``read(epoch, size_of)``, which yields an epoch's batches. ``size_of(k)`` returns the size of batch ``k`` and is
+called before every batch, so sizes may change between any two.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SizeOf = Callable[[int], int | None]
 
 
 class _Task(NamedTuple):
-    """A request to a worker: the next ``size`` samples of its share.
+    """A request to a worker for the next ``size`` samples of its share.
 
-    A new ``reading`` starts the dataset from the beginning. The first task of a new ``generation`` means that sizes have changed: samples
-    read for tasks from number ``back_to`` on were not trained on and are read again.
+    A new ``reading`` starts the dataset from the beginning. The first task of a new ``generation`` signals that sizes have changed: samples
+    read for tasks from number ``back_to`` on were not trained on and must be read again.
     """
 
     number: int
@@ -40,21 +40,21 @@ class _Task(NamedTuple):
 
 
 class _Reader(Dataset):
-    """Reads an ``IterableDataset`` in the sizes that it is asked for; in a worker, that worker's share.
+    """Reads an ``IterableDataset`` in requested sizes; in a worker process, that worker's share.
 
     Args:
         dataset: The dataset.
-        collate_fn: Makes a batch of samples.
-        drop_last: Leaves out the last samples where they are fewer than asked for.
-        ahead: Tasks that may be answered before their turn to be trained on.
-        seed: Seeds the random numbers of each epoch's reading, together with the worker's number.
+        collate_fn: Makes a batch from samples.
+        drop_last: Drops the last samples if there are fewer than requested.
+        ahead: Number of tasks that may be answered before their batch is trained on.
+        seed: Seeds the random numbers of each epoch, together with the worker's number.
     """
 
     _generation: int
     _random: RandomStream
     _iterator: Iterator[Any]
-    _again: deque[Any]  # put back
-    _taken: int  # samples
+    _again: deque[Any]  # samples that were put back
+    _taken: int  # number of samples read so far
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], drop_last: bool, ahead: int, seed: int) -> None:
         self.dataset, self._collate, self._drop_last, self._seed = dataset, collate_fn, drop_last, seed
@@ -62,7 +62,7 @@ class _Reader(Dataset):
         self._reading = -1
 
     def __getitems__(self, task: _Task) -> tuple[_Task, int, Any]:
-        """A task, the samples that were left for it, and their batch; ``None`` at the end of the share."""
+        """Returns the task, the number of samples found for it, and their batch (``None`` at the end of the share)."""
         info = torch.utils.data.get_worker_info()
         worker = 0 if info is None else info.id
         if task.reading != self._reading:
@@ -77,7 +77,7 @@ class _Reader(Dataset):
         start, self._taken = self._taken, self._taken + len(samples)
         if not samples or (self._drop_last and len(samples) < task.size):
             return task, len(samples), None
-        # seeded by place: a batch that is made again in another size does not shift the random numbers of the reading
+        # seeded by position: making a batch again in another size must not change the random numbers of later ones
         with RandomStream(stream_seed(self._seed, 1, task.epoch, worker, start)):
             return task, len(samples), self._collate(samples)
 
@@ -104,16 +104,16 @@ class _Reader(Dataset):
 class WorkerStream:
     """Reads a ``DataLoader`` over an ``IterableDataset``, with its collate function, workers and memory settings.
 
-    As in a ``DataLoader``, batches come from the workers in turn, each with the worker's next samples: at the original batch size they are
-    the loader's own batches in its order. When a size changes, samples that workers have read ahead go back to the front of their share, so
-    order and sizes equal those of a run without prefetching.
+    As in a ``DataLoader``, batches come from the workers in turn, each with the worker's next samples; at the original batch size they are
+    the loader's own batches in its order. When the size changes, samples that workers have prefetched are put back at the front of their
+    share, so order and sizes equal those of a run without prefetching.
 
     Args:
         loader: The user's loader.
-        seed: Seeds the random numbers of reading; another one on each rank.
+        seed: Seeds the random numbers of reading; must differ between ranks.
 
     Attributes:
-        keeps_dataset: Whether every epoch reads the same object, which may count its epochs.
+        keeps_dataset: Whether every epoch reads the same dataset object, which may count its epochs.
     """
 
     def __init__(self, loader: DataLoader, seed: int) -> None:
@@ -130,13 +130,13 @@ class WorkerStream:
         """Yields an epoch's batches.
 
         Args:
-            epoch: The epoch's number.
-            size_of: The batches' sizes.
+            epoch: Epoch number.
+            size_of: Returns the batch sizes.
         """
         sending = _Sending(epoch, self._readings, size_of, self._batch_size, self._workers)
         self._readings += 1
         self._tasks.tasks = iter(sending)
-        ended: set[int] = set()  # workers
+        ended: set[int] = set()  # workers whose share is exhausted
         batch = 0
         for task, left, content in self._inner:
             size = size_of(batch)
@@ -146,7 +146,7 @@ class WorkerStream:
                 continue
             if content is None and left < size:
                 ended.add(task.number % self._workers)
-                sending.batch -= 1
+                sending.batch -= 1  # another worker must make this batch
                 if len(ended) == self._workers:
                     return
             elif task.size != size:
@@ -160,11 +160,11 @@ class WorkerStream:
 
 
 class _Sending:
-    """The tasks of an epoch, worker by worker in turns, without end.
+    """An endless iterator over the tasks of an epoch, round-robin over the workers.
 
     Attributes:
-        generation: How often sizes have changed in a way that was not known beforehand.
-        batch: The batch that the next task is thought to be for.
+        generation: How often sizes have changed unexpectedly.
+        batch: The batch that the next task is expected to be for.
     """
 
     def __init__(self, epoch: int, reading: int, size_of: SizeOf, batch_size: int | None, workers: int) -> None:
@@ -186,13 +186,13 @@ class _Sending:
             yield _Task(self._number - 1, size, self._epoch, self._reading, self.generation, self._back_to)
 
     def begin_again(self, number: int, batch: int) -> None:
-        """Asks again for all batches from ``batch`` on, the first of them from the worker that had task ``number``."""
+        """Requests all batches from ``batch`` on again, the first of them from the worker that had task ``number``."""
         self.generation, self._back_to, self.batch = self.generation + 1, number, batch
-        self._idle = (number - self._number) % self._workers
+        self._idle = (number - self._number) % self._workers  # empty tasks until it is this worker's turn
 
 
 class BatchStream:
-    """Concatenates whole batches of a loader that makes them itself.
+    """Concatenates whole batches of a loader that makes batches itself.
 
     Args:
         loader: An iterable of batches, with an attribute ``batch_size``.
@@ -207,11 +207,11 @@ class BatchStream:
         """Yields an epoch's batches.
 
         Args:
-            epoch: The epoch's number.
-            size_of: The batches' sizes, multiples of the loader's.
+            epoch: Epoch number.
+            size_of: Returns the batch sizes, which must be multiples of the loader's.
 
         Raises:
-            InputError: For another size, or for batches that cannot be put together.
+            InputError: For another size, or for batches that cannot be concatenated.
         """
         for sampler in (getattr(self._loader, 'sampler', None), getattr(self._loader, 'batch_sampler', None)):
             if isinstance(sampler, DistributedSampler):
@@ -236,10 +236,10 @@ def put_together(batches: Sequence[Any]) -> Any:
     """Concatenates batches; the inverse of Composer's ``default_split_batch``.
 
     Args:
-        batches: Batches of one kind: tensors, mappings, or pairs and lists of tensors.
+        batches: Batches of the same structure: tensors, mappings, or pairs and lists of tensors.
 
     Raises:
-        InputError: If it is not clear what one batch of them would be.
+        InputError: If it is unclear how to concatenate them.
     """
     first = batches[0]
     if len(batches) == 1:

@@ -1,4 +1,4 @@
-"""What is known of each sample: its scores, and how often it was trained on."""
+"""The sample table: the scores of each sample, and how often it was trained on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ SAVED = ('history', 'scored', 'offered', 'trained')
 
 @dataclass
 class SampleRows:
-    """The table's rows, of all samples or of an epoch's candidates; on the CPU, without NaN.
+    """Rows of the table, for all samples or for an epoch's candidates; on the CPU, without NaN.
 
     Attributes:
-        history: The last ``H`` scores of each sample, float32 ``[H, n]``, the newest first; 0 where there is none, inf where one was not
-            finite.
+        history: The last ``H`` scores of each sample, float32 ``[H, n]``, newest first; 0 if missing, inf if not finite.
         scored: Whether a sample has a score, bool ``[n]``.
-        offered: Whether a sample was a candidate in an epoch before, bool ``[n]``.
-        trained: How many epochs trained on a sample, int32 ``[n]``.
+        offered: Whether a sample was a candidate in an earlier epoch, bool ``[n]``.
+        trained: Number of epochs that trained on a sample, int32 ``[n]``.
     """
 
     history: Tensor
@@ -36,13 +35,13 @@ class SampleRows:
 
     @classmethod
     def empty(cls, history: int, num_samples: int) -> SampleRows:
-        """Rows of samples of which nothing is known."""
+        """Rows for samples without any records."""
         flags = torch.zeros(2, num_samples, dtype=torch.bool)
         return cls(torch.zeros(history, num_samples), flags[0], flags[1], torch.zeros(num_samples, dtype=torch.int32))
 
     @property
     def scores(self) -> Tensor:
-        """The last score of each sample, float32 ``[n]``; 0 where it has none."""
+        """The last score of each sample, float32 ``[n]``; 0 if it has none."""
         return self.history[0]
 
     def __len__(self) -> int:
@@ -58,48 +57,48 @@ class SampleRows:
 
 
 class SampleTable:
-    """Keeps one row a sample over the run.
+    """Keeps one row per sample over the run.
 
-    The scores of the epoch under way stay on the training device, in the rank's order, so noting them moves nothing to the host. The ranks
-    exchange them once, at the epoch's end, and when a checkpoint is written within an epoch.
+    The scores of the current epoch stay on the training device, in the rank's order, so recording them needs no transfer to the host. The
+    ranks exchange them once, at the end of the epoch, and when a checkpoint is written within an epoch.
 
     Args:
-        planner: The run's planner, which says which samples are trained on.
-        history: Scores kept of each sample; 0 where none are noted.
-        decay: Weight of the old score where the score is an exponential moving average; 0 for the last score.
+        planner: The run's planner, which knows the samples that are trained on.
+        history: Number of scores to keep per sample; 0 if none are recorded.
+        decay: Weight of the old score in an exponential moving average; 0 keeps the last score.
     """
 
     def __init__(self, planner: EpochPlanner, history: int = 1, decay: float = 0.0) -> None:
         self._planner, self._history, self._decay = planner, history, decay
         self._rows = SampleRows.empty(history, 0)
-        self._noted: Tensor | None = None  # NaN where not trained yet
+        self._noted: Tensor | None = None  # scores in the rank's order; NaN if not trained yet
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def rows(self) -> SampleRows:
-        """What is known of all samples, as of the last exchange."""
+        """The rows of all samples, as of the last exchange."""
         return self._rows
 
     def total(self, number: int) -> int:
-        """What a number of :attr:`rows` comes to over all samples; a collective call where the table is sharded."""
+        """Sums a number computed from :attr:`rows` over all samples; a collective call if the table is sharded."""
         return number
 
     def agreed(self, choice: Choice | None) -> Choice | None:
-        """A decision on :attr:`rows` as all ranks take it; a collective call where the table is sharded."""
+        """Turns a decision on :attr:`rows` into one that all ranks agree on; a collective call if the table is sharded."""
         return choice
 
     def reset(self, num_samples: int) -> None:
-        """Begins anew for another data set."""
+        """Clears the table for another dataset."""
         self._rows, self._noted = SampleRows.empty(self._history, num_samples), None
 
     def note(self, scores: Tensor, where: slice) -> None:
-        """Notes the scores of a microbatch.
+        """Records the scores of a microbatch.
 
         Args:
-            scores: Float32 ``[B]``; what is not finite becomes inf.
-            where: Their place in the rank's epoch.
+            scores: Float32 ``[B]``; values that are not finite become inf.
+            where: Their position in the rank's epoch.
         """
         if self._noted is None:
             self._noted = scores.new_full((len(self._planner.loader.rank_order),), math.nan)
@@ -111,13 +110,13 @@ class SampleTable:
         return self._noted is not None
 
     def of_this_rank(self) -> SampleRows:
-        """The rows with what this rank noted since the last exchange."""
+        """The rows including the scores that this rank recorded since the last exchange."""
         if self._noted is None:
             return self._rows
         return self._with([scores_of(self._planner.loader.rank_order, self._noted)])
 
     def of_all_ranks(self, state: State) -> SampleRows:
-        """The rows with what every rank noted since the last exchange; a collective call."""
+        """The rows including the scores that all ranks recorded since the last exchange; a collective call."""
         if self._noted is None or dist.get_world_size() == 1:
             return self.of_this_rank()
         orders = self._planner.loader.rank_orders()
@@ -127,20 +126,20 @@ class SampleTable:
         return self._with([scores_of(order, values[: len(order)]) for order, values in zip(orders, gathered, strict=True)])
 
     def exchange(self, state: State) -> None:
-        """Takes in what every rank noted; a collective call."""
+        """Adds the scores recorded by all ranks to the rows; a collective call."""
         self._rows, self._noted = self.of_all_ranks(state), None
 
     def end_epoch(self, state: State) -> None:
-        """Takes in what every rank noted, and counts what the epoch trained on; a collective call."""
+        """Adds the scores recorded by all ranks, and counts the samples that the epoch trained on; a collective call."""
         self.exchange(state)
         plan = self._planner.loader.plan
         assert plan is not None
-        # all of them, as a rule: then their order does not matter, and an ascending one is faster
+        # usually all: then the order does not matter, and indexing in ascending order is faster
         everything = plan.num_samples == len(plan.kept)
         self._rows.trained[plan.kept if everything else plan.order[: plan.num_samples]] += 1
 
     def offer(self, samples: Tensor | None) -> None:
-        """Notes that samples are candidates of an epoch.
+        """Records that samples are candidates of an epoch.
 
         Args:
             samples: Sample indices, int64 ``[n]``; ``None`` for all.
@@ -148,17 +147,17 @@ class SampleTable:
         self._rows.offered[slice(None) if samples is None else samples] = True
 
     def state_dict(self, state: State | None) -> dict[str, Tensor]:
-        """The rows with what every rank noted; a collective call.
+        """The rows including the scores recorded by all ranks; a collective call.
 
         Args:
             state: The trainer's state; ``None`` before ``INIT``.
         """
         rows = self._rows if state is None else self.of_all_ranks(state)
-        rows = rows.clone() if rows is self._rows else rows  # what is saved does not change with the run
+        rows = rows.clone() if rows is self._rows else rows  # later training must not change what is saved
         return {name: getattr(rows, name) for name in SAVED}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` gave."""
+        """Restores the result of :meth:`state_dict`."""
         self._rows, self._noted = SampleRows(*(saved[name].cpu() for name in SAVED)), None
 
     def _with(self, noted: list[tuple[Tensor, Tensor]]) -> SampleRows:
@@ -176,7 +175,7 @@ class SampleTable:
 
 
 def scores_of(order: Tensor, noted: Tensor) -> tuple[Tensor, Tensor]:
-    """The samples that scores were noted of, int64 ``[n]``, and these scores, float32 ``[n]``."""
+    """The samples for which scores were recorded, int64 ``[n]``, and these scores, float32 ``[n]``."""
     noted = noted.cpu()
     trained = ~torch.isnan(noted)
     return order[trained], noted[trained]

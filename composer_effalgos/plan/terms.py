@@ -1,4 +1,4 @@
-"""What the graph of a loss shows: means of elements, which are samples' or tokens'."""
+"""Finds, in the graph of a loss, the means over elements (samples or tokens) that it consists of."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ _ONE_BY_ONE = 'it takes the loss of one sample at a time'
 
 
 class _Elements(NamedTuple):
-    """What a node of the graph took the mean of."""
+    """The elements that a node of the graph averages."""
 
     losses: Tensor  # of any shape, the samples' dimension first
     counted: Tensor | None  # bool, the same shape; None for all
-    total: Tensor | float  # what their mean divides by
+    total: Tensor | float  # the divisor of their mean
 
 
 def token_losses(log_probabilities: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihoods of what a cross-entropy takes the mean of.
+    """Negative log-likelihoods that a cross-entropy averages.
 
     Args:
         log_probabilities: Float ``[n, C]`` or ``[B, C, ...]``.
         target: Class indices, int64, the same shape without ``C``.
-        ignore_index: The index that is left out.
+        ignore_index: The ignored index.
 
     Returns:
-        Losses, float32 or float64, 0 where left out; where they count, bool; and the targets, 0 where left out. All of one shape.
+        Losses, float32 or float64, 0 if ignored; a bool mask of the targets that count; and the targets, 0 if ignored. All of the same
+        shape.
 
     Raises:
-        NotReadableError: For a single sample without a dimension of its own.
+        NotReadableError: For a single sample without a batch dimension.
     """
     if log_probabilities.ndim < 2:
         raise NotReadableError(_ONE_BY_ONE)
@@ -47,8 +48,8 @@ def token_losses(log_probabilities: Tensor, target: Tensor, ignore_index: int) -
 
 
 def node_token_losses(node: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`token_losses` of the node of a cross-entropy."""
-    ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch shows it without its sign
+    """Applies :func:`token_losses` to the tensors saved by a cross-entropy node."""
+    ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # torch exposes it as an unsigned integer
     return token_losses(node._saved_self, node._saved_target, ignored)
 
 
@@ -59,7 +60,7 @@ def _nll(node: Any) -> _Elements:
 
 
 def is_cross_entropy(node: Any) -> bool:
-    """Whether a node took the mean of a cross-entropy over class indices."""
+    """Whether a node is the reduction of a cross-entropy over class indices."""
     return _READERS.get(node.name()) is _nll
 
 
@@ -71,7 +72,7 @@ def weighing(target: Tensor, weights: Tensor) -> Callable[..., tuple[Tensor | No
         if gradient is None:
             return gradients
         weighted = (gradient.gather(1, target) * weights.unsqueeze(1)).to(gradient.dtype)
-        # the gradient was made by this node for the next one: nobody else has it
+        # nobody else holds this gradient, which the node made for the next one, so it may be modified in place
         fresh = gradient.scatter(1, target, weighted) if gradient.requires_grad else gradient.scatter_(1, target, weighted)
         return (fresh, *others)
 
@@ -103,30 +104,30 @@ _LINEAR |= {'ReshapeAlias', 'Select', 'Slice', 'Squeeze', 'Stack', 'Sub', 'Sum',
 _LINEAR |= {'Unsqueeze', 'View', 'Where'}
 
 
-NORMALISATIONS = ('weighted', 'averaged', 'summed')  # what a loss may be the mean over, see ReadFromGraph
+NORMALISATIONS = ('weighted', 'averaged', 'summed')  # what the mean of a loss may be over, see ReadFromGraph
 
 
 class Term(NamedTuple):
-    """One mean of elements in a loss."""
+    """One mean over elements in a loss."""
 
     node: Any
     elements: _Elements
-    coefficient: Tensor  # of the mean in the loss, one number; of each element where the node took no mean
+    coefficient: Tensor  # factor of the mean in the loss, a scalar; per element if the node has no reduction
     reduction: str
 
 
 class GraphReading(NamedTuple):
-    """What the graph of one loss shows."""
+    """The terms found in the graph of one loss."""
 
     terms: list[Term]
     read: list[Edge]  # the outputs that the terms read
     rows: Rows
     reads_parameters: bool
-    watched: bool  # whether it took more than the graph
+    watched: bool  # whether recorded reductions were needed in addition to the graph
 
 
 def positions_of(outputs: Any) -> dict[Edge, int]:
-    """Where each output that requires a gradient stands among :func:`tensors_of`."""
+    """Maps each output that requires a gradient to its position in :func:`tensors_of`."""
     return {edge_of(tensor): position for position, tensor in enumerate(tensors_of(outputs)) if tensor.requires_grad}
 
 
@@ -140,16 +141,16 @@ def is_apart(entry: Tensor, outputs: Any) -> bool:
 
 
 def read_graph(entry: Tensor, outputs: Any, seen: Mapping[Any, Reduced] | None = None) -> GraphReading | None:
-    """The terms of a loss; ``None`` where its graph shows none.
+    """The terms of a loss; ``None`` if its graph shows none.
 
     Args:
-        entry: The loss, a number with its graph.
+        entry: The loss, a scalar with its graph.
         outputs: The model's outputs.
-        seen: Means and sums that were noted while it was computed; a term is what the last of them before the loss are taken of. Without
-            them a term is one of torch's losses that keep what they are taken of.
+        seen: Means and sums that were recorded while it was computed; the last ones before the loss become the terms. Without them, the
+            terms are torch's losses whose nodes save their inputs.
 
     Raises:
-        NotReadableError: Where the outputs enter the loss by a way that is not understood.
+        NotReadableError: If the outputs enter the loss in a way that is not understood.
     """
     if not entry.requires_grad:
         return None
@@ -167,7 +168,7 @@ def read_graph(entry: Tensor, outputs: Any, seen: Mapping[Any, Reduced] | None =
     if not readers:
         return None
     inputs = {inputs_of(node)[0]: node for node in readers if node not in reduced}
-    # a smoothed cross-entropy sums up the log-probabilities too
+    # label smoothing also sums the log-probabilities over the classes
     others = walk([root], {*positions, *inputs}, halts).arrivals
     sums = [(node, inputs[edge]) for node, edge in others if edge in inputs and _sums_classes(node)]
     understood = {node for node, _ in sums}
@@ -204,14 +205,14 @@ def _watched_term(node: Any, reduced: Reduced, coefficient: Tensor) -> Term:
     divisor = {'mean': elements.numel(), 'sum': 1, 'batchmean': len(elements)}[reduced.how]
     factor = _constant_factor(elements)
     elements, coefficients = in_full(elements), (coefficient / divisor).expand(elements.shape)
-    if factor is not None:  # a mask says what the mean is over
+    if factor is not None:  # a mask determines the elements that the mean is over
         coefficients = coefficients * factor
         elements = elements / torch.where(factor == 0, 1, factor) * (factor != 0)
     return Term(node, _Elements(elements, None, 1.0), coefficients, 'none')
 
 
 def _constant_factor(product: Tensor) -> Tensor | None:
-    """What a tensor is a product of, beside what requires a gradient."""
+    """The constant factor of a product with something that requires a gradient; ``None`` if it is no such product."""
     node: Any = product.grad_fn
     if node is None or node.name() != 'MulBackward0':
         return None
@@ -221,7 +222,7 @@ def _constant_factor(product: Tensor) -> Tensor | None:
 
 
 def _is_linear(node: Any) -> bool:
-    """Whether a node adds up, or takes the mean or multiples of, what it is given, so that its gradient does not depend on it."""
+    """Whether a node is linear (a sum, mean or multiple of its inputs), so that its gradient does not depend on them."""
     name, given = re.sub(r'Backward\d*$', '', node.name()), [source is not None for source, _ in node.next_functions]
     return name in _LINEAR or (name == 'Mul' and sum(given) == 1) or (name == 'Div' and not any(given[1:]))
 
@@ -231,7 +232,7 @@ def _sums_classes(node: Any) -> bool:
 
 
 class Rows:
-    """How elements belong to samples: in their order, or as the model indexed its outputs.
+    """The mapping from elements to samples: in order, or by the index that the model applied to its outputs.
 
     Args:
         nodes: The nodes between outputs and elements.
@@ -248,7 +249,7 @@ class Rows:
         self._indexed = [node for node in nodes if node.name() == 'IndexBackward0' and node._saved_indices[0] is not None]
 
     def index(self, rows: int) -> Tensor | None:
-        """The sample of each row of elements, int64 ``[rows]``; ``None`` where they follow one another, each with as many."""
+        """The sample of each row of elements, int64 ``[rows]``; ``None`` if samples have consecutive rows, the same number each."""
         for node in self._indexed:
             index = node._saved_indices[0]
             index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.flatten()
@@ -259,14 +260,14 @@ class Rows:
         return None
 
     def sums(self, elements: Tensor) -> Tensor:
-        """Elements summed per sample, ``[B]``."""
+        """Sums elements per sample, ``[B]``."""
         index = self.index(len(elements))
         if index is None:
             return elements.reshape(self.samples, -1).sum(dim=1)
         return elements.new_zeros(self.samples).index_add(0, index, elements.reshape(len(elements), -1).sum(dim=1))
 
     def spread(self, weights: Tensor, like: Tensor) -> Tensor:
-        """Weights of samples ``[B]`` as weights of rows, shaped to multiply elements."""
+        """Expands weights of samples ``[B]`` to weights of rows, in a shape that broadcasts with the elements."""
         index = self.index(len(like))
         spread = weights.repeat_interleave(len(like) // self.samples) if index is None else weights[index]
         return spread.view(-1, *(1 for _ in like.shape[1:]))

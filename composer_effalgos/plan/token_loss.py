@@ -1,4 +1,4 @@
-"""The per-token losses of a cross-entropy, and weights for its tokens."""
+"""Per-token losses of a cross-entropy, and weights for its tokens."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from composer_effalgos.plan.outputs import NotReadableError, entries_of, in_full
 from composer_effalgos.plan.terms import Term, is_cross_entropy, node_token_losses, read_graph, token_losses, weighing
 
 _FORWARD = (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default)
-_CHUNK = 2**24  # log-probabilities that an entropy is taken of at once
+_CHUNK = 2**24  # log-probabilities per chunk of the entropy computation, to bound the memory
 
 
 class Tokens:
-    """The tokens of a loss that is one cross-entropy, and terms that do not read the outputs.
+    """The tokens of a loss that is one cross-entropy plus terms that do not read the outputs.
 
-    The loss is ``sum_t m_t l_t`` with the loss ``l_t`` of token ``t`` and its share ``m_t`` in the mean. Nothing is assumed about shifts,
-    ignored labels or class weights: all of it is read from the graph of the loss.
+    The loss is ``sum_t m_t l_t``, where ``l_t`` is the loss of token ``t`` and ``m_t`` its share in the mean. Nothing is assumed about
+    shifts, ignored labels or class weights: all of this is read from the graph of the loss.
 
     Args:
-        likelihood: The negative log-likelihood of the loss's graph.
-        smoothing: The parts of its graph that label smoothing adds.
+        likelihood: The negative log-likelihood term of the loss's graph.
+        smoothing: The terms that label smoothing adds.
 
     Attributes:
-        likelihoods: Negative log-likelihoods, float32 or float64 ``[n]``; 0 where the label is ignored.
-        shares: ``m_t``, ``[n]``, in units in which they sum up to 1; 0 where the label is ignored.
-        losses: ``l_t``, ``[n]``: the likelihoods, unless the loss is smoothed or scaled.
+        likelihoods: Negative log-likelihoods, float32 or float64 ``[n]``; 0 if the label is ignored.
+        shares: ``m_t``, ``[n]``, normalised to sum to 1; 0 if the label is ignored.
+        losses: ``l_t``, ``[n]``: equal to the likelihoods, unless the loss is smoothed or scaled.
     """
 
     def __init__(self, likelihood: Term, smoothing: list[Term]) -> None:
@@ -40,34 +40,34 @@ class Tokens:
         coefficient = likelihood.coefficient.to(losses.dtype) * counts
         if likelihood.reduction == 'mean':
             coefficient = coefficient / node._saved_total_weight
-        self._amounts = coefficient * losses  # what each token adds to the loss
+        self._amounts = coefficient * losses  # contribution of each token to the loss
         for term in smoothing:
             self._amounts = self._amounts + term.coefficient.to(losses.dtype) * term.elements.losses
         self.likelihoods = losses.flatten()
-        # a microbatch may have no label at all
+        # clamp: a microbatch may have no label at all
         self.shares = (coefficient / coefficient.sum().clamp(min=torch.finfo(coefficient.dtype).tiny)).flatten()
         self.losses = torch.where(self.shares == 0, 0, self._amounts.flatten() / self.shares)
 
     @property
     def targets(self) -> Tensor:
-        """The labels, int64 ``[n]``; 0 where ignored."""
+        """The labels, int64 ``[n]``; 0 if ignored."""
         return self._targets.flatten()
 
     def entropies(self) -> Tensor:
-        """The entropy of the prediction at each token, float ``[n]``."""
+        """The entropy of the prediction at each token in nats, float ``[n]``."""
         log_probabilities = self._likelihood.node._saved_self.detach()
         rows = max(1, _CHUNK // max(1, log_probabilities[0].numel()))
         parts = [-(in_full(part).exp() * in_full(part)).sum(dim=1) for part in log_probabilities.split(rows)]
         return torch.cat(parts).flatten()
 
     def weigh(self, weights: Tensor) -> Tensor:
-        """Has the backward pass multiply each token's gradient by its weight.
+        """Registers hooks that multiply each token's gradient by its weight.
 
         Args:
             weights: Float ``[n]``, without a graph.
 
         Returns:
-            What the weights add to the value of the loss: ``sum_t (w_t - 1) m_t l_t``.
+            The amount that the weights add to the value of the loss: ``sum_t (w_t - 1) m_t l_t``.
         """
         weights = weights.view_as(self._targets)
 
@@ -81,10 +81,10 @@ class Tokens:
 
 
 def read_tokens(own: Any, outputs: Any) -> Tokens:
-    """Reads a loss token by token from its graph.
+    """Reads the tokens of a loss from its graph.
 
     Args:
-        own: What ``model.loss`` returned.
+        own: Result of ``model.loss``.
         outputs: The model's outputs.
 
     Raises:
@@ -102,7 +102,7 @@ def read_tokens(own: Any, outputs: Any) -> Tokens:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the arguments of every negative log-likelihood that is computed."""
+    """Records the arguments of every negative log-likelihood that is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,10 +121,10 @@ def watched_tokens(compute: Callable[[], Any]) -> tuple[Tensor, Tensor]:
         compute: Computes it.
 
     Returns:
-        Negative log-likelihoods, float ``[n]``, and labels, int64 ``[n]``, as :class:`Tokens` has them.
+        Negative log-likelihoods, float ``[n]``, and labels, int64 ``[n]``, as in :class:`Tokens`.
 
     Raises:
-        NotReadableError: If it does not compute one cross-entropy.
+        NotReadableError: If not exactly one cross-entropy is computed.
     """
     with torch.no_grad(), _Watch() as watch:
         compute()

@@ -1,4 +1,4 @@
-"""What a loss takes its means and sums of, watched while it is computed."""
+"""Records the means and sums that a loss computes, with their inputs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _REDUCTIONS = {torch.mean: 'mean', Tensor.mean: 'mean', torch.sum: 'sum', Tensor
 
 
 class Reduced(NamedTuple):
-    """A number and what it was computed from."""
+    """A reduction: how it was computed, and from which elements."""
 
     elements: Callable[[], Tensor]  # float, of any shape, with its graph
     how: str  # 'mean', 'sum' or 'batchmean' of the elements
 
 
 class Watch(TorchFunctionMode):
-    """Notes every mean and sum over all elements of a tensor, those within the losses of ``torch.nn.functional`` too.
+    """Records every mean and sum over all elements of a tensor, including those within the losses of ``torch.nn.functional``.
 
     Attributes:
-        seen: By the node of the number's graph.
+        seen: Reductions by the graph node of their result.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reduce
 
 @functools.cache
 def _signature(func: Any) -> inspect.Signature | None:
-    """That of a loss with ``reduction``."""
+    """The signature of a loss in ``torch.nn.functional`` with a ``reduction`` argument; ``None`` for other functions."""
     if getattr(func, '__module__', None) != 'torch.nn.functional':
         return None
     signature = inspect.signature(func)
