@@ -23,25 +23,25 @@ from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import one_line
 
-# click's ClickException, of which newer versions of typer have a copy
+# click's ClickException; newer versions of typer contain a copy of it
 _CommandError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
 
-# of several commands
+# options that several commands share
 Overrides = Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of every recipe.')]
 Out = Annotated[Path | None, typer.Option(help='Folder for the runs and the report; runs/<name of the sweep> by default.')]
-Seeds = Annotated[list[int] | None, typer.Option(help="In place of the sweep's seeds; may be given several times.")]
-Only = Annotated[list[str] | None, typer.Option(help='Train this method alone; may be given several times.')]
-Minutes = Annotated[float | None, typer.Option(help='Stop after so many (exit status 3); the same command goes on.')]
-Jobs = Annotated[int, typer.Option(min=1, help='Runs side by side, each with one thread.')]
-Ranks = Annotated[int, typer.Option(min=1, help='Processes a run, one a GPU.')]
-Fresh = Annotated[bool, typer.Option('--fresh', help='Train everything anew.')]
+Seeds = Annotated[list[int] | None, typer.Option(help="Instead of the sweep's seeds; may be given several times.")]
+Only = Annotated[list[str] | None, typer.Option(help='Train only this method; may be given several times.')]
+Minutes = Annotated[float | None, typer.Option(help='Stop after this many minutes (exit status 3); run the same command to continue.')]
+Jobs = Annotated[int, typer.Option(min=1, help='Runs in parallel, each with one thread.')]
+Ranks = Annotated[int, typer.Option(min=1, help='Processes per run, one per GPU.')]
+Fresh = Annotated[bool, typer.Option('--fresh', help='Train everything from scratch.')]
 
 app = typer.Typer(name='effalgos', no_args_is_help=True, add_completion=False)
 
 
 @app.command()
 def recipes(folder: Annotated[Path | None, typer.Argument(help='Folder to look in; yamls/ by default.')] = None) -> None:
-    """List the recipes, one line each, and after them the sweeps."""
+    """List the recipes, one per line, and then the sweeps."""
     folder = folder or recipe_folder()
     for path, description in list_recipes(folder):
         typer.echo(f'{path}  {description}')
@@ -59,7 +59,7 @@ def demo(out: Annotated[Path, typer.Option(help='Folder for the runs and the rep
 
 @app.command()
 def bench(
-    sweep: Annotated[Path, typer.Argument(help='A YAML file; effalgos recipes lists those that come with the project.')],
+    sweep: Annotated[Path, typer.Argument(help='A YAML file; effalgos recipes lists those included in the project.')],
     overrides: Overrides = None,
     out: Out = None,
     seed: Seeds = None,
@@ -70,7 +70,7 @@ def bench(
     fresh: Fresh = False,
     keep_checkpoints: Annotated[bool, typer.Option('--keep-checkpoints', help='Keep the checkpoints of finished runs.')] = False,
 ) -> None:
-    """Train a sweep, or what is left of it; write results.csv, results.json, report.html and report.md."""
+    """Train a sweep, or the unfinished part of it; write results.csv, results.json, report.html and report.md."""
     outcome = run_sweep(
         sweep,
         out,
@@ -92,7 +92,7 @@ def frontier(
     overrides: Overrides = None,
     out: Out = None,
     by: Annotated[
-        str | None, typer.Option(help='A budget is: cpu_seconds (by default on a CPU), seconds (elsewhere), samples or steps.')
+        str | None, typer.Option(help='Unit of the budget: cpu_seconds (default on a CPU), seconds (default elsewhere), samples or steps.')
     ] = None,
     seed: Seeds = None,
     only: Only = None,
@@ -100,7 +100,7 @@ def frontier(
     jobs: Jobs = 1,
     ranks: Ranks = 1,
 ) -> None:
-    """Does a method pay? Train a sweep, or what is left of it, and set each method against plain training of the same budget."""
+    """Does a method pay? Train a sweep, or the rest of it, and compare each method with plain training at equal budget."""
     if sweep.is_dir():
         if overrides or out or seed or only or minutes is not None:
             raise InputError(f'{sweep}: expected a sweep, got a folder of runs; nothing is trained for it: give --by alone')
@@ -128,11 +128,11 @@ def search(
     out: Annotated[Path | None, typer.Option(help='Folder for the runs; runs/<name of the sweep> by default.')] = None,
     target: Annotated[float | None, typer.Option(help="The accuracy to reach; the last of the sweep's targets by default.")] = None,
     trials: Annotated[int, typer.Option(min=1, help='Combinations to train.')] = 30,
-    seed: Annotated[int, typer.Option(help='Of the search and of the runs.')] = 17,
+    seed: Annotated[int, typer.Option(help='Seed of the search and of the runs.')] = 17,
     minutes: Minutes = None,
     fresh: Fresh = False,
 ) -> None:
-    """Search the combination of settings that reaches an accuracy in the least seconds of training."""
+    """Search for the combination of settings that reaches an accuracy in the fewest seconds of training."""
     _exit(run_search(sweep, out, overrides or (), target=target, trials=trials, seed=seed, minutes=minutes, fresh=fresh))
 
 
@@ -148,19 +148,19 @@ def select(
     recipe: Annotated[Path, typer.Argument(help='A recipe with algorithms.subset_selection, which says how to select.')],
     out: Annotated[Path, typer.Option(help='The Parquet file to write: columns index and weight.')],
     overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of the recipe.')] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to select with; the model's first ones by default.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to select with; the model's initial ones by default.")] = None,
 ) -> None:
-    """Select a subset with a trained model and write it to a file, for strategy=file to train on."""
+    """Select a subset with a trained model and write it to a file, for training with strategy=file."""
     typer.echo(select_to_file(recipe, overrides or (), checkpoint, out))
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that holds runs, one folder a run; or a run's own folder.")],
-    out: Annotated[Path | None, typer.Option(help='Path of the page; report.html in the folder by default.')] = None,
-    target: Annotated[list[float] | None, typer.Option(help='An accuracy, e.g. 0.9, whose first epoch the table gives.')] = None,
+    out: Annotated[Path | None, typer.Option(help='Path of the HTML page; report.html in the folder by default.')] = None,
+    target: Annotated[list[float] | None, typer.Option(help='An accuracy, e.g. 0.9; the table gives its first epoch.')] = None,
 ) -> None:
-    """Compare the runs in a folder: an HTML page with curves, and its table as Markdown."""
+    """Compare the runs in a folder: an HTML page with curves and its table as Markdown."""
     typer.echo(write_report(folder, out, targets=target or ()))
 
 
@@ -173,8 +173,8 @@ def interpolate(
     out: Annotated[Path, typer.Option(help='Folder for the figure and the numbers.')] = Path('interpolation'),
     points: Annotated[int, typer.Option(help='Equal steps from -1 to 2; eight more lie around 0 and 1.')] = 25,
     samples: Annotated[int | None, typer.Option(help='Training samples to use; all by default.')] = None,
-    sharpness_samples: Annotated[int | None, typer.Option(help='Of these for the sharpness; all by default, 0 for none.')] = None,
-    batch_size: Annotated[int, typer.Option(help='Samples in a step.')] = 500,
+    sharpness_samples: Annotated[int | None, typer.Option(help='Number of these for the sharpness; all by default, 0 for none.')] = None,
+    batch_size: Annotated[int, typer.Option(help='Samples per batch.')] = 500,
     epsilon: Annotated[list[float], typer.Option(help='Size of the box; may be given several times.')] = [1e-3, 5e-4],  # noqa: B006
     subspace: Annotated[int, typer.Option(help='Dimension of the random subspace; 0 for the whole space only.')] = 100,
     iterations: Annotated[int, typer.Option(help='Iterations of L-BFGS-B.')] = 10,
@@ -195,16 +195,16 @@ def interpolate(
 
 @app.command()
 def critical_batch(
-    recipe: Annotated[Path, typer.Argument(help='A recipe; its batch size is the one that its learning rate is meant for.')],
+    recipe: Annotated[Path, typer.Argument(help='A recipe whose learning rate fits its batch size.')],
     overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings on top of the recipe.')] = None,
-    out: Annotated[Path, typer.Option(help='Folder for branches and results; what is finished is kept.')] = Path('critical_batch'),
-    checkpoint: Annotated[Path | None, typer.Option(help='Where to branch off; the beginning of the run by default.')] = None,
+    out: Annotated[Path, typer.Option(help='Folder for branches and results; finished branches are kept.')] = Path('critical_batch'),
+    checkpoint: Annotated[Path | None, typer.Option(help='Checkpoint to branch off from; the start of the run by default.')] = None,
     window: Annotated[str, typer.Option(help='Length of a branch: epochs, samples (2Msp) or tokens (50Mtok).')] = '1ep',
     size: Annotated[list[int] | None, typer.Option(help="Batch size over all ranks; by default the recipe's times 1, 2, 4, 8, 16.")] = None,
-    tolerance: Annotated[float, typer.Option(help='By how much the training loss may be above that of the smallest size.')] = 0.01,
+    tolerance: Annotated[float, typer.Option(help='Allowed excess of the training loss over that of the smallest size.')] = 0.01,
     lr: Annotated[str, typer.Option(help='How the learning rate follows the size: auto, sqrt, linear or none.')] = 'auto',
 ) -> None:
-    """Measure from which batch size on larger ones stop paying: short runs at several sizes from one checkpoint."""
+    """Measure the batch size above which larger batches stop paying: short runs at several sizes from one checkpoint."""
     from composer_effalgos.adabatch.critical_batch import NAME, measure
 
     found = measure(
@@ -217,7 +217,7 @@ def critical_batch(
 def check_data(
     source: Annotated[Path, typer.Argument(help='A recipe, or a folder that holds train/CLASS/ and val/CLASS/.')],
     overrides: Annotated[list[str] | None, typer.Argument(help='Settings on top of the recipe, e.g. dataset.path=data.')] = None,
-    workers: Annotated[int, typer.Option(help='Processes that decode.', min=0)] = 0,
+    workers: Annotated[int, typer.Option(help='Number of decoding processes.', min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help='File for the list of broken images.')] = None,
 ) -> None:
     """Decode every image of a dataset; list broken ones and exit with status 1 if there are any."""
@@ -261,16 +261,16 @@ def convert(
 
 @app.callback()
 def options(traceback: Annotated[bool, typer.Option('--traceback', help='Show where in the program an error came from.')] = False) -> None:
-    """Data efficiency for MosaicML Composer."""  # main() sees the option itself, once there is an error
+    """Data efficiency for MosaicML Composer."""  # main() reads the option from sys.argv if there is an error
 
 
 def main() -> int:
-    """Run the command line; bad input gives one line on stderr and exit status 2."""
+    """Runs the command line; invalid input gives one line on stderr and exit status 2."""
     print_any_text()
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # the exit status of typer.Exit; commands return nothing
+        sys.exit(app(standalone_mode=False) or 0)  # the return value is the status of typer.Exit; commands return None
     except typer.Abort:
-        return 130  # older typer's KeyboardInterrupt
+        return 130  # KeyboardInterrupt in older versions of typer
     except _CommandError as error:
         if type(error).__name__ == 'NoArgsIsHelpError':
             error.show()

@@ -1,4 +1,4 @@
-"""The methods as pure functions, for anyone's own training loop."""
+"""The methods as pure functions, for use in any training loop."""
 
 from composer_effalgos.pruning.prune import prune
 from composer_effalgos.subset_selection.gradients import LastLayerGradients

@@ -1,4 +1,4 @@
-"""The cost and quality of a run: ``efficiency/*`` metrics and ``summary.json``."""
+"""Cost and quality of a run: ``efficiency/*`` metrics and ``summary.json``."""
 
 import json
 import math
@@ -21,12 +21,12 @@ from composer_effalgos.utils.machine import cpu_seconds, peak_memory_bytes, vers
 from composer_effalgos.utils.restore import check_entries, restored
 
 SUMMARY = 'summary.json'
-SCORE_EDGES = np.logspace(-6, 2, 65)  # of the histogram's bins: eight a factor of ten; the first and the last take what lies beyond
+SCORE_EDGES = np.logspace(-6, 2, 65)  # edges of the histogram bins, eight per decade; scores beyond go to the first and last bin
 
 
 @dataclass
 class _Epoch:
-    """One epoch of ``summary.json``, and the cost of the unpruned epoch."""
+    """One epoch in ``summary.json``, and the cost of the unpruned epoch."""
 
     epoch: int
     seconds: float
@@ -53,7 +53,7 @@ class _Measured:
 
 @dataclass
 class _Running:
-    """State of the current epoch that the timestamps do not have."""
+    """State of the current epoch that is not in the timestamps."""
 
     loss_sum: float = 0.0
     loss_samples: int = 0
@@ -66,7 +66,7 @@ class _Running:
 
 @dataclass
 class _Scores:
-    """The distribution of the samples' scores at the end of an epoch."""
+    """The distribution of sample scores at the end of an epoch."""
 
     epoch: int
     mean: float
@@ -77,52 +77,53 @@ def quality_text(totals: dict[str, Any]) -> str:
     """The quality of a run in words.
 
     Args:
-        totals: Those of a summary.
+        totals: The totals of a summary.
 
     Returns:
-        Its accuracy, else its held-out loss, if one was measured.
+        Its accuracy, otherwise its held-out loss, if one was measured.
     """
     if totals['eval_accuracy'] is not None:
         return f'accuracy {totals["eval_accuracy"]:.4f}'
-    loss = totals.get('eval_loss')  # summaries of 0.1.0 and before have none
+    loss = totals.get('eval_loss')  # missing in summaries of version 0.1.0 and earlier
     return 'no evaluation' if loss is None else f'held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})'
 
 
 class EfficiencyMonitor(Callback):
-    """Logs what each epoch cost and writes ``<save_folder>/<run_name>/summary.json``.
+    """Logs the cost of each epoch and writes ``<save_folder>/<run_name>/summary.json``.
 
     After every epoch the monitor logs, through Composer's loggers, ``efficiency/samples_seen`` (global, since the start of the run),
-    ``efficiency/samples_full`` (what the same epochs cost without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
-    samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the epoch's end),
-    ``efficiency/epoch_seconds`` (training alone, without evaluation; on rank 0's clock), ``efficiency/selection_seconds``,
-    ``efficiency/peak_memory_bytes``, and where the batches have tokens ``efficiency/tokens_seen``, ``efficiency/tokens_saved_fraction``
-    and ``efficiency/tokens_per_second`` (of the epoch). The algorithms log their own decisions (``infobatch/*``, ``pruning/*``,
-    ``adabatch/*``, ``subset_selection/*``).
+    ``efficiency/samples_full`` (the same for these epochs without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
+    samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the end of the epoch),
+    ``efficiency/epoch_seconds`` (training only, without evaluation; measured on rank 0), ``efficiency/selection_seconds``,
+    ``efficiency/peak_memory_bytes``, and if the batches have tokens ``efficiency/tokens_seen``, ``efficiency/tokens_saved_fraction`` and
+    ``efficiency/tokens_per_second`` (of the epoch). The algorithms log their own decisions (``infobatch/*``, ``pruning/*``, ``adabatch/*``,
+    ``subset_selection/*``).
 
     Each epoch in the summary also has ``cpu_seconds``: CPU time of rank 0 and its child processes (data workers, compilers), without
     evaluation. On a machine with other load it varies less than ``seconds``.
 
-    The summary is replaced as a whole after every epoch, after every evaluation and at the end of ``fit``, by global rank 0; an epoch
-    that ``max_duration`` cut short is included. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Work
-    lost since the last checkpoint is excluded.
+    Global rank 0 replaces the summary as a whole after every epoch, after every evaluation and at the end of ``fit``; an epoch that
+    ``max_duration`` cut short is included. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Work lost
+    since the last checkpoint is excluded.
 
-    ``eval_accuracy`` is the last one measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
-    name ends in ``Accuracy``; ``eval_loss`` likewise the first whose name ends in ``CrossEntropy``, in nats. Missing values are null;
-    if both are missing, one warning says so. Of several evaluators the one labelled ``eval`` is used, else the first that has one of them.
+    ``eval_accuracy`` is the last value measured in the epoch or at its end: ``MulticlassAccuracy``, or the evaluator's first metric whose
+    name ends in ``Accuracy``; ``eval_loss`` is likewise the first whose name ends in ``CrossEntropy``, in nats. Missing values are null; if
+    both are missing, a warning is issued once. Of several evaluators, the one labelled ``eval`` is used, otherwise the first that has one
+    of these metrics.
 
-    Tokens are those that Composer's timestamp counts, over all ranks: every position of ``input_ids``, padding too, or what
-    ``DataSpec(get_num_tokens_in_batch=...)`` gives, which may leave padding out. ``tokens_full`` is what the full epochs would have had:
-    exact if all samples have the same number of tokens, else estimated from the run's full epochs. Without tokens all are null.
+    Tokens are those that Composer's timestamp counts, over all ranks: every position of ``input_ids``, including padding, or the result of
+    ``DataSpec(get_num_tokens_in_batch=...)``, which may exclude padding. ``tokens_full`` is the number for full epochs: exact if all
+    samples have the same number of tokens, otherwise estimated from the run's full epochs. Without tokens all of these are null.
 
-    Where samples are scored, the summary has ``score_histograms`` too: ``edges`` (64 bins from 1e-6 to 100, even on a logarithmic scale)
-    and, for the epochs 1, 2, 4, 8, ... and the last, ``epoch`` (from 0), ``mean`` and ``counts`` of the finite scores.
+    If samples are scored, the summary also has ``score_histograms``: ``edges`` (64 bins from 1e-6 to 100, evenly spaced on a logarithmic
+    scale) and, for epochs 1, 2, 4, 8, ... and the last, ``epoch`` (counted from 0), ``mean`` and ``counts`` of the finite scores.
 
     Args:
-        recipe: The settings to copy into the summary, as plain JSON types.
-        save_folder: Folder that holds one folder a run.
+        recipe: Settings to copy into the summary, as plain JSON types.
+        save_folder: Folder with one subfolder per run.
 
     Raises:
-        InputError: If ``recipe`` has no JSON form, or, at the start of the run, if the summary's folder cannot be written.
+        InputError: If ``recipe`` cannot be converted to JSON, or, at the start of the run, if the summary's folder is not writable.
     """
 
     _state: State  # from INIT on
@@ -141,7 +142,7 @@ class EfficiencyMonitor(Callback):
         self._no_quality_warned = False
         self._peak_memory = 0
         self._scores: dict[int, _Scores] = {}
-        self._cpu_mark: float | None = None  # CPU time up to which `running` counts; None outside training
+        self._cpu_mark: float | None = None  # CPU time already included in _running; None outside training
 
     def state_dict(self) -> dict[str, Any]:
         self._count_cpu()
@@ -174,7 +175,7 @@ class EfficiencyMonitor(Callback):
                 raise InputError(f'save_folder: expected a folder that can be written, got {folder}')
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        # After fit(reset_time=True) the epochs are counted from 0 again: what was recorded beyond now is of another run.
+        # After fit(reset_time=True) epochs count from 0 again: later records belong to another run.
         within = int(state.timestamp.batch_in_epoch) > 0
         self._epochs = {epoch: entry for epoch, entry in self._epochs.items() if epoch < int(state.timestamp.epoch) + within}
         self._scores = {epoch: entry for epoch, entry in self._scores.items() if epoch in self._epochs}
@@ -196,7 +197,7 @@ class EfficiencyMonitor(Callback):
         assert state.previous_timestamp is not None, 'the trainer has just advanced the timestamp'
         samples = int(state.timestamp.sample - state.previous_timestamp.sample)
         running = self._running
-        # total_loss_dict is the mean over the ranks, and Composer has brought it to the host already.
+        # total_loss_dict is the mean over the ranks, and already on the host.
         if 'loss/train/total' in state.total_loss_dict:
             running.loss_sum += state.total_loss_dict['loss/train/total'] * samples
             running.loss_samples += samples
@@ -233,7 +234,7 @@ class EfficiencyMonitor(Callback):
             self._warn_of_no_quality(state)
             return
         measured = evaluated.get('eval', next(iter(evaluated.values())))
-        # Evaluation at an epoch's end runs after EPOCH_END, when the timestamp is in the next epoch already.
+        # Evaluation at the end of an epoch runs after EPOCH_END, when the timestamp is already in the next epoch.
         within = int(state.timestamp.batch_in_epoch) > 0
         epoch = int(state.timestamp.epoch) - (not within)
         if within:
@@ -257,20 +258,20 @@ class EfficiencyMonitor(Callback):
         self._evaluated = {}  # trainer.eval() is not part of the run
 
     def _observe_scores(self, state: State, epoch: int) -> None:
-        """Composer runs callbacks after algorithms, so the epoch's scores are complete here."""
+        """Records the score histogram. Composer runs callbacks after algorithms, so the epoch's scores are complete here."""
         planner = EpochPlanner.find(state)
         scores = None if planner is None or dist.get_global_rank() > 0 else planner.selectors.sample_scores
         if scores is not None:
-            # the last entry is replaced unless its number is a power of two
+            # keep epochs 1, 2, 4, ... (counted from 1); replace the last entry if it is not one of them
             self._scores = {number: entry for number, entry in self._scores.items() if (number + 1) & number == 0}
             self._scores[epoch] = _histogram(epoch, scores.numpy())
 
     def _record(self, state: State, logger: Logger, timestamp: Timestamp, share: float = 1.0) -> None:
-        """Put the epoch that ends at ``timestamp``, of which ``share`` has run, into the list, the log and the summary."""
+        """Adds the epoch that ends at ``timestamp``, of which ``share`` was run, to the list, the log and the summary."""
         self._count_cpu()
         running = self._running
         samples = int(timestamp.sample_in_epoch)
-        # Without a plan nothing is pruned: what ran is the full cost, drop_last and padding over the ranks as they are.
+        # Without a plan nothing is pruned, so the full cost is what ran, including drop_last and padding over the ranks.
         full = getattr(state.dataloader, 'full_samples', None)
         entry = _Epoch(
             epoch=int(timestamp.epoch),
@@ -384,7 +385,7 @@ def _histogram(epoch: int, scores: np.ndarray) -> _Scores:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same value with ``None`` for each float that JSON has no form for, such as the loss of a run that diverged."""
+    """Replaces each float that JSON cannot represent, such as the loss of a diverged run, by ``None``."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

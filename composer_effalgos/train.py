@@ -1,4 +1,4 @@
-"""Train a recipe: ``composer -n N -m composer_effalgos.train RECIPE.yaml [key=value ...]``."""
+"""Trains a recipe: ``composer -n N -m composer_effalgos.train RECIPE.yaml [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from composer_effalgos.utils.text import one_line
 
 
 def train(recipe: Recipe) -> None:
-    """Train a recipe to its end; a run that autoresume finds finished stays as it is.
+    """Trains a recipe to its end; does nothing if autoresume finds that the run is finished.
 
     Args:
-        recipe: A checked recipe.
+        recipe: A validated recipe.
 
     Raises:
-        InputError: The recipe, its data or its checkpoint is at fault.
+        InputError: If the recipe, its data or its checkpoint is invalid.
     """
     loaded = loading(recipe)
     trainer = build_trainer(recipe)
@@ -54,7 +54,7 @@ def train(recipe: Recipe) -> None:
 
 
 def summary_line(recipe: Recipe) -> str:
-    """What a finished run came to, in one line.
+    """The result of a finished run in one line.
 
     Args:
         recipe: The recipe of a run that has written its summary.
@@ -63,7 +63,7 @@ def summary_line(recipe: Recipe) -> str:
         Accuracy or held-out loss, samples, seconds and the path of ``summary.json``.
 
     Raises:
-        InputError: The summary of a run that was finished before is missing or damaged.
+        InputError: If the summary of an earlier, finished run is missing or damaged.
     """
     path = recipe.run_folder / SUMMARY
     try:
@@ -77,13 +77,13 @@ def summary_line(recipe: Recipe) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train the recipe that the command line names.
+    """Trains the recipe given on the command line.
 
     Args:
-        argv: Arguments; those of the process when None.
+        argv: Arguments; ``None`` for those of the process.
 
     Returns:
-        The exit status: 0, 2 for bad input, or 1 where something else is known to have gone wrong.
+        The exit status: 0; 2 for invalid input; 1 for another known error.
     """
     parser = argparse.ArgumentParser(prog='python -m composer_effalgos.train', description='Train a recipe.')
     parser.add_argument('recipe', help='a YAML file')

@@ -30,50 +30,50 @@ from composer_effalgos.utils.checks import check_number, check_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import shown
 
-_LARGEST_FACTOR = 1e6  # no batch or learning rate is multiplied by more at once
-_SCALES = (-300, 30)  # powers of ten that a learning rate may be multiplied by in all: float32 bears no more
+_LARGEST_FACTOR = 1e6  # maximum factor of a single growth, for batch size and learning rate
+_SCALES = (-300, 30)  # allowed total factor of the learning rate, as powers of ten: float32 cannot represent more
 
 
 class AdaBatch(Algorithm):
-    """Changes the batch size during training, with the learning rate coupled to it.
+    """Changes the batch size during training, and couples the learning rate to it.
 
     Either the batch size per rank is multiplied by ``growth_factor`` at the times given by ``interval``, ``milestones`` or ``policy``, or
     ``schedule`` gives the batch size itself. The size changes exactly at the requested batch despite prefetching; no sample is lost or
-    repeated, workers persist, and learning-rate schedules run on the clock of the run with a fixed batch size.
+    repeated, workers persist, and learning-rate schedules follow the time of the run with a fixed batch size.
 
-    Without ``device_train_microbatch_size`` the microbatch grows with the batch. If it does not fit on the device, the batch is repeated
-    in microbatches of the last size that did, and gradients are accumulated from then on.
+    Without ``device_train_microbatch_size`` the microbatch grows with the batch. If it does not fit on the device, the batch is repeated in
+    microbatches of the last size that did, and gradients are accumulated from then on.
 
     Runs on ``INIT``, ``BEFORE_LOAD``, ``FIT_START``, ``BEFORE_DATALOADER``, ``BATCH_START``, ``BEFORE_TRAIN_BATCH``, ``BATCH_END`` and
-    ``FIT_END``.
-    Source: Devarakonda et al., "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks", arXiv 1712.02029; Smith et al., "Don't
-    Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
+    ``FIT_END``. Source: Devarakonda et al., "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks", arXiv 1712.02029; Smith et
+    al., "Don't Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
 
     Args:
         growth_factor: Factor of the batch size at each growth, greater than 1, at most 1e6. Sizes are rounded to whole samples.
-        interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1Msp'``), tokens (``'50Mtok'``) or a share
-            of the run (``'0.2dur'``). By default ``'20ep'``, where neither ``milestones`` nor ``policy`` nor ``schedule`` is given.
-        milestones: Times of the growths, in place of ``interval``.
-        schedule: The batch sizes themselves, in place of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp
-            (``{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see
-            :func:`~composer_effalgos.adabatch.schedules.ramp`), or a function of the
-            :class:`~composer_effalgos.plan.progress.Progress` that gives a size. Sizes may shrink.
+        interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1Msp'``), tokens (``'50Mtok'``) or a
+            fraction of the run (``'0.2dur'``). The default is ``'20ep'``, if none of ``milestones``, ``policy`` and ``schedule`` is given.
+        milestones: Times of the growths, instead of ``interval``.
+        schedule: The batch sizes themselves, instead of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp (``{'start':
+            32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see :func:`~composer_effalgos.adabatch.schedules.ramp`), or a function
+            from :class:`~composer_effalgos.plan.progress.Progress` to a size. Sizes may shrink.
         max_batch_size: Largest batch size per rank; growths beyond it, or beyond the number of samples, are skipped.
-        lr_factor: Factor of the learning rate at each growth: 0.75 with factor 2 is the paper's, instead of a step decay of
-            0.375; 1 grows instead of decaying; ``growth_factor`` is linear scaling.
-        lr: How the learning rate follows the batch size, in place of ``lr_factor``: ``'linear'``, ``'sqrt'``, ``'none'``, or ``'auto'``
-            (square root for Adam and other adaptive optimizers, linear for SGD). The optimizer's rate is meant for the loader's batch size.
-        policy: When the batch grows, in place of ``interval`` and ``milestones``: a function of the progress that gives how often the
-            batch should have grown by now, :class:`~composer_effalgos.adabatch.policies.LossPlateau`,
+        lr_factor: Factor of the learning rate at each growth. The paper uses 0.75 with growth factor 2, instead of a step decay of 0.375; 1
+            replaces decay by growth; ``growth_factor`` is linear scaling.
+        lr: How the learning rate follows the batch size, instead of ``lr_factor``: ``'linear'``, ``'sqrt'``, ``'none'``, or ``'auto'``
+            (square root for Adam and other adaptive optimizers, linear for SGD). The optimizer's learning rate must be the one for the
+            loader's batch size.
+        policy: When the batch grows, instead of ``interval`` and ``milestones``: a function from the progress to the number of growths
+            until now, :class:`~composer_effalgos.adabatch.policies.LossPlateau`,
             :class:`~composer_effalgos.adabatch.gradient_noise.NoiseScale`, :class:`~composer_effalgos.adabatch.gradient_noise.NormTest`,
             :class:`~composer_effalgos.adabatch.seesaw.Seesaw`, or one of these by name (``'seesaw'``, ``{'name': 'noise_scale', 'ratio':
             1.0}``).
-        beta2: ``'rescale'`` keeps the half-life of Adam's second moment in samples as the batch size changes; ``'keep'`` leaves it.
+        beta2: ``'rescale'`` keeps the half-life of Adam's second moment, in samples, as the batch size changes; ``'keep'`` leaves ``beta2``
+            unchanged.
         global_sizes: Whether the sizes in ``schedule`` are global. By default all batch sizes are per rank.
 
     Raises:
-        InputError: For an argument outside its range or a schedule with a mistake; in ``fit``, for a schedule with sizes larger than the
-            dataset, a policy that does not return a number of growths, or times in tokens if the batches have none.
+        InputError: For an argument outside its range or an invalid schedule; in ``fit``, for a schedule with sizes larger than the dataset,
+            a policy that does not return a number of growths, or times in tokens if the batches have none.
 
     Example:
         >>> from composer import Trainer
@@ -138,8 +138,8 @@ class AdaBatch(Algorithm):
         self._reset()
 
     def _reset(self) -> None:
-        self._size = Size()  # of the last batch
-        self._lr_scale = 1.0  # what the learning rate has been multiplied by
+        self._size = Size()  # size of the last batch
+        self._lr_scale = 1.0  # total factor of the learning rate so far
         self._memory = MemorySearch()
         self._warned = False
 
@@ -215,14 +215,14 @@ class AdaBatch(Algorithm):
             self._size = Size()
         self._memory.fit_start(state)
         if self.lr is not None:
-            lr_exponent(self.lr, state)  # refuses an unknown optimizer now
+            lr_exponent(self.lr, state)  # raises now, not at the first growth, for an unknown optimizer
         rescale_schedules(state, self._lr_scale)
 
     def _size_at(self, progress: Progress) -> Size:
         return self._sizes.at(progress, self._planner.loader, self._planner.num_candidates, self._size.asked)
 
     def _batch_sizes(self) -> BatchSize:
-        """This epoch's batch sizes for the plan, as far as the policy knows them in advance."""
+        """Batch sizes of this epoch for the plan, as far as the policy knows them in advance."""
         state, loader = self._state, self._planner.loader
         self._sizes.check_known(loader)
         for size in self._sizes.known:
@@ -233,7 +233,7 @@ class AdaBatch(Algorithm):
         return lambda b, s: self._size_at(progress_of(state, batch + b, sample + s)).samples
 
     def _warn_of_times(self) -> None:
-        """Warns once if all times at which the batch size would change lie after the end of the run."""
+        """Warns once if all times at which the batch size would change are at or after the end of the run."""
         end, loader = self._planner.horizon.end, self._planner.loader
         times = list(getattr(self.policy, 'times', ()))[1 if isinstance(self.policy, SizePolicy) else 0 :]
         if self._warned or end is None or not times:
@@ -250,7 +250,7 @@ class AdaBatch(Algorithm):
             )
 
     def _ask(self, state: State) -> None:
-        """Before a batch is fetched: replans the rest of the epoch if the policy now wants another size."""
+        """Before a batch is fetched: replans the rest of the epoch if the policy now requests another size."""
         plan = self._planner.loader.plan
         batch = int(state.timestamp.batch_in_epoch)
         if plan is None or batch >= plan.num_batches:  # the epoch is over
@@ -270,7 +270,7 @@ class AdaBatch(Algorithm):
     # ------------------------------------------------------------------ what follows the size
 
     def _check_schedulers(self, size: int) -> None:
-        """Refuses sizes below the loader's with per-batch schedulers, which the clock cannot step less than once per batch."""
+        """Rejects sizes below the loader's if a scheduler counts batches: the clock cannot step it less than once per batch."""
         initial, length = self._planner.loader.initial_batch_size, self._state.max_duration
         counting = [scheduler for scheduler in self._state.schedulers if not is_composer_schedule(scheduler)]
         if size < initial and counting and length is not None and length.unit == TimeUnit.EPOCH:
@@ -280,7 +280,7 @@ class AdaBatch(Algorithm):
             )
 
     def _resize(self, state: State, logger: Logger) -> None:
-        """Before a batch: updates the learning rate, microbatch size and loader to the batch size."""
+        """Before a batch: adjusts the learning rate, the microbatch size and the loader to the batch size."""
         loader, at = self._planner.loader, self._size_at(progress_of(state))
         size = at.samples
         if size != loader.batch_size:

@@ -1,4 +1,4 @@
-"""The critical batch size, measured: short runs at several batch sizes from one checkpoint (Merrill et al., arXiv 2505.23971)."""
+"""Measures the critical batch size with short runs at several sizes from one checkpoint (Merrill et al., arXiv 2505.23971)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Branch:
     """A short run at one batch size.
 
     Attributes:
-        size: Batch size over all ranks.
+        size: Global batch size.
         loss: Mean training loss over the second half of the window.
         steps: Updates in the window.
         seconds: Wall-clock seconds of the whole branch.
@@ -47,7 +47,11 @@ class Branch:
 
 
 class Window(Callback):
-    """Averages the training loss over the second half of a window of time that begins with ``fit``, and ends the run after it."""
+    """Averages the training loss over the second half of a window that starts with ``fit``, and stops the run at its end.
+
+    Args:
+        length: Length of the window.
+    """
 
     def __init__(self, length: Time) -> None:
         self.length = length
@@ -59,7 +63,7 @@ class Window(Callback):
         self._start = self._before = progress_of(state).of(self.length.unit)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Adds the loss of a batch, weighted by its share in the second half."""
+        """Adds the loss of a batch, weighted by the part of it that lies in the second half."""
         now = progress_of(state).of(self.length.unit)
         if self.length.unit == TimeUnit.EPOCH:
             now += int(state.timestamp.sample_in_epoch) / _epoch_samples(state)
@@ -86,10 +90,10 @@ def critical_size(branches: Sequence[Branch], tolerance: float) -> int:
 
     Args:
         branches: In ascending order of their sizes, each with the same number of samples.
-        tolerance: How far the loss of a branch may be above that of the first.
+        tolerance: Allowed difference of a branch's loss to that of the first.
 
     Returns:
-        The largest size such that its loss, and the loss of all smaller sizes, is within the tolerance.
+        The largest size for which its loss, and the loss of all smaller sizes, is within the tolerance.
     """
     largest = branches[0].size
     for branch in branches[1:]:
@@ -112,21 +116,21 @@ def measure(
 ) -> int:
     """Trains the branches that are missing in ``out``, and writes the table, the numbers and a plot.
 
-    Every branch continues from the same weights, optimizer state and samples, under the recipe's schedules, with its own batch size
-    and the learning rate that ``lr`` gives for it.
+    Every branch continues from the same weights, optimizer state and samples, with the recipe's schedules, its own batch size, and the
+    learning rate that ``lr`` determines for it.
 
     Args:
-        recipe: The run; its learning rate is the one for its batch size.
+        recipe: The run; its learning rate must be the one for its batch size.
         out: Folder for the branches and the results.
-        checkpoint: Where to branch off, saved at the end of an epoch or by a run with AdaBatch; ``None`` for the beginning of the run.
+        checkpoint: Where to branch off, saved at the end of an epoch or by a run with AdaBatch; ``None`` for the start of the run.
         window: Length of a branch: epochs, samples or tokens.
-        sizes: Batch sizes over all ranks; by default the recipe's and 2, 4, 8 and 16 times that, as far as there are samples.
-        tolerance: How far the training loss of a branch may be above that of the smallest size.
+        sizes: Global batch sizes; by default the recipe's and 2, 4, 8 and 16 times that, as far as there are enough samples.
+        tolerance: Allowed difference of a branch's training loss to that of the smallest size.
         lr: As for :class:`~composer_effalgos.adabatch.AdaBatch`.
-        progress: Called with a line for each finished branch.
+        progress: Called with a line of text for each finished branch.
 
     Returns:
-        The critical batch size over all ranks; the largest measured size if none exceeds the tolerance.
+        The global critical batch size; the largest measured size if none exceeds the tolerance.
 
     Raises:
         InputError: For an argument outside its range, a recipe or checkpoint that cannot be run, or an ``out`` with other branches.
@@ -144,7 +148,7 @@ def measure(
         except InputError as error:
             if sizes or len(branches) < 2 or 'schedule: size 1: expected at most' not in str(error):
                 raise
-            break  # a default size that there are too few samples for
+            break  # too few samples for a default size
         progress(f'batch size {size}: loss {branch.loss:.4f} in {branch.steps} steps')
         branches.append(branch)
     critical = critical_size(branches, tolerance)
@@ -153,7 +157,7 @@ def measure(
 
 
 def _fingerprint(recipe: Recipe, checkpoint: Path | None, length: Time, lr: str) -> str:
-    """A fingerprint of everything except the size that a branch depends on."""
+    """A fingerprint of everything that determines a branch, except the size."""
     found = None
     if checkpoint is not None:
         try:
@@ -165,7 +169,7 @@ def _fingerprint(recipe: Recipe, checkpoint: Path | None, length: Time, lr: str)
 
 
 def _branch(recipe: Recipe, out: Path, key: str, size: int, checkpoint: Path | None, length: Time, lr: str) -> Branch:
-    """One branch: read from ``out`` if it is finished, otherwise trained."""
+    """Reads a branch from ``out`` if it is finished; otherwise trains it."""
     folder = out / f'size{size}'
     done = folder / 'branch.json'
     if done.exists():
@@ -226,7 +230,7 @@ def _write(out: Path, branches: Sequence[Branch], critical: int, tolerance: floa
 
 
 def draw(branches: Sequence[Branch], critical: int, tolerance: float) -> Figure:
-    """Draws the loss of every branch over its batch size, with the tolerance as a band.
+    """Plots the loss of every branch over its batch size, with the tolerance as a band.
 
     Args:
         branches: The branches, in ascending order of their sizes.

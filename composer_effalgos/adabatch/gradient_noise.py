@@ -1,4 +1,4 @@
-"""Policies based on the gradient noise, which is measured from the gradients of a batch's parts without an extra backward pass."""
+"""Policies based on gradient noise, measured from the gradients of parts of a batch without an extra backward pass."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def noise_and_signal(
 ) -> tuple[Any, Any]:
     """Unbiased estimates of the gradient's noise and signal from a batch that was split into parts.
 
-    With the mean gradient ``g_i`` of part ``i``, of ``b_i`` samples, and ``G`` that of the batch, of ``B`` samples,
-    ``S = (sum_i b_i |g_i|^2 - B |G|^2) / (k - 1)`` estimates the trace of the covariance of one sample's gradient and ``|G|^2 - S / B``
-    the squared norm of the true gradient. For parts of one size these are the equations A.2 of McCandlish et al., arXiv 1812.06162; their
-    ratio is the noise scale.
+    Let ``g_i`` be the mean gradient of part ``i`` with ``b_i`` samples, and ``G`` that of the batch with ``B`` samples. Then ``S = (sum_i
+    b_i |g_i|^2 - B |G|^2) / (k - 1)`` estimates the trace of the covariance of a single sample's gradient, and ``|G|^2 - S / B`` the
+    squared norm of the true gradient. For parts of equal size these are equations A.2 of McCandlish et al., arXiv 1812.06162; their ratio
+    is the noise scale.
 
     Args:
         weighted_squares: ``sum_i b_i |g_i|^2``.
@@ -47,16 +47,16 @@ def noise_and_signal(
 class GradientNoise(Watching):
     """Measures the noise and the signal of the gradient during training, without an extra backward pass.
 
-    Every ``measure_every`` batches the squared norms of the gradients of the batch's parts (microbatches, ranks) and of the whole batch
-    give unbiased estimates of noise and signal; both are averaged exponentially. Subclasses decide at the end of each window.
+    Every ``measure_every`` batches, the squared norms of the gradients of the batch's parts (microbatches, ranks) and of the whole batch
+    give unbiased estimates of noise and signal, which are averaged exponentially. Subclasses decide at the end of each window.
 
-    A measured batch that has only one part, on one rank without microbatches, is trained in two halves. Under FSDP, where ranks hold shards
-    of the gradient, a part is a microbatch over all ranks, and a copy of the shard is kept while a batch is measured.
-    The norms stay on the device; only the decision at the end of a window synchronises with the host. They are computed before
-    gradient clipping and without the loss scale of mixed precision.
+    A measured batch with only one part (one rank without microbatches) is trained in two halves. With FSDP, where each rank holds a shard
+    of the gradient, a part is a microbatch over all ranks, and a copy of the shard is kept while a batch is measured. The norms stay on the
+    device; only the decision at the end of a window synchronises with the host. They are computed before gradient clipping, and the loss
+    scale of mixed precision is divided out.
 
     Args:
-        window: Time between decisions: epochs, batches, samples, tokens or a share of the run.
+        window: Time between decisions: epochs, batches, samples, tokens or a fraction of the run.
         measure_every: Batches between measurements, at least 1.
         decay: Weight of the old average, in [0, 1). No decision is made before ``1 / (1 - decay)`` measurements.
 
@@ -74,12 +74,12 @@ class GradientNoise(Watching):
 
     def _reset(self) -> None:
         super()._reset()
-        self._averages: Tensor | None = None  # of noise and signal, float32 [2], on the training device; both begin at 0
+        self._averages: Tensor | None = None  # noise and signal, float32 [2], on the training device; both start at 0
         self._measured = 0
 
     @property
     def noise_scale(self) -> float:
-        """The estimate, in samples; NaN before the first measurement, infinite if the noise hides the signal."""
+        """The estimated noise scale, in samples; NaN before the first measurement, infinite if the signal estimate is not positive."""
         if self._averages is None:
             return math.nan
         noise, signal = self._averages.tolist()
@@ -102,13 +102,13 @@ class GradientNoise(Watching):
             )
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Begins a measurement."""
+        """Starts a measurement."""
         if int(state.timestamp.batch) % self.measure_every:
             return
         loader = EpochPlanner.of(state).loader
         batch = int(state.timestamp.batch_in_epoch)
         assert loader.plan is not None
-        size = loader.plan.sizes[batch - loader.plan.first_batch]  # over all ranks, which may have different shares of it
+        size = loader.plan.sizes[batch - loader.plan.first_batch]  # over all ranks, whose shares may differ
         part = state.device_train_microbatch_size
         assert part is not None
         mine = loader.batch_slice(batch)
@@ -132,11 +132,11 @@ class GradientNoise(Watching):
         self._weighted_squares: Any = 0.0
 
     def _see(self, gradient: Tensor) -> None:
-        """Takes one parameter's gradient of this microbatch on this rank, before it is accumulated or summed over the ranks."""
+        """Receives a parameter's gradient of one microbatch on this rank, before accumulation and reduction over ranks."""
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Takes the norms of a microbatch, and after the last one those of the batch."""
+        """Computes the norms of a microbatch, and after the last one those of the batch."""
         if not self._measuring:
             return
         part = min(int(state.device_train_microbatch_size), self._rank_samples - self._seen)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ class GradientNoise(Watching):
         if state.fsdp_enabled:
             self._see_shards(state, part)
             return
-        # Composer weights a microbatch's loss by its share of the ranks' mean batch: this makes its gradient a mean over samples again
+        # Composer weights a microbatch's loss by its fraction of the ranks' mean batch; this restores the mean over its samples
         weight = (self._batch_size / dist.get_world_size()) ** 2 / part
         self._weighted_squares = self._weighted_squares + _sum_of_squares(self._norms) * weight
         self._norms = []
@@ -156,11 +156,11 @@ class GradientNoise(Watching):
         self._measurement = torch.stack([self._weighted_squares, _sum_of_squares(norms)]) / _loss_scale(state) ** 2
 
     def _see_shards(self, state: State, part: int) -> None:
-        """This rank's share of the norms of a microbatch over all ranks: what it added to the sharded gradient."""
+        """This rank's part of the norms of a microbatch over all ranks, from the change of the sharded gradient."""
         gradients = [p.grad for p in state.model.parameters()]
         before = self._shards or [None] * len(gradients)
         added = [g if b is None else g - b for g, b in zip(gradients, before, strict=True) if g is not None]
-        # Composer weights the microbatch by its share of the batch, FSDP takes the mean over the ranks
+        # Composer weights a microbatch by its fraction of the batch, and FSDP averages over the ranks
         weight = self._batch_size**2 / (part * dist.get_world_size())
         device = next(state.model.parameters()).device
         self._weighted_squares = self._weighted_squares + _sum_of_squares([torch.linalg.vector_norm(g) for g in added], device) * weight
@@ -176,7 +176,7 @@ class GradientNoise(Watching):
             for hook in self._hooks:
                 hook.remove()
             self._hooks, self._measuring = [], False
-            if state.device_train_microbatch_size == self._halved:  # else it did not fit on the device
+            if state.device_train_microbatch_size == self._halved:  # otherwise the microbatch did not fit on the device
                 state.device_train_microbatch_size = self._given
             self._average(sharded=state.fsdp_enabled)
         super().batch_end(state, logger)
@@ -194,7 +194,7 @@ class GradientNoise(Watching):
             parts = parts / dist.get_world_size()
         measured = torch.stack(noise_and_signal(weighted_squares, square, parts, self._batch_size))
         before = torch.zeros_like(measured) if self._averages is None else self._averages.to(measured.device)
-        # mixed precision overflows now and then
+        # with mixed precision a gradient may overflow: skip the measurement
         self._averages = torch.where(measured.isfinite().all(), self.decay * before + (1 - self.decay) * measured, before)
         self._measured += 1
 
@@ -206,22 +206,22 @@ class GradientNoise(Watching):
         self._judge(noise, signal, EpochPlanner.of(state).loader.batch_size * dist.get_world_size())
 
     def _judge(self, noise: float, signal: float, batch_size: int) -> None:
-        """Decides from the averages, at the end of a window.
+        """Decides at the end of a window, from the averages.
 
         Args:
-            noise: Trace of the covariance of one sample's gradient.
+            noise: Trace of the covariance of a single sample's gradient.
             signal: Squared norm of the true gradient.
-            batch_size: Samples per batch now, over all ranks.
+            batch_size: Current global batch size.
         """
         raise NotImplementedError
 
 
 class NoiseScale(GradientNoise):
-    """Grows while the gradient's noise scale is larger than the batch.
+    """Grows while the gradient noise scale is larger than the batch.
 
-    The noise scale is the batch size at which the noise of the gradient is as large as the gradient itself: well below it, a batch twice
-    as large takes half as many steps; well above it, larger batches hardly help. At the end of each window the batch grows once if the
-    noise scale is at least ``ratio`` times the global batch.
+    The noise scale is the batch size at which the noise of the gradient is as large as the gradient itself. Far below it, doubling the
+    batch halves the number of steps; far above it, larger batches hardly help. At the end of each window the batch grows once if the noise
+    scale is at least ``ratio`` times the global batch size.
 
     Args:
         ratio: Smallest ratio of the noise scale to the global batch size for a growth, greater than 0. With 2, doubling never exceeds the
@@ -249,12 +249,12 @@ class NoiseScale(GradientNoise):
 class NormTest(GradientNoise, SizePolicy):
     """Jumps to the batch size at which the gradient's noise passes the norm test.
 
-    With the gradient ``g`` of a batch of ``b`` samples and the trace ``S`` of the covariance of one sample's gradient, the test is
-    ``S / b <= eta^2 |g|^2``. Where it fails at the end of a window, the batch size becomes ``ceil(S / (eta^2 |g|^2))``, over all ranks;
-    it never shrinks. ``S`` and ``|g|^2`` are averages, unless ``decay`` is 0.
+    Let ``g`` be the gradient of a batch of ``b`` samples and ``S`` the trace of the covariance of a single sample's gradient. The test is
+    ``S / b <= eta^2 |g|^2``. If it fails at the end of a window, the global batch size becomes ``ceil(S / (eta^2 |g|^2))``; it never
+    shrinks. ``S`` and ``|g|^2`` are averages, unless ``decay`` is 0.
 
-    Since ``|g|^2`` is on average ``|G|^2 + S / b`` with the true gradient ``G``, the test passes from ``1 / eta^2 - 1`` times the noise
-    scale ``S / |G|^2`` on, and a jump is at most a factor of ``1 / eta^2``.
+    In expectation ``|g|^2`` is ``|G|^2 + S / b`` with the true gradient ``G``. So the test passes for batches of at least ``1 / eta^2 - 1``
+    times the noise scale ``S / |G|^2``, and a jump is at most a factor of ``1 / eta^2``.
 
     Args:
         eta: Largest allowed ratio of noise to gradient, in (0, 1). 0.5 stops at three times the noise scale.
@@ -265,8 +265,8 @@ class NormTest(GradientNoise, SizePolicy):
     Raises:
         InputError: As for :class:`GradientNoise`.
 
-    Source: Lau et al., arXiv 2402.11215 and, for distributed training, arXiv 2412.21124; before them Byrd et al., "Sample size selection
-    in optimization methods for machine learning", 2012.
+    Source: Lau et al., arXiv 2402.11215 and, for distributed training, arXiv 2412.21124; before them Byrd et al., "Sample size selection in
+    optimization methods for machine learning", 2012.
     """
 
     def __init__(self, eta: float = 0.5, window: str | int | Time = '1ep', measure_every: int = 10, decay: float = 0.95) -> None:
@@ -290,7 +290,7 @@ class NormTest(GradientNoise, SizePolicy):
         return None if self.size is None else -(-self.size // dist.get_world_size())
 
     def _judge(self, noise: float, signal: float, batch_size: int) -> None:
-        allowed = self.eta**2 * (signal + noise / batch_size)  # a noisy estimate of the signal may be negative, not |g|^2
+        allowed = self.eta**2 * (signal + noise / batch_size)  # the signal estimate may be negative, but not |g|^2
         if noise > batch_size * allowed > 0:
             self.size = math.ceil(min(noise / allowed, LARGEST))
 

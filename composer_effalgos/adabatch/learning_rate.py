@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from composer_effalgos.utils.errors import InputError
 
 LR_RULES = ('none', 'sqrt', 'linear', 'auto')
-_ADAPTIVE = ('rmsprop', 'adagrad', 'adadelta', 'adafactor')  # no betas, but normalised by the gradient's size as Adam is
+_ADAPTIVE = ('rmsprop', 'adagrad', 'adadelta', 'adafactor')  # no betas, but like Adam they normalise by the gradient's magnitude
 
 
 def lr_exponent(rule: str, state: State) -> float:
-    """The power of the batch size that the learning rate follows.
+    """The exponent with which the learning rate scales with the batch size.
 
     Args:
         rule: One of :data:`LR_RULES`.
@@ -27,7 +27,7 @@ def lr_exponent(rule: str, state: State) -> float:
         2205.10287.
 
     Raises:
-        InputError: For ``'auto'`` with an optimizer of another kind.
+        InputError: For ``'auto'`` with another kind of optimizer.
     """
     if rule != 'auto':
         return {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[rule]
@@ -43,7 +43,7 @@ def lr_exponent(rule: str, state: State) -> float:
 def note_originals(state: State, *, beta2: bool) -> None:
     """Stores the original values with the schedules and the parameter groups, so that checkpoints contain them.
 
-    Sharded checkpoints are loaded into existing entries: an entry that appears only with the first growth would not be read.
+    Sharded checkpoints are loaded into existing entries: an entry that is only created at the first growth would not be read.
 
     Args:
         state: The trainer's state at ``BEFORE_LOAD``.
@@ -56,7 +56,7 @@ def note_originals(state: State, *, beta2: bool) -> None:
 
 
 def scale_learning_rate(state: State, factor: float) -> None:
-    """Multiplies the current learning rates, not the base rates of schedules."""
+    """Multiplies the current learning rates, but not the base rates of schedules."""
     for group in _groups(state):
         group['lr'] = group['lr'] * factor
 
@@ -68,10 +68,10 @@ def rescale_beta2(state: State, ratio: float) -> None:
 
     Args:
         state: The trainer's state.
-        ratio: Batch size over the one that the optimizer's ``beta2`` is meant for.
+        ratio: Ratio of the batch size to the one that the optimizer's ``beta2`` is meant for.
 
     Raises:
-        InputError: For an optimizer without a second moment of Adam's kind.
+        InputError: For an optimizer without ``beta2``.
     """
     for group in _groups(state):
         if len(group.get('betas', ())) != 2:
@@ -106,10 +106,10 @@ def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
 
 
 def _scale_base(scheduler: LRScheduler, factor: float) -> None:
-    for name in ('base_lrs', 'max_lrs'):  # the latter of CyclicLR
+    for name in ('base_lrs', 'max_lrs'):  # CyclicLR has max_lrs
         if hasattr(scheduler, name):
             setattr(scheduler, name, [lr * factor for lr in getattr(scheduler, name)])
-    if hasattr(scheduler, 'eta_min'):  # of the cosines
+    if hasattr(scheduler, 'eta_min'):  # cosine schedules
         scheduler.eta_min = scheduler.eta_min * factor
     for part in getattr(scheduler, '_schedulers', []):  # SequentialLR, ChainedScheduler
         _scale_base(part, factor)

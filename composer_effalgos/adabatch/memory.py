@@ -1,4 +1,4 @@
-"""The microbatch that fits on the device when the batch grows."""
+"""Finds the microbatch size that fits on the device when the batch grows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from composer.core import State
 
 from composer_effalgos.plan import EpochPlanner
 
-_TRIES = 8  # batches after a growth in which an out-of-memory error is taken for its consequence
+_TRIES = 8  # batches after a growth in which an out-of-memory error is attributed to it
 
 
 class MemorySearch:
-    """Lets the microbatch grow with the batch, and falls back to the last one that fitted.
+    """Lets the microbatch grow with the batch, and falls back to the last size that fitted.
 
-    After a growth, Composer's automatic microbatching is on for a few batches: it catches an out-of-memory error and repeats the batch
-    in smaller parts. The search then keeps the largest microbatch that is known to fit and ends automatic microbatching. A microbatch size
-    set by the user is not changed.
+    After a growth, Composer's automatic microbatching is on for a few batches: it catches an out-of-memory error and repeats the batch in
+    smaller parts. The search then keeps the largest microbatch that is known to fit and turns automatic microbatching off. A microbatch
+    size set by the user is not changed.
 
     Attributes:
         fits: Largest number of samples per rank that fitted; ``None`` if nothing has failed yet. Saved in checkpoints.
@@ -24,19 +24,19 @@ class MemorySearch:
 
     def __init__(self) -> None:
         self.fits: int | None = None
-        self._explicit = False  # the user gave a microbatch size
+        self._explicit = False  # whether the user set a microbatch size
         self._size = 0  # the batch size that the microbatch was last set for
-        self._microbatch: int | None = None  # that was last set
-        self._tried: int | float | None = None  # the microbatch that this batch was begun with
+        self._microbatch: int | None = None  # the microbatch last set here
+        self._tried: int | float | None = None  # the microbatch at the start of this batch
         self._fitted = 0  # the largest microbatch that was trained on during a search
         self._tries_left = 0
 
     def init(self, state: State) -> None:
-        """Notes at ``INIT`` whether the user gave a microbatch size."""
+        """Records at ``INIT`` whether the user set a microbatch size."""
         self._explicit = state.device_train_microbatch_size is not None and not state.auto_microbatching
 
     def fit_start(self, state: State) -> None:
-        """Notices a microbatch size that was given to this ``fit``."""
+        """Detects a microbatch size that was passed to this ``fit``."""
         microbatch = state.device_train_microbatch_size
         if self._microbatch is not None and microbatch != self._microbatch and not state.auto_microbatching:
             self._explicit = True
@@ -48,7 +48,7 @@ class MemorySearch:
             state: The trainer's state, before the first batch of this size.
             planner: The run's planner.
             size: Samples per rank and batch.
-            smallest: The run's smallest batch size, which is taken to fit.
+            smallest: The run's smallest batch size, which is assumed to fit.
 
         Returns:
             Whether the size has changed.
@@ -66,7 +66,7 @@ class MemorySearch:
         return True
 
     def before_batch(self, state: State) -> None:
-        """Keeps the first attempt's size when a batch is replayed after an out-of-memory error."""
+        """Records the microbatch of the first attempt, which a replay after an out-of-memory error must not overwrite."""
         self._tried = self._tried or state.device_train_microbatch_size
 
     def after_batch(self, state: State, planner: EpochPlanner, smallest: int) -> None:
@@ -81,7 +81,7 @@ class MemorySearch:
         if found >= tried:
             trained = planner.loader.batch_slice(int(state.previous_timestamp.batch_in_epoch))
             self._fitted = max(self._fitted, min(found, trained.stop - trained.start))
-            # an epoch's last two batches may be smaller, and so are the parts of one that is split to be measured
+            # Count full microbatches only: the last two batches of an epoch and those split for a noise measurement may be smaller.
             self._tries_left -= self._fitted == self._microbatch
             if not self._tries_left:
                 self._end(state, planner)

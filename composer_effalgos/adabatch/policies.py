@@ -1,9 +1,9 @@
 """Growth policies: when the batch grows.
 
-A policy is a function of the run's progress, ``policy(progress) -> growths``, that returns how often the batch should have grown by now.
-It is called before every batch, and at the start of an epoch also for its later batches, so it must not count its calls. It must return the
-same number on every rank. A policy that has to observe the training is also a Composer ``Callback``; AdaBatch adds it to the run, so it
-receives the run's events, and its ``state_dict`` is saved in checkpoints.
+A policy is a function of the run's progress, ``policy(progress) -> growths``, that returns how often the batch should have grown by now. It
+is called before every batch, and at the start of an epoch also for its later batches, so it must not count its calls. It must return the
+same number on every rank. A policy that observes training is also a Composer ``Callback``; AdaBatch adds it to the run, so it receives the
+run's events, and its ``state_dict`` is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Every:
 
     Args:
         interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1000000sp'``), tokens (``'50000000tok'``)
-            or a share of the run (``'0.2dur'``).
+            or a fraction of the run (``'0.2dur'``).
 
     Raises:
         InputError: If it is not such a time.
@@ -50,7 +50,7 @@ class Milestones:
     """Grows at given times.
 
     Args:
-        milestones: Times as for :class:`Every`, in any order and mixture of units.
+        milestones: Times as for :class:`Every`, in any order, with any units.
 
     Raises:
         InputError: If they are not a non-empty list of such times.
@@ -68,17 +68,17 @@ class Milestones:
 
 
 class LossPlateau(Watching):
-    """Grows when the training loss stops falling.
+    """Grows when the training loss stops decreasing.
 
-    The mean training loss of each window is compared with the best so far. After more than ``patience`` consecutive windows that
-    were not better by the share ``threshold``, the batch grows and the count starts over. This is the rule of
+    The mean training loss of each window is compared with the best so far. After more than ``patience`` consecutive windows without a
+    relative improvement of ``threshold``, the batch grows and the count restarts. This is the rule of
     ``torch.optim.lr_scheduler.ReduceLROnPlateau`` (``mode='min'``, ``threshold_mode='rel'``). Composer has already moved the loss of all
     ranks to the host, so reading it costs nothing.
 
     Args:
         patience: Allowed windows without improvement, at least 0.
         threshold: Relative decrease of the best loss that counts as an improvement, at least 0.
-        window: Time over which the loss is averaged: epochs, batches, samples, tokens or a share of the run.
+        window: Time over which the loss is averaged: epochs, batches, samples, tokens or a fraction of the run.
 
     Raises:
         InputError: For an argument outside its range.
@@ -141,7 +141,7 @@ def find_policy(given: Policy | str | Mapping[str, Any]) -> Policy | SizePolicy:
         given: A policy, or one of :data:`POLICIES` by name: ``'noise_scale'``, or ``{'name': 'noise_scale', 'ratio': 1}``.
 
     Raises:
-        InputError: For an unknown name or argument, or something else.
+        InputError: For an unknown name or argument, or another type.
     """
     if callable(given):
         return given

@@ -34,12 +34,12 @@ class SizePolicy:
 
     @property
     def known_sizes(self) -> Sequence[int]:
-        """Every size that may occur, as far as that is known."""
+        """All sizes that may occur, as far as they are known."""
         return ()
 
 
 class Function(SizePolicy):
-    """A function of the progress that gives the batch size.
+    """A schedule given by a function.
 
     Args:
         function: ``progress -> samples``.
@@ -59,18 +59,18 @@ class Function(SizePolicy):
 
 
 class Steps(SizePolicy):
-    """Steps between batch sizes at given times.
+    """A schedule that steps between batch sizes at given times.
 
-    The current size is that of the last entry whose time was reached.
+    The current size is that of the last entry whose time has been reached.
 
     Args:
-        times: When each size begins. The first is 0; times of one unit ascend.
+        times: When each size begins. The first is 0; times in the same unit must ascend.
         sizes: As many batch sizes, in samples.
     """
 
     def __init__(self, times: Sequence[Time], sizes: Sequence[int]) -> None:
         self.times, self.sizes = list(times), list(sizes)
-        # by unit, the ascending times in that unit and their places in the list
+        # for each unit, its times in ascending order and their positions in the list
         self._places: dict[TimeUnit, tuple[list[float], list[int]]] = {}
         for place, time in enumerate(self.times[1:], 1):
             values, places = self._places.setdefault(time.unit, ([], []))
@@ -95,17 +95,17 @@ class Steps(SizePolicy):
 
 
 def parse_steps(text: str) -> Steps:
-    """Reads ``'0:32 1ep:64 250ktok:96'``: Megatron-LM's ``--step-batch-size-schedule`` with Composer's time units.
+    """Parses ``'0:32 1ep:64 250ktok:96'``: Megatron-LM's ``--step-batch-size-schedule`` with Composer's time units.
 
     Args:
-        text: Pairs ``TIME:SIZE`` separated by spaces or commas. The first time is 0. A time is a number, if you like with one of the
-            suffixes K, M, B and T (1e3 to 1e12), and a unit.
+        text: Pairs ``TIME:SIZE`` separated by spaces or commas. The first time is 0. A time is a number, an optional suffix K, M, B or T
+            (1e3 to 1e12), and a unit.
 
     Returns:
         The schedule.
 
     Raises:
-        InputError: For anything else, with the entry's number and text.
+        InputError: For anything else; the message gives the number and text of the entry.
     """
     entries = text.replace(',', ' ').split()
     if not entries:
@@ -144,15 +144,15 @@ def parse_steps(text: str) -> Steps:
 
 
 def ramp(start: int, stop: int, over: str | int | Time, increment: int = 1, equal: str = 'samples') -> Steps:
-    """A linear ramp: ``start``, ``start + increment``, ... and ``stop`` once ``over`` has passed; down where ``stop`` is below ``start``.
+    """A linear ramp: ``start``, ``start + increment``, ..., and ``stop`` after ``over``; descending if ``stop < start``.
 
     Args:
         start: First batch size.
         stop: Last batch size.
-        over: Time that the sizes before the last take together.
-        increment: Step between sizes; it divides the difference of ``stop`` and ``start``.
-        equal: ``'samples'`` gives every size an equal share of ``over``: Megatron-LM's ``--rampup-batch-size START INCREMENT OVER``.
-            ``'updates'`` gives every size equally many updates, so shares in proportion to the size: ModernBERT's
+        over: Total time of all sizes before the last.
+        increment: Step between sizes; must divide the difference of ``stop`` and ``start``.
+        equal: ``'samples'`` gives every size an equal part of ``over``, as Megatron-LM's ``--rampup-batch-size START INCREMENT OVER``.
+            ``'updates'`` gives every size the same number of updates, so a part in proportion to the size, as ModernBERT's
             ``BatchSizeWarmupScheduler(START, STOP, OVER)``.
 
     Returns:
@@ -186,7 +186,7 @@ def ramp(start: int, stop: int, over: str | int | Time, increment: int = 1, equa
 
 
 def find_schedule(given: ScheduleLike) -> SizePolicy:
-    """A schedule from what a script or a recipe can say.
+    """Creates a schedule from the argument of a script or recipe.
 
     Args:
         given: A string for :func:`parse_steps`, a mapping of the arguments of :func:`ramp`, or a function of the progress.

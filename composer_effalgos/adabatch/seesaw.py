@@ -1,4 +1,4 @@
-"""Seesaw: the batch grows where the learning-rate schedule would lower the rate (arXiv 2510.14717)."""
+"""Seesaw: the batch grows where the learning-rate schedule would decay the learning rate (arXiv 2510.14717)."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from composer_effalgos.plan.clock import is_composer_schedule
 from composer_effalgos.plan.progress import Progress
 from composer_effalgos.utils.errors import InputError
 
-_MOST_GROWTHS = 10_000  # what a rate of 0 asks for; the samples there are, or max_batch_size, allow fewer
-_SAME = 1e-6  # relative difference of two rates that are taken for the same
+_MOST_GROWTHS = 10_000  # requested at a learning rate of 0; the number of samples or max_batch_size limit it
+_SAME = 1e-6  # relative difference up to which two learning rates count as equal
 
 
 class Seesaw(Callback):
-    """Grows the batch as the run's own learning-rate schedule falls.
+    """Grows the batch as the run's own learning-rate schedule decays.
 
-    Where the schedule has fallen to ``a`` times its peak, the batch is ``1 / a`` times as large, in whole powers of AdaBatch's
-    ``growth_factor``; with ``lr='auto'`` the rate is then the schedule's times the square root of the batch's growth (Adam and its like)
-    or the growth itself (SGD). So at each growth the rate falls by ``sqrt(a)`` where it would have fallen by ``a``, or not at all; between
-    growths, and once ``max_batch_size`` is reached, the rate follows the schedule. What decides the noise of the steps, rate over root of
-    the batch for Adam and rate over batch for SGD, is at every step what it is on the schedule with a fixed batch.
+    When the schedule has decayed to ``a`` times its peak, the batch is ``1 / a`` times as large, rounded down to a power of AdaBatch's
+    ``growth_factor``. With ``lr='auto'``, the learning rate is then the schedule's, multiplied by the square root of the batch's growth
+    (Adam and similar) or by the growth itself (SGD). So where the schedule falls by a factor ``a``, the learning rate falls by ``sqrt(a)``
+    or not at all. Between growths, and once ``max_batch_size`` is reached, the learning rate follows the schedule. The quantity that
+    determines the noise of the steps (learning rate over the square root of the batch size for Adam, learning rate over batch size for SGD)
+    is the same at every step as with a fixed batch and the same schedule.
 
-    The batch does not grow while the rate rises to its peak. Where a schedule rises again (warm restarts), the batch shrinks again.
+    The batch does not grow while the learning rate rises to its peak. If a schedule rises again (warm restarts), the batch shrinks again.
 
-    The rate is read from the optimizer before each batch, without AdaBatch's own factor, so every schedule that sets one rate, or the same
-    multiple of several, is followed exactly. It must be a function of the samples or tokens seen, not of the number of steps, which is
-    what Seesaw changes: give ``max_duration`` in epochs, where the epoch clock makes any schedule one, or in samples or tokens together
-    with a Composer schedule in samples, tokens or shares of the run.
+    The learning rate is read from the optimizer before each batch, without AdaBatch's own factor. Every schedule that sets one learning
+    rate, or the same multiple of several, is therefore followed exactly. It must be a function of the samples or tokens seen and not of the
+    number of steps, which Seesaw changes: give ``max_duration`` in epochs, where the epoch clock makes any schedule such a function, or in
+    samples or tokens together with a Composer schedule in samples, tokens or fractions of the run.
 
-    Source: Meterez et al., "Seesaw: Accelerating Training by Balancing Learning Rate and Batch Size Scheduling", arXiv 2510.14717; for
-    SGD, Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
+    Source: Meterez et al., "Seesaw: Accelerating Training by Balancing Learning Rate and Batch Size Scheduling", arXiv 2510.14717; for SGD,
+    Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", arXiv 1711.00489.
 
     Raises:
         InputError: In ``fit``, without a schedule, with one that counts steps, or with different schedules for the parameter groups.
@@ -44,10 +45,10 @@ class Seesaw(Callback):
     _state: State  # from INIT on
 
     def __init__(self) -> None:
-        self._peaks: list[float] = []  # the largest rate so far, of each parameter group
+        self._peaks: list[float] = []  # the largest learning rate so far, per parameter group
 
     def __call__(self, progress: Progress) -> int:
-        """Growths for the rate in use now; the rates of later batches are not known yet."""
+        """Growths for the current learning rate; the rates of later batches are not known yet."""
         rates = self._rates()
         peaks = self._highest(rates)
         shares = [rate / peak if peak > 0 else 1.0 for rate, peak in zip(rates, peaks, strict=True)]
@@ -67,12 +68,12 @@ class Seesaw(Callback):
         self._peaks = state['peaks']
 
     def init(self, state: State, logger: Logger) -> None:
-        """Notes the state whose optimizer it reads."""
+        """Stores the state, which has the optimizer."""
         self._state = state
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuses schedules that it cannot follow."""
-        if int(state.timestamp.batch) == 0:  # the same object may have been in another run
+        """Rejects schedules that it cannot follow."""
+        if int(state.timestamp.batch) == 0:  # the object may have been used in another run
             self._peaks = []
         if not state.schedulers:
             raise InputError('policy: seesaw expected a learning-rate schedule to follow, got none; give schedulers')
@@ -92,11 +93,11 @@ class Seesaw(Callback):
             )
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Notes the largest rate so far."""
+        """Records the largest learning rate so far."""
         self._peaks = self._highest(self._rates())
 
     def _rates(self) -> list[float]:
-        """The rates that the schedule set, of each parameter group."""
+        """The learning rate that the schedule set for each parameter group."""
         scale = getattr(self._state.schedulers[0], 'adabatch_lr_scale', 1.0)
         return [float(group['lr']) / scale for optimizer in self._state.optimizers for group in optimizer.param_groups]
 
@@ -105,9 +106,9 @@ class Seesaw(Callback):
 
 
 def _counts_steps(scheduler: Any, state: State) -> bool:
-    """Whether a schedule's rate follows the number of steps: whether it changes when nothing but that does."""
+    """Whether a schedule depends on the number of steps: whether it changes if only that number does."""
     if not is_composer_schedule(scheduler):
-        return True  # PyTorch's schedulers count how often they are stepped
+        return True  # PyTorch schedulers count their steps
     real = state.timestamp
     try:
         rates = set()

@@ -1,4 +1,4 @@
-"""Batch sizes: what a policy asks for, as far as data, ranks and ``max_batch_size`` allow."""
+"""Batch sizes: what a policy requests, limited by the data, the ranks and ``max_batch_size``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Size(NamedTuple):
 
     Attributes:
         samples: Samples per rank.
-        asked: Growths that the policy has asked for; 0 for a schedule.
+        asked: Growths that the policy has requested; 0 for a schedule.
         growths: Growths that the limits allow; 0 for a schedule.
-        refused: Where the limits allow less than was asked for, why; else empty.
+        refused: The reason, if the limits allow less than was requested; otherwise empty.
     """
 
     samples: int = 0
@@ -30,13 +30,13 @@ class Size(NamedTuple):
 
 
 class Sizes:
-    """Batch sizes per rank.
+    """Computes batch sizes per rank.
 
     Args:
-        policy: Asks for growths, or for sizes.
-        growth_factor: What a growth multiplies the size by.
+        policy: Requests growths or sizes.
+        growth_factor: Factor of the size at each growth.
         max_batch_size: Largest size per rank; ``None`` for no limit.
-        over_ranks: Whether a schedule's sizes are over all ranks.
+        over_ranks: Whether the sizes of a schedule are global.
     """
 
     def __init__(self, policy: Policy | SizePolicy, growth_factor: float, max_batch_size: int | None, *, over_ranks: bool) -> None:
@@ -49,7 +49,7 @@ class Sizes:
             progress: The point.
             loader: The planned loader.
             available: Number of samples over all ranks; ``None`` if unknown.
-            asked: Growths that were asked for before.
+            asked: Growths requested earlier.
         """
         wanted, initial = self._policy(progress), loader.initial_batch_size
         limit, why = self._limit(loader, available)
@@ -66,19 +66,22 @@ class Sizes:
         return Size(size, wanted, growths, _refusal(next_size, why, size) if growths < wanted else '')
 
     def smallest(self, loader: PlannedDataLoader) -> int:
-        """The smallest batch size per rank of the run, as far as that is known."""
+        """The smallest batch size per rank of the run, as far as it is known."""
         return min([loader.initial_batch_size, *(self.per_rank(size, loader.world_size) for size in self.known)])
 
     @property
     def known(self) -> list[int]:
-        """Every size that a schedule may give, as far as that is known."""
+        """All sizes that a schedule may return, as far as they are known."""
         return list(self._policy.known_sizes) if isinstance(self._policy, SizePolicy) else []
 
     def check_known(self, loader: PlannedDataLoader) -> None:
-        """Refuses a schedule with sizes that the dataset or the ranks do not allow.
+        """Rejects a schedule with sizes that the dataset or the ranks do not allow.
 
         Args:
             loader: The planned loader.
+
+        Raises:
+            InputError: If there is such a size, or no limit for Seesaw on data of unknown length.
         """
         if loader.num_samples is None and self._most is None and isinstance(self._policy, Seesaw):
             raise InputError('max_batch_size: expected one beside seesaw with data of unknown length; the batch would grow without end')
@@ -91,11 +94,14 @@ class Sizes:
                 )
 
     def per_rank(self, size: int, world_size: int) -> int:
-        """A schedule's size, per rank.
+        """Converts a schedule's size to samples per rank.
 
         Args:
-            size: As the schedule has it.
+            size: The size in the schedule.
             world_size: Number of ranks.
+
+        Raises:
+            InputError: If a global size is not a multiple of ``world_size``.
         """
         if self._over_ranks and size % world_size:
             raise InputError(
@@ -104,7 +110,7 @@ class Sizes:
         return size // world_size if self._over_ranks else size
 
     def _limit(self, loader: PlannedDataLoader, available: int | None) -> tuple[int, str]:
-        """The largest batch size per rank, and what sets it."""
+        """The largest batch size per rank, and what determines it."""
         limit, why = LARGEST_SIZE, 'the largest size there is'
         if available is not None:
             limit, why = max(loader.initial_batch_size, available // loader.world_size), f'the {available} samples there are'

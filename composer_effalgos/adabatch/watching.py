@@ -1,4 +1,4 @@
-"""Policies that look at the training."""
+"""Policies that observe training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from composer_effalgos.plan.progress import Progress, parse_time, progress_of, t
 
 
 class Watching(Callback):
-    """A policy that looks at the training in windows of time and decides at the end of each."""
+    """A policy that observes training in windows of time and decides at the end of each.
+
+    Args:
+        window: Length of a window.
+    """
 
     times: Sequence[Time]
 
@@ -22,7 +26,7 @@ class Watching(Callback):
 
     def _reset(self) -> None:
         self.growths = 0
-        self._windows = 0  # that are over
+        self._windows = 0  # finished windows
 
     def __call__(self, progress: Progress) -> int:
         return self.growths
@@ -34,7 +38,7 @@ class Watching(Callback):
         self.growths, self._windows = state['growths'], state['windows']
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) == 0:  # the same object may have been in another run
+        if int(state.timestamp.batch) == 0:  # the object may have been used in another run
             self._reset()
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -16,33 +16,33 @@ from composer_effalgos.utils.checks import check_number
 class InfoBatch(Pruning):
     """Skips well-learned samples without biasing the gradient.
 
-    Each epoch, samples whose score (their last loss) lies below the mean are dropped with probability ``prune_ratio``; those of them that
-    are kept count ``1 / (1 - prune_ratio)`` times, so the expected gradient stays that of the full data. Nothing is pruned before every
-    sample has been through an epoch, and the last ``1 - delta`` of the run trains on everything. Schedules keep the time of the unpruned
-    run. A NaN or infinite loss never prunes a sample and does not move the mean.
+    In each epoch, samples whose score (their last loss) is below the mean are dropped with probability ``prune_ratio``. Those of them that
+    are kept have weight ``1 / (1 - prune_ratio)``, so the expected gradient is that of the full dataset. Pruning starts once every sample
+    has been through an epoch, and the last ``1 - delta`` of the run trains on everything. Schedules follow the time of the unpruned run.
+    Samples with a NaN or infinite loss are never pruned and do not enter the mean.
 
     Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``. Source: Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased
     Dynamic Data Pruning", ICLR 2024, arXiv 2303.04947.
 
     Args:
-        prune_ratio: The share of below-mean samples that an epoch drops, in [0, 1).
-        delta: The share of the run in which samples are pruned, in [0, 1]; the rest trains on everything.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. The
-            model's loss stays what is trained on; see :class:`~composer_effalgos.plan.WeightedLoss`.
-        seed: Seeds the draws; ``None`` for the trainer's seed.
-        score: ``'loss'``, the last loss (the paper's); ``'ema'``, an exponential moving average of the losses; or a function
-            ``(outputs, batch) -> [B, ...]`` of your own, low for samples that are well learned.
-        score_decay: The weight of the old average under ``score='ema'``, in [0, 1).
-        bands: Quantile thresholds in place of the mean, see :func:`~composer_effalgos.functional.prune`.
-        class_balanced: Whether every class is pruned by its own mean (or quantiles), so that no class is pruned away.
+        prune_ratio: The fraction of below-mean samples to drop in each epoch, in [0, 1).
+        delta: The fraction of the run in which samples are pruned, in [0, 1]; the rest trains on everything.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to derive the loss of each sample from the model's own loss. The model's
+            loss remains the training loss; see :class:`~composer_effalgos.plan.WeightedLoss`.
+        seed: Seeds the random choices; ``None`` for the trainer's seed.
+        score: ``'loss'``, the last loss (as in the paper); ``'ema'``, an exponential moving average of the losses; or your own function
+            ``(outputs, batch) -> [B, ...]`` that is low for well-learned samples.
+        score_decay: The weight of the old average with ``score='ema'``, in [0, 1).
+        bands: Quantile thresholds instead of the mean, see :func:`~composer_effalgos.functional.prune`.
+        class_balanced: Whether each class is pruned by its own mean (or quantiles), so that no class is pruned away.
         labels: Class indices of the training samples, ``[N]``, for ``class_balanced``; ``None`` to read the dataset's ``targets``.
-        budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
-            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
-            batches allow no AdaBatch beside it, and tokens need a dataset that says how many each sample has (``seq_len``).
-        shard: Whether each rank keeps the scores of its own part of the samples, see :class:`Pruning`; not with ``class_balanced``.
+        budget: How a ``max_duration`` that is not in epochs is counted: ``'trained'`` counts the samples trained on, so pruning saves no
+            time; ``'full'`` counts what a run without pruning would train. With ``'full'`` it must be a whole number of full epochs;
+            batches cannot be combined with AdaBatch, and tokens need a dataset that states the number per sample (``seq_len``).
+        shard: Whether each rank keeps the scores of only its own part of the samples, see :class:`Pruning`; not with ``class_balanced``.
 
     Raises:
-        InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
+        InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run in which it cannot be used.
 
     Example:
         >>> from composer import Trainer

@@ -20,20 +20,20 @@ def irreducible_losses(
 ) -> Tensor:
     """The loss of every training sample under a model that was trained on other data.
 
-    Train a small model on held-out data first, then give its losses to the rule: ``Pruning({'name': 'rho', 'irreducible': losses})``, or
-    ``numpy.save`` them for a recipe.
+    First train a small model on held-out data. Then pass its losses to the rule: ``Pruning({'name': 'rho', 'irreducible': losses})``, or
+    save them with ``numpy.save`` for a recipe.
 
     Args:
-        model: The small model, trained.
+        model: The trained small model.
         dataloader: The training dataset in its own order: ``shuffle=False``, without augmentation.
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to take the model's own loss sample by sample.
-        device: ``'cpu'`` or ``'gpu'``; ``None`` for a GPU where there is one.
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to derive it from the model's own loss.
+        device: ``'cpu'`` or ``'gpu'``; ``None`` for a GPU if available.
 
     Returns:
         Float32 ``[N]``, on the CPU.
 
     Raises:
-        InputError: If the loader leaves samples out or gives them another order within a batch, or the loss has no per-sample form.
+        InputError: If the loader drops samples or reorders them within a batch, or if the loss has no per-sample form.
     """
     loss = WeightedLoss(model, per_sample_loss, user='irreducible_losses')
     on = get_device(device)
@@ -44,7 +44,7 @@ def irreducible_losses(
     losses = []
     for batch in dataloader:
         batch = on.batch_to_device(batch)
-        # with the graph: a loss without a per-sample form is read from it
+        # no torch.no_grad(): per-sample losses may have to be read from the graph
         losses.append(per_sample_mean(loss.per_sample(model(batch), batch)).detach().float().cpu())
     found = torch.cat(losses)
     if len(found) != len(dataloader.dataset):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""InfoBatch's decision for one epoch as a pure function (Qin et al., ICLR 2024, arXiv 2303.04947)."""
+"""The pruning decision of InfoBatch for one epoch, as a pure function (Qin et al., ICLR 2024, arXiv 2303.04947)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from composer_effalgos.plan import Shard
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-_BLOCK = 1 << 16  # random numbers that are drawn together, in the processor's cache
+_BLOCK = 1 << 16  # random numbers drawn at a time; they stay in the CPU cache
 
 
 def prune(
@@ -24,26 +24,26 @@ def prune(
     bands: Sequence[tuple[float, float]] | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decides which samples one epoch trains on, and how much each counts.
+    """Decides which samples one epoch trains on, and with which weights.
 
-    Of the ``m`` samples whose score is below the mean, ``floor((1 - prune_ratio) m)``, drawn at random, are kept with weight
-    ``1 / (1 - prune_ratio)``; all others are kept with weight 1 (Qin et al., arXiv 2303.04947, equations 3 and 5). The expected weighted
-    gradient is the full gradient. Samples with a NaN or infinite score are kept with weight 1 and left out of the mean.
+    Of the ``m`` samples whose score is below the mean, ``floor((1 - prune_ratio) m)`` are drawn at random and kept with weight ``1 / (1 -
+    prune_ratio)``; all others are kept with weight 1 (Qin et al., arXiv 2303.04947, equations 3 and 5). The expected weighted gradient is
+    the full gradient. Samples with a NaN or infinite score are kept with weight 1 and do not enter the mean.
 
     Args:
-        scores: One score a sample (its last loss), float ``[N]``, on the CPU.
-        prune_ratio: The share of below-mean samples to drop, in [0, 1).
-        generator: Draws which; ``None`` for torch's default generator.
-        bands: Quantile thresholds in place of the mean and ``prune_ratio``: ``(quantile, ratio)`` pairs in ascending order of the
-            quantile. The samples below the first quantile of the scores are pruned with the first ratio, those between the first and the
-            second with the second, and so on; those from the last quantile on are kept.
-        labels: Class indices, int64 ``[N]``: the mean (or the quantiles) is each class's own, so that no class is pruned away.
+        scores: One score per sample (its last loss), float ``[N]``, on the CPU.
+        prune_ratio: The fraction of below-mean samples to drop, in [0, 1).
+        generator: Source of randomness; ``None`` for torch's default generator.
+        bands: Quantile thresholds instead of the mean and ``prune_ratio``: ``(quantile, ratio)`` pairs in ascending order of the quantile.
+            Samples below the first quantile of the scores are pruned with the first ratio, those between the first and the second with the
+            second, and so on; those from the last quantile on are kept.
+        labels: Class indices, int64 ``[N]``: each class then has its own mean (or quantiles), so that no class is pruned away.
 
     Returns:
         The kept samples in ascending order, int64 ``[n]``, and their weights, float32 ``[n]``.
 
     Raises:
-        InputError: If ``prune_ratio`` or ``bands`` is outside its range, or ``scores`` or ``labels`` has another shape.
+        InputError: If ``prune_ratio`` or ``bands`` is outside its range, or ``scores`` or ``labels`` has the wrong shape.
     """
     check_number('prune_ratio', prune_ratio, least=0, below=1)
     if scores.ndim != 1:
@@ -69,20 +69,20 @@ def prune(
 def prune_part(
     scores: Tensor, prune_ratio: float, seed: int, shard: Shard, *, bands: Sequence[tuple[float, float]] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The decision of :func:`prune` for a rank that knows its own part of the samples; a collective call.
+    """The decision of :func:`prune` on a rank that has only its own part of the samples; a collective call.
 
-    As many samples are dropped over all ranks, and every choice is as likely; which ones is drawn by sample, so it does not depend on the
-    number of ranks, and is not what :func:`prune` draws.
+    Over all ranks, the same number of samples is dropped, with the same distribution. The random draw is per sample, so the result does not
+    depend on the number of ranks, and it differs from the draw of :func:`prune`.
 
     Args:
-        scores: One score a sample of this part, float32 ``[n]``, on the CPU.
+        scores: One score per sample of this part, float32 ``[n]``, on the CPU.
         prune_ratio: As for :func:`prune`.
-        seed: Of the draws, in [0, 2**63), the same on every rank.
+        seed: Seed of the draw, in [0, 2**63), the same on every rank.
         shard: This rank's part.
         bands: As for :func:`prune`.
 
     Returns:
-        The positions in this part that are kept, int64 ``[k]``, and their weights, float32 ``[k]``.
+        The kept positions in this part, int64 ``[k]``, and their weights, float32 ``[k]``.
     """
     pairs = None if bands is None else checked_bands(bands)
     ratios = [prune_ratio] if pairs is None else [ratio for _, ratio in pairs]
@@ -97,16 +97,16 @@ def prune_part(
 
 
 def _weighted(keep: np.ndarray, groups: np.ndarray, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """What is kept, and the weights that make up for what is dropped of its group."""
+    """The kept samples, and weights that compensate for the dropped samples of their group."""
     kept = np.flatnonzero(keep)
     group, weights = groups.take(kept), np.ones(len(kept), np.float32)
-    for number, ratio in enumerate(ratios, 1):  # several times faster than looking them up by group
+    for number, ratio in enumerate(ratios, 1):  # several times faster than indexing by group
         np.maximum(weights, (group == number) * np.float32(1 / (1 - ratio)), out=weights)
     return torch.from_numpy(kept), torch.from_numpy(weights)
 
 
 def _classes(labels: Tensor | None) -> Iterator[np.ndarray | slice]:
-    """The samples of each class; without labels all samples together."""
+    """The samples of each class; without labels, all samples together."""
     if labels is None:
         yield slice(None)
         return
@@ -116,7 +116,7 @@ def _classes(labels: Tensor | None) -> Iterator[np.ndarray | slice]:
 
 
 def finite_mean(values: np.ndarray) -> float:
-    """Mean of the finite values in double precision; NaN where there are none."""
+    """Mean of the finite values in float64; NaN if there are none."""
     total, count = values.sum(dtype=np.float64), len(values)
     if not np.isfinite(total):
         finite = np.isfinite(values)
@@ -125,16 +125,16 @@ def finite_mean(values: np.ndarray) -> float:
 
 
 def _quantiles(values: np.ndarray, quantiles: list[float]) -> list[float]:
-    """Quantiles of the finite values in double precision; NaN where there are none."""
+    """Quantiles of the finite values in float64; NaN if there are none."""
     finite = values[np.isfinite(values)].astype(np.float64)
     return np.quantile(finite, quantiles).tolist() if len(finite) else [math.nan] * len(quantiles)
 
 
 def _groups(values: np.ndarray, limits: list[float]) -> np.ndarray:
-    """Which band each value lies in, from 1, or 0 where it is not below the last of the ascending limits: uint8 ``[N]``."""
+    """The band of each value, counted from 1, or 0 if it is not below the last of the ascending limits: uint8 ``[N]``."""
     below = np.zeros(len(values), np.uint8)
     for limit in limits:
-        bound = values.dtype.type(limit)  # in the values' own precision, round the float64 limit up to it
+        bound = values.dtype.type(limit)  # compare in the dtype of the values: round the float64 limit up, so that < gives the same result
         below += values < (np.nextafter(bound, values.dtype.type(np.inf)) if float(bound) < limit else bound)
     below *= values > -np.inf
     return np.where(below > 0, len(limits) + 1 - below, 0).astype(np.uint8) if len(limits) > 1 else below
@@ -145,16 +145,16 @@ def _num_dropped(size: int, ratio: float) -> int:
 
 
 def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.ndarray:
-    """Draws ``m - floor((1 - ratio) m)`` of a group's ``m`` members, every choice as likely as any other.
+    """Draws ``m - floor((1 - ratio) m)`` of the ``m`` members of a group, uniformly.
 
-    Each member is drawn on its own with a probability within 1/512 of ``ratio``; then as many as are too many or too few, a small part of
-    them, are put back or drawn in addition, uniformly at random. By symmetry no member is drawn more often than another, and this costs
-    about a nanosecond a sample, much less than a shuffle.
+    Each member is first drawn independently with a probability within 1/512 of ``ratio``. The difference to the required number, a small
+    part, is then removed or added uniformly at random. By symmetry all subsets of this size are equally likely. This takes about a
+    nanosecond per sample, much less than a shuffle.
 
     Args:
         members: Bool ``[N]``.
-        ratio: The share to draw.
-        draws: Random numbers.
+        ratio: The fraction to draw.
+        draws: Source of randomness.
 
     Returns:
         Bool ``[N]``.
@@ -174,11 +174,11 @@ def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.n
 
 
 def _choose(mask: np.ndarray, count: int, draws: np.random.Generator) -> np.ndarray:
-    """Positions of ``count`` of the true entries of ``mask``, every choice as likely as any other."""
+    """Positions of ``count`` of the true entries of ``mask``, drawn uniformly."""
     size = np.count_nonzero(mask)
     if 32 * count > size:
         return np.flatnonzero(mask)[draws.choice(size, count, replace=False, shuffle=False)]
-    found: dict[int, None] = {}  # few of many: the first of random positions that are true, without looking at them all
+    found: dict[int, None] = {}  # few of many: try random positions instead of listing all true ones
     while len(found) < count:
         tries = draws.integers(len(mask), size=16 + 2 * (count - len(found)) * len(mask) // size)
         found.update(dict.fromkeys(tries[mask[tries]].tolist()))
@@ -186,7 +186,7 @@ def _choose(mask: np.ndarray, count: int, draws: np.random.Generator) -> np.ndar
 
 
 def checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """``bands`` as :func:`prune` takes them.
+    """Checks and returns the ``bands`` of :func:`prune`.
 
     Raises:
         InputError: If they are something else.
@@ -204,17 +204,17 @@ def checked_bands(bands: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def least_kept(candidates: int, global_batch: int, world_size: int = 1) -> int:
-    """How many samples a pruned epoch has at least.
+    """The minimum number of samples in a pruned epoch.
 
-    An epoch is one share of the learning-rate schedule, however few samples it has. One that is less than a batch would take that share in
-    a step on a handful of samples, so everything is trained on instead.
+    An epoch advances the learning-rate schedule by a fixed amount, however few samples it has. An epoch smaller than a batch would take a
+    step on a few samples for that amount, so such an epoch trains on everything instead.
 
     Args:
-        candidates: Samples that the epoch may train on.
-        global_batch: Samples of a batch, over all ranks.
+        candidates: Number of samples that the epoch may train on.
+        global_batch: Samples per batch, over all ranks.
         world_size: Number of ranks, each of which needs a sample.
 
     Returns:
-        A global batch, or half of the candidates where they make less than two.
+        A global batch, or half of the candidates if they are fewer than two global batches; at least one sample per rank.
     """
     return max(world_size, min(global_batch, candidates // 2))

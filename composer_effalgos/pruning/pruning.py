@@ -1,4 +1,4 @@
-"""Pruning: each epoch trains on the samples that a rule keeps, by their scores so far."""
+"""Pruning: each epoch trains on the samples that a rule keeps, based on their scores so far."""
 
 from __future__ import annotations
 
@@ -38,39 +38,40 @@ from composer_effalgos.pruning.rules import Epoch, PruningRule, Step, check_kept
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
-_STREAM = 10  # of random numbers, see stream_seed
+_STREAM = 10  # identifies the random stream of pruning, see stream_seed
 
 
 class Pruning(Selector, Algorithm):
     """Trains each epoch on the samples that a rule keeps.
 
-    Samples are scored while they are trained on, without a further pass. Each epoch the rule decides from the scores which samples to keep
-    and with which weight. Samples that have no score yet are kept. A rule that goes by scores begins once every sample has been through an
-    epoch and most have a score; the last ``1 - delta`` of the run trains on everything, unless the rule says otherwise. Schedules keep the
-    time of the unpruned run.
+    Samples are scored while they are trained on, without an extra pass. In each epoch the rule decides from the scores which samples to
+    keep, and with which weights. Samples without a score are kept. A rule that uses scores starts once every sample has been through an
+    epoch and most have a score; the last ``1 - delta`` of the run trains on everything, unless the rule says otherwise. Schedules follow
+    the time of the unpruned run.
 
-    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``. The rules' sources are in the method card.
+    Runs on ``INIT``, ``FIT_START``, ``EPOCH_END`` and ``FIT_END``. The method card lists the sources of the rules.
 
     Args:
-        rule: The name of one of the card's rules; its name and options, as in ``{'name': 'seta', 'groups': 5}``; or a
-            :class:`PruningRule` of your own.
-        prune_ratio: The fraction to prune, in [0, 1); what of depends on the rule. A schedule is a function of the run's progress, or
-            points ``[(progress, ratio), ...]`` with straight lines between them.
-        delta: The share of the run in which samples are pruned, in [0, 1].
-        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to find the model's own loss of each sample. The
-            model's loss stays what is trained on; see :class:`~composer_effalgos.plan.WeightedLoss`.
-        seed: Seeds the draws; ``None`` for the trainer's seed.
-        labels: Class indices of the training samples, ``[N]``; ``None`` to read the dataset's ``targets`` where the rule needs them.
-        budget: What a ``max_duration`` that is not in epochs counts: ``'trained'``, what is trained on, so that pruning saves no time; or
-            ``'full'``, what a run that prunes nothing would train. It must then be a whole number of full epochs;
-            batches allow no AdaBatch beside it, and tokens need a data set that says how many each sample has (``seq_len``).
-        shard: Whether each rank keeps the rows of its own part of the samples and 1 / ranks of each epoch's plan, for very large data sets.
-            As many samples are pruned, every choice as likely; which ones, and the order, are drawn by sample, so they are others than
-            without it, and the same on any number of ranks. ``scores`` are then this rank's. For the rules ``infobatch``, ``random``,
-            ``pdd``, ``ies`` and those of your own with ``pointwise`` or ``keep_part``; not with ``labels`` or ``SubsetSelection``.
+        rule: The name of a rule in the method card; its name and options, as in ``{'name': 'seta', 'groups': 5}``; or your own
+            :class:`PruningRule`.
+        prune_ratio: The fraction to prune, in [0, 1); the rule determines what it is a fraction of. For a schedule, pass a function of the
+            run's progress, or points ``[(progress, ratio), ...]`` for linear interpolation.
+        delta: The fraction of the run in which samples are pruned, in [0, 1].
+        per_sample_loss: ``(outputs, batch) -> [B, ...]``; ``None`` to derive the loss of each sample from the model's own loss. The model's
+            loss remains the training loss; see :class:`~composer_effalgos.plan.WeightedLoss`.
+        seed: Seeds the random choices; ``None`` for the trainer's seed.
+        labels: Class indices of the training samples, ``[N]``; ``None`` to read the dataset's ``targets`` if the rule needs them.
+        budget: How a ``max_duration`` that is not in epochs is counted: ``'trained'`` counts the samples trained on, so pruning saves no
+            time; ``'full'`` counts what a run without pruning would train. With ``'full'`` it must be a whole number of full epochs;
+            batches cannot be combined with AdaBatch, and tokens need a dataset that states the number per sample (``seq_len``).
+        shard: Whether each rank keeps only the rows of its own part of the samples and 1 / ranks of each epoch's plan, for very large
+            datasets. The number of pruned samples and the distribution of the choices stay the same. Choices and order are drawn per
+            sample, so they differ from those without ``shard``, but are the same for any number of ranks. ``scores`` then has only this
+            rank's samples. Available for the rules ``infobatch``, ``random``, ``pdd``, ``ies`` and your own rules with ``pointwise`` or
+            ``keep_part``; not with ``labels`` or ``SubsetSelection``.
 
     Raises:
-        InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run it cannot be used in.
+        InputError: For an argument outside its range; at ``INIT`` or ``FIT_START``, for a run in which it cannot be used.
 
     Example:
         >>> from composer import Trainer
@@ -111,7 +112,7 @@ class Pruning(Selector, Algorithm):
         self.shard = shard
         self.samples_saved = 0
         self.epochs_pruned = 0
-        self._decided = 0  # epochs in which the rule was asked what to prune
+        self._decided = 0  # epochs in which the rule made a decision
         self._table: SampleTable | None = None  # from INIT on
         self._labels: Tensor | None = None
         self._open_ended = False
@@ -123,10 +124,10 @@ class Pruning(Selector, Algorithm):
 
     @property
     def scores(self) -> Tensor:
-        """The score of each sample, float32 ``[N]`` on the CPU; NaN where a sample has none yet, inf where its loss was not finite.
+        """The score of each sample, float32 ``[N]`` on the CPU; NaN if a sample has none yet, inf if its loss was not finite.
 
-        Within an epoch, what other ranks trained on comes in at its end. With ``shard=True`` those of this rank's samples, ``rank``,
-        ``rank + ranks``, ..., as of the end of the last epoch.
+        Within an epoch, scores of samples that other ranks trained on are added at its end. With ``shard=True`` these are only the scores
+        of this rank's samples, ``rank``, ``rank + ranks``, ..., as of the end of the last epoch.
         """
         if self._table is None:
             return torch.empty(0)
@@ -147,7 +148,7 @@ class Pruning(Selector, Algorithm):
         table = self._known()
         if event == Event.EPOCH_END:
             table.end_epoch(state)
-        elif table.noted:  # at FIT_START after a fit that was interrupted
+        elif table.noted:  # at FIT_START, after an interrupted fit
             table.exchange(state)
         else:
             self._warn_at_end(event, state)
@@ -156,7 +157,7 @@ class Pruning(Selector, Algorithm):
         self._warn_at_end(event, state)
 
     def state_dict(self) -> dict[str, Any]:
-        # every rank saves together, so within an epoch the scores can be exchanged here
+        # all ranks save at the same time, so scores can be exchanged here within an epoch
         saved: dict[str, Any] = {} if self._table is None else self._table.state_dict(self._state)
         counts = {'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned, 'epochs_decided': self._decided}
         return pack(self._state, {**super().state_dict(), **saved, **counts})
@@ -194,7 +195,7 @@ class Pruning(Selector, Algorithm):
 
     def new_data(self, *, first: bool) -> None:
         table, loader = self._known(), self._planner.loader
-        if not first or len(table) != loader.num_samples:  # else loaded from a checkpoint
+        if not first or len(table) != loader.num_samples:  # otherwise the rows come from a checkpoint
             table.reset(loader.num_samples)
         self.rule.new_data(loader.num_samples)
         self._labels = None
@@ -224,7 +225,7 @@ class Pruning(Selector, Algorithm):
             )
         elif not self._open_ended and not self.epochs_pruned and first is not None and not self._within(*first):
             assert horizon.end is not None
-            before = int(state.timestamp.epoch)  # of which nothing may be known: a checkpoint of a run without this algorithm
+            before = int(state.timestamp.epoch)  # possibly trained without this algorithm
             self._say_once(
                 'none',
                 f'no epoch {f"from epoch {before} on" if before else "of this run"} can be pruned: max_duration is '
@@ -235,7 +236,7 @@ class Pruning(Selector, Algorithm):
     def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
         table, loader = self._known(), self._planner.loader
         rows = table.rows if candidates is None else table.rows.take(candidates)
-        # an epoch that its samples have been through may have left some without a score: drop_last, a limit of batches
+        # after an epoch some samples may still have no score: drop_last, a limit on the batches
         size = table.total(len(rows))
         ready = not self.rule.history or (self._all_offered(rows) and 2 * table.total(int(rows.scored.sum())) > size)
         table.offer(candidates)
@@ -251,7 +252,7 @@ class Pruning(Selector, Algorithm):
         choice = table.agreed(self._ask(rows, asked, self._open_ended or self._within(epoch, progress)))
         if choice is None or self._too_few(choice.num_kept, size, epoch):
             return None
-        limit = size if loader.max_batches is None else loader.full_samples  # an epoch has no more samples than that
+        limit = size if loader.max_batches is None else loader.full_samples  # maximum number of samples in an epoch
         surplus = loader.surplus(choice.num_kept, self._planner.current_batch_size(), even=self._planner.in_step(self._state))
         saved = min(size, limit) - min(choice.num_kept - surplus, limit)
         self.samples_saved += saved
@@ -260,7 +261,7 @@ class Pruning(Selector, Algorithm):
         return choice
 
     def _too_few(self, kept: int, candidates: int, epoch: int) -> bool:
-        """Whether an epoch would keep next to nothing; says so once."""
+        """Whether an epoch would keep too few samples; warns once."""
         loader = self._planner.loader
         least = least_kept(candidates, loader.initial_batch_size * loader.world_size, loader.world_size)
         if kept >= least:
@@ -273,7 +274,7 @@ class Pruning(Selector, Algorithm):
         return True
 
     def _ask(self, rows: SampleRows, epoch: Epoch, pruning: bool) -> Choice | None:
-        """The rule's decision. Rules that go by scores see samples that have one, and all others are kept."""
+        """The rule's decision. Rules that use scores see only samples with a score, and all others are kept."""
         if pruning and self.rule.uses_ratio and epoch.prune_ratio == 0:
             return None
         decide: Callable[[SampleRows, Epoch], Any] = self.rule.keep if pruning else self.rule.keep_at_end
@@ -295,7 +296,7 @@ class Pruning(Selector, Algorithm):
         return Choice(positions, None if choice.weights is None else weights[positions])
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
-        """The weighted loss shows a microbatch's losses; no number leaves the device here."""
+        """Receives the losses of a microbatch from the weighted loss; moves no data to the host."""
         with torch.no_grad():
             scores = self.rule.score(Step(losses, outputs, batch, self._planner.loader.rank_order[where]))
         if not isinstance(scores, Tensor) or scores.shape != losses.shape:
@@ -312,18 +313,18 @@ class Pruning(Selector, Algorithm):
         return table.total(int(not rows.offered.all())) == 0
 
     def _wanted(self) -> bool:
-        """Whether the arguments ask for pruning at all."""
+        """Whether the arguments request pruning at all."""
         return self.delta > 0 and not (self.rule.uses_ratio and self.prune_ratio == 0)
 
     def _last_pruned(self) -> int | None:
-        """The epoch at which pruning ends; ``None`` where the run's length is not in epochs."""
+        """The epoch at which pruning ends; ``None`` if the run's length is not in epochs."""
         end = self._planner.horizon.end
         assert end is not None
-        # an epoch that reaches into the last 1 - delta of the run is a full one (and 0.29 * 100 is less than 29)
+        # An epoch that overlaps the last 1 - delta of the run is not pruned. 1e-9: in floating point, 0.29 * 100 is less than 29.
         return math.floor(self.delta * end.value + 1e-9) if end.unit == TimeUnit.EPOCH else None
 
     def _within(self, epoch: int, progress: float) -> bool:
-        """Whether an epoch that begins at ``progress`` lies in the share of the run that is pruned, even if trained on in full."""
+        """Whether an epoch that begins at ``progress`` lies in the pruned fraction of the run, even at its full length."""
         last, end, loader = self._last_pruned(), self._planner.horizon.end, self._planner.loader
         if last is not None:
             return epoch < last
@@ -334,7 +335,7 @@ class Pruning(Selector, Algorithm):
         return progress < self.delta and (self.delta == 1 or progress + length / end.value <= self.delta + 1e-9)
 
     def _first_prunable(self, state: State) -> tuple[int, float] | None:
-        """Number and beginning of the first epoch that could be pruned; ``None`` where that cannot be foreseen."""
+        """Number and start of the first epoch that could be pruned; ``None`` if unknown."""
         loader, end, now = self._planner.loader, self._planner.horizon.end, state.timestamp
         assert end is not None
         rows = self._known().rows
@@ -365,7 +366,7 @@ class Pruning(Selector, Algorithm):
             warnings.warn(f'{type(self).__name__}: {message}', stacklevel=2)
 
     def _warn_at_end(self, event: Event, state: State) -> None:
-        """Says so where a run that was to be pruned never was."""
+        """Warns if no epoch of a run with pruning was pruned."""
         end = self._planner.horizon.end
         if event != Event.FIT_END or end is None or state.timestamp.get(end.unit) < end or self.epochs_pruned or not self._wanted():
             return

@@ -14,16 +14,16 @@ Ratio = float | Mapping[float, float] | Sequence[tuple[float, float]] | Callable
 
 
 def ratio_schedule(given: Ratio) -> Callable[[float], float]:
-    """The pruned fraction over the run.
+    """The pruned fraction as a function of the run's progress.
 
     Args:
-        given: What the user gave.
+        given: The user's ``prune_ratio``.
 
     Returns:
-        A function of the progress, in [0, 1).
+        A function from progress to a fraction in [0, 1).
 
     Raises:
-        InputError: For something else than a fraction, points or a function; by the result, where a function gives no fraction.
+        InputError: If it is not a fraction, points or a function; the returned function raises it if a user's function gives no fraction.
     """
     if callable(given):
 

@@ -1,4 +1,4 @@
-"""Checks of arguments."""
+"""Argument checks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from composer_effalgos.utils.text import did_you_mean, shown
 
 __all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'check_whole', 'is_whole', 'name_and_options']
 
-LARGEST = 1e12  # of step sizes, factors and the like: no sensible value is larger, and its square is still far from a float's end
-MOST_CLASSES = 2**20  # above all class counts in use; a label of 2**60 would ask for as many class names
+LARGEST = 1e12  # upper limit for step sizes, factors and the like; larger than any sensible value, and its square does not overflow
+MOST_CLASSES = 2**20  # more than any real class count; without a limit, a label of 2**60 would allocate as many class names
 
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two bounds; ``value in Range(least=0, below=1)``. Booleans are no numbers.
+    """Finite numbers between two bounds: ``value in Range(least=0, below=1)``. Booleans do not count as numbers.
 
     Attributes:
-        above: They are greater than this.
-        least: They are at least this.
-        below: They are less than this.
-        most: They are at most this.
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        most: Inclusive upper bound.
     """
 
     above: float = -math.inf
@@ -38,12 +38,12 @@ class Range:
             return False
         try:
             number = float(value)
-        except OverflowError:  # a whole number beyond all floats
+        except OverflowError:  # an integer too large for a float
             return False
         return math.isfinite(number) and self.above < number < self.below and self.least <= number <= self.most
 
     def __str__(self) -> str:
-        """The range in words that follow ``a number``: ``in [0, 1)``, ``greater than 1``."""
+        """The range in words that can follow ``a number``: ``in [0, 1)``, ``greater than 1``."""
         low = f'({_bound(self.above)}' if self.above > -math.inf else f'[{_bound(self.least)}' if self.least > -math.inf else ''
         high = f'{_bound(self.below)})' if self.below < math.inf else f'{_bound(self.most)}]' if self.most < math.inf else ''
         if low and high:
@@ -58,22 +58,22 @@ def _bound(value: float) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number by its type, NumPy's too; booleans are no numbers."""
+    """Whether a value has an integer type, including NumPy's; booleans do not count."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_number(
     name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf
 ) -> None:
-    """Refuses what is not a finite number within bounds.
+    """Checks that a value is a finite number within bounds.
 
     Args:
         name: The argument's name, for the message.
         value: Its value.
-        above: It must be greater than this.
-        least: It must be at least this.
-        below: It must be less than this.
-        most: It must be at most this.
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        most: Inclusive upper bound.
 
     Raises:
         InputError: If it is not.
@@ -84,13 +84,13 @@ def check_number(
 
 
 def check_whole(name: str, value: Any, *, least: int, most: int | None = None, what: str = 'a whole number') -> None:
-    """Refuses what is not a whole number within bounds.
+    """Checks that a value is an integer within bounds.
 
     Args:
         name: The argument's name, for the message.
         value: Its value.
-        least: It must be at least this.
-        most: It must be at most this.
+        least: Inclusive lower bound.
+        most: Inclusive upper bound; ``None`` for no bound.
         what: What is expected, such as ``a whole number of batches``.
 
     Raises:
@@ -102,19 +102,19 @@ def check_whole(name: str, value: Any, *, least: int, most: int | None = None, w
 
 
 def name_and_options(key: str, given: Any, known: Iterable[str], what: str) -> tuple[str, dict[str, Any]]:
-    """Reads ``'seta'`` or ``{'name': 'seta', 'groups': 5}``.
+    """Parses ``'seta'`` or ``{'name': 'seta', 'groups': 5}``.
 
     Args:
         key: The argument's name, for the message.
-        given: The name, or a mapping of ``name`` and the options.
-        known: The right names.
+        given: The name, or a mapping with ``name`` and the options.
+        known: The valid names.
         what: What else is allowed, for the message.
 
     Returns:
         The name and the options.
 
     Raises:
-        InputError: For an unknown name, or something else.
+        InputError: For an unknown name, or another type.
     """
     options = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = options.pop('name', None)

@@ -9,9 +9,12 @@ __all__ = ['labels_digest']
 
 
 def labels_digest(labels: Tensor) -> str:
-    """SHA-256 of labels, in their order, as little-endian 64-bit integers.
+    """SHA-256 of labels in order, as little-endian 64-bit integers.
 
     Args:
         labels: Integers ``[N]``, on the CPU.
+
+    Returns:
+        The hexadecimal digest.
     """
     return hashlib.sha256(labels.to(torch.int64).numpy().astype('<i8').tobytes()).hexdigest()

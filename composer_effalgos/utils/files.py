@@ -1,4 +1,4 @@
-"""Files that are never seen half written, and reading of what may not be a regular file."""
+"""Atomic writing of files, and safe reading of files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from composer_effalgos.utils.errors import InputError
 
 @contextmanager
 def whole_file(target: Path, mark: str | None = None) -> Iterator[Path]:
-    """Where to write a file or folder that takes its name when it is finished, and leaves nothing behind otherwise.
+    """Provides a temporary path that is renamed to the target when the block ends without an error, and removed otherwise.
 
     Args:
         target: The file or folder.
-        mark: Ends the temporary name. By default it is this process's number: two may write the same file by mistake. With a fixed one,
-            the next attempt removes what a killed process left.
+        mark: Suffix of the temporary name. The default is the process ID, since two processes may write the same file by mistake. With a
+            fixed one, the next attempt removes what a killed process left behind.
 
     Yields:
-        A path beside it, where nothing is.
+        An unused path in the same folder.
 
     Raises:
-        InputError: The target is a device, FIFO or socket, which a rename would replace.
+        InputError: If the target is a device, FIFO or socket, which the rename would replace.
     """
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise InputError(f'{target}: expected a regular file or a new name, got a device, FIFO or socket; give another path')
@@ -46,14 +46,14 @@ def _remove(path: Path) -> None:
 
 
 def check_file(path: Path, hint: str) -> None:
-    """Refuses what is no regular file, before it is opened: a FIFO would be waited for, and a device may never end.
+    """Checks that a path is a regular file before it is opened: reading a FIFO would block, and a device may never end.
 
     Args:
         path: The file.
         hint: What would be right, for the message.
 
     Raises:
-        InputError: It is missing, or something else.
+        InputError: If it is missing or not a regular file.
     """
     try:
         mode = path.stat().st_mode
@@ -65,25 +65,25 @@ def check_file(path: Path, hint: str) -> None:
 
 
 def read_text(path: Path, most: int = 2**24) -> str:
-    """Reads a small text file that comes from elsewhere; as :func:`read_bytes`, with a ``ValueError`` where it is not UTF-8."""
+    """Reads a small text file from an untrusted source; like :func:`read_bytes`, and raises ``ValueError`` if it is not UTF-8."""
     return read_bytes(path, most).decode('utf-8')
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Reads a file that comes from elsewhere.
+    """Reads a file from an untrusted source.
 
     Args:
         path: The file.
-        most: The largest size in bytes.
+        most: Maximum size in bytes.
 
     Returns:
         Its content.
 
     Raises:
-        OSError: It cannot be opened.
-        ValueError: It is no regular file (a FIFO or a device may never end), or too large.
+        OSError: If it cannot be opened.
+        ValueError: If it is not a regular file (a FIFO or a device may never end), or too large.
     """
-    # Without O_NONBLOCK, opening a FIFO waits for a writer
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError('expected a regular file')

@@ -1,4 +1,4 @@
-"""What this process took of the machine, and what runs on it."""
+"""Resource usage of this process, and versions of the software."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from composer import State
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and its children, those that have ended included."""
+    """CPU time used so far by this process and its children, including those that have exited, in seconds."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = time.process_time() + ended.ru_utime + ended.ru_stime
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        with contextlib.suppress(psutil.Error):  # it has exited in the meantime
             times = child.cpu_times()
             total += times.user + times.system
     return total
 
 
 def peak_memory_bytes(state: State) -> int:
-    """Peak memory of this process: what CUDA tensors took on a GPU, else the resident set."""
+    """Peak memory of this process: of CUDA tensors on a GPU, otherwise the resident set."""
     if state.device.name == 'gpu':
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -35,7 +35,7 @@ def peak_memory_bytes(state: State) -> int:
 
 
 def versions(packages: Iterable[str] = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords')) -> dict[str, str]:
-    """The versions of Python and of those packages that are installed.
+    """The versions of Python and of the installed ones among some packages.
 
     Args:
         packages: Names of distributions.

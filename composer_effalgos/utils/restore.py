@@ -1,4 +1,4 @@
-"""Plain data from a checkpoint, checked before it is taken."""
+"""Validation of plain data from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _Record = typing.TypeVar('_Record')
 
 
 def check_entries(saved: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping from a checkpoint, where its entries are of these types.
+    """Checks that checkpoint data is a mapping with entries of given types.
 
     Args:
-        saved: What the checkpoint holds.
-        kinds: A type for each entry; an ``int`` passes for a ``float``, and of ``list[int]`` the ``list`` is checked alone.
+        saved: The data.
+        kinds: A type for each entry. An ``int`` is accepted for a ``float``, and for ``list[int]`` only ``list`` is checked.
 
     Returns:
         ``saved``.
 
     Raises:
-        CheckpointError: It is no mapping, or an entry is missing or of another type.
+        CheckpointError: If it is not a mapping, or an entry is missing or has another type.
     """
     if not isinstance(saved, dict):
         raise CheckpointError(f'expected a mapping in the checkpoint, got {shown(saved)}')
@@ -38,11 +38,11 @@ def check_entries(saved: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(kind: type[_Record], saved: Any) -> _Record:
-    """A dataclass from what ``asdict`` made of it.
+    """Restores a dataclass from the result of ``asdict``.
 
     Args:
         kind: The dataclass.
-        saved: Its fields; older checkpoints lack some that have a default, and may have others.
+        saved: Its fields. Fields with a default may be missing, and unknown ones are ignored, as in older checkpoints.
 
     Returns:
         The dataclass.

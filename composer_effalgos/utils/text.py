@@ -1,4 +1,4 @@
-"""Text of messages: one line, not too long, with the nearest known name."""
+"""Text for messages: on one line, of limited length, with suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 __all__ = ['described', 'did_you_mean', 'one_line', 'plain', 'shown']
 
-_LONGEST = 700  # characters of a message
+_LONGEST = 700  # maximum characters of a message
 
 
 def one_line(error: object) -> str:
-    """The message of an exception on one line, or the name of its type where it has none.
+    """The message of an exception on one line, or the name of its type if there is no message.
 
     Args:
         error: The exception, or its message.
 
     Returns:
-        The message, every run of white space as one space, cut off where it is very long.
+        The message with each run of white space replaced by a space, truncated if very long.
     """
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'
 
 
 def shown(value: Any) -> str:
-    """A value from a file as it stands in a message: on one line, and not too long."""
+    """The ``repr`` of a value for a message, truncated to 80 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         text = 'a number of more than 4300 digits'
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def described(value: Any) -> str:
-    """What a value is, for a message: the type and shape of a tensor, the length of a list, else the type."""
+    """Describes a value for a message: type and shape of a tensor, length of a list, otherwise the type."""
     if hasattr(value, 'dtype') and hasattr(value, 'shape'):
         return f'a tensor of {str(value.dtype).removeprefix("torch.")} {list(value.shape)}'
     if isinstance(value, tuple | list):
@@ -44,12 +44,12 @@ def described(value: Any) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str], *, otherwise: str | None = None) -> str:
-    """The end of an "unknown name" message: the nearest known name, or all of them when none is near.
+    """The end of an "unknown name" message: the closest known name, or all of them if none is close.
 
     Args:
-        name: What was written.
-        known: The right names.
-        otherwise: What to say where none is near, in place of all of them.
+        name: The unknown name.
+        known: The valid names.
+        otherwise: Text to use if none is close, instead of all names.
 
     Returns:
         ``"did you mean 'x'?"`` or ``'known: x, y, z'``.
@@ -63,5 +63,5 @@ def did_you_mean(name: object, known: Iterable[str], *, otherwise: str | None = 
 
 
 def plain(name: str) -> str:
-    """A name without case, underscores and signs."""
+    """A name in lower case without underscores and punctuation."""
     return re.sub('[^a-z0-9]', '', name.lower())

@@ -1,4 +1,4 @@
-"""Plain data checked against type hints."""
+"""Validation of plain data against type hints."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def check_type(key: str, value: Any, hint: Any) -> None:
 
     Args:
         key: Names the value in the error message.
-        value: Plain data, as YAML gives it.
-        hint: A type hint; ``Annotated[float, Range(...)]`` for a number within bounds. What YAML cannot express (tensors, callables)
-            matches nothing, an unknown hint matches all.
+        value: Plain data, as loaded from YAML.
+        hint: A type hint; ``Annotated[float, Range(...)]`` for a number within bounds. Types that YAML cannot express (tensors, callables)
+            match nothing, unknown hints match everything.
 
     Raises:
-        InputError: The value does not fit.
+        InputError: If the value does not match.
     """
     if _matches(value, hint):
         return
     choices = [item for part in _alternatives(hint) if typing.get_origin(part) is typing.Literal for item in typing.get_args(part)]
-    near = next((f"; did you mean '{item}'?" for item in choices if plain(str(item)) == plain(str(value))), '')  # all are listed: case only
+    # the message lists all choices, so suggest one only for a difference in case or punctuation
+    near = next((f"; did you mean '{item}'?" for item in choices if plain(str(item)) == plain(str(value))), '')
     ranges = any(typing.get_origin(part) is typing.Annotated for part in _alternatives(hint))
     kind = '' if value is None or ranges or choices else f' ({type(value).__name__})'
     raise InputError(f'{key}: expected {describe(hint)}, got {shown(value)}{kind}{near}')
@@ -46,7 +47,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _matches(value: Any, hint: Any) -> bool:
     alternatives = _alternatives(hint)
     if len(alternatives) > 1:
-        # Beside Time, a string is a time string
+        # If Time is among the alternatives, a string must be a time string.
         if isinstance(value, str) and any(_is_time(item) for item in alternatives):
             return _matches(value, Time)
         return any(_matches(value, item) for item in alternatives)
@@ -94,7 +95,7 @@ def _is_time_string(text: str) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """A type hint in a reader's words, without what YAML cannot express.
+    """Describes a type hint in words, without the types that YAML cannot express.
 
     Args:
         hint: A type hint.

@@ -34,16 +34,16 @@ RULES: dict[str, type[PruningRule]] = {
 
 
 def check_shard(shard: Any, rule: PruningRule, name: str, labels: Any) -> None:
-    """Refuses ``shard=True`` where ranks cannot decide on their own parts of the samples.
+    """Checks that ``shard=True`` is only used if ranks can decide on their own parts of the samples.
 
     Args:
         shard: The argument of this name.
         rule: The rule.
-        name: The algorithm's, for the message.
+        name: Name of the algorithm, for the message.
         labels: The argument of this name.
 
     Raises:
-        InputError: Where that is so, or for something else than ``True`` or ``False``.
+        InputError: If they cannot, or if ``shard`` is not a bool.
     """
     if not isinstance(shard, bool):
         raise InputError(f'shard: expected True or False, got {shard!r}')
@@ -71,7 +71,7 @@ def find_rule(given: PruningRule | str | Mapping[str, Any]) -> PruningRule:
         given: A rule, or one of :data:`RULES` by name: ``'seta'``, or ``{'name': 'seta', 'groups': 5}``.
 
     Raises:
-        InputError: For an unknown name or option, or something else.
+        InputError: For an unknown name or option, or another type.
     """
     if isinstance(given, PruningRule):
         return given

@@ -1,4 +1,4 @@
-"""Epsilon-greedy: the samples with the highest losses, and some others at random."""
+"""Epsilon-greedy: keeps the samples with the highest losses, and some others at random."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from composer_effalgos.utils.checks import check_number
 
 @dataclass
 class EpsilonGreedyRule(PruningRule):
-    """Keeps a share ``1 - prune_ratio``: of it ``epsilon`` at random, the rest by the highest moving average of the losses.
+    """Keeps a fraction ``1 - prune_ratio``: ``epsilon`` of it at random, the rest by the highest moving average of the loss.
 
     Raju et al., "Accelerating Deep Learning with Dynamic Data Pruning", 2021, arXiv 2111.12621.
 
     Args:
-        epsilon: Share of the kept samples that are drawn, in [0, 1].
+        epsilon: Fraction of the kept samples that is drawn at random, in [0, 1].
         alpha: Weight of the newest loss in the moving average, in (0, 1].
     """
 

@@ -1,4 +1,4 @@
-"""Instance-dependent early stopping: samples whose loss has stopped changing are left out."""
+"""Instance-dependent early stopping: prunes samples whose loss has stopped changing."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from composer_effalgos.utils.checks import check_number, check_whole
 
 @dataclass
 class IesRule(PruningRule):
-    """Leaves samples out while the second differences of their losses are small.
+    """Prunes samples while the second differences of their losses are small.
 
-    With ``d = L_t - 2 L_(t-1) + L_(t-2)``, a sample is left out while the mean of ``|d|`` over its last ``window`` trainings is below
+    With ``d = L_t - 2 L_(t-1) + L_(t-2)``, a sample is pruned while the mean of ``|d|`` over its last ``window`` trainings is below
     ``threshold``, once it was trained on ``window + 3`` times. Yuan et al., "Instance-dependent Early Stopping", ICLR 2025. The authors'
-    code makes a forward pass over the left-out samples after every epoch, so that they may come back; this one makes none, and they come
-    back at the end of the run.
+    code runs a forward pass over the pruned samples after every epoch, so that they can return. This rule runs none, so they return only at
+    the end of the run.
 
     Args:
-        threshold: 1e-3 is the authors' for CIFAR-10, 2e-3 for CIFAR-100.
-        window: Second differences that are averaged.
+        threshold: The authors use 1e-3 for CIFAR-10 and 2e-3 for CIFAR-100.
+        window: Number of second differences to average.
     """
 
     threshold: float = 1e-3

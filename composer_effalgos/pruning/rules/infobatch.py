@@ -1,4 +1,4 @@
-"""InfoBatch's rule: below-mean samples are dropped at random, and the kept ones among them weigh more."""
+"""The InfoBatch rule: drops below-mean samples at random, and increases the weight of those that are kept."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from composer_effalgos.utils.errors import InputError
 
 @dataclass
 class InfoBatchRule(PruningRule):
-    """Qin et al., ICLR 2024, arXiv 2303.04947, equations 3 and 5: see :func:`~composer_effalgos.pruning.prune.prune`.
+    """Qin et al., ICLR 2024, arXiv 2303.04947, equations 3 and 5; see :func:`~composer_effalgos.pruning.prune.prune`.
 
     Args:
         score_by: ``'loss'``, the last loss; ``'ema'``, a moving average of the losses; or a function ``(outputs, batch) -> [B, ...]``.
-        score_decay: Weight of the old average under ``'ema'``, in [0, 1).
-        bands: Quantile thresholds in place of the mean, as for ``prune``.
-        class_balanced: Whether every class has its own mean (or quantiles).
+        score_decay: Weight of the old average with ``'ema'``, in [0, 1).
+        bands: Quantile thresholds instead of the mean, as for ``prune``.
+        class_balanced: Whether each class has its own mean (or quantiles).
     """
 
     score_by: Literal['loss', 'ema'] | PerSampleLoss = 'loss'

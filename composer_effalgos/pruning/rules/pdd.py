@@ -1,4 +1,4 @@
-"""Progressive Data Dropout by difficulty: samples that the model is sure about are left out."""
+"""Progressive Data Dropout by difficulty: prunes samples that the model is confident about."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from composer_effalgos.utils.checks import check_number
 class PddRule(PruningRule):
     """Keeps samples whose true class had a probability below ``threshold`` when they were last trained on.
 
-    Difficulty-based progressive dropout of "Progressive Data Dropout", NeurIPS 2025, arXiv 2505.22342. The authors' code makes a forward
-    pass over every batch to decide; this one goes by the probability last seen, so that a sample once left out stays out until the end of
-    the run, when everything is trained on. For classifiers with one class per sample.
+    Difficulty-based progressive dropout of "Progressive Data Dropout", NeurIPS 2025, arXiv 2505.22342. The authors' code decides with a
+    forward pass over every batch. This rule uses the last recorded probability, so a pruned sample stays pruned until the end of the run,
+    when everything is trained on. For classifiers with one class per sample.
 
     Args:
         threshold: In (0, 1].
@@ -36,7 +36,7 @@ class PddRule(PruningRule):
     def score(self, step: Step) -> Tensor:
         logits, classes = logits_and_classes(step.outputs, step.batch)
         probabilities = torch.softmax(logits.float(), dim=1).gather(1, classes.clamp(min=0)[:, None])[:, 0]
-        return torch.where((classes < 0) | probabilities.isnan(), 0.0, probabilities)  # nothing is known: kept
+        return torch.where((classes < 0) | probabilities.isnan(), 0.0, probabilities)  # unknown: 0 keeps the sample
 
     def keep(self, table: SampleRows, epoch: Epoch) -> Kept:
         return (table.scores < self.threshold).nonzero()[:, 0], None

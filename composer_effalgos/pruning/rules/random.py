@@ -1,4 +1,4 @@
-"""Random subsets without replacement (RS2), and a share of the samples that shrinks (SRD)."""
+"""Random subsets without replacement (RS2), optionally with a shrinking fraction (SRD)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from composer_effalgos.utils.checks import check_number
 
 @dataclass
 class RandomRule(PruningRule):
-    """Keeps a random share of the samples, those first that were trained on least often.
+    """Keeps a random fraction of the samples, preferring those that were trained on least often.
 
     Every sample is trained on once before any is trained on twice: Okanovic et al., "Repeated Random Sampling for Minimizing the
-    Time-to-Accuracy of Learning", ICLR 2024, arXiv 2305.18424, without replacement. With ``gamma``, epoch ``e`` keeps a share of
-    ``gamma ** e``: the scheduled random dropout of Progressive Data Dropout, NeurIPS 2025, arXiv 2505.22342.
+    Time-to-Accuracy of Learning", ICLR 2024, arXiv 2305.18424, without replacement. With ``gamma``, epoch ``e`` keeps a fraction of ``gamma
+    ** e``: the scheduled random dropout of Progressive Data Dropout, NeurIPS 2025, arXiv 2505.22342.
 
     Args:
-        gamma: In (0, 1], in place of ``prune_ratio``; ``None`` to keep ``1 - prune_ratio``.
+        gamma: In (0, 1], instead of ``prune_ratio``; ``None`` to keep ``1 - prune_ratio``.
     """
 
     gamma: float | None = None
@@ -39,5 +39,5 @@ class RandomRule(PruningRule):
 
     def keep_part(self, table: SampleRows, epoch: Epoch, shard: Shard) -> Kept:
         count = num_kept(shard.size, epoch.prune_ratio if self.gamma is None else 1 - self.gamma**epoch.number)
-        keys = table.trained.long() * shard.size + shard.keys(epoch.draw_seed())  # the least trained first, at random among them
+        keys = table.trained.long() * shard.size + shard.keys(epoch.draw_seed())  # least trained first, ties in random order
         return shard.smallest(keys, count).nonzero()[:, 0], None

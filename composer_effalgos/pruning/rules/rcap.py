@@ -1,4 +1,4 @@
-"""RCAP: every class gets a share by its loss, filled with samples drawn by their losses."""
+"""RCAP: each class gets a quota based on its loss, filled with samples drawn by their losses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from composer_effalgos.utils.checks import check_number
 
 @dataclass
 class RcapRule(PruningRule):
-    """Divides the share ``1 - prune_ratio`` over the classes, and draws high losses more often within each.
+    """Divides the fraction ``1 - prune_ratio`` over the classes, and prefers high losses within each class.
 
-    A class of ``n`` samples gets a number proportional to ``sqrt(n * L)``, with ``L`` the mean of its losses, clipped to ``[0, clip]``.
-    Within a class, samples are drawn without replacement with probabilities ``softmax(loss / beta)``. Hassan et al., "RCAP: Robust,
-    Class-Aware, Probabilistic Dynamic Dataset Pruning", UAI 2025, arXiv 2606.11761.
+    The quota of a class with ``n`` samples is proportional to ``sqrt(n * L)``, where ``L`` is the mean of its losses, clipped to ``[0,
+    clip]``. Within a class, samples are drawn without replacement with probabilities ``softmax(loss / beta)``. Hassan et al., "RCAP:
+    Robust, Class-Aware, Probabilistic Dynamic Dataset Pruning", UAI 2025, arXiv 2606.11761.
 
     Args:
         beta: Temperature, greater than 0; the authors try 1/3, 1/2, 1, 2 and 3.
-        clip: Largest loss that counts; ``None`` for ``log C`` with ``C`` classes, the loss of a guess.
+        clip: Upper limit for losses; ``None`` for ``log C`` with ``C`` classes, the loss of a uniform prediction.
     """
 
     beta: float = 1.0
@@ -42,7 +42,7 @@ class RcapRule(PruningRule):
         losses = table.scores.double().clamp(0, math.log(max(2, len(sizes))) if self.clip is None else self.clip)
         means = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, classes, losses) / sizes
         counts = class_counts(sizes, means, num_kept(len(table), epoch.prune_ratio))
-        # the largest of loss / beta + Gumbel noise are a softmax sample without replacement
+        # Gumbel top-k trick: the largest of loss / beta + Gumbel noise are a softmax sample without replacement
         noise = -torch.empty(len(table), dtype=torch.float64).exponential_(generator=epoch.generator).log()
         order = (losses / self.beta + noise).argsort(descending=True)
         order = order[classes[order].argsort(stable=True)]  # by class, and within it by key
@@ -51,15 +51,15 @@ class RcapRule(PruningRule):
 
 
 def class_counts(sizes: Tensor, losses: Tensor, count: int) -> Tensor:
-    """Divides ``count`` samples over classes in proportion to ``sqrt(size * loss)``; what a class cannot hold goes to the others.
+    """Divides ``count`` samples over classes in proportion to ``sqrt(size * loss)``; excess over a class's size goes to others.
 
     Args:
         sizes: Samples of each class, int64 ``[C]``.
-        losses: Mean loss of each, float64 ``[C]``, at least 0.
-        count: Samples to divide, at most all of them.
+        losses: Mean loss of each class, float64 ``[C]``, non-negative.
+        count: Number of samples to divide, at most all of them.
 
     Returns:
-        Int64 ``[C]``, each rounded up, so that together they may be up to ``C - 1`` more than ``count``.
+        Int64 ``[C]``, each rounded up, so the sum may exceed ``count`` by up to ``C - 1``.
     """
     shares = (sizes * losses.clamp(min=1e-12)).sqrt()
     full = torch.zeros(len(sizes), dtype=torch.bool)

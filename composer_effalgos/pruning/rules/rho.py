@@ -1,4 +1,4 @@
-"""RHO: samples whose loss can still be reduced."""
+"""RHO: keeps samples whose loss can still be reduced."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from composer_effalgos.utils.errors import InputError
 
 @dataclass
 class RhoRule(PruningRule):
-    """Keeps the samples with the highest reducible loss: the last loss less the irreducible one.
+    """Keeps the samples with the highest reducible loss: the last loss minus the irreducible loss.
 
-    The irreducible loss of a sample is that of a small model trained on held-out data, see
-    :func:`~composer_effalgos.pruning.irreducible.irreducible_losses`. The epoch form of Mindermann et al., "Prioritized Training on Points
-    that are Learnable, Worth Learning, and Not Yet Learnt", ICML 2022, arXiv 2206.07137, which chooses within a large batch.
+    The irreducible loss of a sample is its loss under a small model trained on held-out data, see
+    :func:`~composer_effalgos.pruning.irreducible.irreducible_losses`. An epoch-wise form of Mindermann et al., "Prioritized Training on
+    Points that are Learnable, Worth Learning, and Not Yet Learnt", ICML 2022, arXiv 2206.07137, which selects within a large batch.
 
     Args:
-        irreducible: One number a training sample, ``[N]``; or a file with them: ``.npy``, or ``.parquet`` or ``.safetensors`` with one
-            column.
+        irreducible: One number per training sample, ``[N]``; or a file that contains them: ``.npy``, or ``.parquet`` or ``.safetensors``
+            with one column.
     """
 
     irreducible: Tensor | str | Path = field(default='', repr=False)
@@ -53,10 +53,10 @@ class RhoRule(PruningRule):
 
 
 def read_numbers(path: Path) -> Tensor:
-    """One number per sample from a file.
+    """Reads one number per sample from a file.
 
     Raises:
-        InputError: If the file cannot be read, or holds something else.
+        InputError: If the file cannot be read or has another format.
     """
     try:
         if path.suffix == '.npy':
@@ -65,13 +65,13 @@ def read_numbers(path: Path) -> Tensor:
             import pyarrow.parquet as pq
 
             (column,) = pq.read_table(path).columns
-            return torch.from_numpy(np.array(column))  # a copy, as Arrow's memory is read-only
+            return torch.from_numpy(np.array(column))  # copy, because Arrow's memory is read-only
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
 
             (values,) = load_file(path).values()
             return values
-    except Exception as error:  # there is no end to what damaged bytes lead to
+    except Exception as error:  # damaged files can raise anything
         raise InputError(
             f'rule.irreducible: {path}: cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})'
         ) from error

@@ -17,7 +17,7 @@ Kept = tuple[Tensor, Tensor | None]
 
 
 class Step:
-    """One microbatch of training.
+    """One training microbatch.
 
     Attributes:
         losses: The loss of each sample, float32 ``[B]``, detached, on the training device.
@@ -30,7 +30,7 @@ class Step:
 
     @property
     def samples(self) -> Tensor:
-        """Their indices in the dataset, int64 ``[B]``, on the device of the losses."""
+        """Indices of the samples in the dataset, int64 ``[B]``, on the device of the losses."""
         return self._samples.to(self.losses.device, non_blocking=True)
 
 
@@ -40,11 +40,11 @@ class Epoch:
 
     Attributes:
         number: Counted from 0.
-        total: Epochs of the run; ``None`` where its length is not in epochs.
-        progress: The share of the run that has passed, in [0, 1).
+        total: Number of epochs of the run; ``None`` if its length is not in epochs.
+        progress: The finished fraction of the run, in [0, 1).
         prune_ratio: The fraction to prune in this epoch.
         generator: The only source of randomness; the same on every rank, different in each epoch.
-        labels: Class indices aligned with the table, int64 ``[n]``, if the rule needs them or the user gave them.
+        labels: Class indices aligned with the table, int64 ``[n]``, if the rule needs them or the user passed them.
     """
 
     number: int
@@ -66,8 +66,8 @@ class Epoch:
 class PruningRule:
     """Scores samples while they are trained on, and decides before each epoch which of them to keep.
 
-    A rule is a pure function of the table and the epoch. ``Pruning`` handles delta, exchange between ranks, checkpoints and new data.
-    The table holds only the candidates of the epoch: with a coarse selector, positions refer to its samples.
+    A rule is a pure function of the table and the epoch. ``Pruning`` handles delta, communication between ranks, checkpoints and new
+    datasets. The table contains only the candidates of the epoch: with a coarse selector, positions refer to its samples.
 
     Attributes:
         history: Number of scores per sample that the table keeps, newest first. With 0 nothing is scored: the rule prunes from the first
@@ -91,17 +91,17 @@ class PruningRule:
         """Called when the dataset is known, and when ``fit`` gets another one.
 
         Args:
-            num_samples: Its number of samples, ``N``.
+            num_samples: Number of samples in the dataset, ``N``.
         """
 
     def score(self, step: Step) -> Tensor:
-        """Scores a microbatch, without moving anything to the host.
+        """Scores a microbatch; must not move data to the host.
 
         Args:
             step: The microbatch.
 
         Returns:
-            One number per sample, float ``[B]``; NaN and inf are kept as inf.
+            One number per sample, float ``[B]``; NaN and inf are stored as inf.
         """
         return step.losses
 
@@ -109,19 +109,19 @@ class PruningRule:
         """Decides which samples the epoch trains on.
 
         Args:
-            table: One row a sample, on the CPU: ``scores`` float32 ``[n]``, ``history`` float32 ``[H, n]``, ``trained`` int32 ``[n]``.
+            table: One row per sample, on the CPU: ``scores`` float32 ``[n]``, ``history`` float32 ``[H, n]``, ``trained`` int32 ``[n]``.
             epoch: The epoch.
 
         Returns:
-            ``(positions, weights)``: the rows that are kept, int64 ``[k]``, ascending, each once (of a mask ``mask.nonzero()[:, 0]``); and
-            their loss weights, float ``[k]``, finite, or ``None`` for ones. ``None`` in place of the two keeps everything.
+            ``(positions, weights)``: the rows to keep, int64 ``[k]``, ascending, without duplicates (for a mask, ``mask.nonzero()[:, 0]``);
+            and their loss weights, float ``[k]``, finite, or ``None`` for ones. Return ``None`` instead of the pair to keep everything.
         """
         raise NotImplementedError
 
     def keep_part(self, table: SampleRows, epoch: Epoch, shard: Shard) -> Kept | None:
         """Decides on this rank's part of the samples if the table is sharded; called on all ranks at once.
 
-        A rule that is not ``pointwise`` works with ``shard=True`` if it defines this and handles samples without a score. ``shard``
+        A rule that is not ``pointwise`` works with ``shard=True`` if it defines this method and handles samples without a score. ``shard``
         provides statistics over all ranks, and random numbers that do not depend on the number of ranks.
 
         Args:
@@ -130,7 +130,7 @@ class PruningRule:
             shard: This rank's part of the samples.
 
         Returns:
-            As :meth:`keep`, of the rows in ``table``.
+            As for :meth:`keep`, for the rows in ``table``.
         """
         return self.keep(table, epoch)
 
@@ -169,7 +169,7 @@ def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
         The return value, with weights in float32.
 
     Raises:
-        InputError: If it is something else.
+        InputError: If it is not of the documented form.
     """
     if answer is None:
         return None

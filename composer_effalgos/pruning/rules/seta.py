@@ -16,15 +16,15 @@ from composer_effalgos.utils.errors import InputError
 
 @dataclass
 class SetaRule(PruningRule):
-    """Of a random share ``1 - prune_ratio`` of the samples, keeps a window of neighbouring groups of similar loss.
+    """Draws a random fraction ``1 - prune_ratio`` of the samples, and keeps a window of adjacent groups of similar loss.
 
-    One-dimensional k-means makes the groups; the window begins one group further in each epoch and then wraps. The last ``1 - delta`` of
-    the run trains on a random share. Zhou et al., "Scale Efficient Training for Large Datasets", CVPR 2025, arXiv 2503.13385; the defaults
-    are its lossless setting for CIFAR, together with ``prune_ratio=0.1``.
+    The groups come from one-dimensional k-means. The window moves by one group per epoch, from easy to hard, and then wraps around. The
+    last ``1 - delta`` of the run trains on a random fraction. Zhou et al., "Scale Efficient Training for Large Datasets", CVPR 2025, arXiv
+    2503.13385; the defaults are its lossless setting for CIFAR, together with ``prune_ratio=0.1``.
 
     Args:
         groups: Number of groups.
-        window: Share of the groups that an epoch trains on, in (0, 1].
+        window: Fraction of the groups that an epoch trains on, in (0, 1].
     """
 
     groups: int = 5
@@ -53,11 +53,11 @@ class SetaRule(PruningRule):
 
 
 def loss_groups(losses: Tensor, groups: int) -> Tensor:
-    """Groups numbers by one-dimensional k-means: Lloyd's iteration from quantiles, on sorted values.
+    """Groups numbers by one-dimensional k-means: Lloyd's algorithm on sorted values, initialised with quantiles.
 
     Args:
         losses: Float ``[n]``; inf counts as the largest finite one.
-        groups: How many groups. Where all numbers are equal, groups of equal size.
+        groups: Number of groups. If all numbers are equal, the groups have equal sizes.
 
     Returns:
         Group of each number, int64 ``[n]``, 0 for the lowest.

@@ -1,4 +1,4 @@
-"""Upper confidence bound: samples whose loss is high, or may be."""
+"""Upper confidence bound: keeps samples whose loss is or may be high."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from composer_effalgos.utils.checks import check_number, check_whole
 class UcbRule(PruningRule):
     """Keeps the samples with the highest ``mean + confidence * sqrt(variance)`` of their losses.
 
-    Mean and variance are exponential moving ones over the last ``history`` losses: from the oldest on, ``v = (1 - alpha) v + alpha (L -
+    Mean and variance are exponential moving averages over the last ``history`` losses. From the oldest on, ``v = (1 - alpha) v + alpha (L -
     m)^2`` and then ``m = (1 - alpha) m + alpha L``. Raju et al., "Accelerating Deep Learning with Dynamic Data Pruning", 2021, arXiv
     2111.12621.
 
     Args:
-        confidence: Factor of the standard deviation, at least 0.
+        confidence: Factor of the standard deviation, non-negative.
         alpha: Weight of the newest loss, in (0, 1].
-        history: Losses that are kept of each sample.
+        history: Number of losses kept per sample.
     """
 
     confidence: float = 1.0
@@ -35,7 +35,7 @@ class UcbRule(PruningRule):
         check_whole('rule.history', self.history, least=1, most=1000)
 
     def keep(self, table: SampleRows, epoch: Epoch) -> Kept:
-        mean = table.scores.clone()  # of samples with one loss
+        mean = table.scores.clone()  # correct for samples with one loss
         variance = torch.zeros_like(mean)
         for age in range(self.history - 1, -1, -1):
             losses, there, oldest = table.history[age], table.trained > age, table.trained == age + 1
