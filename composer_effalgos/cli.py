@@ -103,7 +103,7 @@ def frontier(
     """Does a method pay? Train a sweep, or the rest of it, and compare each method with plain training at equal budget."""
     if sweep.is_dir():
         if overrides or out or seed or only or minutes is not None:
-            raise InputError(f'{sweep}: expected a sweep, got a folder of runs; nothing is trained for it: give --by alone')
+            raise InputError(f'{sweep}: expected a sweep, got a folder of runs; it is only evaluated, so give only --by')
         show_frontier(sweep, by)
         return
     outcome = run_sweep(

@@ -170,9 +170,9 @@ class EfficiencyMonitor(Callback):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f'save_folder: expected a folder that can be made, got {folder} ({error.strerror})') from error
+                raise InputError(f'save_folder: expected a folder that can be created, got {folder} ({error.strerror})') from error
             if not os.access(folder, os.W_OK):
-                raise InputError(f'save_folder: expected a folder that can be written, got {folder}')
+                raise InputError(f'save_folder: expected a writable folder, got {folder}')
 
     def fit_start(self, state: State, logger: Logger) -> None:
         # After fit(reset_time=True) epochs count from 0 again: later records belong to another run.

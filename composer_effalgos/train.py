@@ -73,7 +73,7 @@ def summary_line(recipe: Recipe) -> str:
             f'{totals["train_seconds"]:.1f} s of training; {path}'
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f'{path}: the run is finished, but this is no summary of it ({one_line(error)})') from error
+        raise InputError(f'{path}: the run is finished, but this is not a valid summary ({one_line(error)})') from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

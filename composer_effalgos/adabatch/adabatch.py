@@ -110,10 +110,10 @@ class AdaBatch(Algorithm):
             for name, value, usual in (('growth_factor', growth_factor, 2), ('lr_factor', lr_factor, 1)):
                 if value != usual:
                     hint = "give lr, such as lr='sqrt'" if name == 'lr_factor' else 'give one of the two'
-                    raise InputError(f'{name}: expected none beside schedule, which says the batch sizes itself, got {value}; {hint}')
+                    raise InputError(f'{name}: expected none with schedule, which gives the batch sizes itself, got {value}; {hint}')
         elif global_sizes:
             raise InputError(
-                'global_sizes: expected a schedule beside it, got none; sizes in schedule are then over all ranks, others are per rank'
+                'global_sizes: expected a schedule with it, got none; it makes the sizes in schedule global, all other sizes are per rank'
             )
         self.growth_factor = growth_factor
         self.max_batch_size = max_batch_size
@@ -129,7 +129,7 @@ class AdaBatch(Algorithm):
             if lr_factor != 1 or lr == 'none':
                 got = "'none'" if lr == 'none' else f'lr_factor={lr_factor}'
                 raise InputError(
-                    f"lr: expected 'auto', 'sqrt' or 'linear' beside seesaw, which couples the learning rate to the batch size, got {got}"
+                    f"lr: expected 'auto', 'sqrt' or 'linear' with seesaw, which couples the learning rate to the batch size, got {got}"
                 )
             self.lr, self.policy.growth_factor = lr or 'auto', growth_factor
         if isinstance(self.policy, SizePolicy) and max_batch_size is not None and max(self.policy.known_sizes, default=0) > max_batch_size:
@@ -245,7 +245,7 @@ class AdaBatch(Algorithm):
             self._warned = True
             warnings.warn(
                 f'AdaBatch: the batch size never changes in this run: {self._when()} lies at or past its end, {end.to_timestring()!r}; '
-                "give shorter times, or shares of the run such as '0.25dur'",
+                "give shorter times, or fractions of the run such as '0.25dur'",
                 stacklevel=2,
             )
 
@@ -275,8 +275,8 @@ class AdaBatch(Algorithm):
         counting = [scheduler for scheduler in self._state.schedulers if not is_composer_schedule(scheduler)]
         if size < initial and counting and length is not None and length.unit == TimeUnit.EPOCH:
             raise InputError(
-                f"schedule: expected sizes of at least the DataLoader's {initial} per rank beside {type(counting[0]).__name__}, which"
-                f' counts batches, got {size}; give the DataLoader the smallest size, or take a Composer schedule'
+                f"schedule: expected sizes of at least the DataLoader's {initial} per rank with {type(counting[0]).__name__}, which"
+                f' counts batches, got {size}; give the DataLoader the smallest size, or use a Composer schedule'
             )
 
     def _resize(self, state: State, logger: Logger) -> None:
@@ -317,13 +317,13 @@ def _check_one(given: Mapping[str, Any]) -> None:
     if len(names) > 1:
         first, other = names[:2]
         got = shown(given[first])
-        raise InputError(f'{first}: expected none beside {other}, which stands in its place, got {got}; give one of the two')
+        raise InputError(f'{first}: expected none with {other}, which replaces it, got {got}; give one of the two')
 
 
 def _check_lr(lr: str | None, lr_factor: float, beta2: str) -> None:
     if lr is not None and lr not in LR_RULES:
         raise InputError(f'lr: expected one of {", ".join(map(repr, LR_RULES))}, got {lr!r}')
     if lr is not None and lr_factor != 1:
-        raise InputError(f'lr_factor: expected none beside lr={lr!r}, which stands in its place, got {lr_factor}; give one of the two')
+        raise InputError(f'lr_factor: expected none with lr={lr!r}, which replaces it, got {lr_factor}; give one of the two')
     if beta2 not in ('keep', 'rescale'):
         raise InputError(f"beta2: expected 'keep' or 'rescale', got {beta2!r}")

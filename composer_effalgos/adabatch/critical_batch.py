@@ -195,7 +195,7 @@ def _branch(recipe: Recipe, out: Path, key: str, size: int, checkpoint: Path | N
     finally:
         trainer.close()
     if not watch.complete:
-        raise InputError(f'--window: expected one that the rest of the run has room for, got {length.to_timestring()}')
+        raise InputError(f'--window: expected one that fits into the rest of the run, got {length.to_timestring()}')
     branch = Branch(size, watch.loss, watch.steps, round(seconds.total_seconds(), 3) if seconds else math.nan)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(done) as unfinished:

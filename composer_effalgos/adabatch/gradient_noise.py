@@ -98,7 +98,7 @@ class GradientNoise(Watching):
         strategy = str(getattr(state.fsdp_config, 'sharding_strategy', '')) if state.fsdp_enabled else 'FULL_SHARD'
         if strategy not in ('FULL_SHARD', 'SHARD_GRAD_OP'):
             raise InputError(
-                f"policy: {type(self).__name__} expected FULL_SHARD or SHARD_GRAD_OP as FSDP's strategy, got {strategy}; take DDP"
+                f"policy: {type(self).__name__} expected FULL_SHARD or SHARD_GRAD_OP as FSDP's strategy, got {strategy}; use DDP"
             )
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -88,7 +88,7 @@ class MemorySearch:
             return
         self.fits = max(found, self._fitted, smallest)
         warnings.warn(
-            f'AdaBatch: {tried} samples do not fit on the device; larger batches are put together from {self.fits} at a time',
+            f'AdaBatch: {tried} samples do not fit on the device; larger batches accumulate gradients over microbatches of {self.fits}',
             stacklevel=2,
         )
         self._microbatch = state.device_train_microbatch_size = self.fits

@@ -60,7 +60,7 @@ class Milestones:
         if isinstance(milestones, str | Time) or not isinstance(milestones, Sequence):
             raise InputError(f"milestones: expected a list of times such as ['20ep', '40ep'], got {milestones!r}")
         if not milestones:
-            raise InputError('milestones: expected at least one time, got []; leave AdaBatch out where the batch is not to grow')
+            raise InputError('milestones: expected at least one time, got []; leave AdaBatch out if the batch should not grow')
         self.times = [parse_time(f'milestones[{i}]', milestone) for i, milestone in enumerate(milestones)]
 
     def __call__(self, progress: Progress) -> int:

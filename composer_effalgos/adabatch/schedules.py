@@ -117,7 +117,7 @@ def parse_steps(text: str) -> Steps:
         where = f'schedule: entry {number} ({entry[:40]!r})'
         time_text, colon, size_text = entry.partition(':')
         if not colon or not size_text.isascii() or not size_text.isdecimal():
-            raise InputError(f'{where}: expected TIME:SIZE with a whole number of samples, such as 250ktok:96; the whole is {_FORM}')
+            raise InputError(f'{where}: expected TIME:SIZE with a whole number of samples, such as 250ktok:96; the full form is {_FORM}')
         size = int(size_text[:12])
         if not 1 <= size <= LARGEST_SIZE or len(size_text) > 12:
             raise InputError(f'{where}: expected a batch size from 1 to {LARGEST_SIZE}, got {size_text[:20]}')
@@ -136,7 +136,7 @@ def parse_steps(text: str) -> Steps:
                 ) from None
             before, written = latest.get(time.unit, (0, ''))
             if time.value <= before:
-                raise InputError(f'{where}: expected a time after {written}, got {time_text}; times ascend')
+                raise InputError(f'{where}: expected a time after {written}, got {time_text}; times must ascend')
             latest[time.unit] = (time.value, time_text)
             times.append(time)
         sizes.append(size)

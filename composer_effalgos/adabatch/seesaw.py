@@ -83,13 +83,13 @@ class Seesaw(Callback):
             return
         if unit not in (TimeUnit.SAMPLE, TimeUnit.TOKEN):
             raise InputError(
-                f'max_duration: expected epochs, samples or tokens beside seesaw, got {state.max_duration.to_timestring()!r}, '
-                'which fixes the number of steps that it is to save'
+                f'max_duration: expected epochs, samples or tokens with seesaw, got {state.max_duration.to_timestring()!r}, '
+                'which fixes the number of steps that seesaw reduces'
             )
         if any(_counts_steps(scheduler, state) for scheduler in state.schedulers):
             raise InputError(
-                f'schedulers: expected a Composer schedule in {unit.value} or dur beside seesaw and max_duration in {unit.value}, got '
-                'one that counts steps, which become fewer; give max_duration in epochs, or such a schedule'
+                f'schedulers: expected a Composer schedule in {unit.value} or dur with seesaw and max_duration in {unit.value}, got '
+                'one that counts steps, which seesaw reduces; give max_duration in epochs, or such a schedule'
             )
 
     def batch_start(self, state: State, logger: Logger) -> None:

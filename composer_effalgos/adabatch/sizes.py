@@ -57,7 +57,7 @@ class Sizes:
             size = initial if wanted is None else self.per_rank(wanted, loader.world_size)
             return Size(min(size, limit), refused=_refusal(size, why, limit) if size > limit else '')
         if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
-            raise InputError(f'policy: expected how often the batch should have grown by now, a whole number of at least 0, got {wanted!r}')
+            raise InputError(f'policy: expected the number of growths by now, a whole number of at least 0, got {wanted!r}')
         wanted = wanted if isinstance(self._policy, Seesaw) else max(asked, wanted)
         growths = min(wanted, math.ceil(math.log((limit + 1) / initial, self._factor)))
         while round(initial * self._factor**growths) > limit:
@@ -84,13 +84,13 @@ class Sizes:
             InputError: If there is such a size, or no limit for Seesaw on data of unknown length.
         """
         if loader.num_samples is None and self._most is None and isinstance(self._policy, Seesaw):
-            raise InputError('max_batch_size: expected one beside seesaw with data of unknown length; the batch would grow without end')
+            raise InputError('max_batch_size: expected one with seesaw and data of unknown length; the batch would grow without limit')
         for place, size in enumerate(self.known, 1):
             per_rank = self.per_rank(size, loader.world_size)
             if loader.num_samples is not None and per_rank * loader.world_size > loader.num_samples:
                 most = loader.num_samples if self._over_ranks else loader.num_samples // loader.world_size
                 raise InputError(
-                    f'schedule: size {place}: expected at most {most}, with {loader.num_samples} samples in the data set, got {size}'
+                    f'schedule: size {place}: expected at most {most}, with {loader.num_samples} samples in the dataset, got {size}'
                 )
 
     def per_rank(self, size: int, world_size: int) -> int:

@@ -264,7 +264,7 @@ def epoch_sizes(
     sizes = split_batches(dealt, batch_size, world_size, drop_last, max_batches, tail)
     sizes = sizes or split_batches(dealt, batch_size, world_size, max_batches=max_batches, tail=tail)
     if not sizes:
-        raise ValueError(f'cannot deal out {num_samples} samples over {world_size} ranks')
+        raise ValueError(f'cannot distribute {num_samples} samples over {world_size} ranks')
     return sizes
 
 

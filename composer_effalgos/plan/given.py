@@ -264,7 +264,7 @@ class StreamLoader(PlannedDataLoader):
     ) -> tuple[EpochPlan, tuple[int, ...]]:
         if world_size != self.world_size:
             raise CheckpointError(
-                f'a stream without sample numbers is resumed within an epoch on as many ranks, expected {world_size}, got '
+                f'within an epoch, a stream without sample numbers needs the same number of ranks, expected {world_size}, got '
                 f'{self.world_size}; resume from a checkpoint saved at the end of an epoch'
             )
         self._sizes = batch_size
@@ -317,7 +317,7 @@ class StreamLoader(PlannedDataLoader):
         if state.dataset_resumption.pop('train', False):
             if int(state.timestamp.batch_in_epoch):
                 raise CheckpointError(
-                    f'{type(self.dataset).__name__} resumes by itself, which is not exact where batches have had several sizes; '
+                    f'{type(self.dataset).__name__} restores its own position, which is not exact after batches of different sizes; '
                     'resume from a checkpoint saved at the end of an epoch'
                 )
         elif self._stream.keeps_dataset:
@@ -339,7 +339,7 @@ class StreamLoader(PlannedDataLoader):
         return self._sizes(batch, self.samples_before(batch)) if callable(self._sizes) else self._sizes
 
     def read(self, indices: Any, batch_size: int, seed: int = 0) -> Iterator[Any]:
-        raise InputError(f'train_dataloader: the samples of {type(self.given).__name__} have no numbers to read them by')
+        raise InputError(f'train_dataloader: the samples of {type(self.given).__name__} cannot be read by number')
 
 
 def _draw_as_a_data_loader(loader: DataLoader) -> None:

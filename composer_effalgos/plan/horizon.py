@@ -41,14 +41,14 @@ def in_full_epochs(length: Time, full: Mapping[TimeUnit, int]) -> Time:
     if length.unit not in full:
         known = ' or '.join(unit.value for unit in (TimeUnit.EPOCH, *full))
         raise InputError(
-            f"max_duration: expected {known} beside budget='full', got {length.to_timestring()!r}; how long a full epoch is in another "
-            'unit is not known beforehand'
+            f"max_duration: expected {known} with budget='full', got {length.to_timestring()!r}; the length of a full epoch in "
+            'other units is not known in advance'
         )
     size = full[length.unit]
     epochs, rest = divmod(length.value, size)
     if rest or not epochs:
         raise InputError(
-            f"max_duration: expected whole epochs of {size}{length.unit.value} beside budget='full', got {length.to_timestring()!r}, "
+            f"max_duration: expected whole epochs of {size}{length.unit.value} with budget='full', got {length.to_timestring()!r}, "
             f"{length.value / size:.3f} of them; give '{max(1, round(length.value / size))}ep'"
         )
     return Time(epochs, TimeUnit.EPOCH)
@@ -123,8 +123,8 @@ class Horizon:
         tokens = int(state.timestamp.token - state.previous_timestamp.token)
         if tokens != samples * self._sample_tokens:
             raise InputError(
-                f"max_duration: expected {self._sample_tokens} tokens in each sample beside budget='full' in tokens, as the dataset's "
-                f"seq_len says, got {tokens} in {samples} samples; give max_duration in 'ep' or 'sp'"
+                f"max_duration: expected {self._sample_tokens} tokens in each sample with budget='full' in tokens, according to the "
+                f"dataset's seq_len, got {tokens} in {samples} samples; give max_duration in 'ep' or 'sp'"
             )
 
     def fit_start(self, state: State, loaded: str | None = None) -> None:

@@ -211,7 +211,7 @@ class WeightedLoss:
             raise InputError(f'per_sample_loss: {reason.removeprefix("per_sample_loss ")}')
         if self.weigher is not None and self.weigher.by_token:
             raise InputError(
-                f'{self.model_name}.loss: {reason}; take torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
+                f'{self.model_name}.loss: {reason}; use torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
             )
         raise InputError(f'{self.model_name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
@@ -221,8 +221,8 @@ class WeightedLoss:
             return self.original(outputs, batch, *args, **kwargs)
         if self.weigher is not None and not self._first_call:
             raise InputError(
-                f'algorithms: {type(self.weigher).__name__} cannot be combined with a second loss for the same microbatch, as of MixUp and '
-                'CutMix with interpolate_loss=True; leave it False'
+                f'algorithms: {type(self.weigher).__name__} cannot be combined with a second loss for the same microbatch, as in MixUp and '
+                'CutMix with interpolate_loss=True; set it to False'
             )
         if self.weigher is not None and self.weigher.by_token:
             return self._weigh_tokens(self.weigher, self.original(outputs, batch, *args, **kwargs), outputs, batch)
@@ -306,9 +306,9 @@ class WeightedLoss:
         with repeated(self._model) as changed, torch.no_grad():
             again = total_of(self.original(same_structure(outputs), same_structure(batch)))
         if 'random numbers' in changed or not is_near(again, total_of(own).detach(), tensors_of(outputs)[0]):
-            return 'it is another number each time it is computed (it draws random numbers, or keeps a state)'
+            return 'it gives a different value each time it is computed (it draws random numbers, or keeps a state)'
         return (
-            "its samples' losses depend on which others are in the batch (a mask or a mean over it; or the outputs do not have the samples "
+            'the losses of its samples depend on the rest of the batch (a mask or a mean over it; or the outputs do not have the samples '
             'along their first dimension)'
         )
 
@@ -318,7 +318,7 @@ class WeightedLoss:
         probe: Probe = self._refusing(self._form.probe, own, outputs, batch)
         total = total_of(own)
         if not probe.shares.requires_grad:
-            self._refuse('its losses do not depend on the outputs, so that weights would change nothing')
+            self._refuse('its losses do not depend on the outputs, so weights would have no effect')
         if not torch.isfinite(total) or not torch.isfinite(probe.shares.detach().sum()):
             return
         try:

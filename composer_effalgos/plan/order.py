@@ -22,8 +22,8 @@ from composer_effalgos.utils.errors import InputError
 
 _MOST = 13  # samples per check; an unusual length for any other dimension
 _WRONG_ORDER = (
-    'expected row i of each tensor to be of sample i, got another order, or rows mixed with others in a fixed way; leave the samples in '
-    'their order (a model may sort them and undo it) and mix them at random, since scores and weights go by position'
+    'expected row i of each tensor to belong to sample i, got another order, or a fixed mixture of rows; keep the order of the samples '
+    '(a model may sort them and undo it) and mix them only at random, since scores and weights are assigned by position'
 )
 _CLONED = 2**20  # elements up to which a tensor is cloned for comparison; for larger ones only a replacement is noticed
 
@@ -104,8 +104,8 @@ class OrderCheck:
         for tensor, version, content in noted:
             if kept.get(id(tensor)) != version and any(_is_reordered(content, leaf) for leaf in found):
                 raise InputError(
-                    'model: expected forward() to leave the rows of the batch in their order, got another one; put them back before '
-                    'loss() is called, since scores and weights go by position'
+                    'model: expected forward() to keep the order of the rows of the batch, got another one; restore it before loss() is '
+                    'called, since scores and weights are assigned by position'
                 )
 
     def _check(self, given: Any) -> None:

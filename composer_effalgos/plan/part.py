@@ -82,8 +82,8 @@ def evaluated(function: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> 
     except Exception as error:  # a user's loss may raise anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise NotReadableError(
-            f'it fails on a part of the batch, cut along the first dimension of outputs and batch ({reason}), so that its samples cannot '
-            'be told apart'
+            f'it fails on a part of the batch, cut along the first dimension of outputs and batch ({reason}), so its samples cannot '
+            'be separated'
         ) from error
 
 

@@ -168,8 +168,8 @@ class EpochPlanner(Callback):
             self.clock.load_state_dict(self._loaded['clock'])
         elif self.expects_state and not self._started:
             raise CheckpointError(
-                'state.callbacks: expected the state of EpochPlanner beside that of the algorithms, got none, as in checkpoints of an '
-                'earlier version of composer_effalgos; resume with the version that saved it, or load_weights_only=True'
+                'state.callbacks: expected the state of EpochPlanner next to that of the algorithms, got none, as in checkpoints of '
+                'an earlier version of composer_effalgos; resume with the version that saved it, or load_weights_only=True'
             )
         elif not self._started:  # a checkpoint of a run without this package: all its epochs were full
             samples = int(state.timestamp.sample - state.timestamp.sample_in_epoch)
@@ -196,9 +196,9 @@ class EpochPlanner(Callback):
             return
         self._duration_warned = True
         warnings.warn(
-            f'max_duration is {length.to_timestring()!r}: with a run of fixed length pruned samples are replaced by further ones and save '
-            'no time, and schedules run on real time; give '
-            f"{self.selectors.names[-1]}(budget='full'), or max_duration in epochs, to save any",
+            f'max_duration is {length.to_timestring()!r}: in a run of fixed length, other samples replace the pruned ones, so pruning '
+            'saves no time, and schedules follow real time; to save time, give '
+            f"{self.selectors.names[-1]}(budget='full'), or max_duration in epochs",
             stacklevel=2,
         )
 
@@ -333,7 +333,7 @@ class EpochPlanner(Callback):
         if self._loaded is not None and self._loaded['num_samples'] != self.loader.num_samples:
             raise CheckpointError(
                 f'the checkpoint was saved with a training set of {self._loaded["num_samples"]} samples, this one has '
-                f'{self.loader.num_samples}; resume with the same data set, or load_weights_only=True'
+                f'{self.loader.num_samples}; resume with the same dataset, or load_weights_only=True'
             )
         if before is not None and self.loader.reads_as(before):  # same data: a current epoch continues with its plan
             self.loader.plan, self.loader.metrics = before.plan, before.metrics

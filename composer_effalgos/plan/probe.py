@@ -66,7 +66,7 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
         for position, gradient in _excerpts({stops[edge]: gradient for edge, gradient in pull(entry, stops, scale).items()}).items():
             theirs[position] = theirs[position] + gradient if position in theirs else gradient
     if any(len(tensors[position]) != len(probe.shares) for position in even):
-        return Comparison([], f'read outputs that have not {len(probe.shares)} rows, one a sample')
+        return Comparison([], f'read outputs that do not have {len(probe.shares)} rows, one per sample')
     if not theirs:
         return Comparison([])
     uneven = _excerpts(probe.slopes(scale * (factors * probe.shares).sum()))
@@ -87,7 +87,7 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
     else:
         multiple = (total_of(own) / probe.shares.detach().sum()).to(even_rows)
     if not plain and not _alike(even_rows * multiple, their_rows, tolerance, noise):
-        return Comparison([], 'have another gradient at the outputs than it has')
+        return Comparison([], 'have another gradient at the outputs than the loss itself')
     return Comparison(sorted(stops.values()), plain=plain)
 
 

@@ -43,7 +43,7 @@ class Ranks:
         """
         if state.fsdp_sharded_state_dict_enabled:
             raise InputError(
-                "shard: cannot be combined with FSDP's sharded checkpoints, which hold what is the same on every rank; leave shard out, or "
+                "shard: cannot be combined with FSDP's sharded checkpoints, which need the same state on every rank; leave shard out, or "
                 "set state_dict_type='full'"
             )
         return cls(state.device.tensor_to_device(torch.empty(0)).device)

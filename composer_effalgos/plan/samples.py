@@ -175,7 +175,7 @@ def _checked(indices: Sequence[int], size: int) -> Tensor | None:
     ascending = torch.as_tensor(indices, dtype=torch.int64).flatten().sort().values
     if not len(ascending) or ascending[0] < 0 or ascending[-1] >= size or bool((ascending.diff() == 0).any()):
         raise InputError(
-            f'train_dataloader: expected a SubsetRandomSampler of different numbers from 0 to {size - 1}, got others; {_WAY_OUT}'
+            f'train_dataloader: expected a SubsetRandomSampler of distinct numbers from 0 to {size - 1}, got others; {_WAY_OUT}'
         )
     return None if len(ascending) == size else ascending
 

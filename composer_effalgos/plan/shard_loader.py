@@ -159,8 +159,8 @@ class ShardLoader(PlannedDataLoader):
         super().__init__(loader, seed=seed, rank=ranks.rank, world_size=ranks.world_size)
         if self.shuffle and self.shard_starts is not None:
             raise InputError(
-                f'shard: expected an order of single samples, got {type(self.dataset).__name__}, whose order goes through its shards, '
-                'which takes the order of all samples on every rank; leave shard out'
+                f'shard: expected samples that are shuffled individually, got {type(self.dataset).__name__}, which is shuffled by '
+                'shards and needs the order of all samples on every rank; leave shard out'
             )
         self.shard = Shard(self.num_samples, ranks)
 

@@ -263,6 +263,6 @@ def _joined(parts: Sequence[Any]) -> Any:
         return first
     kind = f'tensors of shapes {tuple(first.shape)} and others' if isinstance(first, Tensor) else type(first).__name__
     raise InputError(
-        f'train_dataloader: expected batches that can be put together, got {kind}; use a torch.utils.data.DataLoader with batch_size, '
+        f'train_dataloader: expected batches that can be concatenated, got {kind}; use a torch.utils.data.DataLoader with batch_size, '
         'whose collate_fn makes batches of any size'
     )

@@ -14,7 +14,7 @@ from composer_effalgos.plan.graph import Edge, between, edge_of, inputs_of, pull
 from composer_effalgos.plan.outputs import NotReadableError, in_full, tensors_of
 from composer_effalgos.plan.watch import Reduced
 
-_ONE_BY_ONE = 'it takes the loss of one sample at a time'
+_ONE_BY_ONE = 'it computes the loss of one sample at a time'
 
 
 class _Elements(NamedTuple):
@@ -244,7 +244,7 @@ class Rows:
         positions, tensors = positions_of(outputs), tensors_of(outputs)
         sizes = {len(tensors[positions[edge]]) for edge in read}
         if len(sizes) != 1:
-            raise NotReadableError(f'the outputs that it reads have {sorted(sizes)} rows; one a sample is needed')
+            raise NotReadableError(f'the outputs that it reads have {sorted(sizes)} rows; one per sample is needed')
         (self.samples,) = sizes
         self._indexed = [node for node in nodes if node.name() == 'IndexBackward0' and node._saved_indices[0] is not None]
 

@@ -97,7 +97,7 @@ def read_tokens(own: Any, outputs: Any) -> Tokens:
     likelihoods = [term for term in reading.terms if is_cross_entropy(term.node)]
     smoothing = [term for term in reading.terms if term.node.name() == 'SumBackward1']
     if len(likelihoods) != 1 or len(likelihoods) + len(smoothing) != len(reading.terms):
-        raise NotReadableError(f'its tokens are those of one cross-entropy, and its graph shows {len(reading.terms)} terms')
+        raise NotReadableError(f'its tokens must come from one cross-entropy, but its graph shows {len(reading.terms)} terms')
     return Tokens(likelihoods[0], smoothing)
 
 

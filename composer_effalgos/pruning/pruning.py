@@ -220,7 +220,7 @@ class Pruning(Selector, Algorithm):
         if self._open_ended and self.delta < 1:
             self._say_once(
                 'end unknown',
-                'fit(duration=...) goes on past the planned end of the run, and how far is unknown, so no epoch at the end is trained on '
+                'fit(duration=...) continues past the planned end of the run by an unknown length, so the last epochs cannot be trained on '
                 'everything; give the length of the whole run as Trainer(max_duration=...)',
             )
         elif not self._open_ended and not self.epochs_pruned and first is not None and not self._within(*first):
@@ -229,7 +229,7 @@ class Pruning(Selector, Algorithm):
             self._say_once(
                 'none',
                 f'no epoch {f"from epoch {before} on" if before else "of this run"} can be pruned: max_duration is '
-                f'{horizon.end.to_timestring()!r}, scores are there after the first epoch, and delta={self.delta} has the rest trained on '
+                f'{horizon.end.to_timestring()!r}, scores exist only after the first epoch, and delta={self.delta} trains the rest on '
                 'everything; train for longer, or set delta=1.0',
             )
 
@@ -302,7 +302,7 @@ class Pruning(Selector, Algorithm):
         if not isinstance(scores, Tensor) or scores.shape != losses.shape:
             got = f'one of {list(scores.shape)}' if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(
-                f'{type(self.rule).__name__}.score: expected one number a sample, a float tensor {list(losses.shape)}, got {got}'
+                f'{type(self.rule).__name__}.score: expected one number per sample, a float tensor {list(losses.shape)}, got {got}'
             )
         self._known().note(scores.detach().float(), where)
 
@@ -382,7 +382,7 @@ class Pruning(Selector, Algorithm):
             why += f' and kept every sample{few}' if limit is None else ''
         if limit is not None:
             why += f'; train_subset_num_batches={limit} ends every epoch before pruning would'
-        self._say_once('none', f'no epoch of this run was made shorter: {why}')
+        self._say_once('none', f'no epoch of this run was shortened: {why}')
 
 
 def _choice(rule: PruningRule, answer: Any, size: int) -> Choice | None:

@@ -120,7 +120,7 @@ def test_branches_off_a_checkpoint(recipe, tmp_path):
         ({'tolerance': -1}, r'^--tolerance: '),
         ({'lr': 'cubic', 'sizes': [16, 32]}, r"--size: lr: expected one of 'none'"),
         ({'sizes': [16, 193]}, r'schedule: size 1: expected at most 192'),
-        ({'window': '5ep', 'sizes': [16, 32]}, r'^--window: expected one that the rest of the run has room for, got 5ep'),
+        ({'window': '5ep', 'sizes': [16, 32]}, r'^--window: expected one that fits into the rest of the run, got 5ep'),
     ],
 )
 def test_refuses(recipe, tmp_path, arguments, message):

@@ -25,7 +25,7 @@ class Small(ComposerClassifier):
 def test_falls_back_to_what_fitted_and_loses_no_batch(make_trainer, weights_of):
     model = Small(room=40)
     trainer = make_trainer([AdaBatch(2, '1ep')], model=model, max_duration='4ep')
-    with pytest.warns(UserWarning, match='64 samples do not fit on the device; larger batches are put together from 32 at a time'):
+    with pytest.warns(UserWarning, match='64 samples do not fit on the device; larger batches accumulate .* microbatches of 32'):
         trainer.fit()
     assert model.failures == 1
     assert [epoch[0] for epoch in trainer.recorder.sizes] == [16, 32, 64, 128]  # the batch grows on
@@ -45,7 +45,7 @@ def test_falls_back_to_what_fitted_and_loses_no_batch(make_trainer, weights_of):
 def test_the_last_size_that_fitted_is_never_undercut(make_trainer, factor, room, fits):
     model = Small(room)
     trainer = make_trainer([AdaBatch(factor, '1ep')], model=model, max_duration='3ep')
-    with pytest.warns(UserWarning, match=f'put together from {fits} at a time'):
+    with pytest.warns(UserWarning, match=f'over microbatches of {fits}'):
         trainer.fit()
     assert trainer.state.device_train_microbatch_size == fits
     assert max(call for call in model.calls if call <= room) == fits

@@ -225,17 +225,17 @@ def test_a_policy_from_a_recipe():
 
 @pytest.mark.parametrize('answer', [True, -1, 1.0, None])
 def test_a_policy_that_does_not_count(make_trainer, answer):
-    with pytest.raises(InputError, match='policy: expected how often the batch should have grown'):
+    with pytest.raises(InputError, match='policy: expected the number of growths by now'):
         make_trainer([AdaBatch(policy=lambda progress: answer)]).fit()
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'milestones': ['1ep'], 'policy': Every('1ep')}, 'milestones: expected none beside policy'),
-        ({'interval': '5ep', 'milestones': ['1ep']}, "interval: expected none beside milestones, which stands in its place, got '5ep'"),
-        ({'interval': '20ep', 'milestones': ['1ep']}, 'interval: expected none beside milestones'),
-        ({'interval': '5ep', 'policy': 'noise_scale'}, 'interval: expected none beside policy'),
+        ({'milestones': ['1ep'], 'policy': Every('1ep')}, 'milestones: expected none with policy'),
+        ({'interval': '5ep', 'milestones': ['1ep']}, "interval: expected none with milestones, which replaces it, got '5ep'"),
+        ({'interval': '20ep', 'milestones': ['1ep']}, 'interval: expected none with milestones'),
+        ({'interval': '5ep', 'policy': 'noise_scale'}, 'interval: expected none with policy'),
         ({'milestones': []}, r'milestones: expected at least one time, got \[\]; leave AdaBatch out'),
     ],
 )

@@ -155,7 +155,7 @@ def test_times_in_every_unit():
         ('0:0', r'^schedule: entry 1 .* expected a batch size from 1 to 1000000000, got 0'),
         ('0:32 1ep:' + '9' * 5000, r'^schedule: entry 2 .* expected a batch size from 1'),
         ('1ep:64', r"^schedule: entry 1 \('1ep:64'\): expected the first time to be 0, got '1ep'; write '0:SIZE 1ep:64'"),
-        ('0:32 1ep:64 1ep:96', r"^schedule: entry 3 \('1ep:96'\): expected a time after 1ep, got 1ep; times ascend"),
+        ('0:32 1ep:64 1ep:96', r"^schedule: entry 3 \('1ep:96'\): expected a time after 1ep, got 1ep; times must ascend"),
         ('0:32 2ktok:64 1ep:80 1999tok:96', r'^schedule: entry 4 .* expected a time after 2ktok, got 1999tok'),
         ('0:32 5:64', r"^schedule: entry 2 \('5:64'\): expected a time above 0 in ep, ba, sp, tok, dur .* got '5'"),
         ('0:32 5x:64', r"^schedule: entry 2 .* got '5x'"),
@@ -187,11 +187,11 @@ def test_mistakes_are_named_with_their_place(schedule, message):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'milestones': ['1ep']}, '^milestones: expected none beside schedule'),
-        ({'interval': '1ep'}, '^interval: expected none beside schedule'),
-        ({'growth_factor': 3}, '^growth_factor: expected none beside schedule'),
-        ({'policy': lambda progress: 0}, '^policy: expected none beside schedule'),
-        ({'lr_factor': 0.5}, '^lr_factor: expected none beside schedule.* give lr'),
+        ({'milestones': ['1ep']}, '^milestones: expected none with schedule'),
+        ({'interval': '1ep'}, '^interval: expected none with schedule'),
+        ({'growth_factor': 3}, '^growth_factor: expected none with schedule'),
+        ({'policy': lambda progress: 0}, '^policy: expected none with schedule'),
+        ({'lr_factor': 0.5}, '^lr_factor: expected none with schedule.* give lr'),
         ({'max_batch_size': 40}, '^max_batch_size: expected at least the 64 of the schedule, got 40'),
         ({'lr': 'cubic'}, "^lr: expected one of 'none', 'sqrt', 'linear', 'auto', got 'cubic'"),
         ({'beta2': True}, "^beta2: expected 'keep' or 'rescale'"),
@@ -203,14 +203,14 @@ def test_what_stands_in_each_others_place(arguments, message):
 
 
 def test_one_learning_rate_rule_and_global_sizes_of_a_schedule():
-    with pytest.raises(InputError, match=r'^lr_factor: expected none beside lr'):
+    with pytest.raises(InputError, match=r'^lr_factor: expected none with lr'):
         AdaBatch(lr='sqrt', lr_factor=0.5)
     with pytest.raises(InputError, match=r'^global_sizes: expected a schedule'):
         AdaBatch(global_sizes=True)
 
 
 def test_sizes_that_the_data_set_does_not_have(make_trainer):
-    with pytest.raises(InputError, match=r'^schedule: size 2: expected at most 203, with 203 samples in the data set, got 204'):
+    with pytest.raises(InputError, match=r'^schedule: size 2: expected at most 203, with 203 samples in the dataset, got 204'):
         make_trainer([AdaBatch(schedule='0:16 9ep:204')], max_duration='1ep').fit()
 
 
@@ -219,7 +219,7 @@ def test_batches_that_are_too_small_for_a_scheduler_that_counts_them(make_traine
     def make(**arguments):
         return make_trainer([AdaBatch(schedule=schedule)], max_duration='2ep', **arguments)
 
-    with pytest.raises(InputError, match=r"^schedule: expected sizes of at least the DataLoader's 16 per rank beside OneCycleLR.*, got 8;"):
+    with pytest.raises(InputError, match=r"^schedule: expected sizes of at least the DataLoader's 16 per rank with OneCycleLR.*, got 8;"):
         make(scheduler_of=lambda o: OneCycleLR(o, 0.1, total_steps=26), step_schedulers_every_batch=True).fit()
     make(scheduler_of=lambda o: OneCycleLR(o, 0.1, total_steps=52), step_schedulers_every_batch=True, batch_size=8).fit()
     make(schedulers=LinearScheduler()).fit()

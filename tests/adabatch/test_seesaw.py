@@ -188,7 +188,7 @@ class InSteps(ComposerScheduler):
     ('arguments', 'message'),
     [
         ({'schedulers': None}, r'^policy: seesaw expected a learning-rate schedule to follow, got none'),
-        ({'max_duration': '50ba'}, r"^max_duration: expected epochs, samples or tokens beside seesaw, got '50ba'"),
+        ({'max_duration': '50ba'}, r"^max_duration: expected epochs, samples or tokens with seesaw, got '50ba'"),
         ({'max_duration': '500sp', 'schedulers': InSteps()}, r'^schedulers: expected a Composer schedule in sp or dur .* counts steps'),
         ({'max_duration': '500sp', 'schedulers': CosineAnnealingScheduler('2ep')}, r'^schedulers: .* counts steps'),
         (
@@ -223,5 +223,5 @@ def test_refuses_different_schedules_for_parameter_groups(make_trainer):
 
 @pytest.mark.parametrize('arguments', [{'lr_factor': 0.5}, {'lr': 'none'}])
 def test_refuses_a_rate_that_does_not_follow(arguments):
-    with pytest.raises(InputError, match=r"^lr: expected 'auto', 'sqrt' or 'linear' beside seesaw"):
+    with pytest.raises(InputError, match=r"^lr: expected 'auto', 'sqrt' or 'linear' with seesaw"):
         AdaBatch(policy='seesaw', **arguments)

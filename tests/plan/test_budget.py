@@ -99,17 +99,17 @@ def test_parts_of_a_run(make_trainer, weights_of):
 def test_adabatch_beside_it(make_trainer):
     trainer = fit(make_trainer, [InfoBatch(delta=1.0, budget='full'), AdaBatch(2, '2ep')], LENGTHS[0])
     assert len(sizes(trainer)) == EPOCHS
-    with pytest.raises(InputError, match=r"^max_duration: expected ep or sp beside budget='full', got '65ba'"):
+    with pytest.raises(InputError, match=r"^max_duration: expected ep or sp with budget='full', got '65ba'"):
         fit(make_trainer, [InfoBatch(budget='full'), AdaBatch(2, '2ep')], LENGTHS[1])
 
 
 @pytest.mark.parametrize(
     ('length', 'message'),
     [
-        ('1000sp', r"whole epochs of 203sp beside budget='full', got '1000sp', 4.926 of them; give '5ep'$"),
+        ('1000sp', r"whole epochs of 203sp with budget='full', got '1000sp', 4.926 of them; give '5ep'$"),
         ('100sp', r"whole epochs of 203sp .*, 0.493 of them; give '1ep'$"),
         ('40ba', r"whole epochs of 13ba .*, 3.077 of them; give '3ep'$"),
-        ('4000tok', r"expected ep or sp or ba beside budget='full', got '4000tok'"),
+        ('4000tok', r"expected ep or sp or ba with budget='full', got '4000tok'"),
     ],
 )
 def test_other_lengths_are_refused(make_trainer, length, message):
@@ -125,5 +125,5 @@ def test_arguments():
 
 
 def test_without_it_the_warning_names_it(make_trainer):
-    with pytest.warns(UserWarning, match=r"give InfoBatch\(budget='full'\), or max_duration in epochs, to save any"):
+    with pytest.warns(UserWarning, match=r"to save time, give InfoBatch\(budget='full'\) or max_duration in epochs"):
         fit(make_trainer, [InfoBatch()], LENGTHS[1])

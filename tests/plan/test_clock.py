@@ -172,12 +172,12 @@ def test_reset_time_starts_the_clock_anew(make_trainer):
 
 def test_runs_of_fixed_length_keep_real_time_and_say_so_once(make_trainer):
     trainer = make_trainer([InfoBatch(0.6)], schedulers=LinearScheduler(), max_duration='60ba')
-    with pytest.warns(UserWarning, match='save no time'):
+    with pytest.warns(UserWarning, match='saves no time'):
         trainer.fit()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         trainer.fit(duration='10ba')
-    assert not [w for w in caught if 'save no time' in str(w.message)]
+    assert not [w for w in caught if 'saves no time' in str(w.message)]
     steps = [lr for epoch in trainer.recorder.lrs for lr in epoch]
     assert steps[1:60] == pytest.approx([0.1 * (1 - b / 60) for b in range(59)], rel=1e-6)
     assert trainer.state.timestamp.batch == Time(70, 'ba')

@@ -586,7 +586,7 @@ def test_outside_training_too_a_mask_over_the_batch_is_refused():
     with pytest.raises(InputError, match='a mean over 4 rows of 6 samples'):
         WeightedLoss(model).per_sample(model(BATCH), BATCH)
     model = OfOutputs(masked_by_median, nn.Linear(4, 3))
-    with pytest.raises(InputError, match='depend on which others are in the batch'):
+    with pytest.raises(InputError, match='depend on the rest of the batch'):
         WeightedLoss(model).per_sample(model(BATCH), BATCH)
 
 

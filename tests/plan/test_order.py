@@ -117,7 +117,7 @@ def test_a_collate_function_that_sorts_is_refused_where_position_counts(make_tra
     planned.set_plan(planned.plan_epoch(None, None, 8, 0, even=False), 0)
     assert len(list(planned)) == 5  # nobody asks for positions
     planned.by_position = True
-    with pytest.raises(InputError, match=r'^collate_fn: expected row i of each tensor to be of sample i, got another order, ') as said:
+    with pytest.raises(InputError, match=r'^collate_fn: expected row i of each tensor to belong to sample i, got another order, ') as said:
         list(planned)
     assert '\n' not in str(said.value)
     loader = DataLoader(Sentences(), batch_size=8, collate_fn=padded, num_workers=workers)
@@ -232,5 +232,5 @@ def test_a_model_that_sorts_its_batch(make_trainer, where):
     if where == 'undone':
         trainer.fit()
         return
-    with pytest.raises(InputError, match=r'^model: expected forward\(\) to leave the rows of the batch in their order'):
+    with pytest.raises(InputError, match=r'^model: expected forward\(\) to keep the order of the rows of the batch'):
         trainer.fit()

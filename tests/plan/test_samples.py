@@ -100,8 +100,8 @@ class Chunks(BatchSampler):
         ({'batch_sampler': Chunks(SequentialSampler(range(40)), 3, False)}, 'expected batch_size, got batch_sampler Chunks'),
         ({'sampler': RandomSampler(range(40), num_samples=10)}, 'without replacement or num_samples.*Subset'),
         ({'sampler': SequentialSampler(range(41))}, 'over the 40 samples, got SequentialSampler over 41'),
-        ({'sampler': SubsetRandomSampler([1, 1, 2])}, 'expected a SubsetRandomSampler of different numbers from 0 to 39'),
-        ({'sampler': SubsetRandomSampler([-1, 2])}, 'expected a SubsetRandomSampler of different numbers from 0 to 39'),
+        ({'sampler': SubsetRandomSampler([1, 1, 2])}, 'expected a SubsetRandomSampler of distinct numbers from 0 to 39'),
+        ({'sampler': SubsetRandomSampler([-1, 2])}, 'expected a SubsetRandomSampler of distinct numbers from 0 to 39'),
         ({'sampler': DistributedSampler(range(40), 2, 0)}, 'expected the DistributedSampler of rank 0 of 1, got that of rank 0 of 2'),
     ],
 )

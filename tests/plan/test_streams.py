@@ -152,7 +152,7 @@ def test_put_together():
         [{'n': 1}, {'n': 2}],
         [torch.tensor(1), torch.tensor(2)],
     ):
-        with pytest.raises(InputError, match='expected batches that can be put together'):
+        with pytest.raises(InputError, match='expected batches that can be concatenated'):
             put_together(batches)
 
 

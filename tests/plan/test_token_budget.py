@@ -88,9 +88,7 @@ def test_part_of_a_data_set(make_trainer):
 @pytest.mark.parametrize('wrong', [lambda batch: 7 * len(batch['labels']), lambda batch: 0], ids=['other', 'none'])
 def test_samples_with_other_numbers_of_tokens_are_refused_in_the_first_batch(make_trainer, wrong):
     spec = DataSpec(DataLoader(text(), 8), get_num_tokens_in_batch=wrong)
-    with pytest.raises(
-        InputError, match=r"^max_duration: expected 8 tokens in each sample beside budget='full' in tokens, .* in 8 samples"
-    ):
+    with pytest.raises(InputError, match=r"^max_duration: expected 8 tokens in each sample with budget='full' in tokens, .* in 8 samples"):
         fit(make_trainer, [InfoBatch(budget='full')], loader=spec)
 
 

@@ -174,18 +174,18 @@ EXPECTED = r'expected \(positions, weights\), an int64 tensor \[k\] and a float 
 @pytest.mark.parametrize(
     ('answer', 'message'),
     [
-        (torch.ones(203, dtype=torch.bool), EXPECTED + r'a tensor of bool \[203\]; of a mask, return \(mask.nonzero'),
+        (torch.ones(203, dtype=torch.bool), EXPECTED + r'a tensor of bool \[203\]; for a mask, return \(mask.nonzero'),
         (torch.arange(2), EXPECTED + r'a tensor of int64 \[2\]'),
         ((torch.tensor([1]), None, None), EXPECTED + 'a tuple of 3'),
         (7, EXPECTED + 'int'),
         (
             (torch.ones(203, dtype=torch.bool), None),
-            r'expected positions as an int64 tensor \[k\], got a tensor of bool \[203\]; of a mask',
+            r'expected positions as an int64 tensor \[k\], got a tensor of bool \[203\]; for a mask',
         ),
         ((torch.tensor([1.0]), None), r'expected positions as an int64 tensor \[k\], got a tensor of float32 \[1\]'),
         ((torch.ones(203, dtype=torch.bool).nonzero(), None), r'expected positions .* got a tensor of int64 \[203, 1\]'),
         (([1, 2], None), 'expected positions .* got a list of 2'),
-        ((torch.tensor([3, 2]), None), r'expected positions from 0 to 202, ascending, each once, got \[3, 2\]'),
+        ((torch.tensor([3, 2]), None), r'expected positions from 0 to 202, ascending, without duplicates, got \[3, 2\]'),
         ((torch.tensor([2, 2]), None), 'expected positions from 0 to 202, ascending'),
         ((torch.tensor([203]), None), 'expected positions from 0 to 202, ascending'),
         ((torch.tensor([-1, 4]), None), 'expected positions from 0 to 202, ascending'),
@@ -209,7 +209,7 @@ def test_refuses_scores_that_are_not_one_a_sample(trained):
         def score(self, step):
             return step.losses.mean()
 
-    with pytest.raises(InputError, match=r'^Wrong.score: expected one number a sample, a float tensor \[16\], got one of \[\]'):
+    with pytest.raises(InputError, match=r'^Wrong.score: expected one number per sample, a float tensor \[16\], got one of \[\]'):
         trained(Pruning(Wrong()), max_duration='2ep')
 
 

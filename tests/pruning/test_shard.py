@@ -213,7 +213,7 @@ def test_refused_where_the_order_goes_by_shards(make_trainer, problem):
         shard_starts = torch.tensor([0, 100])
 
     loader = DataLoader(InShards(*problem.tensors), batch_size=16, shuffle=True)
-    with pytest.raises(InputError, match='shard: expected an order of single samples, got InShards'):
+    with pytest.raises(InputError, match='shard: expected samples that are shuffled individually, got InShards'):
         make_trainer([InfoBatch(shard=True)], train_loader=loader).fit()
 
 

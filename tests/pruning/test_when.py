@@ -63,7 +63,7 @@ def test_a_loop_of_fits_whose_end_is_unknown_is_pruned_and_says_so(make_trainer)
     assert [size < 203 for size in sizes(trainer)] == [False] + [True] * 9
     assert [message.split(' of ')[0] for message in said(caught)] == [
         'InfoBatch: no epoch',
-        'InfoBatch: fit(duration=...) goes on past the planned end',
+        'InfoBatch: fit(duration=...) continues past the planned end',
     ]
 
 
@@ -72,7 +72,7 @@ def test_a_later_fit_that_is_long_enough_has_a_full_end_of_its_own(make_trainer)
     trainer.fit()
     trainer.fit(duration='4ep')  # an eighth of 8 epochs is one
     assert [epoch for epoch, size in enumerate(sizes(trainer)) if size == 203] == [0, 3, 7]
-    with pytest.warns(UserWarning, match='goes on past the planned end of the run'):
+    with pytest.warns(UserWarning, match='continues past the planned end of the run'):
         trainer.fit(duration='1ep')
     assert sizes(trainer)[8] < 203
 
@@ -116,7 +116,7 @@ def test_a_limit_of_batches_is_pruned_below_it_once_most_have_a_score(make_train
 def test_a_limit_of_batches_that_leaves_nothing_to_save_says_so_at_the_end(make_trainer):
     trainer = make_trainer([InfoBatch(delta=1.0)], train_subset_num_batches=3, max_duration='4ep')
     with pytest.warns(
-        UserWarning, match=r'no epoch of this run was made shorter: InfoBatchRule decided on \d of 4 epochs; train_subset_num_batches=3'
+        UserWarning, match=r'no epoch of this run was shortened: InfoBatchRule decided on \d of 4 epochs; train_subset_num_batches=3'
     ):
         trainer.fit()
     assert sizes(trainer) == [48] * 4
@@ -126,7 +126,7 @@ def test_a_limit_of_batches_that_leaves_nothing_to_save_says_so_at_the_end(make_
 def test_a_subset_that_is_new_in_every_epoch_says_so_at_the_end(make_trainer):
     algorithms = [SubsetSelection('adaptive-random', 0.3, '1ep'), InfoBatch(delta=1.0)]
     trainer = make_trainer(algorithms, max_duration='3ep')
-    with pytest.warns(UserWarning, match='no epoch of this run was made shorter'):
+    with pytest.warns(UserWarning, match='no epoch of this run was shortened'):
         trainer.fit()
 
 
@@ -140,7 +140,7 @@ def test_a_fresh_subset_is_trained_on_whole_first(make_trainer):
 def test_a_rule_that_was_asked_and_kept_everything_is_named(make_trainer):
     """``ies`` leaves out nothing before it has seen a sample ``window + 3`` times."""
     trainer = make_trainer([Pruning('ies')], max_duration='9ep')
-    with pytest.warns(UserWarning, match=r'no epoch of this run was made shorter: IesRule decided on 6 of 9 epochs and kept every sample$'):
+    with pytest.warns(UserWarning, match=r'no epoch of this run was shortened: IesRule decided on 6 of 9 epochs and kept every sample$'):
         trainer.fit()
 
 

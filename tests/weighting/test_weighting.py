@@ -364,7 +364,7 @@ def soft(logits, labels):
     ],
 )
 def test_losses_that_cannot_be_read_token_by_token_are_refused_in_the_first_batch(make_trainer, sentences, function, message):
-    with pytest.raises(InputError, match=rf'^Language.loss: .*{message}.*; take torch.nn.functional.cross_entropy') as said:
+    with pytest.raises(InputError, match=rf'^Language.loss: .*{message}.*; use torch.nn.functional.cross_entropy') as said:
         fit(make_trainer, [ESLM(burn_in='1ep')], Language(function), sentences)
     assert '\n' not in str(said.value)
 
@@ -381,7 +381,7 @@ def test_a_compiled_model_whose_loss_is_not_compiled(make_trainer, weights_of, s
 
 
 def test_a_second_loss_for_a_microbatch_is_refused(make_trainer):
-    with pytest.raises(InputError, match=r'^algorithms: LinUpper cannot be combined with a second loss .* leave it False$'):
+    with pytest.raises(InputError, match=r'^algorithms: LinUpper cannot be combined with a second loss .* set it to False$'):
         make_trainer([LinUpper(), MixUp(interpolate_loss=True)]).fit()
 
 

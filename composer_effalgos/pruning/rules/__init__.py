@@ -51,11 +51,11 @@ def check_shard(shard: Any, rule: PruningRule, name: str, labels: Any) -> None:
         return
     if labels is not None or rule.needs_labels:
         what = 'class_balanced=True' if rule.needs_labels and labels is None else 'labels'
-        raise InputError(f'shard: {name}(shard=True) cannot be combined with {what}, a class for every sample on every rank; leave one out')
+        raise InputError(f'shard: {name}(shard=True) cannot be combined with {what}, which needs every class on every rank; leave one out')
     if not _in_parts(type(rule)) or not (rule.pointwise or rule.takes_unscored or not rule.history):
         names = ', '.join(known for known, kind in RULES.items() if _in_parts(kind))
         raise InputError(
-            f'shard: expected a rule that each rank can follow on its own part of the samples ({names}, or one of your own with pointwise '
+            f'shard: expected a rule that each rank can apply to its own part of the samples ({names}, or one of your own with pointwise '
             f'or keep_part), got {type(rule).__name__}; leave shard out'
         )
 

@@ -177,16 +177,16 @@ def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         raise InputError(
             f'{name}: expected (positions, weights), an int64 tensor [k] and a float tensor [k] or None, got {described(answer)}; '
-            'of a mask, return (mask.nonzero()[:, 0], None)'
+            'for a mask, return (mask.nonzero()[:, 0], None)'
         )
     positions, weights = answer
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.ndim != 1:
-        raise InputError(f'{name}: expected positions as an int64 tensor [k], got {described(positions)}; of a mask, mask.nonzero()[:, 0]')
+        raise InputError(f'{name}: expected positions as an int64 tensor [k], got {described(positions)}; for a mask, mask.nonzero()[:, 0]')
     positions = positions.cpu()
     if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= size or not bool((positions[1:] > positions[:-1]).all())):
         raise InputError(
-            f'{name}: expected positions from 0 to {size - 1}, ascending, each once, got {shown(positions.tolist())}; they are '
-            'places in the table, not sample numbers'
+            f'{name}: expected positions from 0 to {size - 1}, ascending, without duplicates, got {shown(positions.tolist())}; they are '
+            'positions in the table, not sample numbers'
         )
     if weights is None:
         return positions, None
