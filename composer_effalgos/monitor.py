@@ -92,9 +92,9 @@ class EfficiencyMonitor(Callback):
     """Logs the cost of each epoch and writes ``<save_folder>/<run_name>/summary.json``.
 
     After every epoch the monitor logs, through Composer's loggers, ``efficiency/samples_seen`` (global, since the start of the run),
-    ``efficiency/samples_full`` (the same for these epochs without pruning), ``efficiency/saved_fraction`` (``1 - samples_seen /
-    samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the end of the epoch),
-    ``efficiency/epoch_seconds`` (training only, without evaluation; measured on rank 0), ``efficiency/selection_seconds``,
+    ``efficiency/samples_full`` (the same for these epochs without pruning), ``efficiency/saved_fraction``
+    (``1 - samples_seen / samples_full``), ``efficiency/batch_size`` (the epoch's largest global batch), ``efficiency/lr`` (at the end of
+    the epoch), ``efficiency/epoch_seconds`` (training only, without evaluation; measured on rank 0), ``efficiency/selection_seconds``,
     ``efficiency/peak_memory_bytes``, and if the batches have tokens ``efficiency/tokens_seen``, ``efficiency/tokens_saved_fraction`` and
     ``efficiency/tokens_per_second`` (of the epoch). The algorithms log their own decisions (``infobatch/*``, ``pruning/*``, ``adabatch/*``,
     ``subset_selection/*``).

@@ -53,9 +53,9 @@ class AdaBatch(Algorithm):
         interval: Time between growths: epochs (``'20ep'``), batches (``'2000ba'``), samples (``'1Msp'``), tokens (``'50Mtok'``) or a
             fraction of the run (``'0.2dur'``). The default is ``'20ep'``, if none of ``milestones``, ``policy`` and ``schedule`` is given.
         milestones: Times of the growths, instead of ``interval``.
-        schedule: The batch sizes themselves, instead of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp (``{'start':
-            32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see :func:`~composer_effalgos.adabatch.schedules.ramp`), or a function
-            from :class:`~composer_effalgos.plan.progress.Progress` to a size. Sizes may shrink.
+        schedule: The batch sizes themselves, instead of growths: ``'0:32 1ep:64 250ktok:96'`` (times and sizes), a linear ramp
+            (``{'start': 32, 'stop': 256, 'increment': 32, 'over': '1Mtok'}``, see :func:`~composer_effalgos.adabatch.schedules.ramp`), or a
+            function from :class:`~composer_effalgos.plan.progress.Progress` to a size. Sizes may shrink.
         max_batch_size: Largest batch size per rank; growths beyond it, or beyond the number of samples, are skipped.
         lr_factor: Factor of the learning rate at each growth. The paper uses 0.75 with growth factor 2, instead of a step decay of 0.375; 1
             replaces decay by growth; ``growth_factor`` is linear scaling.
@@ -65,8 +65,8 @@ class AdaBatch(Algorithm):
         policy: When the batch grows, instead of ``interval`` and ``milestones``: a function from the progress to the number of growths
             until now, :class:`~composer_effalgos.adabatch.policies.LossPlateau`,
             :class:`~composer_effalgos.adabatch.gradient_noise.NoiseScale`, :class:`~composer_effalgos.adabatch.gradient_noise.NormTest`,
-            :class:`~composer_effalgos.adabatch.seesaw.Seesaw`, or one of these by name (``'seesaw'``, ``{'name': 'noise_scale', 'ratio':
-            1.0}``).
+            :class:`~composer_effalgos.adabatch.seesaw.Seesaw`, or one of these by name (``'seesaw'``,
+            ``{'name': 'noise_scale', 'ratio': 1.0}``).
         beta2: ``'rescale'`` keeps the half-life of Adam's second moment, in samples, as the batch size changes; ``'keep'`` leaves ``beta2``
             unchanged.
         global_sizes: Whether the sizes in ``schedule`` are global. By default all batch sizes are per rank.

@@ -26,10 +26,10 @@ def noise_and_signal(
 ) -> tuple[Any, Any]:
     """Unbiased estimates of the gradient's noise and signal from a batch that was split into parts.
 
-    Let ``g_i`` be the mean gradient of part ``i`` with ``b_i`` samples, and ``G`` that of the batch with ``B`` samples. Then ``S = (sum_i
-    b_i |g_i|^2 - B |G|^2) / (k - 1)`` estimates the trace of the covariance of a single sample's gradient, and ``|G|^2 - S / B`` the
-    squared norm of the true gradient. For parts of equal size these are equations A.2 of McCandlish et al., arXiv 1812.06162; their ratio
-    is the noise scale.
+    Let ``g_i`` be the mean gradient of part ``i`` with ``b_i`` samples, and ``G`` that of the batch with ``B`` samples. Then
+    ``S = (sum_i b_i |g_i|^2 - B |G|^2) / (k - 1)`` estimates the trace of the covariance of a single sample's gradient, and
+    ``|G|^2 - S / B`` the squared norm of the true gradient. For parts of equal size these are equations A.2 of McCandlish et al., arXiv
+    1812.06162; their ratio is the noise scale.
 
     Args:
         weighted_squares: ``sum_i b_i |g_i|^2``.

@@ -50,8 +50,8 @@ class WeightedLoss:
 
     This form is verified in the first batch and in every batch whose number is a power of two: the loss of each sample must depend only on
     the sample's own rows, and its gradient there must have the direction of the original loss's gradient. If the graph of the original loss
-    does not pass through the outputs (a compiled model), or if the caller's per-sample loss is not the model's, the correction ``sum((w_i -
-    1) c_i l_i) / M`` carries the gradient instead.
+    does not pass through the outputs (a compiled model), or if the caller's per-sample loss is not the model's, the correction
+    ``sum((w_i - 1) c_i l_i) / M`` carries the gradient instead.
 
     Outside training steps (evaluation, SelectiveBackprop's look-ahead) the original loss is called. The position in the batch advances on
     events, not on calls: MixUp and CutMix call the loss twice for one microbatch, microbatching splits one batch into several calls, and a

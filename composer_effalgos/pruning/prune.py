@@ -26,9 +26,9 @@ def prune(
 ) -> tuple[Tensor, Tensor]:
     """Decides which samples one epoch trains on, and with which weights.
 
-    Of the ``m`` samples whose score is below the mean, ``floor((1 - prune_ratio) m)`` are drawn at random and kept with weight ``1 / (1 -
-    prune_ratio)``; all others are kept with weight 1 (Qin et al., arXiv 2303.04947, equations 3 and 5). The expected weighted gradient is
-    the full gradient. Samples with a NaN or infinite score are kept with weight 1 and do not enter the mean.
+    Of the ``m`` samples whose score is below the mean, ``floor((1 - prune_ratio) m)`` are drawn at random and kept with weight
+    ``1 / (1 - prune_ratio)``; all others are kept with weight 1 (Qin et al., arXiv 2303.04947, equations 3 and 5). The expected weighted
+    gradient is the full gradient. Samples with a NaN or infinite score are kept with weight 1 and do not enter the mean.
 
     Args:
         scores: One score per sample (its last loss), float ``[N]``, on the CPU.

@@ -14,8 +14,8 @@ class RandomRule(PruningRule):
     """Keeps a random fraction of the samples, preferring those that were trained on least often.
 
     Every sample is trained on once before any is trained on twice: Okanovic et al., "Repeated Random Sampling for Minimizing the
-    Time-to-Accuracy of Learning", ICLR 2024, arXiv 2305.18424, without replacement. With ``gamma``, epoch ``e`` keeps a fraction of ``gamma
-    ** e``: the scheduled random dropout of Progressive Data Dropout, NeurIPS 2025, arXiv 2505.22342.
+    Time-to-Accuracy of Learning", ICLR 2024, arXiv 2305.18424, without replacement. With ``gamma``, epoch ``e`` keeps a fraction of
+    ``gamma ** e``: the scheduled random dropout of Progressive Data Dropout, NeurIPS 2025, arXiv 2505.22342.
 
     Args:
         gamma: In (0, 1], instead of ``prune_ratio``; ``None`` to keep ``1 - prune_ratio``.

@@ -17,8 +17,8 @@ from composer_effalgos.utils.checks import check_number
 class RcapRule(PruningRule):
     """Divides the fraction ``1 - prune_ratio`` over the classes, and prefers high losses within each class.
 
-    The quota of a class with ``n`` samples is proportional to ``sqrt(n * L)``, where ``L`` is the mean of its losses, clipped to ``[0,
-    clip]``. Within a class, samples are drawn without replacement with probabilities ``softmax(loss / beta)``. Hassan et al., "RCAP:
+    The quota of a class with ``n`` samples is proportional to ``sqrt(n * L)``, where ``L`` is the mean of its losses, clipped to
+    ``[0, clip]``. Within a class, samples are drawn without replacement with probabilities ``softmax(loss / beta)``. Hassan et al., "RCAP:
     Robust, Class-Aware, Probabilistic Dynamic Dataset Pruning", UAI 2025, arXiv 2606.11761.
 
     Args:

@@ -15,9 +15,9 @@ from composer_effalgos.utils.checks import check_number, check_whole
 class UcbRule(PruningRule):
     """Keeps the samples with the highest ``mean + confidence * sqrt(variance)`` of their losses.
 
-    Mean and variance are exponential moving averages over the last ``history`` losses. From the oldest on, ``v = (1 - alpha) v + alpha (L -
-    m)^2`` and then ``m = (1 - alpha) m + alpha L``. Raju et al., "Accelerating Deep Learning with Dynamic Data Pruning", 2021, arXiv
-    2111.12621.
+    Mean and variance are exponential moving averages over the last ``history`` losses. From the oldest on,
+    ``v = (1 - alpha) v + alpha (L - m)^2`` and then ``m = (1 - alpha) m + alpha L``. Raju et al., "Accelerating Deep Learning with Dynamic
+    Data Pruning", 2021, arXiv 2111.12621.
 
     Args:
         confidence: Factor of the standard deviation, non-negative.
