@@ -1,11 +1,15 @@
 """Fixtures shared by the whole test suite."""
 
+import contextlib
+import json
 import os
 import resource
+import select
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +181,53 @@ def weights_of() -> Callable[[Trainer], torch.Tensor]:
     return lambda trainer: torch.cat([value.flatten().double() for value in trainer.state.model.state_dict().values()])
 
 
+class ForkServer:
+    """The client of ``scripts/fork_server.py``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.requests, self.process = folder, 0, None
+
+    def __call__(self, *argv: str, ranks: int = 1, seconds: float = 300, **environment: str) -> tuple[int, str]:
+        """Run a script on forked ranks; gives the largest exit status and what the ranks said, that of the first rank first."""
+        if self.process is None:
+            script = Path(__file__).parent / 'scripts' / 'fork_server.py'
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+        self.requests += 1
+        outputs = [self.folder / f'{self.requests}-{rank}.txt' for rank in range(ranks)]
+        request = {'argv': argv, 'ranks': ranks, 'environment': dict(os.environ) | environment, 'folder': str(Path.cwd())}
+        self.process.stdin.write(json.dumps(request | {'outputs': list(map(str, outputs))}) + '\n')
+        self.process.stdin.flush()
+        answered = select.select([self.process.stdout], [], [], seconds)[0]
+        if not answered:
+            self.close()
+        said = '\n'.join(path.read_text(errors='replace') for path in outputs if path.exists())
+        assert answered, f'not done in {seconds} seconds: {said[-6000:]}'
+        return max(map(abs, json.loads(self.process.stdout.readline()))), said
+
+    def close(self) -> None:
+        """Stop the server and what it has started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+            self.process = None
+
+
+@pytest.fixture(scope='session')
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs a script in processes of its own, without the seconds that importing Composer takes."""
+    server = ForkServer(tmp_path_factory.mktemp('forked'))
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope='session')
 def launch() -> Callable[..., tuple[int, str]]:
-    """Runs a script on ranks, by one launcher or by one a node as on several machines; gives the exit status and what was said."""
+    """Runs a script through Composer's launcher, one or one a node as on several machines; gives the exit status and what was said.
+
+    Only what concerns the launcher itself needs it: see ``forked``.
+    """
 
     def run(*script: str, ranks: int = 1, nodes: int = 1) -> tuple[int, str]:
         launcher = [sys.executable, '-m', 'composer.cli', '-n', str(ranks // nodes)]
@@ -202,18 +250,14 @@ def launch() -> Callable[..., tuple[int, str]]:
 
 
 @pytest.fixture
-def train_small(tmp_path: Path, launch: Callable[..., tuple[int, str]]) -> Callable[..., dict[str, Any] | None]:
+def train_small(tmp_path: Path, forked: ForkServer, launch: Callable[..., tuple[int, str]]) -> Callable[..., dict[str, Any] | None]:
     """Runs ``scripts/train_small.py``, on one rank or several; gives what it saved, or ``None`` where it was killed."""
 
     def run(folder: str, *arguments: str, ranks: int = 1, nodes: int = 1) -> dict[str, Any] | None:
         place = tmp_path / folder
         place.mkdir(exist_ok=True)
         script = [str(Path(__file__).parent / 'scripts' / 'train_small.py'), '--folder', str(place), *arguments]
-        if ranks == 1:
-            done = subprocess.run([sys.executable, *script], capture_output=True, text=True, timeout=300, check=False)
-            status, said = done.returncode, done.stdout + done.stderr
-        else:
-            status, said = launch(*script, ranks=ranks, nodes=nodes)
+        status, said = forked(*script, ranks=ranks) if nodes == 1 else launch(*script, ranks=ranks, nodes=nodes)
         killed = '--kill-at' in arguments
         assert (status != 0) == killed, said[-6000:]
         return None if killed else torch.load(place / 'final.pt', weights_only=False)

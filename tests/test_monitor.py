@@ -465,22 +465,11 @@ Trainer(
 
 
 @pytest.mark.distributed
-def test_two_ranks_write_one_global_summary(tmp_path):
+def test_two_ranks_write_one_global_summary(forked, tmp_path):
     script = tmp_path / 'two.py'
     script.write_text(TWO_RANKS)
-    command = [
-        sys.executable,
-        '-m',
-        'composer.cli.launcher',
-        '-n',
-        '2',
-        '--stdout',
-        str(tmp_path / 'out{rank}'),
-        str(script),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = forked(str(script), str(tmp_path), ranks=2)
+    assert status == 0, said
     found = summary(tmp_path, 'two')
     assert found['world_size'] == 2
     assert [(entry['samples'], entry['batches'], entry['batch_size']) for entry in found['epochs']] == [(22, 3, 8)] * 2

@@ -2,11 +2,7 @@
 
 import http.server
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -68,14 +64,11 @@ def s3(tmp_path):
     server.server_close()
 
 
-def train(*runs: list[str], **environment: str) -> list[bool]:
-    """Runs the script on two ranks for each of the runs, one after the other; whether each ended well."""
-    command = [sys.executable, str(SCRIPT), *map(json.dumps, runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr[-6000:]
-    ended = json.loads(done.stdout.splitlines()[-1])
-    assert ended == ['--kill-at' not in run for run in runs], done.stderr[-6000:]
-    return ended
+def train(forked, *runs: list[str], **environment: str) -> None:
+    """Runs the script on two ranks for each of the runs, one after the other."""
+    for run in runs:
+        status, said = forked(str(SCRIPT), *run, ranks=2, **environment)
+        assert (status != 0) == ('--kill-at' in run), said[-6000:]
 
 
 def result(folder: Path) -> dict:
@@ -88,7 +81,7 @@ def fetched(folder: Path) -> Counter:
 
 
 @pytest.fixture(scope='module')
-def runs(write_tokens, tmp_path_factory) -> Path:
+def runs(write_tokens, forked, tmp_path_factory) -> Path:
     """A folder of finished runs, and of one of each kind that was killed and not resumed yet."""
     place = tmp_path_factory.mktemp('tokens')
     write_tokens(place / 'remote')
@@ -98,6 +91,7 @@ def runs(write_tokens, tmp_path_factory) -> Path:
         return ['--folder', str(place / folder), '--remote', str(place / 'remote'), '--workers', str(workers), *arguments]
 
     train(
+        forked,
         options('all', '--algorithms', *ALL),
         options('all_killed', '--algorithms', *ALL, '--kill-at', '11'),
         options('adabatch', '--algorithms', 'adabatch'),
@@ -144,13 +138,13 @@ def test_without_growth_it_is_plain_composer_on_two_ranks(runs):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_no_shard_of_an_s3_remote_is_read_twice(s3, write_tokens, tmp_path, runs):
+def test_no_shard_of_an_s3_remote_is_read_twice(s3, forked, write_tokens, tmp_path, runs):
     pytest.importorskip('boto3', reason='an s3:// remote needs boto3')
     write_tokens(tmp_path / 'bucket' / 'tokens')
     shards = {path.name for path in (tmp_path / 'bucket' / 'tokens').glob('*.mds')}
     options = ['--folder', str(tmp_path), '--remote', 's3://bucket/tokens', '--workers', '1', '--algorithms', *ALL]
     environment = {'S3_ENDPOINT_URL': f'http://127.0.0.1:{s3.server_port}', 'AWS_SECRET_ACCESS_KEY': 'x', 'AWS_DEFAULT_REGION': 'us-east-1'}
-    train([*options, '--kill-at', '6'], options, **environment)
+    train(forked, [*options, '--kill-at', '6'], options, **environment)
     assert_resumed(result(runs / 'all'), result(tmp_path), 5)  # on the same data in a folder
     read = Counter(s3.read)
     assert {name for name, _ in read} == {'index.json', *shards}

@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,11 +189,10 @@ def test_refuses_what_it_cannot_see():
     [[], ['--microbatch', '3'], ['--microbatch', '3', '--sync', 'multi_auto_sync', '--points', '102']],
     ids=['a part a rank', 'microbatches', 'summed at every microbatch'],
 )
-def test_measures_over_ranks(options):
+def test_measures_over_ranks(forked, options):
     script = Path(__file__).parents[1] / 'scripts' / 'noise_over_ranks.py'
-    command = [sys.executable, '-m', 'composer.cli', '-n', '2', str(script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    status, said = forked(str(script), *options, ranks=2)
+    assert status == 0, said[-6000:]
 
 
 # ---------------------------------------------------------------------- norm test

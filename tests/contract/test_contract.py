@@ -177,14 +177,14 @@ def test_odd_loaders(row, kind, start, weights_of):
 
 
 @pytest.fixture(scope='module')
-def two_ranks(tmp_path_factory, launch) -> list[dict[str, dict]]:
+def two_ranks(tmp_path_factory, forked) -> list[dict[str, dict]]:
     """What every row came to on each of two ranks, from one launch that all workers of pytest-xdist share."""
     alone = 'PYTEST_XDIST_WORKER' not in os.environ
     folder = tmp_path_factory.mktemp('ranks') if alone else tmp_path_factory.getbasetemp().parent / 'ranks'
     folder.mkdir(exist_ok=True)
     with FileLock(folder / 'lock'):
         if not (folder / 'ranks.pt').exists():
-            status, said = launch(str(Path(over_ranks.__file__)), str(folder), ranks=2)
+            status, said = forked(str(Path(over_ranks.__file__)), str(folder), ranks=2)
             assert status == 0, said[-6000:]
     return torch.load(folder / 'ranks.pt', weights_only=False)
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree
@@ -73,11 +72,11 @@ def test_checkpoints_of_our_own_runs(write_recipe: Callable[..., Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_checkpoint_of_two_ranks(write_recipe: Callable[..., Path]) -> None:
+def test_a_checkpoint_of_two_ranks(write_recipe: Callable[..., Path], forked: Callable[..., tuple[int, str]]) -> None:
     # Without batch norm: each rank evaluates with running statistics of its own, and the checkpoint has those of rank 0
     recipe = write_recipe(model={'name': 'alexnet_cifar'}, max_duration='1ep', save_interval='1ep')
-    command = [sys.executable, '-m', 'composer.cli', '-n', '2', '-m', 'composer_effalgos.train', str(recipe), 'run_name=two']
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    status, said = forked('-m', 'composer_effalgos.train', str(recipe), 'run_name=two', ranks=2)
+    assert status == 0, said
     folder = recipe.parent / 'runs' / 'two'
     checkpoint = folder / 'checkpoints' / 'latest-rank0.pt'
     study = interpolate(checkpoint, checkpoint, load_recipe(recipe), replace(QUICK, sharpness_samples=0))

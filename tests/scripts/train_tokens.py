@@ -1,13 +1,8 @@
-"""Trains a small GPT-2 on a StreamingDataset of tokens; run by tests in processes of its own, and killed by them.
-
-One run on the ranks that a launcher started, or several runs, each on ranks forked from this process, which has imported everything once.
-"""
+"""Trains a small GPT-2 on a StreamingDataset of tokens; run by tests in processes of its own, and killed by them."""
 
 import argparse
-import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -121,40 +116,5 @@ def train(arguments: list[str]) -> None:
     trainer.close()
 
 
-def fork(rank: int, ranks: int, port: int, arguments: list[str]) -> int:
-    """Starts one rank as a launcher would; its number."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        os.environ |= dict.fromkeys(('RANK', 'LOCAL_RANK'), str(rank)) | dict.fromkeys(('WORLD_SIZE', 'LOCAL_WORLD_SIZE'), str(ranks))
-        os.environ |= {'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-        train(arguments)
-        status = 0
-    finally:
-        sys.excepthook(*sys.exc_info()) if status else None
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def run(arguments: list[str], ranks: int = 2) -> bool:
-    """Trains on forked ranks; as soon as one of them fails the others are stopped. Whether all ended well."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    running = {fork(rank, ranks, port, arguments) for rank in range(ranks)}
-    well = True
-    while running:
-        child, status = os.wait()
-        running.discard(child)
-        well &= status == 0
-        for other in running if status else ():
-            os.kill(other, signal.SIGKILL)
-    return well
-
-
 if __name__ == '__main__':
-    if 'RANK' in os.environ:
-        train(sys.argv[1:])
-    else:
-        print(json.dumps([run(json.loads(arguments)) for arguments in sys.argv[1:]]))
+    train(sys.argv[1:])

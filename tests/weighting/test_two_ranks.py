@@ -8,6 +8,6 @@ SCRIPT = Path(__file__).parents[1] / 'scripts' / 'weighting_over_ranks.py'
 
 
 @pytest.mark.distributed
-def test_over_ranks(launch):
-    status, said = launch(str(SCRIPT), ranks=2)
+def test_over_ranks(forked):
+    status, said = forked(str(SCRIPT), ranks=2)
     assert status == 0, said[-4000:]

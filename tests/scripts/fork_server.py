@@ -1,0 +1,105 @@
+"""Runs scripts on ranks that are forked from this process, because importing Composer takes longer than most trainings of the tests.
+
+Reads one request per line from standard input, a mapping with
+
+    argv         ['script.py', ...] or ['-m', 'module', ...]
+    ranks        number of processes
+    environment  all environment variables of the processes
+    folder       working directory
+    outputs      one file per rank, for its standard output and error
+
+and answers with one line, the list of the ranks' exit statuses. As with a launcher, the others are stopped as soon as one rank fails.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import composer.algorithms  # noqa: F401
+import torch
+
+import composer_effalgos.train  # noqa: F401
+
+torch.set_num_threads(1)
+GRACE = 30  # seconds that the others have to stop by themselves
+
+
+def fork(request: dict[str, Any]) -> list[int] | None:
+    """Start the ranks and wait for them.
+
+    Returns:
+        The exit statuses; in a forked process ``None``.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    running: dict[int, int] = {}
+    for rank in range(request['ranks']):
+        child = os.fork()
+        if not child:
+            become(rank, request, port)
+            return None
+        running[child] = rank
+    statuses = [0] * request['ranks']
+    deadline = None
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if not child:
+            if deadline is not None and time.monotonic() > deadline:
+                for other in running:
+                    os.kill(other, signal.SIGKILL)
+            time.sleep(0.02)
+            continue
+        statuses[running.pop(child)] = os.waitstatus_to_exitcode(status)
+        if status and deadline is None:
+            deadline = time.monotonic() + GRACE
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    return statuses
+
+
+def become(rank: int, request: dict[str, Any], port: str) -> None:
+    """Turn a forked process into what a launcher would have started."""
+    output = os.open(request['outputs'][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(request['folder'])
+    os.environ.clear()
+    os.environ.update(request['environment'])
+    if request['ranks'] > 1:
+        os.environ |= dict.fromkeys(('RANK', 'LOCAL_RANK'), str(rank))
+        os.environ |= dict.fromkeys(('WORLD_SIZE', 'LOCAL_WORLD_SIZE'), str(request['ranks']))
+        os.environ |= {'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+
+
+def main() -> None:
+    """Serve until standard input ends; in a forked process run the script instead."""
+    for line in iter(sys.stdin.readline, ''):
+        request = json.loads(line)
+        statuses = fork(request)
+        if statuses is None:  # leave the loop, so that the process ends as any script does
+            break
+        print(json.dumps(statuses), flush=True)
+    else:
+        return
+    script, *arguments = request['argv']
+    if script == '-m':
+        module, *arguments = arguments
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name='__main__', alter_sys=True)
+    else:
+        sys.argv = [script, *arguments]
+        sys.path[0] = str(Path(script).parent)
+        runpy.run_path(script, run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()
