@@ -9,7 +9,7 @@ OLDEST := 0.29.0
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-long test-all test-oldest lint clean
+.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-all test-oldest lint clean
 
 setup: $(STAMP)
 
@@ -57,21 +57,17 @@ docs: $(STAMP)
 
 # Some minutes: shows that the installation works.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long and not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long'
 
-# More cases of everything: launches on two ranks, resumption, Composer's methods beside every algorithm.
-test-long: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'long and not slow'
-
-# Everything, as CI runs it: kills, long trainings and whole tutorials too.
-test-all: test test-long
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+# Everything, as CI runs it: more cases, two ranks, kills and resumption, Composer's methods with every algorithm, the tutorials.
+test-all: test
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m long
 
 # The contract of the algorithms, on the oldest Composer that the package takes.
 test-oldest: $(STAMP)
 	@test -d build/oldest/composer || $(BIN)/pip install --quiet --no-deps --target build/oldest 'mosaicml==$(OLDEST)'
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import composer; assert composer.__version__ == "$(OLDEST)", composer.__version__'
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long and not slow' tests/contract
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long' tests/contract
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

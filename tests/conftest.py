@@ -1,6 +1,7 @@
 """Fixtures shared by the whole test suite."""
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -19,10 +20,14 @@ from composer import Trainer
 from composer.core import Algorithm, Callback, State
 from composer.loggers import Logger
 from composer.models import ComposerClassifier, ComposerModel
+from composer.utils import collect_env
 from hypothesis import settings
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 torch.set_num_threads(1)  # the networks here are too small to gain from more
+
+# Every Trainer and every checkpoint asks for the commit that Composer was built from, which searches the files of its distribution.
+collect_env.get_composer_commit_hash = functools.cache(collect_env.get_composer_commit_hash)
 
 settings.register_profile('untimed', deadline=None)  # a busy machine fails no test
 settings.load_profile('untimed')
@@ -42,8 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is not for `make test`, and skip what needs a GPU where there is none."""
     for item in items:
         file = item.path.relative_to(Path(__file__).parent).as_posix()
-        row = item.name.partition('[')[2].rstrip(']').partition('-')[0]
-        if file not in _QUICK and not (file == 'contract/test_contract.py' and row in _QUICK_ROWS):
+        row, _, kind = item.name.partition('[')[2].rstrip(']').partition('-')
+        if file not in _QUICK and not (file == 'contract/test_contract.py' and row in _QUICK_ROWS and kind != 'workers'):
             item.add_marker(pytest.mark.long)
     if torch.cuda.is_available():
         return

@@ -110,7 +110,6 @@ def assert_resumed(whole: dict, resumed: dict, batches: int) -> None:
         assert torch.equal(value, resumed['model'][name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize('name', ['all', 'adabatch'])
 def test_killed_and_resumed(runs, launch, name):
@@ -129,14 +128,12 @@ def test_killed_and_resumed(runs, launch, name):
     assert set(fetched(runs / name).values()) == {1}  # by the one or the other rank
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_without_growth_it_is_plain_composer_on_two_ranks(runs):
     plain, ours = result(runs / 'plain'), result(runs / 'short')
     assert [rank[:8] for rank in plain['batches']] == [rank[:8] for rank in ours['batches']]
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_no_shard_of_an_s3_remote_is_read_twice(s3, forked, write_tokens, tmp_path, runs):
     pytest.importorskip('boto3', reason='an s3:// remote needs boto3')

@@ -63,7 +63,6 @@ def test_two_nodes_train_as_two_ranks_of_one(train_small):
         assert torch.equal(value, nodes['model'][name])
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_recipe_on_two_nodes_goes_on_where_it_stopped(launch, tmp_path):
     train = ['-m', 'composer_effalgos.train', 'yamls/digits/digits_infobatch.yaml']

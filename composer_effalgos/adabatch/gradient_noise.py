@@ -163,7 +163,8 @@ class GradientNoise(Watching):
         # Composer weights a microbatch by its fraction of the batch, and FSDP averages over the ranks
         weight = self._batch_size**2 / (part * dist.get_world_size())
         device = next(state.model.parameters()).device
-        self._weighted_squares = self._weighted_squares + _sum_of_squares([torch.linalg.vector_norm(g) for g in added], device) * weight
+        squares = _sum_of_squares([torch.linalg.vector_norm(g, dtype=torch.float32) for g in added], device)
+        self._weighted_squares = self._weighted_squares + squares * weight
         if self._seen < self._rank_samples:
             self._shards = [None if g is None else g.clone() for g in gradients]
             return

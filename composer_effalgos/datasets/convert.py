@@ -22,7 +22,7 @@ from rich.progress import track
 from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.mds import LABELS
 from composer_effalgos.datasets.mds_index import INDEX
-from composer_effalgos.datasets.packed import DESCRIPTION, Description
+from composer_effalgos.datasets.packed import DESCRIPTION, TRANSFORM_OPTIONS, Description
 from composer_effalgos.datasets.registry import TEXT
 from composer_effalgos.datasets.text import TOKENIZER
 from composer_effalgos.datasets.tokens import META, Meta, write_tokens
@@ -80,6 +80,8 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
         like=name if described is None else described.like,
         classes=[str(label) for label in datasets['train'].classes],  # type: ignore[attr-defined]
         labels={split: labels_digest(labels[split]) for split in SPLITS},
+        options=({} if described is None else described.options)
+        | {key: settings[key] for key in TRANSFORM_OPTIONS if settings.get(key) is not None},
     )
     if Description.read(out) not in (None, description):
         raise InputError(f'{out / DESCRIPTION} describes other data, or another order of them; give another --out')

@@ -9,18 +9,15 @@ from typing import Literal
 import torch
 import torchvision
 from PIL import Image
-from torchvision.transforms import v2
 
 from composer_effalgos.datasets.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     MOST_SIDE,
     check_at_least,
     data_folder,
     decode_image,
     large_image_transform,
     limited,
-    small_image_transform,
+    one_size_transform,
 )
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_bytes
@@ -103,17 +100,7 @@ def image_folder(
     if padding is None:
         transform = large_image_transform(split, image_size=image_size, augment=augment)
     else:
-        randomly = split == 'train' and augment
-        transform = small_image_transform(
-            size=image_size,
-            image_size=image_size,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            padding=padding if randomly else 0,
-            padding_mode='reflect',
-            flip=randomly,
-        )
-        transform.transforms.insert(0, v2.Resize((image_size, image_size)))
+        transform = one_size_transform(split, image_size=image_size, padding=padding, augment=augment)
     data_folder('image_folder', str(folder / 'train'), 'one folder of images per class')
     if split == 'train':
         return ImageFolder(folder / 'train', transform, limit=limit)

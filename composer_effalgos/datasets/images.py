@@ -222,6 +222,32 @@ def small_image_transform(
     return transforms.Compose([*steps, Cutout(cutout)] if cutout else steps)
 
 
+def one_size_transform(split: Literal['train', 'eval'], *, image_size: int, padding: int, augment: bool) -> transforms.Compose:
+    """The pipeline for folders of images of one size: resize, then for training a padded random crop and flip.
+
+    Args:
+        split: ``'train'`` or ``'eval'``.
+        image_size: Output height and width in pixels.
+        padding: Reflected pixels on each side before the random crop.
+        augment: Augment the training images.
+
+    Returns:
+        PIL image to float32 ``[3, image_size, image_size]``, normalised by ImageNet's mean and standard deviation.
+    """
+    randomly = split == 'train' and augment
+    transform = small_image_transform(
+        size=image_size,
+        image_size=image_size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        padding=padding if randomly else 0,
+        padding_mode='reflect',
+        flip=randomly,
+    )
+    transform.transforms.insert(0, v2.Resize((image_size, image_size)))
+    return transform
+
+
 def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, augment: bool) -> transforms.Compose:
     """The usual ImageNet pipeline: random resized crop and flip for training, resize and centre crop (ratio 256/224) otherwise.
 

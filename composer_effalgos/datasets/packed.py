@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from composer_effalgos.datasets.cifar import cifar_transform
 from composer_effalgos.datasets.digits import digits_transform
-from composer_effalgos.datasets.images import large_image_transform
+from composer_effalgos.datasets.images import MOST_SIDE, check_at_least, large_image_transform, one_size_transform
 from composer_effalgos.datasets.parquet import check_labels
 from composer_effalgos.utils.digest import labels_digest
 from composer_effalgos.utils.errors import InputError
@@ -21,6 +21,7 @@ from composer_effalgos.utils.text import did_you_mean, one_line, shown
 from composer_effalgos.utils.type_hints import check_type
 
 DESCRIPTION = 'dataset.json'
+TRANSFORM_OPTIONS = ('image_size', 'padding', 'cutout')
 _SMALL = {'cifar10': cifar_transform, 'cifar100': cifar_transform, 'digits': digits_transform}
 _LARGE = ('image_folder', 'image_parquet', 'beton', 'mds')
 
@@ -33,11 +34,13 @@ class Description:
         like: Name of the dataset whose transform is used.
         classes: Class names.
         labels: Digest of each split's labels, in sample order.
+        options: The ``image_size``, ``padding`` and ``cutout`` that were given for the conversion; the converted data keeps them.
     """
 
     like: str
     classes: list[str]
     labels: dict[str, str]
+    options: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Description | None:
@@ -52,8 +55,14 @@ class Description:
         try:
             found = json.loads(read_text(file))
             described = cls(**found)
-            for key, kind in {'like': str, 'classes': list[str], 'labels': dict[str, str]}.items():
-                check_type(key, found[key], kind)
+            for key, kind in {'like': str, 'classes': list[str], 'labels': dict[str, str], 'options': dict[str, int]}.items():
+                check_type(key, getattr(described, key), kind)
+            if unknown := described.options.keys() - TRANSFORM_OPTIONS:
+                raise ValueError(f'options: {shown(min(unknown))}: expected {", ".join(TRANSFORM_OPTIONS)}')
+            for key, value in described.options.items():
+                check_type(f'options.{key}', value, int)
+            check_at_least(0, most=MOST_SIDE, **described.options)
+            check_at_least(1, image_size=described.options.get('image_size'))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 f'{file}: not a description that effalgos convert wrote ({one_line(error)[:200]}); convert the data again'
@@ -102,7 +111,12 @@ def pipeline(
     Returns:
         PIL image to float32 ``[3, H, W]``.
     """
-    like = 'image_folder' if description is None else description.like
+    like, options = ('image_folder', {}) if description is None else (description.like, description.options)
+    side = image_size or options.get('image_size')
     if like in _SMALL:
-        return _SMALL[like](like, split, augment=augment, image_size=image_size)
-    return large_image_transform(split, image_size=image_size or 224, augment=augment)
+        cutout = {'cutout': options['cutout']} if 'cutout' in options else {}
+        return _SMALL[like](like, split, augment=augment, image_size=side, **cutout)
+    if 'padding' in options:
+        check_at_least(options['padding'] + 1, image_size=side or 224)  # pixels are reflected once
+        return one_size_transform(split, image_size=side or 224, padding=options['padding'], augment=augment)
+    return large_image_transform(split, image_size=side or 224, augment=augment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from composer_effalgos.plan.outputs import leaves_of, rows_of
 from composer_effalgos.plan.randomness import RandomStream
 from composer_effalgos.utils.errors import InputError
 
+_TRAINERS: weakref.WeakKeyDictionary[State, weakref.ref[Trainer]] = weakref.WeakKeyDictionary()  # a search takes a tenth of a second
 _MOST = 13  # samples per check; an unusual length for any other dimension
 _WRONG_ORDER = (
     'expected row i of each tensor to belong to sample i, got another order, or a fixed mixture of rows; keep the order of the samples '
@@ -260,6 +262,12 @@ def training_data_spec(state: State) -> DataSpec | None:
     Returns:
         The ``DataSpec``; ``None`` if no Trainer has this state.
     """
-    # issubclass(type()): on lazy modules, isinstance() triggers an import
-    trainers = [item for item in gc.get_objects() if issubclass(type(item), Trainer) and getattr(item, 'state', None) is state]
-    return next((value for trainer in trainers for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
+    trainer = _TRAINERS[state]() if state in _TRAINERS else None
+    if trainer is None:
+        # issubclass(type()): on lazy modules, isinstance() triggers an import
+        found = (item for item in gc.get_objects() if issubclass(type(item), Trainer))
+        trainer = next((item for item in found if getattr(item, 'state', None) is state), None)
+        if trainer is None:
+            return None
+        _TRAINERS[state] = weakref.ref(trainer)
+    return next((value for value in vars(trainer).values() if isinstance(value, DataSpec)), None)

@@ -64,7 +64,6 @@ class Source:
     once = False  # whether one subset serves the whole run
     weighted = False  # whether the weights may differ
     by_position = False  # whether it needs the position of samples in a batch for more than weights
-    val_dataloader: DataLoader | DataSpec | None = None
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
         self.strategy, self.backend, self.options = strategy, backend, dict(options)

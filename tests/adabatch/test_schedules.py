@@ -299,7 +299,6 @@ def test_every_step_of_a_token_ramp_after_a_resume_at_any_step(make_trainer, pro
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_over_two_ranks_and_after_a_resume_at_any_step(forked, workers):
     script = Path(__file__).parents[1] / 'scripts' / 'schedules_over_ranks.py'

@@ -55,7 +55,6 @@ def test_a_step_starts_where_there_is_time_for_it_and_a_failed_one_is_named(ran,
     assert 'failed: tests; take them out of runs/gpu_steps.json' in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_dry_run(script, tmp_path):
     for split in ('train', 'test'):
         images = []

@@ -62,7 +62,6 @@ def test_small_images_end_to_end(script, tmp_path, capsys):
     assert '# Data paths' in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_large_images_end_to_end(script, tmp_path):
     script('loaders').main([*TINY, '--large-samples', '10', '--large-batch-size', '5', '--saving-samples', '0', '--out', str(tmp_path)])
     results = json.loads((tmp_path / 'loaders_cpu.json').read_text())

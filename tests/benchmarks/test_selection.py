@@ -83,7 +83,6 @@ def test_a_case_over_the_limit_spares_the_larger_ones(script, monkeypatch):
     assert rows[2]['cords'] is None
 
 
-@pytest.mark.slow
 def test_both_backends_end_to_end(script, tmp_path):
     pytest.importorskip('cords')
     module = script('selection')

@@ -1,7 +1,5 @@
 import json
 
-import pytest
-
 
 def test_the_stopwatch_leaves_evaluation_out(script):
     now = [0.0]
@@ -31,7 +29,6 @@ def test_the_verdict_names_what_is_slow_and_what_random_beats(script):
     assert 'better than both random subsets (60.00 % at best): glister; not better: craig.' in text
 
 
-@pytest.mark.slow
 def test_end_to_end(script, tmp_path):
     data = ['dataset.name=synthetic', 'dataset.num_samples=64', 'dataset.eval_samples=32', 'dataset.image_size=8']
     tiny = ['--model', 'resnet20_cifar', '--batch-size', '8', '--epochs', '2', '--select-every', '1', '--fractions', '0.3']

@@ -94,10 +94,9 @@ PAIRS = [
 ]
 
 
-# the row with three of our algorithms is for a newcomer's run, the others for the long one
 @pytest.mark.parametrize(
     ('method', 'row'),
-    [pytest.param(*pair, marks=[] if pair[1] == 'all' else pytest.mark.long, id=' beside '.join(pair)) for pair in PAIRS],
+    [pytest.param(*pair, id=' beside '.join(pair)) for pair in PAIRS],
 )
 def test_every_method_beside_ours(fit, weights_of, row, method):
     algorithms = SETTINGS[row].algorithms(SAMPLES)
@@ -122,7 +121,6 @@ def test_every_method_beside_ours(fit, weights_of, row, method):
             assert algorithm.samples_saved == EPOCHS * SAMPLES - sum(trained)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize('method', ['label_smoothing', 'mixup', 'mixup_interpolate', 'cutmix', 'ema', 'squeeze_excite', 'channels_last'])
 def test_the_order_of_the_list_does_not_matter(fit, weights_of, method):
     results = []
@@ -149,7 +147,7 @@ def test_selective_backprop_beside_the_others(fit, row):
 @pytest.mark.parametrize(
     'theirs', [lambda: ColOut(batch=False), RandAugment, lambda: AugMix(width=1)], ids=['colout', 'randaugment', 'augmix']
 )
-@pytest.mark.parametrize('first', [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize('first', [True, False])
 def test_methods_that_change_the_data_set(make_trainer, theirs, first):
     from PIL import Image
     from torchvision.datasets import VisionDataset

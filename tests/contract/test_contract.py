@@ -151,7 +151,7 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 REFUSED = {('rule rho', 'a sampler over a part'): 'rule.irreducible: expected one number for each of 102 training samples, got 203'}
 
 
-@pytest.mark.parametrize('kind', [pytest.param(kind, marks=pytest.mark.slow) if kind == 'workers' else kind for kind in ODD])
+@pytest.mark.parametrize('kind', ODD)
 def test_odd_loaders(row, kind, start, weights_of):
     """Every kind trains, on no other samples than the loader gives, or is refused in one line."""
     of_loader, of_trainer = ODD[kind]

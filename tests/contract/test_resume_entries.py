@@ -14,7 +14,6 @@ from composer_effalgos import EfficiencyMonitor, InfoBatch
 from composer_effalgos.utils.errors import CheckpointError
 
 SAMPLES = 203
-QUICK = ('infobatch', 'infobatch_sharded', 'all')  # the others are for the long run
 # of the clock on the wall, of the process, or of the folder
 TIMES = {
     'total_wct',
@@ -53,7 +52,7 @@ def every_batch_and_epoch(state: State, event: Event) -> bool:
     return event == Event.EPOCH_CHECKPOINT or (event == Event.BATCH_CHECKPOINT and not last)
 
 
-@pytest.mark.parametrize('row', [row if row in QUICK else pytest.param(row, marks=pytest.mark.long) for row in SETTINGS])
+@pytest.mark.parametrize('row', SETTINGS)
 def test_a_resumed_runs_checkpoints_are_those_of_the_unbroken_run(start, tmp_path, row):
     def run(folder: str, **arguments) -> dict[tuple[int, ...], Path]:
         trainer = start(

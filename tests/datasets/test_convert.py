@@ -51,11 +51,17 @@ def folder(tmp_path) -> Path:
     return tmp_path / 'photos'
 
 
-def test_images_of_any_kind_come_back_as_they_were(kind, folder, tmp_path):
-    assert 'as ' + kind in convert('image_folder', [f'path={folder}'], kind, tmp_path / 'out')
+@pytest.mark.parametrize(
+    ('converted_with', 'read_with'),
+    [({}, {'image_size': 8}), ({'image_size': 8}, {}), ({'image_size': 8, 'padding': 2}, {})],
+    ids=['size given', 'size kept', 'padding kept'],
+)
+def test_images_of_any_kind_come_back_as_they_were(kind, folder, tmp_path, converted_with, read_with):
+    overrides = [f'path={folder}', *(f'{key}={value}' for key, value in converted_with.items())]
+    assert 'as ' + kind in convert('image_folder', overrides, kind, tmp_path / 'out')
     for split, count in (('train', 7), ('eval', 2)):
-        original = build_dataset('image_folder', split, path=str(folder), image_size=8)
-        converted = read(kind, split, tmp_path / 'out', image_size=8)
+        original = build_dataset('image_folder', split, path=str(folder), **converted_with, **read_with)
+        converted = read(kind, split, tmp_path / 'out', **read_with)
         assert len(converted) == count
         assert converted.targets.tolist() == original.targets.tolist()
         assert converted.classes == ['cat', 'dog']

@@ -149,6 +149,12 @@ def test_labels_of_another_shape_or_type(digits):
             '{"like": "digit", "classes": [], "labels": {}}',
             "like: expected .*, got 'digit'; did you mean 'digits'",
         ),
+        (
+            '{"like": "digits", "classes": [], "labels": {}, "options": {"crop": 1}}',
+            'options: .crop.: expected image_size, padding, cutout',
+        ),
+        ('{"like": "digits", "classes": [], "labels": {}, "options": {"image_size": 0}}', 'image_size: expected a number at least 1'),
+        ('{"like": "digits", "classes": [], "labels": {}, "options": {"image_size": "8"}}', 'options.image_size: expected'),
         (None, r'dataset\.json: missing, although .*labels\.npy exists'),
     ],
 )

@@ -70,7 +70,6 @@ def test_checkpoints_of_our_own_runs(write_recipe: Callable[..., Path]) -> None:
         assert mirrored.train_loss == pytest.approx(point.train_loss, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_checkpoint_of_two_ranks(write_recipe: Callable[..., Path], forked: Callable[..., tuple[int, str]]) -> None:
     # Without batch norm: each rank evaluates with running statistics of its own, and the checkpoint has those of rank 0

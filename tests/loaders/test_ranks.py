@@ -22,7 +22,6 @@ def test_two_ranks_train_as_one_with_augmentation(train_small):
         assert torch.allclose(value, two['model'][name], atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_paths_deal_out_the_same_samples_to_two_ranks(train_small):
     # what is pruned later depends on scores, and these on the augmentation: the first epoch is compared
@@ -31,7 +30,6 @@ def test_the_paths_deal_out_the_same_samples_to_two_ranks(train_small):
     assert runs[0]['epochs'] == runs[1]['epochs']
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize('loader', ['device', 'ffcv', 'mds'])
 def test_a_killed_run_goes_on_to_the_same_end(train_small, tmp_path, loader):

@@ -90,7 +90,6 @@ def test_recipes_use_it_where_the_cpu_has_bf16(supported, monkeypatch, caplog, t
     trainer.close()
 
 
-@pytest.mark.slow
 def test_compiled_once_for_all_epochs_and_last_batches(make_trainer):
     """Epochs of many lengths, and a growing batch, reuse two compiled graphs: one for the first size, one for any size."""
     torch._dynamo.reset()

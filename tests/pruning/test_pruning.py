@@ -271,7 +271,6 @@ def test_a_rule_of_ones_own_needs_few_lines(make_trainer, monkeypatch):
     assert trainer.state.algorithms[0].samples_saved > 0
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rule_of_ones_own_resumes_on_two_ranks_and_is_in_the_report(train_small, tmp_path):
     arguments = ['--rule', 'own', '--batch-size', '4']

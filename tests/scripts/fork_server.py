@@ -11,6 +11,8 @@ Reads one request per line from standard input, a mapping with
 and answers with one line, the list of the ranks' exit statuses. As with a launcher, the others are stopped as soon as one rank fails.
 """
 
+import functools
+import gc
 import json
 import os
 import runpy
@@ -23,10 +25,15 @@ from typing import Any
 
 import composer.algorithms  # noqa: F401
 import torch
+from composer.utils import collect_env
 
 import composer_effalgos.train  # noqa: F401
 
 torch.set_num_threads(1)
+# every Trainer and every checkpoint asks for these; the ranks inherit the answers
+collect_env.get_composer_commit_hash = functools.cache(collect_env.get_composer_commit_hash)
+collect_env.get_composer_env_dict()
+gc.freeze()  # a collection in a rank would otherwise copy every page of what was imported
 GRACE = 30  # seconds that the others have to stop by themselves
 
 
