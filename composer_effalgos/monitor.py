@@ -85,7 +85,12 @@ def quality_text(totals: dict[str, Any]) -> str:
     if totals['eval_accuracy'] is not None:
         return f'accuracy {totals["eval_accuracy"]:.4f}'
     loss = totals.get('eval_loss')  # missing in summaries of version 0.1.0 and earlier
-    return 'no evaluation' if loss is None else f'held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})'
+    return 'no evaluation' if loss is None else f'held-out loss {loss:.4f} (perplexity {perplexity(loss):.2f})'
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a held-out loss in nats; finite for any loss."""
+    return math.exp(min(loss, 700))
 
 
 class EfficiencyMonitor(Callback):

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from matplotlib.figure import Figure
@@ -22,8 +21,9 @@ from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.checks import LARGEST, check_number
-from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text, whole_file
+from composer_effalgos.utils.errors import InputError, TooFewSamplesError
+from composer_effalgos.utils.figures import save_figure
+from composer_effalgos.utils.files import read_text, whole_file, write_texts
 
 NAME = 'critical_batch'
 _WINDOWS = (TimeUnit.EPOCH, TimeUnit.SAMPLE, TimeUnit.TOKEN)
@@ -145,10 +145,10 @@ def measure(
     for size in ordered:
         try:
             branch = _branch(recipe, out, key, size, checkpoint, length, lr)
-        except InputError as error:
-            if sizes or len(branches) < 2 or 'schedule: size 1: expected at most' not in str(error):
+        except TooFewSamplesError:
+            if sizes or len(branches) < 2:
                 raise
-            break  # too few samples for a default size
+            break  # the default sizes end where the dataset does
         progress(f'batch size {size}: loss {branch.loss:.4f} in {branch.steps} steps')
         branches.append(branch)
     critical = critical_size(branches, tolerance)
@@ -220,13 +220,9 @@ def _write(out: Path, branches: Sequence[Branch], critical: int, tolerance: floa
         'window': length.to_timestring(),
         'branches': [asdict(branch) for branch in branches],
     }
-    with whole_file(out / f'{NAME}.json') as unfinished:
-        unfinished.write_text(json.dumps(numbers, indent=2) + '\n', encoding='utf-8')
-    with whole_file(out / f'{NAME}.md') as unfinished:
-        unfinished.write_text(table(branches, critical) + '\n', encoding='utf-8')
-    figure = draw(branches, critical, tolerance)
-    with whole_file(out / f'{NAME}.svg') as unfinished, matplotlib.rc_context({'svg.hashsalt': NAME}):
-        figure.savefig(unfinished, format='svg', metadata={'Date': None})  # the same numbers give the same file
+    texts = {'json': json.dumps(numbers, indent=2) + '\n', 'md': table(branches, critical) + '\n'}
+    write_texts({out / f'{NAME}.{ending}': text for ending, text in texts.items()}, 'the result')
+    save_figure(draw(branches, critical, tolerance), out / f'{NAME}.svg')
 
 
 def draw(branches: Sequence[Branch], critical: int, tolerance: float) -> Figure:

@@ -10,7 +10,7 @@ from composer_effalgos.adabatch.schedules import LARGEST_SIZE, SizePolicy
 from composer_effalgos.adabatch.seesaw import Seesaw
 from composer_effalgos.plan import PlannedDataLoader
 from composer_effalgos.plan.progress import Progress
-from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.errors import InputError, TooFewSamplesError
 
 
 class Size(NamedTuple):
@@ -89,7 +89,7 @@ class Sizes:
             per_rank = self.per_rank(size, loader.world_size)
             if loader.num_samples is not None and per_rank * loader.world_size > loader.num_samples:
                 most = loader.num_samples if self._over_ranks else loader.num_samples // loader.world_size
-                raise InputError(
+                raise TooFewSamplesError(
                     f'schedule: size {place}: expected at most {most}, with {loader.num_samples} samples in the dataset, got {size}'
                 )
 

@@ -25,6 +25,7 @@ from composer_effalgos.datasets.images import (
 )
 from composer_effalgos.datasets.parquet import read_class_names, read_images, read_labels
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import one_line
 
 SIZE = 32
 MOST_IMBALANCE = 1e6
@@ -216,8 +217,7 @@ def _from_torchvision(
     try:
         data = kind.source(path, train=train, download=download)
     except (RuntimeError, OSError) as error:
-        reason = ' '.join(str(error).split())
-        raise InputError(f'dataset.path: expected a folder with {contents} for {kind.name}, got {path} ({reason})') from error
+        raise InputError(f'dataset.path: expected a folder with {contents} for {kind.name}, got {path} ({one_line(error)})') from error
     targets = torch.tensor(data.targets)
     rows = altered.rows(targets, kind.num_classes)
     return data.data[rows.numpy()], targets[rows], list(data.classes)

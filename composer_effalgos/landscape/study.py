@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from composer.core import Event, State
 from composer.devices import Device
 from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from composer.utils import get_device
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -33,6 +31,7 @@ from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.figures import save_figure
 from composer_effalgos.utils.files import whole_file
 
 NAME = 'interpolation'
@@ -101,8 +100,8 @@ class Study:
         try:
             out.mkdir(parents=True, exist_ok=True)
             return [
-                _whole(out / f'{name}.png', lambda path: figure.savefig(path, dpi=160, format='png')),
-                _whole(out / f'{name}.svg', lambda path: _save_svg(figure, path)),
+                save_figure(figure, out / f'{name}.png', dpi=160),
+                save_figure(figure, out / f'{name}.svg'),
                 _whole(out / f'{name}.csv', self._write_csv),
                 _whole(out / f'{name}.json', self._write_json),
             ]
@@ -285,12 +284,6 @@ def _batches(images: Tensor, labels: Tensor, batch_size: int) -> Batches:
     """Splits the data into batches of nearly equal size, at most ``batch_size``."""
     pieces = math.ceil(len(labels) / batch_size)
     return list(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
-
-
-def _save_svg(figure: Figure, path: Path) -> None:
-    # A fixed salt and no date: the same numbers give the same file
-    with matplotlib.rc_context({'svg.hashsalt': NAME}):
-        figure.savefig(path, format='svg', metadata={'Date': None})
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> Path:

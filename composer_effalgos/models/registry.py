@@ -17,7 +17,7 @@ from composer_effalgos.models.pretrained import load_file, load_weights
 from composer_effalgos.recipes.arguments import check_arguments
 from composer_effalgos.utils.checks import MOST_CLASSES, check_number
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
+from composer_effalgos.utils.text import did_you_mean, one_line
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     'resnet18_cifar': cifar.resnet18_cifar,
@@ -70,7 +70,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
             raise
         weights = pretrained if by_name else f'the weights of {name}'
         raise InputError(
-            f'model.pretrained: {weights} cannot be loaded ({_one_line(error)}); expected a download or the path of a local file'
+            f'model.pretrained: {weights} cannot be loaded ({one_line(error)}); expected a download or the path of a local file'
         ) from error
     if isinstance(pretrained, str) and not by_name:
         load_file(model, pretrained)
@@ -133,7 +133,7 @@ _BUILDERS: Mapping[str, Callable[[str, int, bool, dict[str, Any]], nn.Module]] =
 
 def _explain(error: BaseException, library: str, name: str) -> str:
     """Why a torchvision or timm constructor failed; for an unknown option, suggests the closest known one."""
-    text = _one_line(error)
+    text = one_line(error)
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unexpected is None:
         return text
@@ -141,7 +141,3 @@ def _explain(error: BaseException, library: str, name: str) -> str:
     network = typing.get_type_hints(function).get('return')
     hint = f'; {did_you_mean(unexpected[1], inspect.signature(network).parameters)}' if inspect.isclass(network) else ''
     return f'unknown option {unexpected[1]!r}{hint}'
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__

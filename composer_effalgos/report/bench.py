@@ -88,7 +88,7 @@ def run_sweep(
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)
     if outcome.pending:
         _say_what_is_left([job for job in jobs if job.recipe.run_name in outcome.pending], out, console)
-        console.print('The same command goes on.', highlight=False)
+        console.print('Run the same command again to continue.', highlight=False)
     return outcome
 
 
@@ -149,7 +149,7 @@ def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
         return
     seconds = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs)
     time = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{seconds / 60:.1f} minutes'
-    console.print(f'{len(jobs)} runs are left, some {time} of training one after the other', highlight=False)
+    console.print(f'{len(jobs)} runs left, about {time} of training in sequence', highlight=False)
 
 
 def _epoch_seconds(method: str, done: Sequence[Run]) -> float:

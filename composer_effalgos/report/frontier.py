@@ -351,21 +351,21 @@ def _cost(path: Path) -> dict[str, float] | None:
 def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) -> list[str]:
     notes = []
     if len(baseline) < LENGTHS:
-        notes.append(f'{len(baseline)} plain lengths: between them the curve is little more than a guess; {LENGTHS} or more show its form.')
+        notes.append(f'Only {len(baseline)} plain lengths: the curve between them is uncertain; train {LENGTHS} or more.')
     few = [group[0].method for group in cells if len(group) < SEEDS]
     if few:
         notes.append(f'Fewer than {SEEDS} seeds: {", ".join(few)}.')
     files = dict.fromkeys(path for group in cells for path in _files(group[0]))
     counted, unknown = ([str(path) for path in files if (_cost(path) is None) == missing] for missing in (False, True))
     if counted:
-        notes.append(f'What it took to make {", ".join(counted)} is in the budgets of the runs that read it.')
+        notes.append(f'The cost of making {", ".join(counted)} is included in the budgets of the runs that read it.')
     if unknown:
-        notes.append(f'What it took to make {", ".join(unknown)} is not in the budgets: there is no {unknown[0]}{COST}.')
+        notes.append(f'The cost of making {", ".join(unknown)} is not included in the budgets: there is no {unknown[0]}{COST}.')
     high = [group[0].method for group in cells if any(_last_share(run) > MOST_LEFT for run in group)]
     if high:
         notes.append(
             f'The last learning rate is above {MOST_LEFT:.0%} of the highest (for the same batch size) in {", ".join(high)}: '
-            'a run whose schedule has not decayed is worse than one of its length can be.'
+            'a run whose schedule has not decayed is worse than it could be at its length.'
         )
     return notes
 

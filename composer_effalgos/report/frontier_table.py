@@ -11,16 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from composer_effalgos.monitor import perplexity
 from composer_effalgos.report.frontier import UNITS, Frontier, Point
 from composer_effalgos.report.frontier_figure import draw
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.figures import save_figure
+from composer_effalgos.utils.files import write_texts
 
 NAME = 'frontier'
 
@@ -37,7 +38,7 @@ def cells_of(found: Frontier, point: Point) -> list[str]:
     scale, digits = (1, 3) if found.is_loss else (100, 2)
     quality = f'{scale * point.quality:.{digits}f}' + ('' if point.sd is None else f' ± {scale * point.sd:.{digits}f}')
     if found.is_loss:
-        quality += f' ({math.exp(min(point.quality, 700)):.2f})'
+        quality += f' ({perplexity(point.quality):.2f})'
     budgets = [f'{point.budgets[unit]:,.0f}' for unit in found.units]
     factors = [str(point.factors[unit]) if unit in point.factors else '–' for unit in found.units]
     verdict = point.factors[found.by].verdict if point.factors else 'baseline'
@@ -106,10 +107,8 @@ def write_frontier(found: Frontier, out: Path, about: Mapping[str, Any], name: s
     writer.writerows(rows)
     content = {**about, **as_json(found)}
     texts = {'csv': table.getvalue(), 'json': json.dumps(content, indent=2, allow_nan=False) + '\n', 'md': markdown(found)}
+    write_texts({out / f'{name}.{ending}': text for ending, text in texts.items()}, 'the frontier')
     try:
-        for ending, text in texts.items():
-            with whole_file(out / f'{name}.{ending}') as unfinished:
-                unfinished.write_text(text, encoding='utf-8', errors='replace')
         write_figure(found, out, name)
     except OSError as error:
         raise InputError(f'{out}: the frontier cannot be written ({error.strerror})') from error
@@ -124,7 +123,5 @@ def as_json(found: Frontier) -> dict[str, Any]:
 def write_figure(found: Frontier, out: Path, name: str, endings: Sequence[str] = ('svg', 'png')) -> None:
     """Writes the figure as ``NAME.svg`` and ``NAME.png``."""
     figure = draw(found)
-    with matplotlib.rc_context({'svg.hashsalt': NAME, 'svg.fonttype': 'none'}):  # reproducible files
-        for ending in endings:
-            with whole_file(out / f'{name}.{ending}') as unfinished:
-                figure.savefig(unfinished, format=ending, dpi=120, metadata={'Date': None} if ending == 'svg' else {})
+    for ending in endings:
+        save_figure(figure, out / f'{name}.{ending}')

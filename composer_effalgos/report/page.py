@@ -18,7 +18,7 @@ from composer_effalgos.report.results import read_targets
 from composer_effalgos.report.runs import Run, read_runs
 from composer_effalgos.report.table import Row, columns, markdown_table, note, table_rows
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.files import write_texts
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,7 @@ def write_report(
     rows = table_rows(runs, targets or read_targets(Path(runs_dir)))
     equal_budget = equal_budget or _frontier(runs, Path(runs_dir))
     pages = {out: _html(rows, problems, equal_budget), out.with_suffix('.md'): _markdown(rows, problems, equal_budget)}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in pages.items():
-            with whole_file(path) as unfinished:
-                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may contain a lone surrogate
-    except OSError as error:
-        raise InputError(f'{out}: the report cannot be written ({error.strerror})') from error
+    write_texts(pages, 'the report')
     return out
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from composer_effalgos.report.runs import Run, first_above
 from composer_effalgos.report.table import Row
-from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text, whole_file
+from composer_effalgos.utils.files import read_text, write_texts
 
 CSV, JSON = 'results.csv', 'results.json'
 _TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
@@ -55,12 +54,7 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
             for method, run, values in runs
         ],
     }
-    try:
-        for name, text in ((CSV, table.getvalue()), (JSON, json.dumps(content, indent=2) + '\n')):
-            with whole_file(out / name) as unfinished:
-                unfinished.write_text(text, encoding='utf-8', errors='replace')  # a name may contain a lone surrogate
-    except OSError as error:
-        raise InputError(f'{out}: the results cannot be written ({error.strerror})') from error
+    write_texts({out / CSV: table.getvalue(), out / JSON: json.dumps(content, indent=2) + '\n'}, 'the results')
 
 
 def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:

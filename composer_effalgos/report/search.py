@@ -233,9 +233,9 @@ def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
 
 def _line(trial: Trial) -> str:
     if trial.seconds is not None:
-        return f'{trial.name}: there after {trial.seconds:.1f} s, epoch {trial.epoch}'
+        return f'{trial.name}: target reached after {trial.seconds:.1f} s, in epoch {trial.epoch}'
     accuracy = 'no accuracy measured' if trial.accuracy is None else f'accuracy {trial.accuracy:.4f}'
-    return f'{trial.name}: {"slower than the best" if trial.stopped else "not there at the end"}, {accuracy}'
+    return f'{trial.name}: {"stopped, slower than the best" if trial.stopped else "target not reached"}, {accuracy}'
 
 
 def factor(trial: Trial, trials: Sequence[Trial]) -> float | None:

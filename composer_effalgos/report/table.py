@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from composer_effalgos.monitor import perplexity
 from composer_effalgos.report.runs import Run, first_above
 
 PARITY = 0.002  # accuracies down to this far below the baseline's mean count as equal
@@ -132,7 +132,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     ]
     speeds = any(row.speed_up is not None for row in rows)
     if speeds:
-        same = 'the baseline’s seconds to the same accuracy (its mean less 0.2 points) over the method’s, where all runs get there'
+        same = f'the baseline’s seconds to its mean accuracy less {100 * PARITY:g} points over the method’s, where all runs get there'
         found.append(_number('× faster', lambda row: row.speed_up, '.2f', meaning=same))
     found.append(_number('s/epoch', lambda row: row.epoch_seconds, '.2f', brief=False, meaning='train s over the epochs'))
     if any(row.selection_seconds for row in rows):
@@ -196,7 +196,7 @@ def note(rows: Sequence[Row], *, brief: bool = False) -> str:
                 'epoch > x %: first epoch with an accuracy above x; s to x %: seconds of training to its end; means of the runs that do'
             )
         if any(column.title == 's to same %' for column in shown):
-            parts.append('s to same %: the same for the baseline’s mean accuracy less 0.2 points')
+            parts.append(f's to same %: the same for the baseline’s mean accuracy less {100 * PARITY:g} points')
         if any(column.title.startswith('s to ') for column in shown):
             parts.append('in brackets how many get there, where not all do')
     rule = 'A baseline is a run with “baseline” in its name, for those of the same data set, limit, model and max_duration.'
@@ -238,7 +238,7 @@ def _mean_and_sd(mean: float | None, sd: float | None, form: str, factor: float 
 
 
 def _perplexity(row: Row) -> float | None:
-    return None if row.loss is None else math.exp(min(row.loss, 700))
+    return None if row.loss is None else perplexity(row.loss)
 
 
 def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:

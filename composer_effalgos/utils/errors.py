@@ -16,6 +16,10 @@ class InputError(ValueError):
         return one_line(str(self).strip().rpartition('InputError: ')[2])
 
 
+class TooFewSamplesError(InputError):
+    """A batch size that is larger than the dataset."""
+
+
 class CheckpointError(InputError):
     """A checkpoint from which a run cannot continue.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,25 @@ def check_file(path: Path, hint: str) -> None:
         raise InputError(f'{path}: expected a file, got none ({reason}); {hint}') from error
     if not stat.S_ISREG(mode):
         raise InputError(f'{path}: expected a file, got {"a folder" if stat.S_ISDIR(mode) else "a device, FIFO or socket"}; {hint}')
+
+
+def write_texts(texts: Mapping[Path, str], what: str) -> None:
+    """Writes UTF-8 text files, each atomically, and creates their folders.
+
+    Args:
+        texts: The content of each file. Lone surrogates, which names of runs may contain, are replaced.
+        what: Names the content in the error message.
+
+    Raises:
+        InputError: If a file cannot be written.
+    """
+    for path, text in texts.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(text, encoding='utf-8', errors='replace')
+        except OSError as error:
+            raise InputError(f'{path}: {what} cannot be written ({error.strerror})') from error
 
 
 def read_text(path: Path, most: int = 2**24) -> str:

@@ -56,7 +56,7 @@ def test_the_factor_by_each_budget(write_frontier_runs, tmp_path, loss):
         'cpu_seconds',
         ['cpu_seconds', 'samples', 'steps'],
         loss,
-        ['3 plain lengths: between them the curve is little more than a guess; 4 or more show its form.'],
+        ['Only 3 plain lengths: the curve between them is uncertain; train 4 or more.'],
     )
     assert [(point.method, point.plain) for point in result.points] == [
         *((f'baseline+{epochs}ep', True) for epochs in (2, 4, 8)),
@@ -175,12 +175,12 @@ def test_what_a_file_took_to_make_is_in_the_budget(write_frontier_runs, write_ru
 
     samples, notes = rho()
     assert samples == 210
-    assert f'What it took to make {file} is not in the budgets: there is no {file}.cost.json.' in notes
+    assert f'The cost of making {file} is not included in the budgets: there is no {file}.cost.json.' in notes
     cost = tmp_path / 'irreducible.npy.cost.json'
     cost.write_text(json.dumps({'cpu_seconds': 9, 'seconds': 10, 'samples': 150, 'steps': 15}))
     samples, notes = rho()
     assert samples == 360
-    assert f'What it took to make {file} is in the budgets of the runs that read it.' in notes
+    assert f'The cost of making {file} is included in the budgets of the runs that read it.' in notes
     cost.write_text('{"samples": 3}')
     with pytest.raises(InputError, match=r'irreducible\.npy\.cost\.json: expected a number for each of cpu_seconds, seconds'):
         rho()

@@ -39,5 +39,6 @@ def test_a_folder_without_results_has_no_targets(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, write_run):
     write_run('a')
+    (tmp_path / 'nowhere').touch()
     with pytest.raises(InputError, match='cannot be written'):
         write_results(table_rows(read_runs(tmp_path / 'runs')[0]), tmp_path / 'nowhere')

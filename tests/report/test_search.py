@@ -195,6 +195,6 @@ def test_a_trial_without_an_accuracy_says_so(space, tmp_path):
     console = quiet()
     assert run_search(space, tmp_path / 'out', trials=2, console=console).status == 0
     said = console.file.getvalue()
-    assert said.count('not there at the end, no accuracy measured') == 2
+    assert said.count('target not reached, no accuracy measured') == 2
     assert '| – | – | – | 6 | not reached |' in said
     assert [trial['accuracy'] for trial in found(tmp_path / 'out')] == [None, None]
