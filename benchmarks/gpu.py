@@ -1,10 +1,8 @@
 """Everything here that needs a GPU, most useful first, in portions: the tests, the overhead, the data paths, the frontier.
 
-The same command goes on until it ends with status 0; with 3 something is left (``make gpu DATA=data`` is the same)::
+Run the same command again until it ends with status 0; status 3 means that steps are left (``make gpu DATA=data`` is the same)::
 
     python benchmarks/gpu.py --data data --minutes 9
-
-``--tiny`` runs every step on the CPU with settings that show only that the commands work.
 """
 
 from __future__ import annotations
@@ -38,40 +36,24 @@ class Step:
     minutes: float | None
 
 
-def steps(data: Path, out: Path, runs: Path, *, tiny: bool) -> list[Step]:
+def steps(data: Path, out: Path, runs: Path) -> list[Step]:
     """What is run, in this order.
 
     Args:
         data: Folder of CIFAR-10.
         out: Folder of the results.
         runs: Folder of the runs.
-        tiny: Whether on the CPU, with the settings of a dry run.
     """
     quoted = {'data': data, 'out': out, 'runs': runs / 'frontier_cifar10_gpu'}
     paths = {name: shlex.quote(str(path)) for name, path in quoted.items()}
-    device = 'cpu' if tiny else 'gpu'
-    few = '--samples 64 --batch-size 16 --repeats 1'
     commands = [
-        ('tests', 4, '-m pytest -q -m gpu tests/gpu tests/subset_selection tests/benchmarks', ''),
-        ('overhead', 8, f'benchmarks/infobatch_overhead.py --device {device} --out {{out}}', f'{few} --epochs 4'),
-        (
-            'loaders',
-            9,
-            f'benchmarks/loaders.py --device {device} --out {{out}}' + ('' if tiny else ' --cifar {data} --workers 8'),
-            f'{few} --large-samples 0 --steps 1 --saving-epochs 4 --saving-repeats 1',
-        ),
-        (
-            'frontier runs',
-            None,
-            '-m composer_effalgos.cli bench yamls/sweeps/frontier_cifar10_gpu.yaml dataset.path={data} --out {runs}',
-            'dataset.limit=64 dataset.image_size=8 dataset.batch_size=16 model.name=resnet20_cifar precision=fp32 --seed 17 '
-            '--only baseline+15ep --only baseline+30ep --only infobatch+30ep',
-        ),
-        ('frontier', 1, 'benchmarks/frontier.py {runs} --name frontier_cifar10_gpu --out {out}', ''),
+        ('tests', 4, '-m pytest -q -m gpu tests/gpu tests/subset_selection tests/benchmarks'),
+        ('overhead', 8, 'benchmarks/infobatch_overhead.py --device gpu --out {out}'),
+        ('loaders', 9, 'benchmarks/loaders.py --device gpu --out {out} --cifar {data} --workers 8'),
+        ('frontier runs', None, '-m composer_effalgos.cli bench yamls/sweeps/frontier_cifar10_gpu.yaml dataset.path={data} --out {runs}'),
+        ('frontier', 1, 'benchmarks/frontier.py {runs} --name frontier_cifar10_gpu --out {out}'),
     ]
-    return [
-        Step(name, shlex.split((f'{words} {more}' if tiny else words).format(**paths)), minutes) for name, minutes, words, more in commands
-    ]
+    return [Step(name, shlex.split(words.format(**paths)), minutes) for name, minutes, words in commands]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,14 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'), help='folder of the results')
     parser.add_argument('--runs', type=Path, default=Path('runs'), help='folder of the runs, and of the list of what is done')
     parser.add_argument('--minutes', type=float, help='stop after so many')
-    parser.add_argument('--tiny', action='store_true', help='a dry run on the CPU')
     args = parser.parse_args(argv)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     args.runs.mkdir(parents=True, exist_ok=True)
     marks = args.runs / 'gpu_steps.json'
     done: dict[str, int] = json.loads(marks.read_text(encoding='utf-8')) if marks.exists() else {}
     first = True
-    for step in steps(args.data, args.out, args.runs, tiny=args.tiny):
+    for step in steps(args.data, args.out, args.runs):
         left = None if end is None else (end - time.monotonic()) / 60
         if step.name in done:
             continue

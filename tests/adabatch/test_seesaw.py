@@ -69,8 +69,13 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize('schedule', SCHEDULES)
-@pytest.mark.parametrize(('optimizer_of', 'power'), [(adamw, 0.5), (None, 1.0)], ids=['AdamW', 'SGD'])
+@pytest.mark.parametrize(
+    ('schedule', 'optimizer_of', 'power'),
+    [
+        *(pytest.param(schedule, adamw, 0.5, id=f'AdamW-{schedule}') for schedule in SCHEDULES),
+        *(pytest.param(schedule, None, 1.0, id=f'SGD-{schedule}') for schedule in ('cosine', 'steps', 'OneCycleLR')),
+    ],
+)
 def test_follows_the_runs_own_schedule_exactly(make_trainer, data, schedule, optimizer_of, power):
     arguments = {'dataset': data, 'batch_size': BATCH, 'max_duration': f'{EPOCHS}ep', 'lr': 0.01, 'optimizer_of': optimizer_of}
     arguments |= SCHEDULES[schedule] | ({'step_schedulers_every_batch': True} if 'scheduler_of' in SCHEDULES[schedule] else {})

@@ -1,15 +1,12 @@
-"""What waits for a GPU: the order, the portions, and a dry run of the commands."""
+"""What waits for a GPU: the order, the portions, and the arguments of the commands."""
 
-import io
-import json
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+
+from composer_effalgos.report.sweep import load_sweep
 
 
 @pytest.fixture
@@ -17,7 +14,7 @@ def ran(script, monkeypatch):
     """The steps that ran, in place of running them; their statuses are to be filled in."""
     gpu = script('gpu')
     record = SimpleNamespace(main=gpu.main, names=[], portions=[], status={})
-    steps = gpu.steps(Path('data'), Path('out'), Path('runs'), tiny=False)
+    steps = gpu.steps(Path('data'), Path('out'), Path('runs'))
 
     def run(command, check):
         name = next(step.name for step in steps if step.words == command[1 : 1 + len(step.words)])
@@ -55,15 +52,25 @@ def test_a_step_starts_where_there_is_time_for_it_and_a_failed_one_is_named(ran,
     assert 'failed: tests; take them out of runs/gpu_steps.json' in capsys.readouterr().out
 
 
-def test_dry_run(script, tmp_path):
-    for split in ('train', 'test'):
-        images = []
-        for pixels in np.random.default_rng(0).integers(0, 256, (80, 32, 32, 3), dtype=np.uint8):
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, 'PNG')
-            images.append(buffer.getvalue())
-        pq.write_table(pa.table({'image': images, 'label': np.arange(80) % 10}), tmp_path / f'{split}.parquet')
-    runs, out = tmp_path / 'runs', tmp_path / 'out'
-    assert script('gpu').main(['--tiny', '--data', str(tmp_path), '--out', str(out), '--runs', str(runs)]) == 0
-    assert json.loads((runs / 'gpu_steps.json').read_text()) == dict.fromkeys(NAMES, 0)
-    assert {path.stem for path in out.glob('*.md')} == {'infobatch_overhead_cpu', 'loaders_cpu', 'frontier_cifar10_gpu'}
+class Parsed(Exception):
+    """Raised by a script once it has read its arguments."""
+
+
+def test_every_script_takes_its_arguments(script, monkeypatch):
+    """What the scripts then do has tests of its own."""
+    steps = {step.name: step.words for step in script('gpu').steps(Path('data'), Path('out'), Path('runs'))}
+    read = argparse.ArgumentParser.parse_args
+
+    def parse_args(*arguments):
+        read(*arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+    for name in ('overhead', 'loaders', 'frontier'):
+        path, *words = steps[name]
+        with pytest.raises(Parsed):
+            script(Path(path).stem).main(words)
+    _, _, command, sweep, override, *out = steps['frontier runs']
+    assert (command, out) == ('bench', ['--out', 'runs/frontier_cifar10_gpu'])
+    assert load_sweep(sweep).jobs(Path(out[1]), overrides=[override])
+    assert all(Path(folder).is_dir() for folder in steps['tests'] if folder.startswith('tests/'))
