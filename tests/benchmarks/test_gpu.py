@@ -52,7 +52,7 @@ def test_a_step_starts_where_there_is_time_for_it_and_a_failed_one_is_named(ran,
     assert 'failed: tests; take them out of runs/gpu_steps.json' in capsys.readouterr().out
 
 
-class Parsed(Exception):
+class ReadError(Exception):
     """Raised by a script once it has read its arguments."""
 
 
@@ -63,12 +63,12 @@ def test_every_script_takes_its_arguments(script, monkeypatch):
 
     def parse_args(*arguments):
         read(*arguments)
-        raise Parsed
+        raise ReadError
 
     monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
     for name in ('overhead', 'loaders', 'frontier'):
         path, *words = steps[name]
-        with pytest.raises(Parsed):
+        with pytest.raises(ReadError):
             script(Path(path).stem).main(words)
     _, _, command, sweep, override, *out = steps['frontier runs']
     assert (command, out) == ('bench', ['--out', 'runs/frontier_cifar10_gpu'])
