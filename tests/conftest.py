@@ -5,11 +5,11 @@ import functools
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import collect_env
 from hypothesis import settings
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+SCRIPTS = Path(__file__).parent / 'scripts'
 
 torch.set_num_threads(1)  # the networks here are too small to gain from more
 
@@ -191,24 +193,41 @@ class ForkServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.requests, self.process = folder, 0, None
+        self.socket = folder / 'socket'
+
+    def start(self) -> None:
+        """Start the server if it does not run, and wait until it listens."""
+        if self.process is None:
+            self.socket.unlink(missing_ok=True)
+            command = [sys.executable, str(SCRIPTS / 'fork_server.py'), str(self.socket)]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            while not self.socket.exists():
+                assert self.process.poll() is None
+                time.sleep(0.05)
+
+    def command(self, *argv: str, ranks: int = 1) -> list[str]:
+        """A command that has the server run a script, for code that starts processes by itself."""
+        self.start()
+        return [sys.executable, '-S', str(SCRIPTS / 'fork_client.py'), str(self.socket), str(ranks), *argv]
 
     def __call__(self, *argv: str, ranks: int = 1, seconds: float = 300, **environment: str) -> tuple[int, str]:
         """Run a script on forked ranks; gives the largest exit status and what the ranks said, that of the first rank first."""
-        if self.process is None:
-            script = Path(__file__).parent / 'scripts' / 'fork_server.py'
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+        self.start()
         self.requests += 1
         outputs = [self.folder / f'{self.requests}-{rank}.txt' for rank in range(ranks)]
         request = {'argv': argv, 'ranks': ranks, 'environment': dict(os.environ) | environment, 'folder': str(Path.cwd())}
-        self.process.stdin.write(json.dumps(request | {'outputs': list(map(str, outputs))}) + '\n')
-        self.process.stdin.flush()
-        answered = select.select([self.process.stdout], [], [], seconds)[0]
-        if not answered:
-            self.close()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(str(self.socket))
+            connection.sendall(json.dumps(request | {'outputs': list(map(str, outputs))}).encode() + b'\n')
+            try:
+                answer = connection.makefile().readline()
+            except TimeoutError:
+                self.close()
+                answer = ''
         said = '\n'.join(path.read_text(errors='replace') for path in outputs if path.exists())
-        assert answered, f'not done in {seconds} seconds: {said[-6000:]}'
-        return max(map(abs, json.loads(self.process.stdout.readline()))), said
+        assert answer, f'not done in {seconds} seconds: {said[-6000:]}'
+        return max(map(abs, json.loads(answer))), said
 
     def close(self) -> None:
         """Stop the server and what it has started."""
@@ -225,6 +244,13 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     server = ForkServer(tmp_path_factory.mktemp('forked'))
     yield server
     server.close()
+
+
+@pytest.fixture
+def forked_runs(forked: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of sweeps are forked too."""
+    train = ['-m', 'composer_effalgos.train']
+    monkeypatch.setattr('composer_effalgos.report.runner._command', lambda recipe, ranks: forked.command(*train, str(recipe), ranks=ranks))
 
 
 @pytest.fixture(scope='session')
@@ -261,7 +287,7 @@ def train_small(tmp_path: Path, forked: ForkServer, launch: Callable[..., tuple[
     def run(folder: str, *arguments: str, ranks: int = 1, nodes: int = 1) -> dict[str, Any] | None:
         place = tmp_path / folder
         place.mkdir(exist_ok=True)
-        script = [str(Path(__file__).parent / 'scripts' / 'train_small.py'), '--folder', str(place), *arguments]
+        script = [str(SCRIPTS / 'train_small.py'), '--folder', str(place), *arguments]
         status, said = forked(*script, ranks=ranks) if nodes == 1 else launch(*script, ranks=ranks, nodes=nodes)
         killed = '--kill-at' in arguments
         assert (status != 0) == killed, said[-6000:]

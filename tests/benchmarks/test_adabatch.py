@@ -55,6 +55,7 @@ def test_bad_input_costs_no_minute(script, tmp_path, capsys, options):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures('forked_runs')
 def test_one_run_through(script, tmp_path, capsys):
     small = ['dataset.name=synthetic', 'dataset.path=null', 'dataset.num_samples=64', 'dataset.image_size=8']
     small += ['model.name=alexnet_cifar', 'dataset.eval_samples=32']

@@ -52,6 +52,7 @@ def test_table(script):
     assert script('seesaw_text').interval([0.0, 0.2]) == '+0.1000 [-1.1706, +1.3706]'
 
 
+@pytest.mark.usefixtures('forked_runs')
 def test_one_run_through(script, tmp_path, capsys):
     small = ['model.layers=1', 'model.width=8', 'model.heads=1', 'dataset.seq_len=16', 'dataset.eval_samples=16']
     options = ['--epochs', '2', '--samples', '64', '--seeds', '3', *(part for setting in small for part in ('--set', setting))]

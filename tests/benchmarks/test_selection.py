@@ -1,4 +1,6 @@
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,9 +85,16 @@ def test_a_case_over_the_limit_spares_the_larger_ones(script, monkeypatch):
     assert rows[2]['cords'] is None
 
 
-def test_both_backends_end_to_end(script, tmp_path):
+def test_both_backends_end_to_end(script, forked, tmp_path, monkeypatch):
     pytest.importorskip('cords')
     module = script('selection')
+
+    def run(command, **_):
+        status, said = forked(*command[1:])
+        assert status == 0, said
+        return SimpleNamespace(stdout=said)
+
+    monkeypatch.setattr(module, 'subprocess', SimpleNamespace(run=run, PIPE=subprocess.PIPE))
     tiny = ['--samples', '120', '--classes', '2', '--features', '8', '--methods', 'gradmatch', '--threads', '1', '--growth-samples', '120']
     module.main([*tiny, '--growth-classes', '--growth-fractions', '0.3', '--out', str(tmp_path)])
     written = json.loads((tmp_path / 'selection_cpu.json').read_text())

@@ -19,6 +19,7 @@ def arguments(tmp_path):
     return ['--epochs', '1', '--batches', '16', '64', '--runs', str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), *overrides]
 
 
+@pytest.mark.usefixtures('forked_runs')
 def test_two_runs_and_what_lies_between_them(script, tmp_path, arguments):
     sharp_minima = script('sharp_minima')
     assert sharp_minima.main([*arguments, '--minutes', '0']) == 3

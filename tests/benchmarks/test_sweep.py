@@ -24,6 +24,7 @@ def arguments(tmp_path):
     return [sweep, *SMALL, '--runs', str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), '--seeds', '5', '--name', 'small']
 
 
+@pytest.mark.usefixtures('forked_runs')
 def test_a_sweep_is_trained_and_recorded(script, tmp_path, arguments, capsys):
     sweep = script('sweep')
     arguments += ['--only', 'baseline', 'infobatch']

@@ -1,6 +1,6 @@
 """Runs scripts on ranks that are forked from this process, because importing Composer takes longer than most trainings of the tests.
 
-Reads one request per line from standard input, a mapping with
+Listens on the Unix socket named by the only argument until standard input ends. A connection sends one line of JSON with
 
     argv         ['script.py', ...] or ['-m', 'module', ...]
     ranks        number of processes
@@ -8,7 +8,7 @@ Reads one request per line from standard input, a mapping with
     folder       working directory
     outputs      one file per rank, for its standard output and error
 
-and answers with one line, the list of the ranks' exit statuses. As with a launcher, the others are stopped as soon as one rank fails.
+and receives one line, the list of the ranks' exit statuses. As with a launcher, the others are stopped as soon as one rank fails.
 """
 
 import functools
@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -89,14 +90,21 @@ def become(rank: int, request: dict[str, Any], port: str) -> None:
 
 def main() -> None:
     """Serve until standard input ends; in a forked process run the script instead."""
-    for line in iter(sys.stdin.readline, ''):
-        request = json.loads(line)
-        statuses = fork(request)
-        if statuses is None:  # leave the loop, so that the process ends as any script does
-            break
-        print(json.dumps(statuses), flush=True)
-    else:
-        return
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
+    while True:
+        if sys.stdin in select.select([sys.stdin, listener], [], [])[0]:
+            return
+        connection, _ = listener.accept()
+        with connection, connection.makefile('rw') as stream:
+            request = json.loads(stream.readline())
+            statuses = fork(request)
+            if statuses is not None:
+                stream.write(json.dumps(statuses) + '\n')
+                continue
+        break  # out of the loop, so that a forked process ends as any script does
+    listener.close()
     script, *arguments = request['argv']
     if script == '-m':
         module, *arguments = arguments
