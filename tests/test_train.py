@@ -393,7 +393,8 @@ def test_our_recipes_start(path, tmp_path):
     """Two batches and one of evaluation; small, generated images where the real data may not be here, bytes for a tiny GPT for text."""
     recipe = load_recipe(path, [f'save_folder={tmp_path}', 'progress_bar=false', 'loggers=null'])
     assert recipe.run_name == path.stem
-    small = {'max_duration': '1ep', 'train_subset_num_batches': 2, 'eval_subset_num_batches': 1, 'loader': None}
+    # compiling takes minutes of processor time, and has tests of its own
+    small = {'compile_config': None, 'max_duration': '1ep', 'train_subset_num_batches': 2, 'eval_subset_num_batches': 1, 'loader': None}
     if recipe.dataset.path is not None:
         # a tenth of them, for subset selection, is two batches
         images = {'name': 'synthetic', 'batch_size': 4, 'num_samples': 80, 'eval_samples': 8, 'image_size': 32}

@@ -90,7 +90,7 @@ PAIRS = [
     (method, row)
     for number, row in enumerate(ROWS)
     for place, method in enumerate(METHODS)
-    if row in WITH_ALL or (place + number) % 4 == 0 or (method, row) in REFUSED
+    if row in WITH_ALL or (place + number) % 8 == 0 or (method, row) in REFUSED
 ]
 
 
