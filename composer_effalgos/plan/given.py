@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -173,7 +174,8 @@ class GivenOrder(PlannedDataLoader):
 
     def _sampled(self, epoch: int) -> Tensor:
         """The order drawn by the samplers of all ranks, interleaved: rank ``r`` of ``w`` has every ``w``-th sample."""
-        batches = [list(batch) for batch in self._batches(epoch)]
+        length = len(self.given.batch_sampler)  # type: ignore[arg-type]  # Composer ends the epoch there, whatever else a sampler has
+        batches = [list(batch) for batch in itertools.islice(self._batches(epoch), length)]
         if self._unit > 1 and any(len(batch) != self._unit for batch in batches[:-1]):
             raise InputError(
                 f'train_dataloader: expected batches of {self._unit} from batch_sampler {type(self.given.batch_sampler).__name__}, got '

@@ -93,6 +93,11 @@ def walk(starts: Iterable[Edge], stops: Collection[Edge], halt: Callable[[Any], 
     return Walk(finished[::-1], arrivals)  # reverse postorder is topological
 
 
+def are_nested(edges: Collection[Edge]) -> bool:
+    """Whether one of the tensors was computed from another one of them."""
+    return any(walk(inputs_of(node), edges).arrivals for node, _ in edges)
+
+
 def between(start: Edge, stops: Collection[Edge]) -> list[Any]:
     """The nodes on the paths from a result to given edges.
 

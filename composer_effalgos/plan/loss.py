@@ -11,13 +11,13 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from composer_effalgos.plan.graph import OpaqueGraphError, edge_of
+from composer_effalgos.plan.graph import OpaqueGraphError, are_nested, edge_of
 from composer_effalgos.plan.order import is_due
 from composer_effalgos.plan.outputs import NotReadableError, is_near, same_structure, tensors_of, total_of, with_added
 from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
-from composer_effalgos.plan.repeated import repeated
+from composer_effalgos.plan.repeated import RANDOM, repeated
 from composer_effalgos.plan.token_loss import read_tokens
 from composer_effalgos.utils.errors import InputError
 
@@ -305,7 +305,7 @@ class WeightedLoss:
             return ''
         with repeated(self._model) as changed, torch.no_grad():
             again = total_of(self.original(same_structure(outputs), same_structure(batch)))
-        if 'random numbers' in changed or not is_near(again, total_of(own).detach(), tensors_of(outputs)[0]):
+        if RANDOM in changed or not is_near(again, total_of(own).detach(), tensors_of(outputs)[0]):
             return 'it gives a different value each time it is computed (it draws random numbers, or keeps a state)'
         return (
             'the losses of its samples depend on the rest of the batch (a mask or a mean over it; or the outputs do not have the samples '
@@ -317,6 +317,8 @@ class WeightedLoss:
         dependent = self._why_dependent(own, outputs, batch)  # must come first: it sets the normalisation of the losses
         probe: Probe = self._refusing(self._form.probe, own, outputs, batch)
         total = total_of(own)
+        if not probe.shares.requires_grad and total == 0:
+            return  # a batch without a target
         if not probe.shares.requires_grad:
             self._refuse('its losses do not depend on the outputs, so weights would have no effect')
         if not torch.isfinite(total) or not torch.isfinite(probe.shares.detach().sum()):
@@ -345,6 +347,8 @@ class WeightedLoss:
         if isinstance(self._form, Called):
             self._form.plain_mean = compared.plain and not near
         by_gradient = bool(compared.read) and not self._foreign and not probe.reads_parameters
+        # The gradient at an output would arrive, already weighted, at the output that it was computed from
+        by_gradient = by_gradient and not are_nested({edge_of(tensors_of(outputs)[position]) for position in compared.read})
         self._read, self._checked, self._check_due = (compared.read if by_gradient else None), True, False
 
 

@@ -61,6 +61,22 @@ def tensors_of(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0]
 
 
+def rows_positions(outputs: Any, size: int) -> list[int]:
+    """Positions in :func:`tensors_of` of the outputs with one row per sample.
+
+    Router logits of a mixture of experts (entries of a mapping whose key contains ``router``) are left out: their loss is one of the batch.
+
+    Args:
+        outputs: The model's outputs.
+        size: Number of samples in the batch.
+    """
+    routers: set[int] = set()
+    if isinstance(outputs, Mapping):
+        routers = {id(tensor) for key, value in outputs.items() if 'router' in str(key) for tensor in tensors_of(value)}
+    found = enumerate(tensors_of(outputs))
+    return [position for position, tensor in found if len(tensor) == size and id(tensor) not in routers]
+
+
 def detached(outputs: Any) -> Any:
     """The same outputs detached from their graph; each floating-point tensor becomes a leaf that requires a gradient."""
     return mapped(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), outputs)

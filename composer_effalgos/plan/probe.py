@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from composer_effalgos.plan.graph import edge_of, pull
-from composer_effalgos.plan.outputs import entries_of, is_rounded, tensors_of, total_of
+from composer_effalgos.plan.outputs import entries_of, is_rounded, rows_positions, tensors_of, total_of
 
 _COMPARED = 2**20  # elements of a gradient to compare, but at least two samples
 
@@ -57,7 +57,8 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
     tensors, factors = tensors_of(outputs), _uneven(probe.shares)
     scale = 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0  # the gradients of a mean would underflow
     even = _excerpts(probe.slopes(scale * probe.shares.sum()))
-    stops = {edge_of(tensors[position]): position for position in even if tensors[position].requires_grad}
+    compared = sorted({*even, *rows_positions(outputs, len(probe.shares))})
+    stops = {edge_of(tensors[position]): position for position in compared if tensors[position].requires_grad}
     theirs: Gradients = {}
     for entry in entries_of(own):
         if not entry.requires_grad:
@@ -69,6 +70,8 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
         return Comparison([], f'read outputs that do not have {len(probe.shares)} rows, one per sample')
     if not theirs:
         return Comparison([])
+    if any(theirs.pop(position).any() for position in theirs.keys() - even.keys()):
+        return Comparison([], 'do not depend on all outputs on which the loss depends')
     uneven = _excerpts(probe.slopes(scale * (factors * probe.shares).sum()))
     even_rows, uneven_rows, their_rows = (_joined(found, even) for found in (even, uneven, theirs))
     if not even_rows.any() and not their_rows.any():
@@ -88,7 +91,7 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
         multiple = (total_of(own) / probe.shares.detach().sum()).to(even_rows)
     if not plain and not _alike(even_rows * multiple, their_rows, tolerance, noise):
         return Comparison([], 'have another gradient at the outputs than the loss itself')
-    return Comparison(sorted(stops.values()), plain=plain)
+    return Comparison(sorted(even.keys() & stops.values()), plain=plain)
 
 
 def _uneven(shares: Tensor) -> Tensor:

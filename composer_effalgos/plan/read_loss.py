@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from composer_effalgos.plan.formulas import formulas
-from composer_effalgos.plan.graph import inputs_of, pull, walk
+from composer_effalgos.plan.graph import pull
 from composer_effalgos.plan.outputs import NotReadableError, entries_of, is_near, tensors_of, total_of
 from composer_effalgos.plan.part import alike, computed_before, evaluated, part_of, take_part
 from composer_effalgos.plan.per_sample import Samples
@@ -49,6 +49,7 @@ class ReadFromGraph:
         self._normalisation = NORMALISATIONS[0]
         self._watching = True  # until a check shows that the graph alone is sufficient
         self._seen: dict[Any, Reduced] = {}
+        self._was_read = False  # whether the graph of some batch could be read
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if not self._watching:
@@ -69,7 +70,8 @@ class ReadFromGraph:
     def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
         readings = self._readings(own, outputs)
         if not readings:
-            return _samples([self._by_formula(own, outputs, batch)])
+            return _samples([self._nothing(own, outputs) or self._by_formula(own, outputs, batch)])
+        self._was_read = True
         return self._samples(readings, self._normalisation)
 
     def _samples(self, readings: Sequence[GraphReading | None], normalisation: str) -> Samples:
@@ -102,9 +104,6 @@ class ReadFromGraph:
             return Probe(shares, lambda result: {}, False)
         self._watching = any(reading.watched for reading in readings)
         positions = {edge: position for edge, position in positions_of(outputs).items() if any(edge in r.read for r in readings)}
-        for edge in positions:
-            if any(other in positions for _, other in walk(inputs_of(edge[0]), positions).arrivals):
-                raise NotReadableError('it reads an output and what that output was computed from')
 
         def slopes(result: Tensor) -> dict[int, Tensor]:
             return {positions[edge]: gradient for edge, gradient in pull(result, positions).items()}
@@ -134,13 +133,23 @@ class ReadFromGraph:
                 return False
         return True
 
+    def _nothing(self, own: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
+        """Zeros for a batch without a target, in which a loss often returns ``0 * outputs.sum()``; ``None`` for any other."""
+        if not self._was_read or total_of(own) != 0:
+            return None
+        zeros = torch.zeros(len(tensors_of(outputs)[0]), device=total_of(own).device)
+        return zeros, zeros
+
     def _by_formula(self, own: Any, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         candidates = formulas(outputs, batch)
         if self._formula is None:
             target = total_of(own)
             for number, candidate in enumerate(candidates):
-                with torch.no_grad():
-                    _, shares = candidate()
+                try:
+                    with torch.no_grad():
+                        _, shares = candidate()
+                except (IndexError, RuntimeError):  # labels that this formula has no place for
+                    continue
                 if is_near(shares.sum(), target, tensors_of(outputs)[0]):
                     self._formula = number
                     break

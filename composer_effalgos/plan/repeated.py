@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Iterator
+import random
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from composer_effalgos.plan.randomness import is_random_state, random_states, restore_random
 
 _OF_TORCH = ('_parameters', '_buffers', '_modules')
+_LEVELS = 4  # of containers and objects below an attribute
+_MOST = 1000  # entries of a container whose own contents are looked at
+_LIBRARIES = {'composer', 'torch', 'torchmetrics', 'torchvision', 'transformers', 'streaming', 'logging', 'composer_effalgos'}
+RANDOM = 'random numbers'  # among the changes, if a generator was used
+
+Undo = tuple[str, Callable[[], bool]]
+"""The name of a value, and a function that restores it and returns whether it had changed."""
 
 
 @contextlib.contextmanager
@@ -22,64 +33,130 @@ def repeated(model: nn.Module) -> Iterator[list[str]]:
     rest of the run.
 
     Args:
-        model: The model whose loss is evaluated. Its attributes and buffers, and those of its modules, are restored; lists and dicts among
-            them by their entries.
+        model: The model whose loss is evaluated. Its attributes and buffers, and those of its modules, are restored, with containers,
+            arrays, generators and plain objects among them; iterators and objects of libraries cannot be.
 
     Yields:
         A list that contains, after the block, the names of what it changed.
     """
     changed: list[str] = []
-    kept = [
-        (f'{name}.' if name else '', owner, dict(owner), {key: _content(value) for key, value in owner.items() if key not in _OF_TORCH})
-        for name, module in model.named_modules()
-        for owner in (vars(module), module._buffers)
-    ]
-    random, on_gpu = random_states(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    known: set[int] = set()
+    kept: list[Undo] = []
+    for name, module in model.named_modules():
+        prefix = f'{name}.' if name else ''
+        kept += [*_entries(prefix, vars(module), _LEVELS, known, _OF_TORCH), *_entries(prefix, module._buffers, 1, known)]
+    states, on_gpu = random_states(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield changed
     finally:
-        if not is_random_state(random):
-            changed.append('random numbers')
+        if not is_random_state(states):
+            changed.append(RANDOM)
         if on_gpu and not all(map(torch.equal, on_gpu, torch.cuda.get_rng_state_all())):
-            changed.append('random numbers')
+            changed.append(RANDOM)
             torch.cuda.set_rng_state_all(on_gpu)
-        restore_random(random)
-        for prefix, owner, entries, contents in kept:
-            changed += [f'{prefix}{name}' for name in _put_back(owner, entries, contents)]
+        restore_random(states)
+        changed += [name for name, undo in kept if undo()]
 
 
-def _content(value: Any) -> Any:
-    """A copy of the content that an in-place change would destroy; ``None`` if there is none to restore."""
-    if type(value) is Tensor and not value.requires_grad and not value.is_inference():  # others may be views of FSDP's parameters
-        return value._version, value.clone()
-    return value.copy() if type(value) in (list, dict) else None
+def _entries(prefix: str, owner: Any, levels: int, known: set[int], without: tuple[str, ...] = ()) -> Iterator[Undo]:
+    """The entries of a mapping, and what is in them."""
+    entries = dict(owner)
+
+    def undo() -> bool:
+        same = list(owner) == list(entries) and all(owner[key] is value for key, value in entries.items())
+        if not same:
+            for key in [key for key in owner if key not in entries]:
+                del owner[key]
+            for key, value in entries.items():
+                owner[key] = value
+        return not same
+
+    yield prefix.rstrip('.') or 'attributes', undo
+    if len(entries) <= _MOST:
+        for key, value in entries.items():
+            if key not in without:
+                yield from _contents(f'{prefix}{key}', value, levels - 1, known)
 
 
-def _put_back(owner: dict[str, Any], entries: dict[str, Any], contents: dict[str, Any]) -> list[str]:
-    changed = [name for name in owner if name not in entries]
-    for name in changed:
-        del owner[name]
-    for name, value in entries.items():
-        content: Any = contents.get(name)
-        if name not in owner or owner[name] is not value:
-            owner[name] = value
-            changed.append(name)
-        if content is None:
-            continue
-        if isinstance(value, Tensor) and value._version != content[0]:
-            with torch.no_grad():
-                value.copy_(content[1])
-            changed.append(name)
-        elif isinstance(value, list | dict) and not _same_entries(value, content):
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-            changed.append(name)
-    return changed
+def _contents(name: str, value: Any, levels: int, known: set[int]) -> Iterator[Undo]:
+    """What an in-place change of a value would destroy."""
+    if id(value) in known or levels < 0:
+        return
+    known.add(id(value))
+    if isinstance(value, Tensor):
+        if type(value) is Tensor and not value.requires_grad and not value.is_inference():  # others may be views of FSDP's parameters
+            yield name, _tensor(value)
+    elif isinstance(value, np.ndarray):
+        yield name, _array(value)
+    elif isinstance(value, torch.Generator):
+        yield RANDOM, _state(value.get_state(), value.get_state, value.set_state, torch.equal)
+    elif isinstance(value, random.Random):
+        yield RANDOM, _state(value.getstate(), value.getstate, value.setstate, lambda ours, theirs: ours == theirs)
+    elif isinstance(value, np.random.Generator):
+        bits: Any = value.bit_generator
+        yield RANDOM, _state(bits.state, lambda: bits.state, lambda state: setattr(bits, 'state', state), lambda a, b: str(a) == str(b))
+    elif isinstance(value, dict):
+        yield from _entries(f'{name}.', value, levels, known)
+    elif isinstance(value, list | collections.deque | set):
+        yield name, _collection(value)
+        for number, item in enumerate(value if len(value) <= _MOST else ()):
+            yield from _contents(f'{name}.{number}', item, levels - 1, known)
+    elif isinstance(value, tuple):
+        for number, item in enumerate(value if len(value) <= _MOST else ()):
+            yield from _contents(f'{name}.{number}', item, levels - 1, known)
+    elif _is_plain_object(value):
+        yield from _entries(f'{name}.', vars(value), levels, known)
 
 
-def _same_entries(ours: Any, theirs: Any) -> bool:
-    if len(ours) != len(theirs):
+def _is_plain_object(value: Any) -> bool:
+    if isinstance(value, nn.Module | type | types.ModuleType | types.FunctionType | types.MethodType) or not hasattr(value, '__dict__'):
         return False
-    if isinstance(ours, dict):
-        return all(key in ours and ours[key] is value for key, value in theirs.items())
-    return all(value is held for value, held in zip(ours, theirs, strict=True))
+    return type(value).__module__.partition('.')[0] not in _LIBRARIES
+
+
+def _tensor(value: Tensor) -> Callable[[], bool]:
+    version, content = value._version, value.clone()
+
+    def undo() -> bool:
+        if value._version == version:
+            return False
+        with torch.no_grad():
+            value.copy_(content)
+        return True
+
+    return undo
+
+
+def _array(value: np.ndarray) -> Callable[[], bool]:
+    content = value.copy()
+
+    def undo() -> bool:
+        if value.tobytes() == content.tobytes():
+            return False
+        value[...] = content
+        return True
+
+    return undo
+
+
+def _collection(value: Any) -> Callable[[], bool]:
+    items = list(value)
+
+    def undo() -> bool:
+        if len(value) == len(items) and all(ours is theirs for ours, theirs in zip(value, items, strict=True)):
+            return False
+        value.clear()
+        value.update(items) if isinstance(value, set) else value.extend(items)
+        return True
+
+    return undo
+
+
+def _state(before: Any, get: Callable[[], Any], put: Callable[[Any], Any], alike: Callable[[Any, Any], bool]) -> Callable[[], bool]:
+    def undo() -> bool:
+        if alike(before, get()):
+            return False
+        put(before)
+        return True
+
+    return undo

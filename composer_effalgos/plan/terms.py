@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from composer_effalgos.plan.graph import Edge, between, edge_of, inputs_of, pull, walk
-from composer_effalgos.plan.outputs import NotReadableError, in_full, tensors_of
+from composer_effalgos.plan.outputs import NotReadableError, in_full, rows_positions, tensors_of
 from composer_effalgos.plan.watch import Reduced
 
 _ONE_BY_ONE = 'it computes the loss of one sample at a time'
@@ -178,6 +178,11 @@ def read_graph(entry: Tensor, outputs: Any, seen: Mapping[Any, Reduced] | None =
         raise NotReadableError('a further term in it reads the outputs')
     if not read:
         raise NotReadableError('it does not come from the outputs that the model returns')
+    rows = Rows(behind.nodes, read, outputs)
+    tensors = tensors_of(outputs)
+    per_sample = {edge_of(tensors[place]) for place in rows_positions(outputs, rows.samples) if tensors[place].requires_grad}
+    if any(edge in per_sample and edge not in read for _, edge in others):
+        raise NotReadableError('a further term in it reads another output')
     ends = {(node, 0) for node in (*readers, *understood)}
     if not all(_is_linear(node) for node in between(root, ends)):
         raise NotReadableError('it goes from the samples to their loss by more than a weighted mean')
@@ -195,7 +200,7 @@ def read_graph(entry: Tensor, outputs: Any, seen: Mapping[Any, Reduced] | None =
         if (node, 0) in coefficients
     ]
     reads_parameters = any(hasattr(node, 'variable') for node in behind.nodes)
-    return GraphReading(terms, read, Rows(behind.nodes, read, outputs), reads_parameters, bool(reduced.keys() & set(readers)))
+    return GraphReading(terms, read, rows, reads_parameters, bool(reduced.keys() & set(readers)))
 
 
 def _watched_term(node: Any, reduced: Reduced, coefficient: Tensor) -> Term:

@@ -42,6 +42,16 @@ class Backwards(Sampler):
         return len(self.source)
 
 
+class Circular(Backwards):
+    """Composer ends its epochs after as many batches as its length says."""
+
+    def __iter__(self):
+        return itertools.cycle(super().__iter__())
+
+    def __len__(self) -> int:
+        return 40
+
+
 class Pairs(BatchSampler):
     """Batches of neighbours."""
 
@@ -98,6 +108,7 @@ def loader_of(problem, streaming_dataset):
                 problem, 16, sampler=WeightedRandomSampler(torch.arange(203.0) + 1, 150, generator=torch.Generator().manual_seed(5))
             ),
             'own sampler': lambda: DataLoader(problem, 16, sampler=Backwards(problem), num_workers=2),
+            'endless sampler': lambda: DataLoader(problem, 16, sampler=Circular(problem)),
             'own batch sampler': lambda: DataLoader(problem, batch_sampler=Pairs(SequentialSampler(problem), 16, False)),
             'some of them': lambda: DataLoader(problem, 16, sampler=RandomSampler(problem, num_samples=100)),
             'iterable': lambda: DataLoader(Sized(problem), 16),
@@ -168,7 +179,7 @@ def train(make_trainer, weights_of):
     return run
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [*KINDS, 'endless sampler'])
 def test_without_growth_it_is_plain_composer(train, loader_of, kind):
     plain, plain_weights, _ = train([], loader_of(kind))
     ours, weights, _ = train([AdaBatch(2, '50ep')], loader_of(kind))

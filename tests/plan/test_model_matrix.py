@@ -1,10 +1,13 @@
 """Kinds of model in one table: InfoBatch leaves each one's own loss as it is, and weighs its samples, or refuses in one line."""
 
 import copy
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composer.core import Callback
@@ -190,6 +193,31 @@ class Counts(Own):
     def loss(self, outputs: Any, batch: Any) -> Any:
         self.calls += 1
         return super().loss(outputs, batch) * (1 + 1e-5 * self.calls)
+
+
+class CountsElsewhere(Own):
+    """Keeps its count, and its draws of noise, in objects and containers."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.seen = {'calls': Counter(), 'losses': deque(maxlen=3), 'batches': [set()]}
+        self.state = SimpleNamespace(calls=[0], sums=np.zeros(2))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        self.seen['calls']['loss'] += 1
+        self.seen['losses'].append(self.seen['calls']['loss'])
+        self.seen['batches'][0].add(self.state.calls[0])
+        self.state.calls[0] += 1
+        self.state.sums += 1
+        counts = [
+            self.seen['calls']['loss'],
+            sum(self.seen['losses']),
+            len(self.seen['batches'][0]),
+            *self.state.calls,
+            self.state.sums.sum(),
+        ]
+        return super().loss(outputs, batch) * (1 + 1e-6 * float(sum(counts)) + 1e-6 * torch.rand((), generator=self.generator))
 
 
 class CountsWithReduction(Own):
@@ -401,6 +429,28 @@ VECTORS, CLASS_WEIGHTS = TensorDataset(INPUTS, CLASSES), torch.tensor([0.5, 1.0,
 SENTENCES, SOME_IGNORED = language(labels=LABELS), CLASSES.masked_fill(torch.arange(SAMPLES) % 5 == 0, -100)
 
 
+FEW = CLASSES.masked_fill(torch.arange(SAMPLES) % (2 * BATCH) > 2, -1)  # every second batch has no label
+
+
+def labelled_only(logits: Tensor, targets: Tensor) -> Tensor:
+    rows = targets >= 0
+    return F.cross_entropy(logits[rows], targets[rows]) if rows.any() else 0 * logits.sum()
+
+
+def halves(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, :2], logits[:, 2:]
+
+
+def two_outputs(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    """Of which one is a loss of torch whose node shows its samples, and the other is not."""
+    return F.cross_entropy(outputs[0], targets.clamp(max=1)) + (outputs[1].sigmoid() - 0.3).abs().mean()
+
+
+def with_source(outputs: tuple[Tensor, Tensor], targets: Tensor, reduction: str = 'mean') -> Tensor:
+    losses = F.cross_entropy(outputs[1], targets, reduction='none') + 0.5 * outputs[0].square().mean(dim=1)
+    return losses if reduction == 'none' else losses.mean()
+
+
 def router_loss(model: ComposerModel, batch: Any) -> Tensor:
     return model.config.router_aux_loss_coef * model(batch)['aux_loss']
 
@@ -451,6 +501,18 @@ KINDS = {
     'takes its labels away, reduction': Kind(lambda: PopsWithReduction(F.cross_entropy), Rows(inputs=INPUTS, labels=CLASSES)),
     'counts its calls': Kind(lambda: Counts(F.cross_entropy), VECTORS),
     'counts its calls, reduction': Kind(lambda: CountsWithReduction(F.cross_entropy), VECTORS),
+    'counts its calls elsewhere': Kind(lambda: CountsElsewhere(F.cross_entropy), VECTORS),
+    'counts no sample in some batches': Kind(lambda: Own(labelled_only), TensorDataset(INPUTS, FEW)),
+    'two outputs, two losses': Kind(lambda: Own(two_outputs, halves), VECTORS),
+    'two outputs, one loss in reduction': Kind(
+        lambda: OwnWithReduction(lambda o, t, reduction='mean': {'a': F.cross_entropy(o[0], t.clamp(max=1), reduction=reduction),
+                                                                 'b': o[1].sigmoid().mean()}, halves),
+        VECTORS, refused='do not depend on all outputs on which the loss depends'),
+    'two outputs, one for the whole batch': Kind(
+        lambda: Own(lambda o, t: F.cross_entropy(o[0], t.clamp(max=1)) + o[1].std(), halves), VECTORS, refused='reads another output'),
+    'an output and its source': Kind(lambda: Own(with_source, lambda logits: (logits, logits.tanh())), VECTORS),
+    'an output and its source, reduction': Kind(
+        lambda: OwnWithReduction(with_source, lambda logits: (logits, logits.tanh())), VECTORS),
     'moving average': Kind(lambda: Averages(F.cross_entropy), VECTORS, refused='a different value each time it is computed'),
     'noise': Kind(lambda: Own(lambda o, t: F.cross_entropy(o + torch.randn_like(o), t)), VECTORS,
                   refused='a different value each time it is computed'),

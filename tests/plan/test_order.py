@@ -1,5 +1,7 @@
 """Batches whose samples are in another order than planned: scores would go to the wrong samples."""
 
+import dataclasses
+
 import pytest
 import torch
 from composer.core import DataSpec
@@ -234,3 +236,32 @@ def test_a_model_that_sorts_its_batch(make_trainer, where):
         return
     with pytest.raises(InputError, match=r'^model: expected forward\(\) to keep the order of the rows of the batch'):
         trainer.fit()
+
+
+@dataclasses.dataclass
+class Sample:
+    inputs: torch.Tensor
+    label: int
+
+
+class Objects(Dataset):
+    """Samples that only their own collate function understands, and whose == has no truth value."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return Sample(INPUTS[index], index % 2)
+
+
+def test_samples_may_be_objects(make_trainer, weights_of):
+    def collate(samples):
+        return torch.stack([sample.inputs for sample in samples]), torch.tensor([sample.label for sample in samples])
+
+    plain, ours = (
+        make_trainer(algorithms, train_loader=DataLoader(Objects(), 8, collate_fn=collate), max_duration='3ep')
+        for algorithms in ([], [InfoBatch(prune_ratio=0)])
+    )
+    plain.fit()
+    ours.fit()
+    assert torch.equal(weights_of(plain), weights_of(ours))
