@@ -225,6 +225,8 @@ def check_data(
         raise InputError(f'--out: expected a file in a folder that exists, got {out}')
     if source.is_dir():
         data = DatasetRecipe(name='image_folder', batch_size=1, path=str(source))
+    elif source.suffix not in ('.yaml', '.yml'):
+        raise InputError(f'SOURCE: expected a recipe (*.yaml) or a folder with train/CLASS/ and val/CLASS/, got {source}')
     else:
         data = load_recipe(source, overrides or []).dataset
     broken: list[str] = []

@@ -24,7 +24,10 @@ from torch.utils.data import (
 
 from composer_effalgos.utils.errors import InputError
 
-_WAY_OUT = 'use shuffle=True or composer.utils.dist.get_sampler, and torch.utils.data.Subset to train on some samples only'
+_WAY_OUT = (
+    'use shuffle=True or composer.utils.dist.get_sampler, which draw every sample once per epoch, and torch.utils.data.Subset to train on '
+    'some samples only'
+)
 
 
 @dataclass(frozen=True)

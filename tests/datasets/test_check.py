@@ -65,7 +65,9 @@ def test_checks_the_data_of_a_recipe(monkeypatch, capsys, folder):
 
 def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, tmp_path / 'none') == 2
-    assert capsys.readouterr().err.startswith('error: ')
+    assert capsys.readouterr().err.startswith(
+        'error: SOURCE: expected a recipe (*.yaml) or a folder with train/CLASS/ and val/CLASS/, got '
+    )
 
 
 def test_the_data_set_keeps_its_transform(folder):
