@@ -57,14 +57,17 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
     tensors, factors = tensors_of(outputs), _uneven(probe.shares)
     scale = 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0  # the gradients of a mean would underflow
     even = _excerpts(probe.slopes(scale * probe.shares.sum()))
-    compared = sorted({*even, *rows_positions(outputs, len(probe.shares))})
-    stops = {edge_of(tensors[position]): position for position in compared if tensors[position].requires_grad}
+    # at all outputs, or the gradient at one that is left out would flow on to others
+    stops = {edge_of(tensor): position for position, tensor in enumerate(tensors) if tensor.requires_grad}
+    compared = {*even, *rows_positions(outputs, len(probe.shares))}
     theirs: Gradients = {}
     for entry in entries_of(own):
         if not entry.requires_grad:
             continue
         # Do not bind a whole gradient to a name: it may be as large as the logits and must not outlive its excerpt.
-        for position, gradient in _excerpts({stops[edge]: gradient for edge, gradient in pull(entry, stops, scale).items()}).items():
+        for position, gradient in _excerpts(
+            {stops[edge]: whole for edge, whole in pull(entry, stops, scale).items() if stops[edge] in compared}
+        ).items():
             theirs[position] = theirs[position] + gradient if position in theirs else gradient
     if any(len(tensors[position]) != len(probe.shares) for position in even):
         return Comparison([], f'read outputs that do not have {len(probe.shares)} rows, one per sample')

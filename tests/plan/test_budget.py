@@ -125,5 +125,5 @@ def test_arguments():
 
 
 def test_without_it_the_warning_names_it(make_trainer):
-    with pytest.warns(UserWarning, match=r"to save time, give InfoBatch\(budget='full'\) or max_duration in epochs"):
+    with pytest.warns(UserWarning, match=r"to save time, give InfoBatch\(budget='full'\), or max_duration in epochs"):
         fit(make_trainer, [InfoBatch()], LENGTHS[1])

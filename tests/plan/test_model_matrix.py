@@ -684,3 +684,30 @@ def test_a_samples_loss_is_that_of_the_sample_alone(name):
             torch.autograd.grad(loss, list(model.parameters())[-1], retain_graph=True)[0] for loss in (ours[index], theirs * scale)
         ]
         assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_loss_of_routers_is_one_of_the_batch():
+    """Also where their logits have a row per sample; the hidden states that they were computed from are outputs too."""
+
+    class Switch(HuggingFaceModel):
+        def forward(self, batch: Any) -> Any:
+            return self.model(**batch, output_router_logits=True)
+
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=WORDS, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=2, dropout_rate=0.0,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Switch(transformers.SwitchTransformersForConditionalGeneration(config))
+    words = torch.randint(1, WORDS, (BATCH, LENGTH))
+    batch = {'input_ids': words, 'attention_mask': torch.ones_like(words), 'labels': words}
+    outputs = model(batch)
+    weighted, seen = WeightedLoss(model), []
+    weighted.subscribers.append(lambda losses, *_: seen.append(losses))
+    weighted.begin_fit()
+    weighted.start_batch(slice(0, BATCH))
+    assert weighted(outputs, batch) is outputs['loss']
+    (losses,) = seen
+    expected = F.cross_entropy(outputs['logits'].transpose(1, 2), words, reduction='none').mean(dim=1)
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert outputs['loss'] > expected.mean()
