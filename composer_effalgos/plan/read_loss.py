@@ -135,9 +135,9 @@ class ReadFromGraph:
 
     def _nothing(self, own: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
         """Zeros for a batch without a target, in which a loss often returns ``0 * outputs.sum()``; ``None`` for any other."""
-        if not self._was_read or total_of(own) != 0:
+        if not self._was_read or (total := total_of(own)) != 0:
             return None
-        zeros = torch.zeros(len(tensors_of(outputs)[0]), device=total_of(own).device)
+        zeros = total.new_zeros(len(tensors_of(outputs)[0]))
         return zeros, zeros
 
     def _by_formula(self, own: Any, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:

@@ -179,9 +179,8 @@ def read_graph(entry: Tensor, outputs: Any, seen: Mapping[Any, Reduced] | None =
     if not read:
         raise NotReadableError('it does not come from the outputs that the model returns')
     rows = Rows(behind.nodes, read, outputs)
-    tensors = tensors_of(outputs)
-    per_sample = {edge_of(tensors[place]) for place in rows_positions(outputs, rows.samples) if tensors[place].requires_grad}
-    if any(edge in per_sample and edge not in read for _, edge in others):
+    further = {positions[edge] for _, edge in others if edge in positions and edge not in read}
+    if further and not further.isdisjoint(rows_positions(outputs, rows.samples)):
         raise NotReadableError('a further term in it reads another output')
     ends = {(node, 0) for node in (*readers, *understood)}
     if not all(_is_linear(node) for node in between(root, ends)):

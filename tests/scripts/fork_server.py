@@ -91,8 +91,9 @@ def become(rank: int, request: dict[str, Any], port: str) -> None:
 def main() -> None:
     """Serve until standard input ends; in a forked process run the script instead."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(sys.argv[1])
+    listener.bind(f'{sys.argv[1]}.new')
     listener.listen()
+    Path(f'{sys.argv[1]}.new').rename(sys.argv[1])  # whoever finds the socket can connect to it
     while True:
         if sys.stdin in select.select([sys.stdin, listener], [], [])[0]:
             return
