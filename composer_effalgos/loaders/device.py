@@ -15,19 +15,20 @@ import torch
 from composer.utils import dist
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos.datasets.images import with_transform
 from composer_effalgos.loaders import cache as disk
-from composer_effalgos.loaders.augment import split_transform, steps_of, with_black_pixel
-from composer_effalgos.plan import BatchReader, Reading
+from composer_effalgos.loaders.augment import split_transform, with_black_pixel
+from composer_effalgos.loaders.on_device import OnDevice
+from composer_effalgos.plan import Reading
 from composer_effalgos.utils.errors import InputError
 
 # On a GPU, launching a dozen small kernels per batch costs more than running them: build several batches at once, up to this size
 TOGETHER = 64 * 2**20  # bytes
 
 
-class DeviceDataLoader(BatchReader):
+class DeviceDataLoader(OnDevice):
     """Keeps decoded images on the device and augments them there in batches.
 
     The images are decoded once, as uint8, on first iteration (or by :meth:`load`), and stay in GPU memory, or in host memory without a GPU;
@@ -64,14 +65,10 @@ class DeviceDataLoader(BatchReader):
         cache: str | os.PathLike[str] | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
-        if device is None:
-            device = f'cuda:{dist.get_local_rank()}' if torch.cuda.is_available() else 'cpu'
-        self.device = torch.device(device)
+        super().__init__(dataset, device=device, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
         self.cache = None if cache is None else Path(cache).expanduser()
         self.decoders = num_workers
-        self._steps = _steps(dataset)
-        self._once, self._transform = split_transform(_innermost(dataset).transform)
+        self._once, self._transform = split_transform(self.images.transform)
         self._images: Tensor | None = None
         self._labels: Tensor | None = None
 
@@ -95,17 +92,13 @@ class DeviceDataLoader(BatchReader):
         Yields:
             ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.
         """
-        if _steps(self.dataset) != self._steps:
-            raise InputError(
-                f'DeviceDataLoader: the transform of {type(_innermost(self.dataset)).__name__} was changed after it had been read, '
-                'by an algorithm such as RandAugment; use worker processes (in a recipe `loader: workers`) with it'
-            )
+        self.check_transform()
         self.load()
         images, labels = self._images, self._labels
         assert images is not None
         assert labels is not None
         decisions = self._transform.draw(reading.seed, reading.indices, *images.shape[1:3])
-        indices, decisions = self._to_device(reading.indices), self._to_device(decisions)
+        indices, decisions = self.to_device(reading.indices), self.to_device(decisions)
         offsets = reading.offsets
         for first, last in _together(offsets, TOGETHER // (4 * images[0].numel()) if self.device.type == 'cuda' else 0):
             start, stop = offsets[first], offsets[last]
@@ -118,11 +111,6 @@ class DeviceDataLoader(BatchReader):
                 here = slice(offsets[batch] - start, offsets[batch + 1] - start)
                 # Composer deep-copies each batch, and deep-copying a view copies its whole storage
                 yield [inputs[here].clone(), targets[here].clone()]
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        if self.device.type != 'cuda':
-            return values
-        return values.pin_memory().to(self.device, non_blocking=True)
 
     def _decoded(self) -> tuple[Tensor, Tensor]:
         """Images, uint8 ``[N, H, W, 3]`` followed by a black pixel, and labels, int64 ``[N]``."""
@@ -185,21 +173,6 @@ class _ToStore:
         if not isinstance(image, Image.Image):
             raise InputError(f'DeviceDataLoader: expected PIL images before the transform, got {type(image).__name__}')
         return np.array(image.convert('RGB'))
-
-
-def _innermost(dataset: Any) -> Any:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    if getattr(dataset, 'transform', None) is None:
-        raise InputError(
-            'DeviceDataLoader: expected a data set whose attribute `transform` is a torchvision pipeline over PIL images, got '
-            f'{type(dataset).__name__} without one; use worker processes (in a recipe `loader: workers`)'
-        )
-    return dataset
-
-
-def _steps(dataset: Any) -> list[int]:
-    return [id(step) for step in steps_of(_innermost(dataset).transform)]
 
 
 def _check_room(needed: int, free: int, what: str) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
 from composer_effalgos.datasets.beton import Beton, import_ffcv
 from composer_effalgos.loaders.augment import BatchTransform, random_bits, split_transform, steps_of, with_black_pixel
-from composer_effalgos.plan import BatchReader, Reading, stream_seed
+from composer_effalgos.loaders.on_device import OnDevice
+from composer_effalgos.plan import Reading, stream_seed
 from composer_effalgos.utils.errors import InputError
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
@@ -25,7 +25,7 @@ Boxes = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """``(seed, sample indices, heights, widths) -> int64 [m, 4]``: top, left, height and width of the box to decode from each image."""
 
 
-class FfcvDataLoader(BatchReader):
+class FfcvDataLoader(OnDevice):
     """Decodes with ffcv's threads and augments in batches on the device.
 
     ffcv decodes, crops to a box and resizes in compiled code, ahead of training. It takes the plan's batches of any size without
@@ -66,11 +66,7 @@ class FfcvDataLoader(BatchReader):
                 f'FfcvDataLoader: expected a .beton file (in a recipe `dataset: {{name: beton, ...}}`), got {type(dataset).__name__}; '
                 'effalgos convert --to ffcv writes them'
             )
-        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
-        if device is None:
-            device = f'cuda:{dist.get_local_rank()}' if torch.cuda.is_available() else 'cpu'
-        self.device = torch.device(device)
-        self._steps = steps_of(dataset.transform)
+        super().__init__(dataset, device=device, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
         self._decoding, self._transform = _split(dataset)
         import_ffcv('loader: ffcv')
         from composer_effalgos.loaders.ffcv_parts import images_of
@@ -83,13 +79,9 @@ class FfcvDataLoader(BatchReader):
         Yields:
             ``[images, labels]`` on the device: float32 ``[b, 3, h, w]`` in channels-last memory and int64 ``[b]``.
         """
+        self.check_transform()
         dataset = self.dataset
         assert isinstance(dataset, Beton)
-        if [id(step) for step in steps_of(dataset.transform)] != [id(step) for step in self._steps]:
-            raise InputError(
-                'FfcvDataLoader: the transform of its data set was changed after it had been read, by an algorithm such as RandAugment; '
-                'use worker processes (in a recipe `loader: workers`) with it'
-            )
         if len(reading.offsets) < 2:
             return
         heights, widths = dataset.sizes[reading.indices].T.numpy()
@@ -105,8 +97,8 @@ class FfcvDataLoader(BatchReader):
             for (start, stop), (decoded,) in zip(cut, epoch, strict=True):
                 images = self._copied(decoded)
                 here = torch.arange(stop - start, device=self.device)
-                inputs = self._transform(images, here, self._on_device(decisions[:, start:stop]))
-                yield [inputs, self._on_device(labels[start:stop])]
+                inputs = self._transform(images, here, self.to_device(decisions[:, start:stop]))
+                yield [inputs, self.to_device(labels[start:stop])]
         finally:
             epoch.stop()
 
@@ -114,12 +106,7 @@ class FfcvDataLoader(BatchReader):
         """Copy ffcv's buffer to the device, followed by the black pixel that :class:`BatchTransform` needs."""
         room = with_black_pixel(decoded.shape)
         room.copy_(torch.from_numpy(decoded))
-        return self._on_device(room.as_strided((room.numel() + 3,), (1,)))[: room.numel()].view(room.shape)
-
-    def _on_device(self, values: Tensor) -> Tensor:
-        if self.device.type != 'cuda':
-            return values
-        return values.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return self.to_device(room.as_strided((room.numel() + 3,), (1,)))[: room.numel()].view(room.shape)
 
 
 # ------------------------------------------------------------------ decoding boxes

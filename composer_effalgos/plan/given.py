@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail, split_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.ranks import Ranks
-from composer_effalgos.plan.samples import Samples, StreamedSamples, is_streaming, iterates_as_usual, samples_of
+from composer_effalgos.plan.samples import Samples, StreamedSamples, is_streaming, iterates_as_usual, length_of, samples_of
 from composer_effalgos.plan.shard_loader import ShardLoader
 from composer_effalgos.plan.streams import BatchStream, WorkerStream
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -62,14 +62,10 @@ def planned_loader(
         loader: PlannedDataLoader = ShardLoader(given, seed=seed, ranks=ranks)
     else:
         loader = kind(given, seed=seed, rank=rank, world_size=world_size)
-    try:
-        length = len(given)
-    except (TypeError, NotImplementedError):
-        length = None
     if kind is PlannedDataLoader:
         loader.tail = tail
     # without train_subset_num_batches, Composer reports the loader's own length, which is no limit
-    loader.limit(None if max_batches == length else max_batches)
+    loader.limit(None if max_batches == length_of(given) else max_batches)
     return loader
 
 
@@ -120,11 +116,11 @@ class GivenOrder(PlannedDataLoader):
                 raise InputError(
                     f'train_dataloader: expected a batch_sampler with the attribute batch_size, got {type(sampler).__name__} without it'
                 )
-            try:
-                length = len(sampler.sampler) if type(sampler) is BatchSampler else len(sampler) * batch_size  # type: ignore[arg-type]
-            except (TypeError, NotImplementedError) as error:
-                raise InputError(f'train_dataloader: expected a sampler with __len__, got {type(sampler).__name__} without it') from error
             self._unit = 1 if type(sampler) is BatchSampler else batch_size
+            own_length = length_of(sampler.sampler if type(sampler) is BatchSampler else sampler)
+            if own_length is None:
+                raise InputError(f'train_dataloader: expected a sampler with __len__, got {type(sampler).__name__} without it')
+            length = own_length * self._unit
         samples = Samples(dataset, length * world_size, batch_size, drop_last)
         super().__init__(loader, seed=seed, rank=rank, world_size=world_size, samples=samples)
 
@@ -228,16 +224,13 @@ class StreamLoader(PlannedDataLoader):
             )
         usual = isinstance(loader, DataLoader) and iterates_as_usual(loader) and not isinstance(loader.dataset, IterDataPipe)
         self._stream = WorkerStream(loader, stream_seed(seed, 1, rank)) if usual else BatchStream(loader)
-        try:
-            length = len(loader.dataset) if usual else len(loader) * batch_size  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            length = None
+        length = length_of(loader.dataset if usual else loader)
         self._begun = 0  # epochs begun so far
         self._sizes: BatchSize = batch_size
         drop_last = bool(getattr(loader, 'drop_last', False)) and usual
         dataset: Any = getattr(loader, 'dataset', [])
-        samples = Samples(dataset, None if length is None else length * world_size, batch_size, drop_last)
-        super().__init__(loader, seed=seed, rank=rank, world_size=world_size, samples=samples)
+        size = None if length is None else length * (1 if usual else batch_size) * world_size
+        super().__init__(loader, seed=seed, rank=rank, world_size=world_size, samples=Samples(dataset, size, batch_size, drop_last))
 
     def _make_path(self, indices: Tensor | None) -> None:
         """Does nothing: without sample numbers there is no path that reads by number."""

@@ -121,6 +121,14 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
     return Samples(dataset, len(dataset), batches.batch_size, batches.drop_last, indices, shuffle, starts)  # type: ignore[arg-type]
 
 
+def length_of(given: Any) -> int | None:
+    """The length of a loader, sampler or dataset; ``None`` if it has none."""
+    try:
+        return len(given)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def is_streaming(dataset: Any) -> bool:
     """Whether a dataset is a ``StreamingDataset`` with the standard iteration.
 

@@ -6,7 +6,6 @@ This module's dataclasses define our own keys. Everything else is checked agains
 
 from __future__ import annotations
 
-import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import Precision, Time, TimeUnit, ensure_time
+from composer.core import Precision, Time, TimeUnit
 
-from composer_effalgos.datasets.registry import DATASETS, LABELLED_TEXT, TEXT
+from composer_effalgos.datasets.registry import DATASETS
 from composer_effalgos.loaders import GIVEN, LOADERS
 from composer_effalgos.models import MODELS
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS
@@ -24,10 +23,11 @@ from composer_effalgos.recipes import components
 from composer_effalgos.recipes.arguments import check_arguments, parameters
 from composer_effalgos.recipes.components import Component, find
 from composer_effalgos.recipes.faults import blamed, explain, is_ours
-from composer_effalgos.recipes.settings import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, read_settings
+from composer_effalgos.recipes.limits import check_duration, check_run_name, check_save_folder, check_trainer, check_values
+from composer_effalgos.recipes.settings import read_settings
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean, shown
+from composer_effalgos.utils.text import did_you_mean
 from composer_effalgos.utils.type_hints import check_type, describe, takes_time
 
 __all__ = [
@@ -163,9 +163,7 @@ NOT_FOR_RECIPES = {
     'self', 'train_dataloader', 'train_dataloader_label', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithm_passes', 'profiler',
     'load_object_store', 'console_stream', 'spin_dataloaders',
 }  # fmt: skip
-_FLOAT32_MAX = 3.4e38
 _SCHEDULE_UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
-_LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
 _LENGTHS = ('step_size', 't_max', 't_0', 'decay_period')  # arguments that schedulers divide by
 
 
@@ -205,7 +203,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     for key in settings:
         if key not in OURS and key not in trainer_hints:
             raise InputError(f'{source}: {key}: unknown key; {did_you_mean(str(key), {*OURS, *trainer_hints})}')
-        _check_values(f'{source}: {key}', settings[key])
+        check_values(f'{source}: {key}', settings[key])
     for key in ('dataset', 'model', 'optimizer', 'max_duration'):
         if settings.get(key) is None:
             raise InputError(f'{source}: {key}: missing; every recipe needs it')
@@ -213,16 +211,16 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
     trainer = {key: value for key, value in settings.items() if key not in OURS}
     for key, value in trainer.items():
         check_type(f'{source}: {key}', value, trainer_hints[key])
-    _check_trainer(source, trainer)
+    check_trainer(source, trainer)
     hints = typing.get_type_hints(Recipe)
     plain = {key: settings[key] for key in ('max_duration', 'run_name', 'seed', 'precision', 'save_folder') if key in settings}
     for key, value in plain.items():
         check_type(f'{source}: {key}', value, hints[key])
-    _check_run_name(source, plain.setdefault('run_name', run_name))
-    _check_save_folder(source, plain.get('save_folder', ''))
+    check_run_name(source, plain.setdefault('run_name', run_name))
+    check_save_folder(source, plain.get('save_folder', ''))
     check_number(f'{source}: seed', plain.get('seed', 0), least=0, most=2**32 - 1)
     dataset = _dataset(f'{source}: dataset', settings['dataset'])
-    _check_duration(f'{source}: max_duration', plain['max_duration'], dataset.name)
+    check_duration(f'{source}: max_duration', plain['max_duration'], dataset.name)
     if plain.get('precision') is not None:
         find(f'{source}: precision', 'precision', plain['precision'], {item.value: item for item in Precision})
 
@@ -338,64 +336,3 @@ def _scheduler(key: str, settings: Any) -> Component | None:
                 least = 'a time above 0' if name in _LENGTHS else 'a time of at least 0'
                 raise InputError(f'{key}.{name}: expected {least} in one of the units {units}, got {text!r}')
     return component
-
-
-def _check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
-    """Reject NaN and numbers beyond float32 at any depth, with which a run would train without learning, and malformed strings."""
-    if levels == 0:
-        raise InputError(f'{key.split(".")[0]}: {TOO_DEEP}')
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            _check_values(f'{key}.{name}', item, levels - 1)
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            _check_values(f'{key}[{number}]', item, levels - 1)
-    elif isinstance(value, str) and ('\0' in value or len(value) > MOST_CHARACTERS or value.encode(errors='replace').decode() != value):
-        raise InputError(f'{key}: expected valid Unicode of at most {MOST_CHARACTERS} characters without null, got {shown(value)}')
-    elif isinstance(value, (int, float)) and not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
-        raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {shown(value)}')
-
-
-def _check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
-    """Reject arguments that the Trainer accepts but later fails with, or that make the run useless."""
-    microbatch = trainer.get('device_train_microbatch_size')
-    if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
-        raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
-    for key in ('save_filename', 'save_latest_filename'):
-        name = trainer.get(key)
-        if name is not None and (Path(name).is_absolute() or '..' in Path(name).parts):
-            raise InputError(f'{source}: {key}: expected a name inside the folder of checkpoints, got {name!r}; set save_folder instead')
-    for key in ('train_subset_num_batches', 'eval_subset_num_batches'):
-        batches = trainer.get(key)
-        if batches is not None and batches < 1 and batches != -1:
-            raise InputError(f'{source}: {key}: expected a number of batches from 1, or -1 for all, got {batches!r}')
-    for key, otherwise in (('eval_interval', 'or 0 for no evaluation'), ('save_interval', 'or no such key for no checkpoints')):
-        interval = '1ep' if trainer.get(key) is None else trainer[key]
-        if not (interval == 0 and key == 'eval_interval') and ensure_time(interval, TimeUnit.EPOCH).value <= 0:
-            raise InputError(f"{source}: {key}: expected a time above 0 such as '1ep', {otherwise}, got {interval!r}")
-
-
-def _check_run_name(source: str, run_name: str) -> None:
-    # The run name becomes a folder in save_folder
-    plain = run_name.isprintable() and run_name.strip() and run_name not in ('.', '..') and not any(char in run_name for char in '/\\{}')
-    if not plain or len(run_name.encode()) > _LONGEST_NAME:
-        raise InputError(
-            f'{source}: run_name: expected a plain folder name of at most {_LONGEST_NAME} bytes, got {run_name[:80]!r} '
-            f'({len(run_name)} characters)'
-        )
-
-
-def _check_save_folder(source: str, folder: str) -> None:
-    if re.match(r'[A-Za-z][A-Za-z0-9+.-]*:/', folder):  # Path would collapse the // of a URL
-        raise InputError(f'{source}: save_folder: expected a folder of this machine, got the address {shown(folder)}; copy the run there')
-
-
-def _check_duration(key: str, duration: str | int, dataset: str) -> None:
-    try:
-        time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
-    counted = dataset in (*TEXT, *LABELLED_TEXT)  # image runs count no tokens and would never end
-    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, *[TimeUnit.TOKEN] * counted):
-        units = 'epochs, batches, samples or tokens' if counted else 'epochs, batches or samples'
-        raise InputError(f"{key}: expected a positive number of {units} such as '10ep', got {duration!r}")

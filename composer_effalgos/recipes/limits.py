@@ -1,0 +1,123 @@
+"""Limits of a recipe's values that no signature states: Composer and torch accept such values and fail later, or train wrongly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.core import Time, TimeUnit, ensure_time
+
+from composer_effalgos.datasets.registry import LABELLED_TEXT, TEXT
+from composer_effalgos.recipes.settings import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP
+from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.text import shown
+
+_FLOAT32_MAX = 3.4e38
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
+
+
+def check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
+    """Reject NaN and numbers beyond float32 at any depth, with which a run would train without learning, and malformed strings.
+
+    Args:
+        key: Name of the value, for messages.
+        value: The value, with lists and mappings.
+        levels: How deeply it may be nested.
+
+    Raises:
+        InputError: The value is not allowed or nested too deeply.
+    """
+    if levels == 0:
+        raise InputError(f'{key.split(".")[0]}: {TOO_DEEP}')
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            check_values(f'{key}.{name}', item, levels - 1)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            check_values(f'{key}[{number}]', item, levels - 1)
+    elif isinstance(value, str) and ('\0' in value or len(value) > MOST_CHARACTERS or value.encode(errors='replace').decode() != value):
+        raise InputError(f'{key}: expected valid Unicode of at most {MOST_CHARACTERS} characters without null, got {shown(value)}')
+    elif isinstance(value, (int, float)) and not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
+        raise InputError(f'{key}: expected a finite number that fits into 32 bits, got {shown(value)}')
+
+
+def check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
+    """Reject arguments that the Trainer accepts but later fails with, or that make the run useless.
+
+    Args:
+        source: The recipe's name, for messages.
+        trainer: Arguments of the Trainer, of the types that it declares.
+
+    Raises:
+        InputError: The value is not allowed.
+    """
+    microbatch = trainer.get('device_train_microbatch_size')
+    if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
+        raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
+    for key in ('save_filename', 'save_latest_filename'):
+        name = trainer.get(key)
+        if name is not None and (Path(name).is_absolute() or '..' in Path(name).parts):
+            raise InputError(f'{source}: {key}: expected a name inside the folder of checkpoints, got {name!r}; set save_folder instead')
+    for key in ('train_subset_num_batches', 'eval_subset_num_batches'):
+        batches = trainer.get(key)
+        if batches is not None and batches < 1 and batches != -1:
+            raise InputError(f'{source}: {key}: expected a number of batches from 1, or -1 for all, got {batches!r}')
+    for key, otherwise in (('eval_interval', 'or 0 for no evaluation'), ('save_interval', 'or no such key for no checkpoints')):
+        interval = '1ep' if trainer.get(key) is None else trainer[key]
+        if not (interval == 0 and key == 'eval_interval') and ensure_time(interval, TimeUnit.EPOCH).value <= 0:
+            raise InputError(f"{source}: {key}: expected a time above 0 such as '1ep', {otherwise}, got {interval!r}")
+
+
+def check_run_name(source: str, run_name: str) -> None:
+    """Reject a run name that is not a plain file name, because it becomes a folder in ``save_folder``.
+
+    Args:
+        source: The recipe's name, for messages.
+        run_name: The name.
+
+    Raises:
+        InputError: The value is not allowed.
+    """
+    plain = run_name.isprintable() and run_name.strip() and run_name not in ('.', '..') and not any(char in run_name for char in '/\\{}')
+    if not plain or len(run_name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f'{source}: run_name: expected a plain folder name of at most {_LONGEST_NAME} bytes, got {run_name[:80]!r} '
+            f'({len(run_name)} characters)'
+        )
+
+
+def check_save_folder(source: str, folder: str) -> None:
+    """Reject the address of an object store.
+
+    Args:
+        source: The recipe's name, for messages.
+        folder: The folder.
+
+    Raises:
+        InputError: The value is not allowed.
+    """
+    if re.match(r'[A-Za-z][A-Za-z0-9+.-]*:/', folder):  # Path would collapse the // of a URL
+        raise InputError(f'{source}: save_folder: expected a folder of this machine, got the address {shown(folder)}; copy the run there')
+
+
+def check_duration(key: str, duration: str | int, dataset: str) -> None:
+    """Reject a length of training that is not positive, or in a unit that the data does not count.
+
+    Args:
+        key: Name of the value, for messages.
+        duration: A time string, or a number of epochs.
+        dataset: Name of the data set.
+
+    Raises:
+        InputError: The value is not allowed.
+    """
+    try:
+        time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{key}: expected a time string such as '10ep' or '500ba', got {duration!r}") from error
+    counted = dataset in (*TEXT, *LABELLED_TEXT)  # image runs count no tokens and would never end
+    if time.value <= 0 or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, *[TimeUnit.TOKEN] * counted):
+        units = 'epochs, batches, samples or tokens' if counted else 'epochs, batches or samples'
+        raise InputError(f"{key}: expected a positive number of {units} such as '10ep', got {duration!r}")
