@@ -9,28 +9,31 @@ OLDEST := 0.29.0
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
-.PHONY: setup setup-ffcv chromium demo bench gpu notebooks docs test test-all test-oldest lint clean
+.PHONY: setup setup-ffcv ffcv-packages chromium demo bench gpu notebooks docs test test-all test-oldest lint clean
 
 setup: $(STAMP)
 
 # cords 0.0.4 pins torchtext and an old PyYAML, which do not install beside mosaicml: it comes without its dependencies,
 # and the [cords] extra brings the three that its selection strategies import. mosaicml-streaming is installed in the same way.
+# Python compiles the modules that are imported; compiling all 20,000 while installing takes longer.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else \
 		"error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; name another with make PYTHON=python3.11" % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo 'error: no virtual environment; on Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[recipes,search,cords,streaming,notebooks,docs,dev]'
-	$(BIN)/pip install --quiet --no-deps cords==0.0.4 mosaicml-streaming==0.13.0
+	$(BIN)/pip install --quiet --no-compile -e '.[recipes,search,cords,streaming,notebooks,docs,dev]'
+	$(BIN)/pip install --quiet --no-compile --no-deps cords==0.0.4 mosaicml-streaming==0.13.0
 	@touch $@
 
 # ffcv is compiled here, against libraries that the system must have; with Debian's apt-get and as root they are installed.
-setup-ffcv: $(STAMP)
-	@$(BIN)/python -c 'import ffcv' 2>/dev/null || { \
-		pkg-config --exists opencv4 libturbojpeg 2>/dev/null || { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || \
-			{ echo 'error: ffcv needs OpenCV and TurboJPEG to build; as root: apt-get install $(FFCV_PACKAGES)' >&2; exit 1; }; \
-		$(BIN)/pip install --quiet -e '.[ffcv]' && $(BIN)/pip install --quiet --no-deps ffcv==1.0.2; }
+setup-ffcv: $(STAMP) ffcv-packages
+	@$(BIN)/python -c 'import ffcv' 2>/dev/null || \
+		{ $(BIN)/pip install --quiet -e '.[ffcv]' && $(BIN)/pip install --quiet --no-deps ffcv==1.0.2; }
+
+ffcv-packages:
+	@$(BIN)/python -c 'import ffcv' 2>/dev/null || pkg-config --exists opencv4 libturbojpeg 2>/dev/null || { command -v apt-get >/dev/null && test "$$(id -u)" = 0 && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || \
+		{ echo 'error: ffcv needs OpenCV and TurboJPEG to build; as root: apt-get install $(FFCV_PACKAGES)' >&2; exit 1; }
 
 demo: $(STAMP)
 	$(BIN)/effalgos demo --out $(OUT)
@@ -60,8 +63,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not long'
 
 # Everything, as CI runs it: more cases, two ranks, kills and resumption, Composer's methods with every algorithm, the tutorials.
-test-all: test
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m long
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # The contract of the algorithms, on the oldest Composer that the package takes.
 test-oldest: $(STAMP)
