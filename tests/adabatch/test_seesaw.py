@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from composer_effalgos import AdaBatch, InputError
 from composer_effalgos.adabatch import Seesaw
 
-BATCH, SAMPLES, EPOCHS = 4, 400, 4
+BATCH, SAMPLES, EPOCHS = 4, 200, 4
 
 
 @pytest.fixture

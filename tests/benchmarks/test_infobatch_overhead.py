@@ -7,7 +7,7 @@ import torch
 
 from composer_effalgos import InfoBatch
 
-TINY = ['--device', 'cpu', '--samples', '128', '--batch-size', '16', '--epochs', '3', '--repeats', '2']
+TINY = ['--device', 'cpu', '--samples', '64', '--batch-size', '8', '--epochs', '3', '--repeats', '2']
 
 
 def test_one_at_a_time_and_the_one_behind_goes_next(script):
@@ -66,9 +66,9 @@ def test_everything_end_to_end(script, tmp_path, capsys):
     for run in (*results['saving']['runs'], results['saving']):
         assert run['saved_samples'] == pytest.approx(1 - run['samples'][1] / run['samples'][0])
         assert run['efficiency'] == pytest.approx(run['saved_time'] / run['saved_samples'])
-    assert [run['samples'][0] for run in results['saving']['runs']] == [2 * 128] * 2
-    # of 128 random images some 64 lie below the mean loss, and half of those are dropped in each of two epochs
-    assert all(20 < run['samples'][0] - run['samples'][1] < 110 for run in results['saving']['runs'])
+    assert [run['samples'][0] for run in results['saving']['runs']] == [2 * 64] * 2
+    # of 64 random images some 32 lie below the mean loss, and half of those are dropped in each of two epochs
+    assert all(8 < run['samples'][0] - run['samples'][1] < 56 for run in results['saving']['runs'])
     hooks = {hook['hook']: hook['calls'] for hook in results['hooks']['hooks']}
     assert hooks == dict.fromkeys(hooks, results['hooks']['steps'])
     assert {'scores', 'weighted loss', 'plan: before_train_batch'} <= set(hooks)

@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,16 @@ def softmax_gradients(n: int, classes: int, dim: int | None, seed: int = 0) -> t
     error = torch.softmax(2 * torch.randn(n, classes, generator=generator), dim=1) - one_hot(labels, classes)
     embedding = None if dim is None else torch.randn(n, dim, generator=generator).relu()
     return LastLayerGradients(error, embedding), labels
+
+
+@pytest.fixture(autouse=True)
+def interpreted_apricot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run apricot's functions as Python: it compiles them anew for every selection, 7 seconds, where these take milliseconds."""
+    with contextlib.suppress(ImportError):
+        import apricot  # noqa: F401  # compiles some functions when it is imported
+        import numba
+
+        monkeypatch.setattr(numba.config, 'DISABLE_JIT', True)
 
 
 @pytest.fixture(scope='session')
