@@ -3,8 +3,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -415,20 +413,14 @@ def test_our_recipes_start(path, tmp_path):
     assert 0 < epoch['train_loss'] < 100
 
 
-def launch(ranks: int, *argv: object, **kwargs) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, '-m', 'composer.cli.launcher', '-n', str(ranks), '-m', 'composer_effalgos.train']
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.run([*launcher, *map(str, argv)], capture_output=True, text=True, env=environment, timeout=300, check=False, **kwargs)
-
-
 @pytest.mark.distributed
-def test_two_ranks_share_the_batch(recipe_file, tmp_path):
-    run = launch(2, recipe_file, 'max_duration=1ep', 'algorithms.infobatch={}')
-    assert run.returncode == 0, run.stderr
+def test_two_ranks_share_the_batch(recipe_file, tmp_path, launch):
+    status, said = launch('-m', 'composer_effalgos.train', str(recipe_file), 'max_duration=1ep', 'algorithms.infobatch={}', ranks=2)
+    assert status == 0, said
     written = summary(tmp_path)
     assert written['world_size'] == 2
     assert [(entry['samples'], entry['batches'], entry['batch_size']) for entry in written['epochs']] == [(64, 4, 16)]
-    assert sum(line.startswith('small: accuracy') for line in run.stdout.splitlines()) == 1
+    assert sum(line.startswith('small: accuracy') for line in said.splitlines()) == 1
 
 
 @pytest.mark.distributed
@@ -439,22 +431,21 @@ def test_two_ranks_share_the_batch(recipe_file, tmp_path):
         ('optimiser.lr=1', 'optimiser: unknown key'),
     ],
 )
-def test_two_ranks_refuse_once(recipe_file, override, line):
+def test_two_ranks_refuse_once(recipe_file, override, line, forked):
     """After the ranks have met, and before."""
-    run = launch(2, recipe_file, override)
-    assert run.returncode == 2
-    assert (run.stdout + run.stderr).count('error: ') == 1
-    assert line in run.stderr
-    assert 'Traceback' not in run.stdout + run.stderr
+    status, said = forked('-m', 'composer_effalgos.train', str(recipe_file), override, ranks=2)
+    assert status == 2
+    assert said.count('error: ') == 1
+    assert line in said
+    assert 'Traceback' not in said
 
 
 @pytest.mark.distributed
-def test_a_rank_that_fails_alone_says_why_and_the_other_nothing(recipe_file, tmp_path):
+def test_a_rank_that_fails_alone_says_why_and_the_other_nothing(recipe_file, tmp_path, launch):
     broken = broken_images(recipe_file, tmp_path, 'batch_size: 2')
     start = time.monotonic()
-    run = launch(2, recipe_file, 'max_duration=1ep')
-    said = run.stdout + run.stderr
-    assert run.returncode in (1, 2)
+    status, said = launch('-m', 'composer_effalgos.train', str(recipe_file), 'max_duration=1ep', ranks=2)
+    assert status in (1, 2)
     assert said.count('error: ') == said.count(str(broken)) == 1
     assert 'Traceback' not in said
     assert time.monotonic() - start < 120
