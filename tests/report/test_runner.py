@@ -69,7 +69,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=160, no_color=True)
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path, monkeypatch, forked_runs):
     console = quiet()
     monkeypatch.chdir(tmp_path)
     out = tmp_path / 'out: put'
