@@ -9,13 +9,15 @@ OLDEST := 0.29.0
 
 FFCV_PACKAGES := pkg-config libturbojpeg0-dev libopencv-dev
 
+unexport PYTHONDONTWRITEBYTECODE  # else each of the many processes of the tests would compile this package
+
 .PHONY: setup setup-ffcv ffcv-packages chromium demo bench gpu notebooks docs test test-all test-oldest lint clean
 
 setup: $(STAMP)
 
 # cords 0.0.4 pins torchtext and an old PyYAML, which do not install beside mosaicml: it comes without its dependencies,
 # and the [cords] extra brings the three that its selection strategies import. mosaicml-streaming is installed in the same way.
-# Python compiles the modules that are imported; compiling all 20,000 while installing takes longer.
+# pip would compile the 20,000 modules one after the other.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else \
 		"error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; name another with make PYTHON=python3.11" % v)'
@@ -23,6 +25,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-compile -e '.[recipes,search,cords,streaming,notebooks,docs,dev]'
 	$(BIN)/pip install --quiet --no-compile --no-deps cords==0.0.4 mosaicml-streaming==0.13.0
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true  # some packages carry files that are no Python
 	@touch $@
 
 # ffcv is compiled here, against libraries that the system must have; with Debian's apt-get and as root they are installed.
