@@ -110,10 +110,15 @@ def of_small_run(folder: str, arguments: list[str], ranks: int, kill_at: int | N
     return shown
 
 
+def machine() -> dict[str, str]:
+    """What the last bits of every number depend on."""
+    return {'torch': torch.__version__, 'cpu': torch.backends.cpu.get_cpu_capability()}
+
+
 def measure() -> dict[str, Any]:
     """Everything, as the stored file has it."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {'torch': torch.__version__, 'cpu': torch.backends.cpu.get_cpu_capability(), 'recipes': {}, 'small': {}}
+    found: dict[str, Any] = {**machine(), 'recipes': {}, 'small': {}}
     for path in sorted((REPOSITORY / 'yamls' / 'digits').glob('*.yaml')):
         with tempfile.TemporaryDirectory() as folder:
             found['recipes'][path.stem] = of_recipe(path, folder)
@@ -140,11 +145,14 @@ def main() -> int:
     parser.add_argument('--check', action='store_true', help='compare with the stored file, and leave it as it is')
     parser.add_argument('--out', type=Path, default=STORED)
     options = parser.parse_args()
-    found = measure()
     if not options.check:
-        options.out.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+        options.out.write_text(json.dumps(measure(), indent=1) + '\n', encoding='utf-8')
         return 0
-    lines = differences(json.loads(options.out.read_text(encoding='utf-8')), found)
+    stored = json.loads(options.out.read_text(encoding='utf-8'))
+    if other := {key: stored.get(key) for key, value in machine().items() if stored.get(key) != value}:
+        print(f'error: {options.out}: written with {other}, this machine has {machine()}; write it at the earlier commit first (--out)')
+        return 2
+    lines = differences(stored, measure())
     print('\n'.join(lines) or f'the same as in {options.out.name}')
     return 1 if lines else 0
 
