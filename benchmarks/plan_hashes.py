@@ -150,7 +150,8 @@ def main() -> int:
         return 0
     stored = json.loads(options.out.read_text(encoding='utf-8'))
     if other := {key: stored.get(key) for key, value in machine().items() if stored.get(key) != value}:
-        print(f'error: {options.out}: written with {other}, this machine has {machine()}; write it at the earlier commit first (--out)')
+        wanted = 'write it at the earlier commit first (--out)'
+        print(f'error: {options.out}: written with {other}, this machine has {machine()}; {wanted}', file=sys.stderr)
         return 2
     lines = differences(stored, measure())
     print('\n'.join(lines) or f'the same as in {options.out.name}')

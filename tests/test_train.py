@@ -434,7 +434,7 @@ def test_two_ranks_share_the_batch(recipe_file, tmp_path, launch):
 def test_two_ranks_refuse_once(recipe_file, override, line, forked):
     """After the ranks have met, and before."""
     status, said = forked('-m', 'composer_effalgos.train', str(recipe_file), override, ranks=2)
-    assert status in (2, 15, 143)  # the second rank ends by itself, or is stopped first
+    assert status == 2
     assert said.count('error: ') == 1
     assert line in said
     assert 'Traceback' not in said

@@ -68,7 +68,7 @@ def test_everything_end_to_end(script, tmp_path, capsys):
         assert run['efficiency'] == pytest.approx(run['saved_time'] / run['saved_samples'])
     assert [run['samples'][0] for run in results['saving']['runs']] == [2 * 64] * 2
     # of 64 random images some 32 lie below the mean loss, and half of those are dropped in each of two epochs
-    assert all(8 < run['samples'][0] - run['samples'][1] < 56 for run in results['saving']['runs'])
+    assert all(10 < run['samples'][0] - run['samples'][1] < 55 for run in results['saving']['runs'])
     hooks = {hook['hook']: hook['calls'] for hook in results['hooks']['hooks']}
     assert hooks == dict.fromkeys(hooks, results['hooks']['steps'])
     assert {'scores', 'weighted loss', 'plan: before_train_batch'} <= set(hooks)

@@ -124,7 +124,7 @@ def test_every_method_beside_ours(fit, weights_of, row, method):
 @pytest.mark.parametrize('method', ['label_smoothing', 'mixup', 'mixup_interpolate', 'cutmix', 'ema', 'squeeze_excite', 'channels_last'])
 def test_the_order_of_the_list_does_not_matter(fit, weights_of, method):
     results = []
-    for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 9):
+    for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 7):
         algorithms = [*SETTINGS['all'].algorithms(SAMPLES), METHODS[method]()]
         results.append(weights_of(fit([algorithms[i] for i in order])))
     assert all(torch.equal(results[0], other) for other in results[1:])

@@ -8,7 +8,8 @@ Listens on the Unix socket named by the only argument until standard input ends.
     folder       working directory
     outputs      one file per rank, for its standard output and error
 
-and receives one line, the list of the ranks' exit statuses. As with a launcher, the others are stopped as soon as one rank fails.
+and receives one line, the list of the ranks' exit statuses. As with a launcher, the others are stopped as soon as one rank fails;
+theirs is then 0.
 """
 
 import functools
@@ -64,8 +65,11 @@ def fork(request: dict[str, Any]) -> list[int] | None:
                     os.kill(other, signal.SIGKILL)
             time.sleep(0.02)
             continue
-        statuses[running.pop(child)] = os.waitstatus_to_exitcode(status)
-        if status and deadline is None:
+        rank = running.pop(child)
+        if deadline is not None:
+            continue  # stopped because another failed, whose status counts
+        statuses[rank] = os.waitstatus_to_exitcode(status)
+        if status:
             deadline = time.monotonic() + GRACE
             for other in running:
                 os.kill(other, signal.SIGTERM)
