@@ -134,7 +134,7 @@ def _show_frontier(found: Frontier, out: Path, about: dict[str, Any], console: C
     write_frontier(found, out, about)
     report = write_report(out, equal_budget=found)
     console.print()
-    console.print(terminal(found))
+    console.print(terminal(found, console.width))
     console.print()
     console.print(f'Picture: {out / "frontier.svg"}. Report: {report}', soft_wrap=True, markup=False, highlight=False)
 

@@ -25,6 +25,8 @@ COST = '.cost.json'  # suffix of the file next to an algorithm's input file that
 LENGTHS, SEEDS = 4, 3  # fewer are mentioned in the notes
 MOST_LEFT = 0.1  # last over highest learning rate per sample; above this the schedule has not decayed
 
+_ENDINGS = ('.npy', '.parquet', '.safetensors')  # of files that algorithms read
+
 # Recipe settings that define a training run, except its length
 _TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')
 # Dataset options that do not change the data; and datasets that are identified by their path, not their name
@@ -327,15 +329,15 @@ def spent(run: Run, unit: str) -> float | None:
 
 
 def _files(run: Run) -> list[Path]:
-    """Returns the existing files that the algorithms' settings name, and those that only have a cost file."""
+    """Returns the files that the algorithms' settings name, whether or not they exist: a value with the ending of a data file."""
 
     def strings(value: Any) -> list[str]:
         if isinstance(value, dict | list):
             return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
         return [value] if isinstance(value, str) else []
 
-    found = [Path(text) for text in strings(run.summary['recipe'].get('algorithms')) if Path(text).suffix]
-    return [path for path in dict.fromkeys(found) if path.is_file() or Path(f'{path}{COST}').is_file()]
+    found = (Path(text) for text in strings(run.summary['recipe'].get('algorithms')))
+    return [path for path in dict.fromkeys(found) if path.suffix in _ENDINGS]
 
 
 def _cost(path: Path) -> dict[str, float] | None:
@@ -360,7 +362,10 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
     if counted:
         notes.append(f'The cost of making {", ".join(counted)} is included in the budgets of the runs that read it.')
     if unknown:
-        notes.append(f'The cost of making {", ".join(unknown)} is not included in the budgets: there is no {unknown[0]}{COST}.')
+        notes.append(
+            f'The cost of making {", ".join(unknown)} is not included in the budgets: there is no {unknown[0]}{COST} '
+            '(a relative path counts from the current folder).'
+        )
     high = [group[0].method for group in cells if any(_last_share(run) > MOST_LEFT for run in group)]
     if high:
         notes.append(

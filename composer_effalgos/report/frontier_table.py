@@ -24,6 +24,7 @@ from composer_effalgos.utils.figures import save_figure
 from composer_effalgos.utils.files import write_texts
 
 NAME = 'frontier'
+_WIDE = 130  # columns of a terminal that all factors need
 
 
 def header(found: Frontier) -> list[str]:
@@ -76,15 +77,17 @@ def as_rows(found: Frontier) -> list[dict[str, Any]]:
     return rows
 
 
-def terminal(found: Frontier) -> Group:
-    """Returns the table for a terminal, without the budgets."""
+def terminal(found: Frontier, width: int) -> Group:
+    """Returns the table for a terminal of ``width`` columns: without the budgets and, if narrow, only with the factor of the verdict."""
+    titles = header(found)
+    names = titles[:4] + [f'factor by {UNITS[unit]}' for unit in found.units if unit == found.by or width >= _WIDE]
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    shown = 4 + len(found.units)
-    for number, title in enumerate(header(found)[:shown]):
+    for number, name in enumerate(names):
         justify: Literal['left', 'right'] = 'left' if number in (0, 3) else 'right'
-        table.add_column(title, justify=justify, overflow='fold', no_wrap=number == 0)
+        table.add_column(name, justify=justify, no_wrap=number == 0)
     for point in found.points:
-        table.add_row(*map(Text, cells_of(found, point)[:shown]))
+        cells = dict(zip(titles, cells_of(found, point), strict=True))
+        table.add_row(*(Text(cells[name]) for name in names))
     return Group(table, Text(), Text(LEGEND, style='dim'), *(Text(f'- {note}') for note in found.notes))
 
 
