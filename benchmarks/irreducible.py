@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from composer_effalgos.landscape.study import without_augmentation
 from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.pruning.irreducible import irreducible_losses
 from composer_effalgos.recipes.build import build_split, build_trainer
-from composer_effalgos.recipes.schema import Recipe, load_recipe
+from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.report.frontier import COST, UNITS, spent
 from composer_effalgos.report.runs import Run, read_summary
 from composer_effalgos.subset_selection.subset_file import write_subset
@@ -65,15 +65,11 @@ def losses_of_the_other_half(
     trainer = build_trainer(checked)
     try:
         trainer.fit()
-        other = Subset(build_split(_unaugmented(checked), 'train'), parts[1 - number].tolist())
+        other = Subset(build_split(without_augmentation(checked), 'train'), parts[1 - number].tolist())
         losses = irreducible_losses(trainer.state.model, DataLoader(other, batch_size=500), device=checked.trainer.get('device'))
     finally:
         trainer.close()
     return losses, Run(Path(checked.run_name), read_summary(checked.run_folder / SUMMARY))
-
-
-def _unaugmented(recipe: Recipe) -> Recipe:
-    return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

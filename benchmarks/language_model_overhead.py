@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import InfoBatch
 from composer_effalgos.plan import EpochPlanner
+from composer_effalgos.utils.machine import peak_resident_bytes
 
 WAYS = ('plain', 'plain again', 'scores', 'scores and weights')
 
@@ -149,7 +150,7 @@ def peaks_of_steps(events: Iterable[Any]) -> dict[str, int]:
 def measure_memory(way: str, args: argparse.Namespace) -> dict[str, int]:
     """Peaks in bytes, the model included: of step 3 (counted from 0), which is checked, of step 4, which is not, and of the process."""
     make_trainer(way, args, 3).fit()
-    resident = record.peak_bytes()  # before the profiler, whose events take memory too
+    resident = peak_resident_bytes()  # before the profiler, whose events take memory too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         make_trainer(way, args, 5, [Steps()]).fit()
     assert profiler.profiler is not None

@@ -32,6 +32,7 @@ from composer_effalgos.plan import EpochPlan, Ranks, SampleRows, Shard, plan_epo
 from composer_effalgos.plan.epoch import epoch_sizes
 from composer_effalgos.plan.shard_loader import ShardPlan
 from composer_effalgos.pruning.prune import prune_part
+from composer_effalgos.utils.machine import peak_resident_bytes
 
 WARM_UP = 10_000
 
@@ -70,9 +71,9 @@ def measure(samples: int, repeats: int, **settings: Any) -> dict[str, Any]:
     """
     plan_once(torch.rand(WARM_UP), epoch=0, **settings)
     scores = torch.rand(samples, generator=torch.Generator().manual_seed(0))
-    before = record.peak_bytes()
+    before = peak_resident_bytes()
     plan, first = _timed(lambda: plan_once(scores, epoch=0, **settings))
-    extra = record.peak_bytes() - before
+    extra = peak_resident_bytes() - before
     kept = plan.num_samples
     del plan
     record.steady()
@@ -125,8 +126,8 @@ def measure_shard(samples: int, *, prune_ratio: float, batch_size: int, world_si
         return {'own': len(shard), 'trained_on': len(order), 'plan_seconds': seconds, 'exchange_seconds': exchanged}
 
     epoch(WARM_UP)
-    before = record.peak_bytes()
-    return {**epoch(samples), 'peak_bytes': record.peak_bytes() - before}
+    before = peak_resident_bytes()
+    return {**epoch(samples), 'peak_bytes': peak_resident_bytes() - before}
 
 
 def sharded(samples: int, world_size: int, options: Sequence[Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -84,14 +83,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = ['| ' + ' | '.join(map(str, row)) + ' |' for row in (header, ['---'] * len(header), *rows)]
     return '\n'.join(lines) + '\n'
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    status = Path('/proc/self/status')
-    if status.exists():  # getrusage would start from the peak of the process that started this one
-        return 1024 * int(re.search(r'^VmHWM:\s*(\d+) kB$', status.read_text(), re.MULTILINE)[1])  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def steady() -> None:

@@ -42,6 +42,7 @@ from torch.nn.functional import one_hot
 
 from composer_effalgos import functional as ef
 from composer_effalgos.subset_selection import LastLayerGradients
+from composer_effalgos.utils.machine import peak_resident_bytes
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'glister': ('glister', {}),
@@ -122,7 +123,7 @@ def measure(case: Case, limit: float) -> dict[str, Any]:
     select(case, *make_gradients(case, max(WARM_UP, 4 * case.classes)), 2 * case.classes)
     gradients, labels = make_gradients(case)
     start_of_peak = torch.cuda.reset_peak_memory_stats if on_gpu else reset_peak
-    peak = torch.cuda.max_memory_allocated if on_gpu else record.peak_bytes
+    peak = torch.cuda.max_memory_allocated if on_gpu else peak_resident_bytes
     synchronise = torch.cuda.synchronize if on_gpu else lambda: None
     synchronise()
     start_of_peak()

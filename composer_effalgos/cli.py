@@ -102,7 +102,7 @@ def frontier(
 ) -> None:
     """Does a method pay? Train a sweep, or the rest of it, and compare each method with plain training at equal budget."""
     if sweep.is_dir():
-        if overrides or out or seed or only or minutes is not None:
+        if overrides or out or seed or only or minutes is not None or (jobs, ranks) != (1, 1):
             raise InputError(f'{sweep}: expected a sweep, got a folder of runs; it is only evaluated, so give only --by')
         show_frontier(sweep, by)
         return

@@ -276,7 +276,8 @@ class EfficiencyMonitor(Callback):
         self._count_cpu()
         running = self._running
         samples = int(timestamp.sample_in_epoch)
-        # Without a plan nothing is pruned, so the full cost is what ran, including drop_last and padding over the ranks.
+        # Without a plan nothing is pruned, so the full cost is what ran, including drop_last and padding over the ranks. A stream of
+        # unknown length has a plan, but no full epoch (0).
         full = getattr(state.dataloader, 'full_samples', None)
         entry = _Epoch(
             epoch=int(timestamp.epoch),
@@ -288,7 +289,7 @@ class EfficiencyMonitor(Callback):
             train_loss=running.loss_sum / running.loss_samples if running.loss_samples else float('nan'),
             eval_accuracy=running.eval_accuracy,
             selection_seconds=running.metrics.selection_seconds,
-            samples_full=samples if full is None else round(full * share),
+            samples_full=round(full * share) if full else samples,
             cpu_seconds=running.cpu_seconds,
             eval_loss=running.eval_loss,
             tokens=int(timestamp.token_in_epoch) or None,

@@ -13,12 +13,12 @@ import composer.trainer.trainer as composer_trainer
 import numpy as np
 import pytest
 import torch
-from composer import Callback, ComposerModel, Evaluator, Trainer
+from composer import Callback, ComposerModel, DataSpec, Evaluator, Trainer
 from composer.loggers import InMemoryLogger
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from composer.optim import ConstantScheduler, LinearScheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -448,7 +448,7 @@ import sys, torch
 from composer import Trainer
 from composer.models import ComposerClassifier
 from composer.utils import dist
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import EpochMetrics
 
@@ -474,3 +474,19 @@ def test_two_ranks_write_one_global_summary(forked, tmp_path):
     assert found['world_size'] == 2
     assert [(entry['samples'], entry['batches'], entry['batch_size']) for entry in found['epochs']] == [(22, 3, 8)] * 2
     assert found['totals']['samples_full'] == 44
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return ((torch.full((8,), (number % 7) / 7), number % 3) for number in itertools.count())
+
+
+def test_a_stream_of_unknown_length_has_nothing_to_save(make_trainer, tmp_path):
+    data = DataSpec(DataLoader(Endless(), batch_size=4), get_num_tokens_in_batch=lambda batch: 5 * len(batch[1]))
+    monitor = EfficiencyMonitor(save_folder=tmp_path)
+    trainer = make_trainer([AdaBatch(2, '3ba')], train_loader=data, max_duration='6ba', callbacks=[monitor], run_name='stream')
+    trainer.fit()
+    totals = json.loads((tmp_path / 'stream' / 'summary.json').read_text())['totals']
+    assert totals['samples_seen'] == totals['samples_full'] == 3 * 4 + 3 * 8
+    assert totals['tokens_seen'] == totals['tokens_full'] == 5 * 36
+    assert totals['saved_fraction'] == totals['tokens_saved_fraction'] == 0

@@ -37,7 +37,7 @@ class Branch:
         size: Global batch size.
         loss: Mean training loss over the second half of the window.
         steps: Updates in the window.
-        seconds: Wall-clock seconds of the whole branch.
+        seconds: Wall-clock seconds of training in the window.
     """
 
     size: int
@@ -55,12 +55,13 @@ class Window(Callback):
 
     def __init__(self, length: Time) -> None:
         self.length = length
-        self.steps, self.loss, self._weight = 0, 0.0, 0.0
+        self.steps, self.loss, self.seconds, self._weight = 0, 0.0, 0.0, 0.0
         self.complete = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Records the start of the window."""
         self._start = self._before = progress_of(state).of(self.length.unit)
+        self._clock = state.timestamp.total_wct  # a checkpoint brings the time of the run that saved it
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Adds the loss of a batch, weighted by the part of it that lies in the second half."""
@@ -77,6 +78,10 @@ class Window(Callback):
         self.complete = now >= end - 1e-9
         if self.complete:
             state.stop_training()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Records the training time since the start of the window."""
+        self.seconds = (state.timestamp.total_wct - self._clock).total_seconds()
 
 
 def _epoch_samples(state: State) -> int:
@@ -191,12 +196,11 @@ def _branch(recipe: Recipe, out: Path, key: str, size: int, checkpoint: Path | N
     trainer.state.callbacks.append(watch)
     try:
         trainer.fit()
-        seconds = trainer.state.timestamp.total_wct
     finally:
         trainer.close()
     if not watch.complete:
         raise InputError(f'--window: expected one that fits into the rest of the run, got {length.to_timestring()}')
-    branch = Branch(size, watch.loss, watch.steps, round(seconds.total_seconds(), 3) if seconds else math.nan)
+    branch = Branch(size, watch.loss, watch.steps, round(watch.seconds, 3))
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(done) as unfinished:
         unfinished.write_text(json.dumps({'of': key, **asdict(branch)}), encoding='utf-8')

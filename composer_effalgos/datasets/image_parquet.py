@@ -25,6 +25,7 @@ class ParquetImages(StoredImages):
         targets: Labels of these rows, int64 ``[N]``.
         classes: Class names.
         transform: PIL image to float32 ``[3, H, W]``.
+        image_column: Column of the images.
     """
 
     unit = 'row'
@@ -37,9 +38,10 @@ class ParquetImages(StoredImages):
         targets: Tensor,
         classes: Sequence[str],
         transform: Callable[[Image.Image], Tensor],
+        image_column: str,
     ) -> None:
         super().__init__(file, rows, targets, classes, transform)
-        self.images = images
+        self.images, self.image_column = images, image_column
 
     def stored(self, index: int) -> bytes:
         """The encoded bytes of an image."""
@@ -82,7 +84,7 @@ def image_parquet(
     targets = read_labels(file, label_column, len(classes))
     rows = limited(len(targets), limit)
     transform = large_image_transform(split, image_size=image_size, augment=augment)
-    return ParquetImages(file, read_images(file, image_column), rows, targets[rows], classes, transform)
+    return ParquetImages(file, read_images(file, image_column), rows, targets[rows], classes, transform, image_column)
 
 
 def _eval_file(folder: Path) -> Path:

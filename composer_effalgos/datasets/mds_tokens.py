@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from composer_effalgos.datasets.images import check_at_least
 from composer_effalgos.datasets.mds import Shards, located
-from composer_effalgos.datasets.sequences import check_vocabulary, chosen
+from composer_effalgos.datasets.sequences import check_vocabulary, check_width, chosen
 from composer_effalgos.datasets.tokens import META, Meta, vocabulary
 from composer_effalgos.utils.errors import InputError
 
@@ -54,6 +54,7 @@ class MdsTokens(Dataset[dict[str, Tensor]]):
             if len(tokens) % self.dtype.itemsize:
                 raise InputError(f'{self.shards.folder}: sample {row}: {len(tokens)} bytes do not fit {self.dtype.name}; set dataset.dtype')
             tokens = np.frombuffer(tokens, self.dtype)
+            check_width(tokens, f'{self.shards.folder}: sample {row}')
         if tokens.ndim != 1 or tokens.dtype.kind not in 'iu':
             where = f'{self.shards.folder}: sample {row}'
             raise InputError(f'{where}: expected whole numbers in one dimension, got {list(tokens.shape)} of {tokens.dtype}')

@@ -58,6 +58,21 @@ def check_vocabulary(tokens: np.ndarray, num_classes: int, source: str) -> None:
         )
 
 
+def check_width(tokens: np.ndarray, source: str) -> None:
+    """Reject wider integers that were read with half their width: each would become a token followed by a zero.
+
+    Args:
+        tokens: Unsigned integers ``[M]``; the first 4,096 are looked at, and fewer than 64 are accepted.
+        source: Prefix of the message.
+
+    Raises:
+        InputError: Every second token is 0, and not every other one.
+    """
+    first = tokens[:4096]
+    if len(first) >= 64 and first[::2].any() and not first[1::2].any():
+        raise InputError(f'{source}: every second token read as {tokens.dtype.name} is 0, so they are wider integers; set dataset.dtype')
+
+
 def cut(
     tokens: np.ndarray,
     num_classes: int,

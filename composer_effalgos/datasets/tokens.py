@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from composer_effalgos.datasets.images import check_at_least, data_folder
-from composer_effalgos.datasets.sequences import TokenSequences, cut
+from composer_effalgos.datasets.sequences import TokenSequences, check_width, cut
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line
@@ -119,7 +119,8 @@ def tokens(
         path: Folder of the files.
         seq_len: Sequence length in tokens.
         vocab_size: Vocabulary size, e.g. 50257 for GPT-2 tokens. Null to read it from ``meta.json``.
-        dtype: Token dtype in the files. Null: ``uint32`` if the vocabulary in ``meta.json`` needs it, else ``uint16``.
+        dtype: Token dtype in the files. Null: ``uint32`` if the vocabulary in ``meta.json``, or else ``vocab_size``, needs it; else
+            ``uint16``.
         limit: Train on a random subset of this many sequences, which is the same in every run.
         eval_samples: Evaluate on a random subset of at most this many, likewise; null for all.
 
@@ -131,7 +132,7 @@ def tokens(
     meta = Meta.read(folder)
     size = vocabulary(vocab_size, meta, folder)
     check_at_least(2, vocab_size=size)
-    kind = np.dtype(dtype or ('uint16' if meta is None else token_type(meta.vocab_size))).newbyteorder('<')
+    kind = np.dtype(dtype or token_type(size if meta is None else meta.vocab_size)).newbyteorder('<')
     name = 'train' if split == 'train' else 'val'
     found = _mapped(folder / f'{name}.bin', kind)
     expected = None if meta is None else meta.tokens.get(name)
@@ -149,6 +150,8 @@ def _mapped(file: Path, kind: np.dtype) -> np.ndarray:
             f'{file}: {size} bytes, expected a multiple of {kind.itemsize} ({kind.name}): cut off, or of another dataset.dtype'
         )
     try:
-        return np.memmap(file, kind, 'r')
+        found = np.memmap(file, kind, 'r')
     except OSError as error:
         raise InputError(f'{file}: cannot be read ({one_line(error)})') from error
+    check_width(found, str(file))
+    return found

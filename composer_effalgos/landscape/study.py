@@ -152,7 +152,7 @@ def interpolate(
     places = _checked(settings)
     weights = {'A': read_weights(a, 'checkpoint A'), 'B': read_weights(b, 'checkpoint B')}
     device = Component(f'{recipe.source}: device', get_device, {'device': recipe.trainer.get('device')}).build()
-    train_set, test_set = build_split(_unaugmented(recipe), 'train'), build_split(recipe, 'eval')
+    train_set, test_set = build_split(without_augmentation(recipe), 'train'), build_split(recipe, 'eval')
     model = device.module_to_device(_network(recipe, train_set, device))
     solutions = {
         label: device.batch_to_device(_fitting(f'checkpoint {label}: {path}', weights[label], model, recipe))
@@ -237,8 +237,8 @@ def _checked(settings: Settings) -> list[float]:
     return alphas(settings.points)
 
 
-def _unaugmented(recipe: Recipe) -> Recipe:
-    """Returns the recipe without augmentation of the training images."""
+def without_augmentation(recipe: Recipe) -> Recipe:
+    """Returns the recipe without augmentation of the training images, for a dataset that has the option ``augment``."""
     if 'augment' not in parameters(DATASETS[recipe.dataset.name]):
         return recipe
     return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))

@@ -63,7 +63,7 @@ def _parts(dataset: Any) -> Iterator[str | bytes]:
             'give the data set a method fingerprint() -> str, or leave cache out'
         )
     elif isinstance(dataset, ParquetImages):
-        yield from (_file(dataset.file), dataset.rows.numpy().tobytes())
+        yield from (_file(dataset.file), dataset.image_column, dataset.rows.numpy().tobytes(), dataset.targets.numpy().tobytes())
     elif isinstance(getattr(dataset, 'samples', None), list):
         yield from (f'{_file(path)} {label}' for path, label in dataset.samples)
     else:

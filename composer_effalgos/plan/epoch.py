@@ -62,9 +62,9 @@ def split_batches(
     weight, can undo the work of a short epoch. The number of batches is that of a ``DataLoader``, unless a rank would be left without a
     sample.
 
-    With ``tail='own'`` the remainder is a batch of its own, as in a ``DataLoader``. With ``tail='half'`` an incomplete last batch has half
-    the size of the one before it, and a remainder smaller than that is dropped: batches of one growth stage then have only two sizes,
-    whatever the length of the epoch.
+    With ``tail='own'`` the remainder is a batch of its own, as in a ``DataLoader``; it is dropped if it has fewer samples than there are
+    ranks. With ``tail='half'`` an incomplete last batch has half the size of the one before it, and a remainder smaller than that is
+    dropped: batches of one growth stage then have only two sizes, whatever the length of the epoch.
 
     Args:
         num_samples: Samples in the epoch, over all ranks.
@@ -96,7 +96,7 @@ def split_batches(
     if not sizes:
         return [remainder] if remainder >= world_size else []
     if tail == 'own':
-        return [*sizes, remainder]
+        return [*sizes, remainder] if remainder >= world_size else sizes  # each rank needs a sample
     if tail == 'half':
         half = world_size * -(-sizes[-1] // (2 * world_size))
         return [*sizes, half] if remainder >= half else sizes

@@ -154,9 +154,10 @@ class GivenOrder(PlannedDataLoader):
     def catch_up(self, state: State) -> None:
         super().catch_up(state)
         if not is_streaming(self.given.dataset):  # a streaming order depends on the epoch number alone
-            # A sampler may have its own generator: repeat its draws to advance it. The order of the current epoch is in the checkpoint.
+            # A sampler may have its own generator: repeat all of its draws to advance it. The order of this epoch is in the checkpoint.
             for epoch in range(self._drawn, int(state.timestamp.epoch) + (int(state.timestamp.batch_in_epoch) > 0)):
-                next(self._batches(epoch), None)
+                for _ in self._batches(epoch):
+                    pass
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         """The sampler's batches for an epoch."""
@@ -164,14 +165,14 @@ class GivenOrder(PlannedDataLoader):
         for sampler in (self.given.sampler, self.given.batch_sampler):
             if isinstance(sampler, DistributedSampler):
                 sampler.set_epoch(epoch)
+        length = len(self.given.batch_sampler)  # type: ignore[arg-type]  # Composer ends the epoch there, whatever else a sampler has
         iterator = iter(self.given.batch_sampler)  # type: ignore[arg-type]
         _draw_as_a_data_loader(self.given)
-        return iterator
+        return itertools.islice(iterator, length)
 
     def _sampled(self, epoch: int) -> Tensor:
         """The order drawn by the samplers of all ranks, interleaved: rank ``r`` of ``w`` has every ``w``-th sample."""
-        length = len(self.given.batch_sampler)  # type: ignore[arg-type]  # Composer ends the epoch there, whatever else a sampler has
-        batches = [list(batch) for batch in itertools.islice(self._batches(epoch), length)]
+        batches = [list(batch) for batch in self._batches(epoch)]
         if self._unit > 1 and any(len(batch) != self._unit for batch in batches[:-1]):
             raise InputError(
                 f'train_dataloader: expected batches of {self._unit} from batch_sampler {type(self.given.batch_sampler).__name__}, got '

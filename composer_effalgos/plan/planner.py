@@ -63,6 +63,7 @@ class EpochPlanner(Callback):
         self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
         self.loss: WeightedLoss | None = None
+        self._given_loss: tuple[str, PerSampleLoss] | None = None  # who gave a per-sample loss, and which
         self.whole_batches = self.may_lengthen = self.exchanges = self.full_budget = False
         self.clock, self.horizon = EpochClock(), Horizon()
         self.by_position: list[str] = []
@@ -110,6 +111,9 @@ class EpochPlanner(Callback):
 
         Returns:
             The weighted loss.
+
+        Raises:
+            InputError: Another algorithm requested it with another ``per_sample_loss``.
         """
         model = state.model
         if self.loss is None:
@@ -120,6 +124,10 @@ class EpochPlanner(Callback):
             self.loss = WeightedLoss(model, user=who.partition('(')[0])  # type: ignore[arg-type]
             model.loss = self.loss  # type: ignore[method-assign,assignment]
         if per_sample_loss is not None:
+            other, given = self._given_loss or (who, per_sample_loss)
+            if given != per_sample_loss:
+                raise InputError(f'per_sample_loss: {other} and {who} got different ones, but a run has one loss; give both the same')
+            self._given_loss = (who, per_sample_loss)
             self.loss.use(per_sample_loss)
         if by_position:
             self.by_position.append(who)

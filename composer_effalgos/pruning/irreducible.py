@@ -8,7 +8,7 @@ import torch
 from composer.models import ComposerModel
 from composer.utils import get_device
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from composer_effalgos.plan import PerSampleLoss, WeightedLoss, per_sample_mean
 from composer_effalgos.plan.order import check_collate
@@ -33,8 +33,10 @@ def irreducible_losses(
         Float32 ``[N]``, on the CPU.
 
     Raises:
-        InputError: If the loader drops samples or reorders them within a batch, or if the loss has no per-sample form.
+        InputError: If the loader shuffles, drops samples or reorders them within a batch, or if the loss has no per-sample form.
     """
+    if not isinstance(dataloader.sampler, SequentialSampler):
+        raise InputError(f'dataloader: expected the samples in their own order (shuffle=False), got {type(dataloader.sampler).__name__}')
     loss = WeightedLoss(model, per_sample_loss, user='irreducible_losses')
     on = get_device(device)
     model = on.module_to_device(model).eval()

@@ -147,9 +147,12 @@ def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
         done = read_runs(out)[0]
     except InputError:
         return
-    seconds = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs)
-    time = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{seconds / 60:.1f} minutes'
-    console.print(f'{len(jobs)} runs left, about {time} of training in sequence', highlight=False)
+    text = f'{len(jobs)} runs left'
+    if all(job.epochs for job in jobs):  # the length of others, in batches or tokens, is not known here
+        seconds = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs)
+        time = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{seconds / 60:.1f} minutes'
+        text += f', about {time} of training in sequence'
+    console.print(text, highlight=False)
 
 
 def _epoch_seconds(method: str, done: Sequence[Run]) -> float:

@@ -107,7 +107,7 @@ class Comparison:
     Attributes:
         curve: The curve of the plain runs.
         factors: One factor per method.
-        quality: Mean quality of each cell and its 95 % interval, plain cells first by budget, float ``[cells, 3]``: mean, low, high.
+        quality: Mean quality and its 95 % interval of the plain cells, then the methods, as given; float ``[cells, 3]``: mean, low, high.
     """
 
     curve: Curve
@@ -136,7 +136,8 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
     Raises:
         InputError: There are fewer than two plain lengths, or two have the same budget.
     """
-    plain = sorted(baseline, key=lambda cell: float(np.log(cell.budget).mean()))
+    order = np.argsort([np.log(cell.budget).mean() for cell in baseline])
+    plain = [baseline[number] for number in order]
     cells = [*plain, *methods]
     x = np.array([np.log(cell.budget).mean() for cell in cells])
     lengths = x[: len(plain)]
@@ -164,7 +165,8 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
         low, high = np.quantile(found[1:], _ENDS, method='inverted_cdf') if repeated else (0.0, np.inf)
         factors.append(Factor(float(found[0]), float(low), float(high), float(ends[0] / own), float(ends[1] / own)))
     intervals = np.quantile(quality[:, 1:], _ENDS, axis=1).T
-    return Comparison(curves.band(), factors, np.hstack([means, intervals]))
+    found = np.hstack([means, intervals])
+    return Comparison(curves.band(), factors, np.concatenate([found[: len(plain)][np.argsort(order)], found[len(plain) :]]))
 
 
 def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:

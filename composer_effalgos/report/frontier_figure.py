@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from composer_effalgos.report.frontier import UNITS, Frontier, Point
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 _SYMBOLS = ('circle', 'square', 'triangle-up', 'diamond', 'triangle-down', 'cross', 'x', 'star')  # plotly's names of MARKERS
 _GREY = COLORS[0]
+_LENGTH = re.compile(r'\+\d[^+]*$')  # of a method's name, such as +30ep; other parts are methods that are combined
 TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # per decade
 
 
@@ -112,7 +114,7 @@ def _families(found: Frontier) -> list[tuple[str, list[Point]]]:
     families: dict[str, list[Point]] = {'plain training': [point for point in found.points if point.plain]}
     for point in found.points:
         if not point.plain:
-            families.setdefault(point.method.rpartition('+')[0] or point.method, []).append(point)
+            families.setdefault(_LENGTH.sub('', point.method), []).append(point)
     return [(name, sorted(points, key=lambda point: point.budgets[found.by])) for name, points in families.items()]
 
 

@@ -27,6 +27,13 @@ from composer_effalgos.utils.errors import InputError
 __all__ = ['SelectionContext', 'Source', 'make_source']
 
 
+_INSTEAD = {
+    'generator': 'seed',
+    'val_gradients': 'val_dataloader',
+    'val_labels': 'val_dataloader',
+}  # of an option of select_subset
+
+
 @dataclass(frozen=True)
 class SelectionContext:
     """Context of one selection.
@@ -64,8 +71,11 @@ class Source:
     once = False  # whether one subset serves the whole run
     weighted = False  # whether the weights may differ
     by_position = False  # whether it needs the position of samples in a batch for more than weights
+    runs_model = False  # whether it runs the model on the data, in other steps than training
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any]) -> None:
+        for name in _INSTEAD.keys() & options:
+            raise InputError(f'{name}: an option of select_subset alone; give SubsetSelection {_INSTEAD[name]}')
         self.strategy, self.backend, self.options = strategy, backend, dict(options)
         self.settings: Any = check_options(strategy, backend=backend, **options)
 
@@ -131,6 +141,8 @@ class Source:
 
 class _Gradients(Source):
     """Runs a strategy on the gradients of the current model."""
+
+    runs_model = True
 
     def __init__(
         self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
@@ -255,6 +267,8 @@ class _Forgetting(Source):
 
 class _Milo(Source):
     """Prepares both of MILO's phases in one data pass; later selections need no pass."""
+
+    runs_model = True
 
     def __init__(self, strategy: str, backend: str, options: Mapping[str, Any], linear_layer: bool) -> None:
         options, self.linear_layer = dict(options), linear_layer

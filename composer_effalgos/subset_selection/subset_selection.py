@@ -239,6 +239,11 @@ class SubsetSelection(Selector, Algorithm):
             self._source.load_state_dict(state['source'])
 
     def _initialise(self, state: State, logger: Logger) -> None:
+        if state.fsdp_enabled and self._source.runs_model:
+            raise InputError(
+                f'strategy: {self.strategy} cannot be combined with FSDP: its pass over the data has not the same number of steps on every '
+                'rank; use random, adaptive-random, forgetting or file, or DDP'
+            )
         self._planner, self._state, self._logger = EpochPlanner.of(state), state, logger
         self._planner.selectors.add(self)
         self._planner.full_budget |= self.budget == 'full'

@@ -37,10 +37,11 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return False
         try:
-            number = float(value)
+            finite = math.isfinite(value)
         except OverflowError:  # an integer too large for a float
             return False
-        return math.isfinite(number) and self.above < number < self.below and self.least <= number <= self.most
+        number = int(value) if is_whole(value) else float(value)  # as a float, 2**63 - 1 would not be below 2**63
+        return finite and self.above < number < self.below and self.least <= number <= self.most
 
     def __str__(self) -> str:
         """The range in words that can follow ``a number``: ``in [0, 1)``, ``greater than 1``."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 
 import psutil
 import torch
@@ -28,8 +30,16 @@ def cpu_seconds() -> float:
 
 def peak_memory_bytes(state: State) -> int:
     """Peak memory of this process: of CUDA tensors on a GPU, otherwise the resident set."""
-    if state.device.name == 'gpu':
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if state.device.name == 'gpu' else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process."""
+    status = Path('/proc/self/status')
+    if status.exists():  # Linux's ru_maxrss starts from the peak of the process that started this one
+        found = re.search(r'^VmHWM:\s*(\d+) kB$', status.read_text(encoding='ascii', errors='replace'), re.MULTILINE)
+        if found is not None:
+            return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
 

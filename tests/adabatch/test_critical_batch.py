@@ -1,6 +1,8 @@
+import datetime
 import json
 
 import pytest
+import torch
 
 from composer_effalgos import InputError
 from composer_effalgos.adabatch import critical_batch
@@ -94,6 +96,9 @@ def test_branches_off_a_checkpoint(recipe, tmp_path):
     trainer.fit()
     trainer.close()
     checkpoint = recipe.run_folder / 'checkpoints' / 'ep2.pt'
+    saved = torch.load(checkpoint, weights_only=False)
+    saved['state']['timestamp']['Timestamp']['total_wct'] = datetime.timedelta(hours=1)
+    torch.save(saved, checkpoint)
     rates = []
     watch = critical_batch.Window.batch_end
 
@@ -107,6 +112,8 @@ def test_branches_off_a_checkpoint(recipe, tmp_path):
     finally:
         critical_batch.Window.batch_end = watch
     assert [(epoch, size) for epoch, size, _ in rates] == [(2, 16)] * 6 + [(2, 64)] * 2
+    branches = json.loads((tmp_path / 'out' / 'critical_batch.json').read_text())['branches']
+    assert all(0 < one['seconds'] < 3600 for one in branches)  # without the run before
     assert 0.004 < rates[0][2] < 0.0055  # half way down the cosine
     assert rates[6][2] == pytest.approx(2 * rates[0][2], rel=0.1)
 

@@ -115,6 +115,21 @@ def test_bad_files_and_options_are_one_line(nanogpt, change, options, message):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(('written', 'options'), [('<u4', {'dtype': 'uint16'}), ('<i8', {}), ('<i8', {'dtype': 'uint32'})])
+def test_wider_integers_are_not_read_as_twice_as_many_tokens(nanogpt, written, options):
+    folder, ids = nanogpt
+    ids['train'].astype(written).tofile(folder / 'train.bin')
+    with pytest.raises(InputError, match=r'train\.bin: every second token read as uint\d\d is 0, so they are wider integers'):
+        build_dataset('tokens', 'train', path=str(folder), seq_len=16, vocab_size=WORDS, **options)
+
+
+def test_the_vocabulary_decides_the_width(tmp_path):
+    ids = np.arange(70000, 71000)
+    ids.astype('<u4').tofile(tmp_path / 'train.bin')
+    found = build_dataset('tokens', 'train', path=str(tmp_path), seq_len=16, vocab_size=128256)
+    assert (len(found), found[0]['input_ids'].tolist()) == (62, ids[:16].tolist())
+
+
 def test_a_token_beyond_the_vocabulary_is_refused_where_it_is_read(nanogpt):
     folder, ids = nanogpt
     found = build_dataset('tokens', 'train', path=str(folder), seq_len=16, vocab_size=int(ids['train'].max()))

@@ -359,12 +359,15 @@ def test_parquet_images_are_told_apart(tmp_path):
     path = tmp_path / 'train.parquet'
     image = tmp_path / 'image.png'
     Image.new('RGB', (4, 4)).save(image)
-    pq.write_table(pa.table({'image': [image.read_bytes()] * 6, 'label': [0, 1] * 3}), path)
+    images = [image.read_bytes()] * 6
+    pq.write_table(pa.table({'image': images, 'label': [0, 1] * 3, 'image2': images, 'label2': [1, 0] * 3}), path)
 
     def identity(**options):
         return cache.identity_of(build_dataset('image_parquet', 'train', path=str(tmp_path), **options))
 
-    assert identity() == identity() != identity(limit=3)
+    assert identity() == identity()
+    others = [identity(limit=3), identity(label_column='label2'), identity(image_column='image2')]
+    assert len({identity(), *others}) == 4
 
 
 def test_a_cache_is_refused_beside_a_transform_of_the_labels(tmp_path):

@@ -110,6 +110,9 @@ def loader_of(problem, streaming_dataset):
             'own sampler': lambda: DataLoader(problem, 16, sampler=Backwards(problem), num_workers=2),
             'endless sampler': lambda: DataLoader(problem, 16, sampler=Circular(problem)),
             'own batch sampler': lambda: DataLoader(problem, batch_sampler=Pairs(SequentialSampler(problem), 16, False)),
+            'with replacement': lambda: DataLoader(  # draws by the piece, as it is read
+                problem, 16, sampler=RandomSampler(problem, True, generator=torch.Generator().manual_seed(5))
+            ),
             'some of them': lambda: DataLoader(problem, 16, sampler=RandomSampler(problem, num_samples=100)),
             'iterable': lambda: DataLoader(Sized(problem), 16),
             'iterable, workers': lambda: DataLoader(Sized(problem), 16, num_workers=2),
@@ -252,7 +255,7 @@ def test_resumed_within_an_epoch(train, loader_of, weights_of, kind, tmp_path):
     assert final[0]['dataset_state'] == final[1]['dataset_state']
 
 
-@pytest.mark.parametrize('kind', ['own generator', 'own batch sampler', 'iterable', 'iterable of batches', 'streaming'])
+@pytest.mark.parametrize('kind', ['own generator', 'with replacement', 'own batch sampler', 'iterable', 'iterable of batches', 'streaming'])
 def test_resumed_at_the_end_of_an_epoch(train, loader_of, kind, tmp_path):
     """Where a sampler's generator or a dataset's count of epochs is not in the checkpoint."""
 

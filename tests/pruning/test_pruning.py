@@ -258,6 +258,8 @@ def test_irreducible_losses_are_those_of_the_model(make_trainer, problem):
     assert torch.allclose(losses, expected, atol=1e-6)
     with pytest.raises(InputError, match='expected all 203 samples, got 200'):
         irreducible_losses(model, DataLoader(problem, batch_size=20, drop_last=True), device='cpu')
+    with pytest.raises(InputError, match=r'^dataloader: expected the samples in their own order .shuffle=False., got RandomSampler'):
+        irreducible_losses(model, DataLoader(problem, batch_size=20, shuffle=True), device='cpu')
 
 
 def test_a_rule_of_ones_own_needs_few_lines(make_trainer, monkeypatch):

@@ -127,6 +127,8 @@ def test_only_ratios_of_budgets_count_and_an_order_that_noise_turned_over_is_men
     assert scaled.low == pytest.approx(found.low)
     baseline[2], baseline[3] = (Cell(a.name, a.budget, b.quality) for a, b in ((baseline[2], baseline[3]), (baseline[3], baseline[2])))
     assert 0 < factor_of(baseline, method).value < np.inf
+    shuffled = [baseline[number] for number in (2, 0, 3, 1)]
+    assert compare(shuffled, [method]).quality[:, 0] == pytest.approx([cell.quality.mean() for cell in [*shuffled, method]])
 
 
 def test_the_band_holds_the_points_and_the_curve_goes_through_them():

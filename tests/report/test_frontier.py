@@ -225,6 +225,24 @@ def test_the_files_and_the_report_say_the_same(write_frontier_runs, loss):
     assert drawn['traces'][3]['y'] == pytest.approx([scale * result.points[-1].quality], rel=1e-5)
 
 
+def test_lengths_of_a_method_are_joined_and_combined_methods_are_not(write_frontier_runs, write_run):
+    for name, epochs in (('glister+blurpool', 3), ('glister+mixup', 3), ('seta+3ep', 3), ('seta+5ep', 5)):
+        settings = {'max_duration': f'{epochs}ep', 'algorithms': {'pruning': {'seed': len(name) + epochs}}}
+        write_run(f'{name}_seed17', accuracies=(0.1,) * epochs, settings=settings)
+    drawn = chart(found(write_frontier_runs(), 'samples'))
+    assert [trace['name'] for trace in drawn['traces'][3:]] == ['glister+blurpool', 'glister+mixup', 'seta', 'infobatch']
+
+
+def test_the_quality_of_a_plain_run_is_its_own_in_whatever_order_the_times_are(write_frontier_runs):
+    folder = write_frontier_runs()
+    for path in folder.glob('baseline+4ep*/summary.json'):  # slower than the run of 8 epochs
+        summary = json.loads(path.read_text())
+        summary['totals']['train_cpu_seconds'] *= 3
+        path.write_text(json.dumps(summary))
+    points = {point.method: point.quality for point in found(folder, 'cpu_seconds').points}
+    assert [points[f'baseline+{epochs}ep'] for epochs in (2, 4, 8)] == pytest.approx([0.65, 0.7, 0.75])
+
+
 def test_beyond_the_plain_runs_a_number_is_null_and_the_text_a_bound(write_frontier_runs, tmp_path):
     result = found(write_frontier_runs(factor=9.0))
     write_frontier(result, tmp_path, {})
@@ -292,6 +310,9 @@ def test_a_sweep_from_the_command_line(tmp_path, monkeypatch, capsys):
     path.write_text(SWEEP)
     status, _, error = run('--by', 'hours')
     assert (status, error.count('\n')) == (2, 1)
+    monkeypatch.setattr('sys.argv', ['effalgos', 'frontier', str(out), '--jobs', '2'])
+    assert cli.main() == 2
+    assert 'expected a sweep, got a folder of runs' in capsys.readouterr().err
     path.write_text(SWEEP.replace('baseline+2ep: {max_duration: 2ep}', 'baseline+2ep: {max_duration: 1ep}'))
     status, _, error = run()
     assert status == 2

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from composer.core import Callback, DataSpec
+from composer.core import Callback, DataSpec, State
 from composer.models import ComposerModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -567,6 +567,32 @@ def test_a_loss_read_from_the_graph_selects_what_the_same_loss_given_selects(fit
         fit(algorithm, model=model, max_duration='1ep')
         kept.append(algorithm.indices)
     assert torch.equal(*kept)
+
+
+def test_a_run_has_one_per_sample_loss(fit):
+    def other(outputs, batch):
+        return same_loss(outputs, batch)
+
+    def pair(theirs):
+        return [InfoBatch(per_sample_loss=same_loss), SubsetSelection('gradmatch', 0.3, per_sample_loss=theirs)]
+
+    for algorithms, first in ((pair(other), 'InfoBatch and SubsetSelection'), (pair(other)[::-1], 'SubsetSelection.* and InfoBatch')):
+        with pytest.raises(InputError, match=f'^per_sample_loss: {first}.* got different ones, but a run has one loss'):
+            fit(*algorithms, max_duration='1ep')
+    fit(*pair(same_loss), max_duration='1ep')
+
+
+@pytest.mark.parametrize('option', ['generator', 'val_gradients', 'val_labels'])
+def test_options_of_select_subset_alone(option):
+    with pytest.raises(InputError, match=f'^{option}: an option of select_subset alone; give SubsetSelection (seed|val_dataloader)'):
+        SubsetSelection('glister', 0.3, **{option: torch.zeros(3)})
+
+
+@pytest.mark.parametrize('strategy', ['glister', 'milo'])
+def test_a_pass_over_the_data_is_refused_under_fsdp(fit, monkeypatch, strategy):
+    monkeypatch.setattr(State, 'fsdp_enabled', True)
+    with pytest.raises(InputError, match=f'^strategy: {strategy} cannot be combined with FSDP'):
+        fit(SubsetSelection(strategy, 0.3), max_duration='1ep')
 
 
 def test_weights_near_the_end_of_float32(fit, tmp_path):

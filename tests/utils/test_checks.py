@@ -18,6 +18,11 @@ def test_bounds_belong_to_the_range_or_not(value, low, high):
     assert high not in Range(below=high)
 
 
+@pytest.mark.parametrize('value', [2**63 - 1, np.int64(2**63 - 1), 2**63, 2.0**63])
+def test_large_integers_are_not_rounded(value):
+    assert (value in Range(below=2**63)) == (int(value) < 2**63)
+
+
 @pytest.mark.parametrize('value', [1, 0.5, np.float32(0.5), np.int64(1), Fraction(1, 2)])
 def test_numbers(value):
     check_number('share', value, least=0, most=1)
