@@ -40,7 +40,8 @@ class Range:
             finite = math.isfinite(value)
         except OverflowError:  # an integer too large for a float
             return False
-        number = int(value) if is_whole(value) else float(value)  # as a float, 2**63 - 1 would not be below 2**63
+        # as a float, 2**63 - 1 would not be below 2**63
+        number = int(value) if is_whole(value) else float(value)  # type: ignore[call-overload]
         return finite and self.above < number < self.below and self.least <= number <= self.most
 
     def __str__(self) -> str:
