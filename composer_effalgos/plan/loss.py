@@ -17,7 +17,7 @@ from composer_effalgos.plan.outputs import NotReadableError, is_near, same_struc
 from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
-from composer_effalgos.plan.repeated import RANDOM, repeated
+from composer_effalgos.plan.side_effects import RANDOM, undo_side_effects
 from composer_effalgos.plan.token_loss import read_tokens
 from composer_effalgos.utils.errors import InputError
 
@@ -143,7 +143,7 @@ class WeightedLoss:
     def _settle(self, outputs: Any, batch: Any) -> None:
         """Checks once whether ``reduction='none'`` works and whether the loss can be computed twice per batch without side effects."""
         if not self._settled and not self._given and isinstance(self._form, Called):
-            with repeated(self._model) as changed:
+            with undo_side_effects(self._model) as changed:
                 ignores = self._form.ignores_reduction(outputs, batch)
             if ignores or changed:
                 self._form = ReadFromGraph(self.original)
@@ -299,11 +299,11 @@ class WeightedLoss:
 
     def _why_dependent(self, own: Any, outputs: Any, batch: Any) -> str:
         """The reason why the losses of samples depend on the rest of the batch; empty if they do not."""
-        with repeated(self._model):
+        with undo_side_effects(self._model):
             dependent = self._refusing(self._form.depends_on_others, own, outputs, batch)
         if not dependent:
             return ''
-        with repeated(self._model) as changed, torch.no_grad():
+        with undo_side_effects(self._model) as changed, torch.no_grad():
             again = total_of(self.original(same_structure(outputs), same_structure(batch)))
         if RANDOM in changed or not is_near(again, total_of(own).detach(), tensors_of(outputs)[0]):
             return 'it gives a different value each time it is computed (it draws random numbers, or keeps a state)'

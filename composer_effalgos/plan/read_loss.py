@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan.formulas import formulas
 from composer_effalgos.plan.graph import pull
+from composer_effalgos.plan.known_losses import formulas
 from composer_effalgos.plan.outputs import NotReadableError, entries_of, is_near, tensors_of, total_of
 from composer_effalgos.plan.part import alike, computed_before, evaluated, part_of, take_part
 from composer_effalgos.plan.per_sample import Samples
