@@ -14,14 +14,12 @@ from torch import Tensor
 from composer_effalgos.plan.graph import OpaqueGraphError, are_nested, edge_of
 from composer_effalgos.plan.order import is_due
 from composer_effalgos.plan.outputs import NotReadableError, is_near, same_structure, tensors_of, total_of, with_added
-from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
+from composer_effalgos.plan.per_sample import Called, PerSampleLoss, Samples, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
 from composer_effalgos.plan.side_effects import RANDOM, undo_side_effects
 from composer_effalgos.plan.token_loss import read_tokens
 from composer_effalgos.utils.errors import InputError
-
-__all__ = ['PerSampleLoss', 'Weigher', 'WeightedLoss', 'per_sample_mean']
 
 
 class Weigher(Protocol):
@@ -67,15 +65,16 @@ class WeightedLoss:
         subscribers: Called as ``subscriber(losses, where, outputs, batch)`` with detached float32 ``[B]`` and their slice of the rank's
             epoch.
         weigher: Weights each microbatch by its own losses, in addition to the epoch's weights; ``None`` for no such weights.
+        check_due: Whether the next loss of a training step is checked, which synchronises with the device.
     """
 
     def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None, *, user: str = 'InfoBatch') -> None:
         self.original: Callable[..., Any] = model.loss
-        self._model = model
+        self._model, self._name = model, type(model).__name__
         self._logger: Any = None  # each Trainer sets its own on the model: identifies the Trainer that opened the window
         self._user = user
         self._given = False
-        self._form: Form = reduction_form(model, self.original) or ReadFromGraph(self.original)
+        self._form: Called | ReadFromGraph = reduction_form(model, self.original) or ReadFromGraph(self.original)
         self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
         self.weigher: Weigher | None = None
         self._weights: Tensor | None = None
@@ -83,18 +82,13 @@ class WeightedLoss:
         self._position = self._next_position = 0
         self._first_call = True
         self._batches = 0  # started in this fit
-        self._check_due = True
+        self.check_due = True
         self._read: list[int] | None = None  # positions of the outputs whose gradients are weighted; None if a correction is added instead
         self._settled = self._parted = False  # whether the form is final, and whether it was tested on a part of a batch
         self._checked = self._foreign = False  # foreign: the caller's per-sample loss differs from the model's
         self._hooked: set[Any] = set()  # nodes that already have a hook in this microbatch
         if per_sample_loss is not None:
             self.use(per_sample_loss)
-
-    @property
-    def model_name(self) -> str:
-        """Name of the model's class, for messages."""
-        return type(self._model).__name__
 
     def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
         # a copy of the model (SWA, export) has no plan, so it gets the original loss
@@ -113,12 +107,7 @@ class WeightedLoss:
 
     def begin_fit(self) -> None:
         """Schedules a check of the first batch; called before each fit."""
-        self._batches, self._check_due = 0, True
-
-    @property
-    def check_due(self) -> bool:
-        """Whether the next loss of a training step is checked, which synchronises with the device."""
-        return self._check_due
+        self._batches, self.check_due = 0, True
 
     def per_sample(self, outputs: Any, batch: Any) -> Tensor:
         """The loss of each sample, differentiable; inside or outside a training step.
@@ -167,7 +156,7 @@ class WeightedLoss:
         self._hooked.clear()
         self._logger = getattr(self._model, 'logger', None)
         self._batches += 1
-        self._check_due |= is_due(self._batches)
+        self.check_due |= is_due(self._batches)
 
     def end_microbatch(self) -> None:
         """Called after the backward pass of a microbatch."""
@@ -192,7 +181,7 @@ class WeightedLoss:
     @property
     def _active(self) -> bool:
         # report a loss that cannot be weighted in the first batch, not only at the end of a burn-in
-        return self._by_position or (self.weigher is not None and (self._check_due or self.weigher.begun()))
+        return self._by_position or (self.weigher is not None and (self.check_due or self.weigher.begun()))
 
     def _wrong_size(self, seen: int, window: slice) -> None:
         raise InputError(
@@ -211,9 +200,9 @@ class WeightedLoss:
             raise InputError(f'per_sample_loss: {reason.removeprefix("per_sample_loss ")}')
         if self.weigher is not None and self.weigher.by_token:
             raise InputError(
-                f'{self.model_name}.loss: {reason}; use torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
+                f'{self._name}.loss: {reason}; use torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
             )
-        raise InputError(f'{self.model_name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
+        raise InputError(f'{self._name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # A run that failed within a batch leaves its window open, and another Trainer may reuse the model.
@@ -235,7 +224,7 @@ class WeightedLoss:
         where = slice(start, start + len(samples.losses))
         if where.stop > self._window.stop and self._by_position:
             self._wrong_size(self._position + len(samples.losses), self._window)
-        if self._check_due:
+        if self.check_due:
             self._check(own, outputs, batch)
             samples = self._read_samples(own, outputs, batch)  # the check may have determined another normalisation
         losses, shares = samples.losses, samples.shares
@@ -264,7 +253,7 @@ class WeightedLoss:
 
     def _weigh_tokens(self, weigher: Weigher, own: Any, outputs: Any, batch: Any) -> Any:
         """The loss with a weight per token. It needs no check: the graph shows that it is linear in the token losses."""
-        self._first_call = self._check_due = False
+        self._first_call = self.check_due = False
         with torch.no_grad():
             tokens = self._refusing(read_tokens, own, outputs)
             added = tokens.weigh(weigher.weigh(tokens, batch)) if weigher.begun() else None
@@ -337,7 +326,7 @@ class WeightedLoss:
             self._refuse(f'its per-sample losses {difference}')
         if difference is not None and not self._foreign:
             warnings.warn(
-                f"per_sample_loss: its losses {difference} ({self.model_name}.loss); the run trains on the model's own loss plus "
+                f"per_sample_loss: its losses {difference} ({self._name}.loss); the run trains on the model's own loss plus "
                 'mean((weight - 1) * per_sample_loss)',
                 stacklevel=2,
             )
@@ -349,7 +338,7 @@ class WeightedLoss:
         by_gradient = bool(compared.read) and not self._foreign and not probe.reads_parameters
         # The gradient at an output would arrive, already weighted, at the output that it was computed from
         by_gradient = by_gradient and not are_nested({edge_of(tensors_of(outputs)[position]) for position in compared.read})
-        self._read, self._checked, self._check_due = (compared.read if by_gradient else None), True, False
+        self._read, self._checked, self.check_due = (compared.read if by_gradient else None), True, False
 
 
 def _itself(loss: Any) -> Any:

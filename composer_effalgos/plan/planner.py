@@ -17,8 +17,9 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail
 from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
-from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+from composer_effalgos.plan.loss import WeightedLoss
 from composer_effalgos.plan.order import OrderCheck
+from composer_effalgos.plan.per_sample import PerSampleLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
