@@ -183,20 +183,14 @@ class PlannedDataLoader(DataLoader):
         """
         if not (criteria := self._single_criteria()):
             return 0
+        return num_surplus(count, lambda number: self._epoch_sizes(number, batch_size, even=even), self.world_size, criteria[0])
 
-        def sizes_of(number: int) -> Sequence[int]:
-            sizes = epoch_sizes(
-                number,
-                batch_size,
-                self.world_size,
-                drop_last=self.drop_last,
-                even=even,
-                max_batches=self.max_batches,
-                tail=self.tail,
-            )
-            return self._spread(sizes)
-
-        return num_surplus(count, sizes_of, self.world_size, criteria[0])
+    def _epoch_sizes(self, count: int, batch_size: BatchSize, *, even: bool) -> tuple[int, ...]:
+        """Batch sizes of an epoch that trains on ``count`` samples, over all ranks."""
+        sizes = epoch_sizes(
+            count, batch_size, self.world_size, drop_last=self.drop_last, even=even, max_batches=self.max_batches, tail=self.tail
+        )
+        return self._spread(sizes)
 
     def _spread(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Batch sizes, with the last two split differently if a rank would be left with one sample."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from composer_effalgos.plan.graph import OpaqueGraphError, are_nested, edge_of
 from composer_effalgos.plan.order import is_due
 from composer_effalgos.plan.outputs import NotReadableError, is_near, same_structure, tensors_of, total_of, with_added
-from composer_effalgos.plan.per_sample import Called, PerSampleLoss, Samples, reduction_form
+from composer_effalgos.plan.per_sample import Called, PerSampleLoss, SampleLosses, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
 from composer_effalgos.plan.side_effects import RANDOM, undo_side_effects
@@ -247,7 +247,7 @@ class WeightedLoss:
             self._weigh_gradients(outputs, weights)
         return with_added(own, [((weights - 1) * share).sum() for share in shares])
 
-    def _read_samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+    def _read_samples(self, own: Any, outputs: Any, batch: Any) -> SampleLosses:
         with torch.no_grad():
             return self._refusing(self._form.samples, own, outputs, batch)
 
@@ -321,13 +321,12 @@ class WeightedLoss:
         difference, estimate = compared.difference, probe.shares.detach().sum()
         near = is_near(estimate, total, next(iter(tensors_of(outputs)), total))
         if difference is None and not compared.read and not near:
-            difference = f'average to {estimate.item():.6g}, where it returns {total.item():.6g}'
+            difference = f'have mean {estimate.item():.6g}, {self._name}.loss returns {total.item():.6g}'
         if difference is not None and not self._given:
             self._refuse(f'its per-sample losses {difference}')
         if difference is not None and not self._foreign:
             warnings.warn(
-                f"per_sample_loss: its losses {difference} ({self._name}.loss); the run trains on the model's own loss plus "
-                'mean((weight - 1) * per_sample_loss)',
+                f'per_sample_loss: its losses {difference}; training uses {self._name}.loss plus mean((weight - 1) * per_sample_loss)',
                 stacklevel=2,
             )
         if dependent:

@@ -46,7 +46,7 @@ def per_sample_mean(losses: Tensor) -> Tensor:
     return losses if losses.ndim == 1 else losses.flatten(1).mean(dim=1)
 
 
-class Samples(NamedTuple):
+class SampleLosses(NamedTuple):
     """The loss of each sample."""
 
     losses: Tensor  # [B]
@@ -105,17 +105,17 @@ class Called:
             return False
         return not alike(found, losses[rows], like)
 
-    def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+    def samples(self, own: Any, outputs: Any, batch: Any) -> SampleLosses:
         """Losses of the samples and their shares in ``own``, the model's loss for this batch."""
         each, entries = self._each(outputs, batch), entries_of(own)
         total = torch.stack(each).sum(dim=0)
         if self.plain_mean:
-            return Samples(total, [losses / len(losses) for losses in each])
+            return SampleLosses(total, [losses / len(losses) for losses in each])
         if len(each) != len(entries):
-            return Samples(total, [total * _factor(total, total_of(own))])
+            return SampleLosses(total, [total * _factor(total, total_of(own))])
         # the divisor (class weights, ignored labels, a scale) differs between batches, so it is computed for each
         pairs = zip(each, entries, strict=True)
-        return Samples(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
+        return SampleLosses(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
         """Per-sample losses for a check of their gradients."""

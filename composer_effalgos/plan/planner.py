@@ -149,7 +149,7 @@ class EpochPlanner(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Replaces the user's loader by the planned one, unless it is installed, and puts the schedules on the clock."""
-        self._refuse(state)
+        self._check_combination(state)
         self.install(state)
         if self.full_budget:
             self._convert_budget(state)
@@ -297,7 +297,7 @@ class EpochPlanner(Callback):
 
     # ------------------------------------------------------------------ parts
 
-    def _refuse(self, state: State) -> None:
+    def _check_combination(self, state: State) -> None:
         selective = [a for a in state.algorithms if isinstance(a, SelectiveBackprop)]
         if selective and self.by_position:
             raise InputError(
