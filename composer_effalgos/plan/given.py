@@ -86,12 +86,6 @@ def _kind(given: Any, rank: int, world_size: int) -> type[PlannedDataLoader]:
 class GivenOrder(PlannedDataLoader):
     """Keeps the order of the user's sampler or ``StreamingDataset``, which may repeat or omit samples in an epoch.
 
-    Args:
-        loader: The user's ``DataLoader``.
-        seed: The run's seed, the same on every rank.
-        rank: This process's global rank.
-        world_size: Number of ranks.
-
     Raises:
         InputError: For a loader without a length, or with batches of different sizes.
     """

@@ -110,14 +110,7 @@ class WeightedLoss:
         self._batches, self.check_due = 0, True
 
     def per_sample(self, outputs: Any, batch: Any) -> Tensor:
-        """The loss of each sample, differentiable; inside or outside a training step.
-
-        Args:
-            outputs: The model's outputs.
-            batch: The batch.
-
-        Returns:
-            Float ``[B]``.
+        """The loss of each sample, float ``[B]``, differentiable; inside or outside a training step.
 
         Raises:
             InputError: If the loss has no per-sample form.

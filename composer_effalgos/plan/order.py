@@ -31,11 +31,7 @@ _CLONED = 2**20  # elements up to which a tensor is cloned for comparison; for l
 
 
 def is_due(count: int) -> bool:
-    """Whether to check the batch with this number, counted from 1: true for powers of two.
-
-    Args:
-        count: The number.
-    """
+    """Whether to check the batch with this number, counted from 1: true for powers of two."""
     return count & (count - 1) == 0
 
 

@@ -32,12 +32,7 @@ def num_rows(batch: Any) -> int:
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Applies a function to each tensor in a structure and returns the same structure.
-
-    Args:
-        function: Function of one tensor.
-        value: Outputs or a batch.
-    """
+    """Applies a function to each tensor in a structure (outputs or a batch) and returns the same structure."""
 
     def visit(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

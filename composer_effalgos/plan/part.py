@@ -88,12 +88,7 @@ def evaluated(function: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> 
 
 
 def computed_before(own: Any, outputs: Any) -> bool:
-    """Whether a loss was computed in the forward pass: it is among the outputs, or its graph does not start at them.
-
-    Args:
-        own: Result of ``model.loss``.
-        outputs: The model's outputs, or a part of them.
-    """
+    """Whether a loss was computed in the forward pass: it is among the outputs, or its graph does not start at them."""
     numbers = {edge_of(leaf) for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.requires_grad}
     starts = [edge_of(entry) for entry in entries_of(own) if entry.requires_grad]
     found = [edge for _, edge in walk(starts, {*numbers, *positions_of(outputs)}).arrivals]

@@ -21,14 +21,7 @@ PerSampleLoss = Callable[[Any, Any], Any]
 
 
 def check_per_sample_loss(given: Any) -> None:
-    """Checks that an argument is a :data:`PerSampleLoss` or ``None``.
-
-    Args:
-        given: The argument ``per_sample_loss``.
-
-    Raises:
-        InputError: If it is something else.
-    """
+    """Checks that the argument ``per_sample_loss`` is a :data:`PerSampleLoss` or ``None``."""
     if given is not None and not callable(given):
         raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {given!r}')
 

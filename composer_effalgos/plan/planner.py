@@ -74,14 +74,7 @@ class EpochPlanner(Callback):
 
     @classmethod
     def of(cls, state: State) -> EpochPlanner:
-        """The run's planner; the first call creates it.
-
-        Args:
-            state: The trainer's state.
-
-        Returns:
-            The planner, which is one of the run's callbacks.
-        """
+        """The run's planner, one of its callbacks; the first call creates it."""
         planner = cls.find(state)
         if planner is None:
             planner = cls()
@@ -91,11 +84,7 @@ class EpochPlanner(Callback):
 
     @classmethod
     def find(cls, state: State) -> EpochPlanner | None:
-        """The run's planner, or ``None`` if there is none.
-
-        Args:
-            state: The trainer's state.
-        """
+        """The run's planner, or ``None`` if there is none."""
         return next((callback for callback in state.callbacks if isinstance(callback, cls)), None)
 
     def request_loss(
@@ -218,9 +207,6 @@ class EpochPlanner(Callback):
         """Replans the rest of the epoch, from the next batch on, with the batch sizes requested now.
 
         Must be called between two batches, on every rank (at ``BEFORE_DATALOADER``).
-
-        Args:
-            state: The trainer's state.
         """
         loader, batches = self.loader, int(state.timestamp.batch_in_epoch)
         assert loader.plan is not None
@@ -306,11 +292,7 @@ class EpochPlanner(Callback):
             )
 
     def install(self, state: State) -> None:
-        """Replaces the user's loader by the planned one; does not wrap a planned loader again.
-
-        Args:
-            state: The trainer's state.
-        """
+        """Replaces the user's loader by the planned one; does not wrap a planned loader again."""
         if isinstance(state.dataloader, PlannedDataLoader):
             if state.dataloader is not self._loader:
                 raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")
@@ -348,9 +330,6 @@ class EpochPlanner(Callback):
 
         This is the case with FSDP, with DDP if an algorithm makes Composer look for unused parameters, with Composer's automatic
         microbatching (unless it only tries whole batches), and with an algorithm that sets ``exchanges``.
-
-        Args:
-            state: The trainer's state.
         """
         searches = state.auto_microbatching and not self.whole_batches
         unused = getattr(state.model, 'find_unused_parameters', False)

@@ -146,11 +146,6 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
 class ShardLoader(PlannedDataLoader):
     """Plans epochs together with the other ranks, so that no rank holds the order of all samples.
 
-    Args:
-        loader: The user's loader.
-        seed: The run's seed, the same on every rank.
-        ranks: The ranks.
-
     Raises:
         InputError: For a loader whose order goes shard by shard.
     """

@@ -83,10 +83,6 @@ class Tokens:
 def read_tokens(own: Any, outputs: Any) -> Tokens:
     """Reads the tokens of a loss from its graph.
 
-    Args:
-        own: Result of ``model.loss``.
-        outputs: The model's outputs.
-
     Raises:
         NotReadableError: If it is not one cross-entropy over class indices.
     """
