@@ -43,14 +43,6 @@ class _Epoch:
     tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The result of an evaluator."""
-
-    accuracy: float | None
-    loss: float | None
-
-
 @dataclass
 class _Running:
     """State of the current epoch that is not in the timestamps."""
@@ -84,7 +76,7 @@ def quality_text(totals: dict[str, Any]) -> str:
     """
     if totals['eval_accuracy'] is not None:
         return f'accuracy {totals["eval_accuracy"]:.4f}'
-    loss = totals.get('eval_loss')  # missing in summaries of version 0.1.0 and earlier
+    loss = totals.get('eval_loss')  # missing in summaries written before eval_loss was recorded
     return 'no evaluation' if loss is None else f'held-out loss {loss:.4f} (perplexity {perplexity(loss):.2f})'
 
 
@@ -143,7 +135,7 @@ class EfficiencyMonitor(Callback):
         self.save_folder = Path(save_folder)
         self._epochs: dict[int, _Epoch] = {}
         self._running = _Running()
-        self._evaluated: dict[str, _Measured] = {}
+        self._evaluated: dict[str, tuple[float | None, float | None]] = {}  # accuracy and loss by evaluator
         self._no_quality_warned = False
         self._peak_memory = 0
         self._scores: dict[int, _Scores] = {}
@@ -230,7 +222,7 @@ class EfficiencyMonitor(Callback):
         losses = [name for name in names if name.endswith('CrossEntropy')]
         accuracy, loss = (float(state.eval_metric_values[found[0]]) if found else None for found in (accuracies, losses))
         if accuracies or losses:
-            self._evaluated[label] = _Measured(accuracy, loss)
+            self._evaluated[label] = accuracy, loss
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._cpu_mark = cpu_seconds()
@@ -238,14 +230,14 @@ class EfficiencyMonitor(Callback):
         if not evaluated:
             self._warn_of_no_quality(state)
             return
-        measured = evaluated.get('eval', next(iter(evaluated.values())))
+        accuracy, loss = evaluated.get('eval', next(iter(evaluated.values())))
         # Evaluation at the end of an epoch runs after EPOCH_END, when the timestamp is already in the next epoch.
         within = int(state.timestamp.batch_in_epoch) > 0
         epoch = int(state.timestamp.epoch) - (not within)
         if within:
-            self._running.eval_accuracy, self._running.eval_loss = measured.accuracy, measured.loss
+            self._running.eval_accuracy, self._running.eval_loss = accuracy, loss
         if epoch in self._epochs:
-            self._epochs[epoch].eval_accuracy, self._epochs[epoch].eval_loss = measured.accuracy, measured.loss
+            self._epochs[epoch].eval_accuracy, self._epochs[epoch].eval_loss = accuracy, loss
             self._write(state)
 
     def _warn_of_no_quality(self, state: State) -> None:

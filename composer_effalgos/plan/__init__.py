@@ -1,11 +1,11 @@
 """The plan of each epoch: samples, weights and batch sizes. Independent of any particular algorithm."""
 
 from composer_effalgos.plan.clock import EpochClock
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, by_shard, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
-from composer_effalgos.plan.horizon import Budget, Horizon, check_budget
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, check_seed, plan_epoch, resume_epoch, split_batches, stream_seed
+from composer_effalgos.plan.horizon import Budget, check_budget
 from composer_effalgos.plan.loader import PlannedDataLoader, class_labels, tokens_per_sample
-from composer_effalgos.plan.loss import PerSampleLoss, Weigher, WeightedLoss, per_sample_mean
-from composer_effalgos.plan.per_sample import check_per_sample_loss
+from composer_effalgos.plan.loss import WeightedLoss
+from composer_effalgos.plan.per_sample import PerSampleLoss, check_per_sample_loss, per_sample_mean
 from composer_effalgos.plan.planner import EpochPlanner
 from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.plan.readers import BatchReader, Reading
@@ -24,7 +24,6 @@ __all__ = [
     'EpochMetrics',
     'EpochPlan',
     'EpochPlanner',
-    'Horizon',
     'PerSampleLoss',
     'PlannedDataLoader',
     'Ranks',
@@ -36,9 +35,7 @@ __all__ = [
     'Shard',
     'ShardTable',
     'Tokens',
-    'Weigher',
     'WeightedLoss',
-    'by_shard',
     'check_budget',
     'check_per_sample_loss',
     'check_seed',

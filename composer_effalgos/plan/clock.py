@@ -99,11 +99,7 @@ class EpochClock:
 
     @contextmanager
     def virtual_time(self, state: State) -> Iterator[None]:
-        """Makes the state show the time and epoch length of the unpruned run; no change if the run's length is not in epochs.
-
-        Args:
-            state: The trainer's state.
-        """
+        """Makes the state show the time and epoch length of the unpruned run; no change if the run's length is not in epochs."""
         loader, length = self._loader, state.max_duration
         if loader is None or length is None or length.unit != TimeUnit.EPOCH:
             yield
@@ -132,11 +128,7 @@ class EpochClock:
         )
 
     def batch_end(self, state: State) -> None:
-        """Gives PyTorch schedulers that were stepped for this batch the additional steps of the full epoch.
-
-        Args:
-            state: The trainer's state at ``BATCH_END``.
-        """
+        """Gives PyTorch schedulers that were stepped for this batch the additional steps of the full epoch; at ``BATCH_END``."""
         loader = self._loader
         assert loader is not None
         assert state.max_duration is not None
@@ -150,11 +142,7 @@ class EpochClock:
         self._note_steps(state)
 
     def epoch_end(self, state: State) -> None:
-        """Advances the virtual time by one full epoch.
-
-        Args:
-            state: The trainer's state at ``EPOCH_END``.
-        """
+        """Advances the virtual time by one full epoch; at ``EPOCH_END``."""
         assert self._loader is not None
         self.batch_base += self._loader.full_batches
         self.sample_base += self._loader.full_samples

@@ -33,14 +33,7 @@ def stream_seed(*keys: int) -> int:
 
 
 def check_seed(seed: Any) -> None:
-    """Checks an algorithm's ``seed``.
-
-    Args:
-        seed: The argument.
-
-    Raises:
-        InputError: If it is neither ``None`` nor a non-negative integer.
-    """
+    """Checks that an algorithm's ``seed`` is ``None`` or a non-negative integer."""
     if seed is not None:
         check_whole('seed', seed, least=0)
 
@@ -203,11 +196,7 @@ class EpochPlan:
 
 
 def saved_batches(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a plan that describe its batches, from a checkpoint.
-
-    Args:
-        saved: Result of a plan's ``state_dict``.
-    """
+    """The arguments of a plan that describe its batches, from the result of its ``state_dict``."""
     return {'sizes': tuple(saved['sizes'].tolist()), 'start': saved['start'], 'first_batch': saved['first_batch']}
 
 
@@ -243,19 +232,9 @@ def epoch_sizes(
     max_batches: int | None = None,
     tail: Tail = 'shared',
 ) -> list[int]:
-    """The batch sizes of an epoch with a given number of samples.
+    """The global batch sizes, at least one, of an epoch with a given number of samples over all ranks.
 
-    Args:
-        num_samples: Samples to train on, over all ranks.
-        batch_size: As for :func:`plan_epoch`, like the following arguments.
-        world_size: Number of ranks.
-        drop_last: Drops an incomplete last batch, unless it is the only one.
-        even: Gives every rank the same number of samples.
-        max_batches: Keeps only the first batches.
-        tail: How an incomplete last batch is handled.
-
-    Returns:
-        Global batch sizes, at least one.
+    Arguments as for :func:`plan_epoch`.
 
     Raises:
         ValueError: If there are fewer samples than ranks.

@@ -1,4 +1,4 @@
-"""Loaders for AdaBatch without pruning or selection: the user's own order or stream, in batches of other sizes."""
+"""Loaders for algorithms that need no sample indices (AdaBatch, LinUpper, ESLM): the user's order or stream, in batches of other sizes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def planned_loader(
         try:
             samples_of(given, rank=rank, world_size=world_size)
         except InputError as error:
-            raise InputError(f'{error} ({", ".join(dict.fromkeys(needs_numbers))} needs sample numbers, AdaBatch alone does not)') from None
+            names = ', '.join(dict.fromkeys(needs_numbers))
+            raise InputError(f'{error} ({names} needs sample numbers; AdaBatch, LinUpper and ESLM do not)') from None
     if ranks is not None:
         loader: PlannedDataLoader = ShardLoader(given, seed=seed, ranks=ranks)
     else:
@@ -84,12 +85,6 @@ def _kind(given: Any, rank: int, world_size: int) -> type[PlannedDataLoader]:
 
 class GivenOrder(PlannedDataLoader):
     """Keeps the order of the user's sampler or ``StreamingDataset``, which may repeat or omit samples in an epoch.
-
-    Args:
-        loader: The user's ``DataLoader``.
-        seed: The run's seed, the same on every rank.
-        rank: This process's global rank.
-        world_size: Number of ranks.
 
     Raises:
         InputError: For a loader without a length, or with batches of different sizes.
@@ -125,7 +120,7 @@ class GivenOrder(PlannedDataLoader):
         super().__init__(loader, seed=seed, rank=rank, world_size=world_size, samples=samples)
 
     def plan_epoch(self, kept: Tensor | None, weights: Tensor | None, batch_size: BatchSize, epoch: int, *, even: bool) -> EpochPlan:
-        assert kept is None, 'whoever chooses samples needs their numbers'
+        assert kept is None, 'selectors require sample indices (checked in planned_loader)'
         order = self._streamed(epoch) if is_streaming(self.given.dataset) else self._sampled(epoch)
         sizes = split_batches(len(order), self._whole(batch_size), self.world_size, self.drop_last, self.max_batches, self.tail)
         if not sizes:
@@ -221,7 +216,7 @@ class StreamLoader(PlannedDataLoader):
         if type(batch_size) is not int or batch_size < 1:
             raise InputError(
                 f'train_dataloader: expected a batch_size, of the DataLoader or as an attribute of {type(loader).__name__}, got '
-                f'{batch_size!r}; AdaBatch multiplies it'
+                f'{batch_size!r}; the batches of every epoch are planned from it'
             )
         usual = isinstance(loader, DataLoader) and iterates_as_usual(loader) and not isinstance(loader.dataset, IterDataPipe)
         self._stream = WorkerStream(loader, stream_seed(seed, 1, rank)) if usual else BatchStream(loader)
@@ -245,7 +240,7 @@ class StreamLoader(PlannedDataLoader):
         self.full_samples = self.full_batches * self.initial_batch_size * self.world_size
 
     def plan_epoch(self, kept: Tensor | None, weights: Tensor | None, batch_size: BatchSize, epoch: int, *, even: bool) -> EpochPlan:
-        assert kept is None, 'whoever chooses samples needs their numbers'
+        assert kept is None, 'selectors require sample indices (checked in planned_loader)'
         if isinstance(self._stream, WorkerStream):  # unlike a DataLoader, it does not draw from the training generator
             _draw_as_a_data_loader(self.given)
         self._sizes = batch_size
@@ -285,10 +280,8 @@ class StreamLoader(PlannedDataLoader):
         return sizes
 
     def set_plan(self, plan: EpochPlan, epoch: int, done: tuple[int, ...] = ()) -> None:
-        self.plan, self._epoch = plan, epoch
+        super().set_plan(plan, epoch, done)
         self._done = done if plan.first_batch else ()
-        self.rank_order = plan.kept
-        self.rank_offsets = plan.rank_offsets(self.rank, self.world_size)
 
     def __len__(self) -> int:
         if self.num_samples is None and self.max_batches is None:

@@ -64,9 +64,6 @@ def walk(starts: Iterable[Edge], stops: Collection[Edge], halt: Callable[[Any], 
         starts: Edges to start from.
         stops: Edges at which the traversal stops.
         halt: Predicate for nodes that are listed but not traversed further.
-
-    Returns:
-        Nodes and arrivals.
     """
     arrivals: list[tuple[Any, Edge]] = []
     seen: set[Any] = set()

@@ -14,14 +14,7 @@ Budget = Literal['trained', 'full']
 
 
 def check_budget(budget: str) -> None:
-    """Checks that an argument is a :data:`Budget`.
-
-    Args:
-        budget: The argument.
-
-    Raises:
-        InputError: If it is something else.
-    """
+    """Checks that an argument is a :data:`Budget`."""
     if budget not in ('trained', 'full'):
         raise InputError(f"budget: expected 'trained' or 'full', got {budget!r}")
 
@@ -75,11 +68,7 @@ class Horizon:
         self._sample_tokens: int | None = None  # used to convert a budget in tokens
 
     def after_load(self, state: State) -> None:
-        """Records the Trainer's ``max_duration``.
-
-        Args:
-            state: The trainer's state at ``AFTER_LOAD``.
-        """
+        """Records the Trainer's ``max_duration``; at ``AFTER_LOAD``."""
         self._given = state.max_duration
 
     def convert(self, state: State, full: Mapping[TimeUnit, int], sample_tokens: int | None = None) -> None:
@@ -108,10 +97,7 @@ class Horizon:
         self._sample_tokens = sample_tokens if in_tokens else None
 
     def check_tokens(self, state: State) -> None:
-        """Checks the tokens that Composer counted in a batch against the number used to convert a budget in tokens.
-
-        Args:
-            state: The trainer's state at ``BATCH_END``.
+        """Checks the tokens that Composer counted in a batch against the number used to convert a budget in tokens; at ``BATCH_END``.
 
         Raises:
             InputError: If the samples have another number of tokens.
@@ -144,13 +130,6 @@ class Horizon:
         self.extended, self._fitted = passed and not given, True
 
     def progress(self, state: State) -> float:
-        """The fraction of the run that is finished.
-
-        Args:
-            state: The trainer's state.
-
-        Returns:
-            A number in [0, 1] up to the planned end.
-        """
+        """The fraction of the run that is finished, in [0, 1] up to the planned end."""
         assert self.end is not None
         return int(state.timestamp.get(self.end.unit)) / int(self.end.value)

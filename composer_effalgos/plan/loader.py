@@ -183,20 +183,14 @@ class PlannedDataLoader(DataLoader):
         """
         if not (criteria := self._single_criteria()):
             return 0
+        return num_surplus(count, lambda number: self._epoch_sizes(number, batch_size, even=even), self.world_size, criteria[0])
 
-        def sizes_of(number: int) -> Sequence[int]:
-            sizes = epoch_sizes(
-                number,
-                batch_size,
-                self.world_size,
-                drop_last=self.drop_last,
-                even=even,
-                max_batches=self.max_batches,
-                tail=self.tail,
-            )
-            return self._spread(sizes)
-
-        return num_surplus(count, sizes_of, self.world_size, criteria[0])
+    def _epoch_sizes(self, count: int, batch_size: BatchSize, *, even: bool) -> tuple[int, ...]:
+        """Batch sizes of an epoch that trains on ``count`` samples, over all ranks."""
+        sizes = epoch_sizes(
+            count, batch_size, self.world_size, drop_last=self.drop_last, even=even, max_batches=self.max_batches, tail=self.tail
+        )
+        return self._spread(sizes)
 
     def _spread(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Batch sizes, with the last two split differently if a rank would be left with one sample."""
@@ -298,11 +292,7 @@ class PlannedDataLoader(DataLoader):
         self.full_samples, self.full_batches = sum(full), len(full)
 
     def reads_as(self, other: PlannedDataLoader) -> bool:
-        """Whether another planned loader reads the same samples.
-
-        Args:
-            other: The other loader.
-        """
+        """Whether another planned loader reads the same samples."""
         mine, others = (getattr(loader.given, 'dataset', loader.given) for loader in (self, other))
         if mine is not others or type(self) is not type(other) or self.num_samples != other.num_samples:
             return False
@@ -312,19 +302,12 @@ class PlannedDataLoader(DataLoader):
         """Brings the user's loader to its position in the interrupted run; at ``FIT_START``, before random states are restored.
 
         Nothing to do here, because the plan determines what to read.
-
-        Args:
-            state: The trainer's state.
         """
         # The plan already resumes within an epoch. If a StreamingDataset did so too, samples would be skipped.
         state.dataset_resumption.pop('train', None)
 
     def note_microbatch(self, state: State) -> None:
-        """Records the microbatch size, and sets it if Composer has not determined it; at ``FIT_START``.
-
-        Args:
-            state: The trainer's state.
-        """
+        """Records the microbatch size, and sets it if Composer has not determined it; at ``FIT_START``."""
         size = state.device_train_microbatch_size
         if size is None:  # Composer reads the DataLoader's batch_size, which is None if it has a batch_sampler
             size = state.device_train_microbatch_size = self.initial_batch_size

@@ -14,14 +14,12 @@ from torch import Tensor
 from composer_effalgos.plan.graph import OpaqueGraphError, are_nested, edge_of
 from composer_effalgos.plan.order import is_due
 from composer_effalgos.plan.outputs import NotReadableError, is_near, same_structure, tensors_of, total_of, with_added
-from composer_effalgos.plan.per_sample import Called, Form, PerSampleLoss, Samples, per_sample_mean, reduction_form
+from composer_effalgos.plan.per_sample import Called, PerSampleLoss, SampleLosses, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
-from composer_effalgos.plan.repeated import RANDOM, repeated
+from composer_effalgos.plan.side_effects import RANDOM, undo_side_effects
 from composer_effalgos.plan.token_loss import read_tokens
 from composer_effalgos.utils.errors import InputError
-
-__all__ = ['PerSampleLoss', 'Weigher', 'WeightedLoss', 'per_sample_mean']
 
 
 class Weigher(Protocol):
@@ -67,15 +65,16 @@ class WeightedLoss:
         subscribers: Called as ``subscriber(losses, where, outputs, batch)`` with detached float32 ``[B]`` and their slice of the rank's
             epoch.
         weigher: Weights each microbatch by its own losses, in addition to the epoch's weights; ``None`` for no such weights.
+        check_due: Whether the next loss of a training step is checked, which synchronises with the device.
     """
 
     def __init__(self, model: ComposerModel, per_sample_loss: PerSampleLoss | None = None, *, user: str = 'InfoBatch') -> None:
         self.original: Callable[..., Any] = model.loss
-        self._model = model
+        self._model, self._name = model, type(model).__name__
         self._logger: Any = None  # each Trainer sets its own on the model: identifies the Trainer that opened the window
         self._user = user
         self._given = False
-        self._form: Form = reduction_form(model, self.original) or ReadFromGraph(self.original)
+        self._form: Called | ReadFromGraph = reduction_form(model, self.original) or ReadFromGraph(self.original)
         self.subscribers: list[Callable[[Tensor, slice, Any, Any], None]] = []
         self.weigher: Weigher | None = None
         self._weights: Tensor | None = None
@@ -83,18 +82,13 @@ class WeightedLoss:
         self._position = self._next_position = 0
         self._first_call = True
         self._batches = 0  # started in this fit
-        self._check_due = True
+        self.check_due = True
         self._read: list[int] | None = None  # positions of the outputs whose gradients are weighted; None if a correction is added instead
         self._settled = self._parted = False  # whether the form is final, and whether it was tested on a part of a batch
         self._checked = self._foreign = False  # foreign: the caller's per-sample loss differs from the model's
         self._hooked: set[Any] = set()  # nodes that already have a hook in this microbatch
         if per_sample_loss is not None:
             self.use(per_sample_loss)
-
-    @property
-    def model_name(self) -> str:
-        """Name of the model's class, for messages."""
-        return type(self._model).__name__
 
     def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
         # a copy of the model (SWA, export) has no plan, so it gets the original loss
@@ -113,22 +107,10 @@ class WeightedLoss:
 
     def begin_fit(self) -> None:
         """Schedules a check of the first batch; called before each fit."""
-        self._batches, self._check_due = 0, True
-
-    @property
-    def check_due(self) -> bool:
-        """Whether the next loss of a training step is checked, which synchronises with the device."""
-        return self._check_due
+        self._batches, self.check_due = 0, True
 
     def per_sample(self, outputs: Any, batch: Any) -> Tensor:
-        """The loss of each sample, differentiable; inside or outside a training step.
-
-        Args:
-            outputs: The model's outputs.
-            batch: The batch.
-
-        Returns:
-            Float ``[B]``.
+        """The loss of each sample, float ``[B]``, differentiable; inside or outside a training step.
 
         Raises:
             InputError: If the loss has no per-sample form.
@@ -143,7 +125,7 @@ class WeightedLoss:
     def _settle(self, outputs: Any, batch: Any) -> None:
         """Checks once whether ``reduction='none'`` works and whether the loss can be computed twice per batch without side effects."""
         if not self._settled and not self._given and isinstance(self._form, Called):
-            with repeated(self._model) as changed:
+            with undo_side_effects(self._model) as changed:
                 ignores = self._form.ignores_reduction(outputs, batch)
             if ignores or changed:
                 self._form = ReadFromGraph(self.original)
@@ -167,7 +149,7 @@ class WeightedLoss:
         self._hooked.clear()
         self._logger = getattr(self._model, 'logger', None)
         self._batches += 1
-        self._check_due |= is_due(self._batches)
+        self.check_due |= is_due(self._batches)
 
     def end_microbatch(self) -> None:
         """Called after the backward pass of a microbatch."""
@@ -192,7 +174,7 @@ class WeightedLoss:
     @property
     def _active(self) -> bool:
         # report a loss that cannot be weighted in the first batch, not only at the end of a burn-in
-        return self._by_position or (self.weigher is not None and (self._check_due or self.weigher.begun()))
+        return self._by_position or (self.weigher is not None and (self.check_due or self.weigher.begun()))
 
     def _wrong_size(self, seen: int, window: slice) -> None:
         raise InputError(
@@ -211,9 +193,9 @@ class WeightedLoss:
             raise InputError(f'per_sample_loss: {reason.removeprefix("per_sample_loss ")}')
         if self.weigher is not None and self.weigher.by_token:
             raise InputError(
-                f'{self.model_name}.loss: {reason}; use torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
+                f'{self._name}.loss: {reason}; use torch.nn.functional.cross_entropy of all tokens, in a loss() that is not compiled'
             )
-        raise InputError(f'{self.model_name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
+        raise InputError(f'{self._name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # A run that failed within a batch leaves its window open, and another Trainer may reuse the model.
@@ -235,7 +217,7 @@ class WeightedLoss:
         where = slice(start, start + len(samples.losses))
         if where.stop > self._window.stop and self._by_position:
             self._wrong_size(self._position + len(samples.losses), self._window)
-        if self._check_due:
+        if self.check_due:
             self._check(own, outputs, batch)
             samples = self._read_samples(own, outputs, batch)  # the check may have determined another normalisation
         losses, shares = samples.losses, samples.shares
@@ -258,13 +240,13 @@ class WeightedLoss:
             self._weigh_gradients(outputs, weights)
         return with_added(own, [((weights - 1) * share).sum() for share in shares])
 
-    def _read_samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+    def _read_samples(self, own: Any, outputs: Any, batch: Any) -> SampleLosses:
         with torch.no_grad():
             return self._refusing(self._form.samples, own, outputs, batch)
 
     def _weigh_tokens(self, weigher: Weigher, own: Any, outputs: Any, batch: Any) -> Any:
         """The loss with a weight per token. It needs no check: the graph shows that it is linear in the token losses."""
-        self._first_call = self._check_due = False
+        self._first_call = self.check_due = False
         with torch.no_grad():
             tokens = self._refusing(read_tokens, own, outputs)
             added = tokens.weigh(weigher.weigh(tokens, batch)) if weigher.begun() else None
@@ -299,11 +281,11 @@ class WeightedLoss:
 
     def _why_dependent(self, own: Any, outputs: Any, batch: Any) -> str:
         """The reason why the losses of samples depend on the rest of the batch; empty if they do not."""
-        with repeated(self._model):
+        with undo_side_effects(self._model):
             dependent = self._refusing(self._form.depends_on_others, own, outputs, batch)
         if not dependent:
             return ''
-        with repeated(self._model) as changed, torch.no_grad():
+        with undo_side_effects(self._model) as changed, torch.no_grad():
             again = total_of(self.original(same_structure(outputs), same_structure(batch)))
         if RANDOM in changed or not is_near(again, total_of(own).detach(), tensors_of(outputs)[0]):
             return 'it gives a different value each time it is computed (it draws random numbers, or keeps a state)'
@@ -332,13 +314,12 @@ class WeightedLoss:
         difference, estimate = compared.difference, probe.shares.detach().sum()
         near = is_near(estimate, total, next(iter(tensors_of(outputs)), total))
         if difference is None and not compared.read and not near:
-            difference = f'average to {estimate.item():.6g}, where it returns {total.item():.6g}'
+            difference = f'have mean {estimate.item():.6g}, {self._name}.loss returns {total.item():.6g}'
         if difference is not None and not self._given:
             self._refuse(f'its per-sample losses {difference}')
         if difference is not None and not self._foreign:
             warnings.warn(
-                f"per_sample_loss: its losses {difference} ({self.model_name}.loss); the run trains on the model's own loss plus "
-                'mean((weight - 1) * per_sample_loss)',
+                f'per_sample_loss: its losses {difference}; training uses {self._name}.loss plus mean((weight - 1) * per_sample_loss)',
                 stacklevel=2,
             )
         if dependent:
@@ -349,7 +330,7 @@ class WeightedLoss:
         by_gradient = bool(compared.read) and not self._foreign and not probe.reads_parameters
         # The gradient at an output would arrive, already weighted, at the output that it was computed from
         by_gradient = by_gradient and not are_nested({edge_of(tensors_of(outputs)[position]) for position in compared.read})
-        self._read, self._checked, self._check_due = (compared.read if by_gradient else None), True, False
+        self._read, self._checked, self.check_due = (compared.read if by_gradient else None), True, False
 
 
 def _itself(loss: Any) -> Any:

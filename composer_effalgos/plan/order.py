@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import default_collate
 
-from composer_effalgos.plan.outputs import leaves_of, rows_of
+from composer_effalgos.plan.outputs import leaves_of, num_rows, rows_of
 from composer_effalgos.plan.randomness import RandomStream
 from composer_effalgos.utils.errors import InputError
 
@@ -31,11 +31,7 @@ _CLONED = 2**20  # elements up to which a tensor is cloned for comparison; for l
 
 
 def is_due(count: int) -> bool:
-    """Whether to check the batch with this number, counted from 1: true for powers of two.
-
-    Args:
-        count: The number.
-    """
+    """Whether to check the batch with this number, counted from 1: true for powers of two."""
     return count & (count - 1) == 0
 
 
@@ -111,7 +107,7 @@ class OrderCheck:
                 )
 
     def _check(self, given: Any) -> None:
-        size = next((len(leaf) for leaf in leaves_of(given) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+        size = num_rows(given)
         if size < 2 or _begins_with(given, self._state.batch):
             return
         if not self._looked:  # a transform or an algorithm has changed the batch

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from composer_effalgos.plan.graph import Edge, edge_of
 from composer_effalgos.utils.errors import InputError
 
 
@@ -25,13 +26,13 @@ def leaves_of(value: Any) -> list[Any]:
     return leaves
 
 
-def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Applies a function to each tensor in a structure and returns the same structure.
+def num_rows(batch: Any) -> int:
+    """The length of a batch's first tensor with a dimension; 0 if there is none."""
+    return next((len(leaf) for leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
-    Args:
-        function: Function of one tensor.
-        value: Outputs or a batch.
-    """
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Applies a function to each tensor in a structure (outputs or a batch) and returns the same structure."""
 
     def visit(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -59,6 +60,11 @@ def _holds_tensors(leaf: Any) -> bool:
 def tensors_of(outputs: Any) -> list[Tensor]:
     """The floating-point tensors among a model's outputs, in a fixed order, without scalars (a loss)."""
     return [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0]
+
+
+def positions_of(outputs: Any) -> dict[Edge, int]:
+    """Maps each output that requires a gradient to its position in :func:`tensors_of`."""
+    return {edge_of(tensor): position for position, tensor in enumerate(tensors_of(outputs)) if tensor.requires_grad}
 
 
 def rows_positions(outputs: Any, size: int) -> list[int]:

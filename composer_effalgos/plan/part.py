@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan.graph import Edge, edge_of, walk
-from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, is_rounded, leaves_of, rows_of, tensors_of
+from composer_effalgos.plan.graph import edge_of, walk
+from composer_effalgos.plan.outputs import NotReadableError, detached, entries_of, is_rounded, leaves_of, positions_of, rows_of
 from composer_effalgos.utils.errors import InputError
 
 _MOST = 8  # maximum number of samples in the part
@@ -88,18 +88,8 @@ def evaluated(function: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> 
 
 
 def computed_before(own: Any, outputs: Any) -> bool:
-    """Whether a loss was computed in the forward pass: it is among the outputs, or its graph does not start at them.
-
-    Args:
-        own: Result of ``model.loss``.
-        outputs: The model's outputs, or a part of them.
-    """
-    numbers = _edges(leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.ndim == 0)
-    rows = _edges(tensors_of(outputs))
+    """Whether a loss was computed in the forward pass: it is among the outputs, or its graph does not start at them."""
+    numbers = {edge_of(leaf) for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.requires_grad}
     starts = [edge_of(entry) for entry in entries_of(own) if entry.requires_grad]
-    found = [edge for _, edge in walk(starts, numbers | rows).arrivals]
+    found = [edge for _, edge in walk(starts, {*numbers, *positions_of(outputs)}).arrivals]
     return any(edge in numbers for edge in found) or not found
-
-
-def _edges(tensors: Any) -> set[Edge]:
-    return {edge_of(tensor) for tensor in tensors if tensor.requires_grad}

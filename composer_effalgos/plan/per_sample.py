@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from composer.models import ComposerClassifier, ComposerModel
@@ -21,14 +21,7 @@ PerSampleLoss = Callable[[Any, Any], Any]
 
 
 def check_per_sample_loss(given: Any) -> None:
-    """Checks that an argument is a :data:`PerSampleLoss` or ``None``.
-
-    Args:
-        given: The argument ``per_sample_loss``.
-
-    Raises:
-        InputError: If it is something else.
-    """
+    """Checks that the argument ``per_sample_loss`` is a :data:`PerSampleLoss` or ``None``."""
     if given is not None and not callable(given):
         raise InputError(f'per_sample_loss: expected callable(outputs, batch) -> [B], got {given!r}')
 
@@ -46,7 +39,7 @@ def per_sample_mean(losses: Tensor) -> Tensor:
     return losses if losses.ndim == 1 else losses.flatten(1).mean(dim=1)
 
 
-class Samples(NamedTuple):
+class SampleLosses(NamedTuple):
     """The loss of each sample."""
 
     losses: Tensor  # [B]
@@ -55,30 +48,10 @@ class Samples(NamedTuple):
     weigh: Callable[[Tensor, set[Any]], None] | None = None
 
 
-class Form(Protocol):
-    """A way to obtain the loss of each sample."""
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the result of ``model.loss``."""
-
-    def forget(self) -> None:
-        """Releases what :meth:`evaluate` recorded."""
-
-    def losses(self, outputs: Any, batch: Any) -> Tensor:
-        """Loss of each sample, float ``[B]``."""
-
-    def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
-        """Losses of the samples and their shares in ``own``, the model's loss for this batch."""
-
-    def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
-        """Per-sample losses for a check of their gradients."""
-
-    def depends_on_others(self, own: Any, outputs: Any, batch: Any) -> bool:
-        """Whether the loss of a sample depends on the rest of the batch, as far as can be determined."""
-
-
 class Called:
     """Per-sample losses returned by a function of outputs and batch.
+
+    Has the same methods as :class:`~composer_effalgos.plan.read_loss.ReadFromGraph`.
 
     Args:
         function: Returns ``[B, ...]``, or several of them in the structure of ``model.loss``.
@@ -93,7 +66,7 @@ class Called:
         self.plain_mean = False  # whether the model's loss is the mean of these losses plus terms for the whole batch
 
     def forget(self) -> None:
-        pass
+        """Releases what ``evaluate``, which returns the result of ``model.loss``, recorded: nothing here."""
 
     def ignores_reduction(self, outputs: Any, batch: Any) -> bool:
         """Whether ``reduction='none'`` is rejected or has no effect, as in ``loss(self, outputs, batch, *args, **kwargs)``."""
@@ -106,9 +79,11 @@ class Called:
             return True
 
     def losses(self, outputs: Any, batch: Any) -> Tensor:
+        """Loss of each sample, float ``[B]``."""
         return torch.stack(self._each(outputs, batch)).sum(dim=0)
 
     def depends_on_others(self, own: Any, outputs: Any, batch: Any) -> bool:
+        """Whether the loss of a sample depends on the rest of the batch, as far as can be determined."""
         if self._given:
             return False
         with torch.no_grad():
@@ -123,18 +98,20 @@ class Called:
             return False
         return not alike(found, losses[rows], like)
 
-    def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+    def samples(self, own: Any, outputs: Any, batch: Any) -> SampleLosses:
+        """Losses of the samples and their shares in ``own``, the model's loss for this batch."""
         each, entries = self._each(outputs, batch), entries_of(own)
         total = torch.stack(each).sum(dim=0)
         if self.plain_mean:
-            return Samples(total, [losses / len(losses) for losses in each])
+            return SampleLosses(total, [losses / len(losses) for losses in each])
         if len(each) != len(entries):
-            return Samples(total, [total * _factor(total, total_of(own))])
+            return SampleLosses(total, [total * _factor(total, total_of(own))])
         # the divisor (class weights, ignored labels, a scale) differs between batches, so it is computed for each
         pairs = zip(each, entries, strict=True)
-        return Samples(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
+        return SampleLosses(total, [losses * _factor(losses, in_full(entry.detach()).mean()) for losses, entry in pairs])
 
     def probe(self, own: Any, outputs: Any, batch: Any) -> Probe:
+        """Per-sample losses for a check of their gradients."""
         with torch.enable_grad():
             cut = detached(outputs)
             losses = self.losses(cut, batch)

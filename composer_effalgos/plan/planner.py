@@ -17,8 +17,9 @@ from composer_effalgos.plan.epoch import BatchSize, EpochPlan, Tail
 from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
-from composer_effalgos.plan.loss import PerSampleLoss, WeightedLoss
+from composer_effalgos.plan.loss import WeightedLoss
 from composer_effalgos.plan.order import OrderCheck
+from composer_effalgos.plan.per_sample import PerSampleLoss
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -74,14 +75,7 @@ class EpochPlanner(Callback):
 
     @classmethod
     def of(cls, state: State) -> EpochPlanner:
-        """The run's planner; the first call creates it.
-
-        Args:
-            state: The trainer's state.
-
-        Returns:
-            The planner, which is one of the run's callbacks.
-        """
+        """The run's planner, one of its callbacks; the first call creates it."""
         planner = cls.find(state)
         if planner is None:
             planner = cls()
@@ -91,11 +85,7 @@ class EpochPlanner(Callback):
 
     @classmethod
     def find(cls, state: State) -> EpochPlanner | None:
-        """The run's planner, or ``None`` if there is none.
-
-        Args:
-            state: The trainer's state.
-        """
+        """The run's planner, or ``None`` if there is none."""
         return next((callback for callback in state.callbacks if isinstance(callback, cls)), None)
 
     def request_loss(
@@ -156,7 +146,7 @@ class EpochPlanner(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Replaces the user's loader by the planned one, unless it is installed, and puts the schedules on the clock."""
-        self._refuse(state)
+        self._check_combination(state)
         self.install(state)
         if self.full_budget:
             self._convert_budget(state)
@@ -225,9 +215,6 @@ class EpochPlanner(Callback):
         """Replans the rest of the epoch, from the next batch on, with the batch sizes requested now.
 
         Must be called between two batches, on every rank (at ``BEFORE_DATALOADER``).
-
-        Args:
-            state: The trainer's state.
         """
         loader, batches = self.loader, int(state.timestamp.batch_in_epoch)
         assert loader.plan is not None
@@ -304,7 +291,7 @@ class EpochPlanner(Callback):
 
     # ------------------------------------------------------------------ parts
 
-    def _refuse(self, state: State) -> None:
+    def _check_combination(self, state: State) -> None:
         selective = [a for a in state.algorithms if isinstance(a, SelectiveBackprop)]
         if selective and self.by_position:
             raise InputError(
@@ -313,11 +300,7 @@ class EpochPlanner(Callback):
             )
 
     def install(self, state: State) -> None:
-        """Replaces the user's loader by the planned one; does not wrap a planned loader again.
-
-        Args:
-            state: The trainer's state.
-        """
+        """Replaces the user's loader by the planned one; does not wrap a planned loader again."""
         if isinstance(state.dataloader, PlannedDataLoader):
             if state.dataloader is not self._loader:
                 raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")
@@ -355,9 +338,6 @@ class EpochPlanner(Callback):
 
         This is the case with FSDP, with DDP if an algorithm makes Composer look for unused parameters, with Composer's automatic
         microbatching (unless it only tries whole batches), and with an algorithm that sets ``exchanges``.
-
-        Args:
-            state: The trainer's state.
         """
         searches = state.auto_microbatching and not self.whole_batches
         unused = getattr(state.model, 'find_unused_parameters', False)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan.graph import edge_of, pull
-from composer_effalgos.plan.outputs import entries_of, is_rounded, rows_positions, tensors_of, total_of
+from composer_effalgos.plan.graph import pull
+from composer_effalgos.plan.outputs import entries_of, is_rounded, positions_of, rows_positions, tensors_of, total_of
 
 _COMPARED = 2**20  # elements of a gradient to compare, but at least two samples
 
@@ -58,7 +58,7 @@ def compare_gradients(probe: Probe, own: Any, outputs: Any, *, by_direction: boo
     scale = 1024.0 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0  # the gradients of a mean would underflow
     even = _excerpts(probe.slopes(scale * probe.shares.sum()))
     # at all outputs, or the gradient at one that is left out would flow on to others
-    stops = {edge_of(tensor): position for position, tensor in enumerate(tensors) if tensor.requires_grad}
+    stops = positions_of(outputs)
     compared = {*even, *rows_positions(outputs, len(probe.shares))}
     theirs: Gradients = {}
     for entry in entries_of(own):

@@ -45,9 +45,6 @@ def progress_of(state: State, batch: int | None = None, sample: int | None = Non
         state: The trainer's state.
         batch: Batches trained; ``None`` for now.
         sample: Samples trained, over all ranks; ``None`` for now.
-
-    Returns:
-        The progress.
     """
     now = state.timestamp
     token = int(now.token)

@@ -41,22 +41,14 @@ def random_states() -> tuple[Any, ...]:
 
 
 def restore_random(states: tuple[Any, ...]) -> None:
-    """Restores the states returned by :func:`random_states`.
-
-    Args:
-        states: The three states.
-    """
+    """Restores the states returned by :func:`random_states`."""
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])
     random.setstate(states[2])
 
 
 def is_random_state(states: tuple[Any, ...]) -> bool:
-    """Whether the random states are still those returned by :func:`random_states`.
-
-    Args:
-        states: The three states.
-    """
+    """Whether the random states are still those returned by :func:`random_states`."""
     now = random_states()
     numpy_alike = np.array_equal(states[1][1], now[1][1]) and states[1][2:] == now[1][2:]
     return torch.equal(states[0], now[0]) and numpy_alike and states[2] == now[2]

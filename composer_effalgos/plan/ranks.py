@@ -35,9 +35,6 @@ class Ranks:
     def of(cls, state: State) -> Ranks:
         """The ranks of a run.
 
-        Args:
-            state: The trainer's state.
-
         Raises:
             InputError: With FSDP's sharded checkpoints, which require state that is the same on every rank.
         """

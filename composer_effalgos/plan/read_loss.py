@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan.formulas import formulas
 from composer_effalgos.plan.graph import pull
-from composer_effalgos.plan.outputs import NotReadableError, entries_of, is_near, tensors_of, total_of
+from composer_effalgos.plan.known_losses import formulas
+from composer_effalgos.plan.outputs import NotReadableError, entries_of, is_near, positions_of, tensors_of, total_of
 from composer_effalgos.plan.part import alike, computed_before, evaluated, part_of, take_part
-from composer_effalgos.plan.per_sample import Samples
+from composer_effalgos.plan.per_sample import SampleLosses
 from composer_effalgos.plan.probe import Probe
 from composer_effalgos.plan.terms import (
     NORMALISATIONS,
@@ -23,11 +23,10 @@ from composer_effalgos.plan.terms import (
     is_cross_entropy,
     node_token_losses,
     of_term,
-    positions_of,
     read_graph,
     weighing,
 )
-from composer_effalgos.plan.watch import Reduced, Watch
+from composer_effalgos.plan.watch import Reduced, ReductionRecorder
 
 
 class ReadFromGraph:
@@ -54,9 +53,9 @@ class ReadFromGraph:
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if not self._watching:
             return self.original(*args, **kwargs)
-        with Watch() as watch:
+        with ReductionRecorder() as recorder:
             own = self.original(*args, **kwargs)
-        self._seen = watch.seen
+        self._seen = recorder.seen
         return own
 
     def forget(self) -> None:
@@ -67,18 +66,18 @@ class ReadFromGraph:
         self.forget()
         return found
 
-    def samples(self, own: Any, outputs: Any, batch: Any) -> Samples:
+    def samples(self, own: Any, outputs: Any, batch: Any) -> SampleLosses:
         readings = self._readings(own, outputs)
         if not readings:
-            return _samples([self._nothing(own, outputs) or self._by_formula(own, outputs, batch)])
+            return _combined([self._nothing(own, outputs) or self._by_formula(own, outputs, batch)])
         self._was_read = True
         return self._samples(readings, self._normalisation)
 
-    def _samples(self, readings: Sequence[GraphReading | None], normalisation: str) -> Samples:
+    def _samples(self, readings: Sequence[GraphReading | None], normalisation: str) -> SampleLosses:
         nodes = [(term.node, reading.rows) for reading in readings if reading for term in reading.terms]
         each = [_summed([of_term(term, r.rows, normalisation) for term in r.terms]) if r else None for r in readings]
         plain, nothing = all(is_cross_entropy(node) for node, _ in nodes), torch.zeros_like(next(pair for pair in each if pair)[0])
-        return _samples([pair or (nothing, nothing) for pair in each])._replace(weigh=functools.partial(_weigh, nodes) if plain else None)
+        return _combined([pair or (nothing, nothing) for pair in each])._replace(weigh=functools.partial(_weigh, nodes) if plain else None)
 
     def _readings(self, own: Any, outputs: Any) -> list[GraphReading | None]:
         """A reading per loss, ``None`` for a loss that does not depend on the outputs; empty if nothing can be read."""
@@ -160,8 +159,8 @@ class ReadFromGraph:
         return candidates[self._formula]()
 
 
-def _samples(each: Sequence[tuple[Tensor, Tensor]]) -> Samples:
-    return Samples(torch.stack([losses for losses, _ in each]).sum(dim=0), [shares for _, shares in each])
+def _combined(each: Sequence[tuple[Tensor, Tensor]]) -> SampleLosses:
+    return SampleLosses(torch.stack([losses for losses, _ in each]).sum(dim=0), [shares for _, shares in each])
 
 
 def _weigh(nodes: Sequence[tuple[Any, Rows]], weights: Tensor, done: set[Any]) -> None:

@@ -78,15 +78,7 @@ class StreamedSamples(Dataset):
 
 
 def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
-    """Determines the samples that a loader reads in an epoch.
-
-    Args:
-        loader: The user's loader.
-        rank: This process's global rank.
-        world_size: Number of ranks.
-
-    Returns:
-        The samples, the same on every rank.
+    """Determines the samples that a loader reads in an epoch, the same on every rank.
 
     Raises:
         InputError: If the samples have no indices, or if it is unknown which of them the loader reads; with the reason and a workaround.
@@ -130,11 +122,7 @@ def length_of(given: Any) -> int | None:
 
 
 def is_streaming(dataset: Any) -> bool:
-    """Whether a dataset is a ``StreamingDataset`` with the standard iteration.
-
-    Args:
-        dataset: Any dataset.
-    """
+    """Whether a dataset is a ``StreamingDataset`` with the standard iteration."""
     streaming = sys.modules.get('streaming.base.dataset')  # a user who has such a dataset has imported the module
     return (
         streaming is not None
@@ -144,11 +132,7 @@ def is_streaming(dataset: Any) -> bool:
 
 
 def iterates_as_usual(loader: DataLoader) -> bool:
-    """Whether a loader's batches are determined by its dataset, samplers and collate function.
-
-    Args:
-        loader: The loader.
-    """
+    """Whether a loader's batches are determined by its dataset, samplers and collate function."""
     if hasattr(loader, 'read_batches'):  # a BatchReader
         return True
     streaming = sys.modules.get('streaming.base.dataloader')

@@ -106,9 +106,6 @@ class Selectors:
     def add(self, selector: Selector) -> None:
         """Adds a selector.
 
-        Args:
-            selector: The selector.
-
         Raises:
             InputError: If there already is one of its stage, or if ``shard=True`` is combined with a coarse selector.
         """
@@ -136,11 +133,7 @@ class Selectors:
         return any(selector.stage == 'fine' for selector in self._items)
 
     def ranks(self, state: State) -> Ranks | None:
-        """The ranks, if each decides on its own part of the samples; otherwise ``None``.
-
-        Args:
-            state: The trainer's state.
-        """
+        """The ranks, if each decides on its own part of the samples; otherwise ``None``."""
         return Ranks.of(state) if any(selector.shard for selector in self._items) else None
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_effalgos.plan.bijection import Bijection
-from composer_effalgos.plan.epoch import BatchSize, EpochPlan, epoch_sizes, saved_batches, stream_seed
+from composer_effalgos.plan.epoch import BatchSize, EpochPlan, saved_batches, stream_seed
 from composer_effalgos.plan.loader import PlannedDataLoader
 from composer_effalgos.plan.ranks import Ranks, send
 from composer_effalgos.plan.shard import Shard
@@ -146,11 +146,6 @@ def deal(shard: Shard, order: Bijection, kept: Tensor | None, weights: Tensor | 
 class ShardLoader(PlannedDataLoader):
     """Plans epochs together with the other ranks, so that no rank holds the order of all samples.
 
-    Args:
-        loader: The user's loader.
-        seed: The run's seed, the same on every rank.
-        ranks: The ranks.
-
     Raises:
         InputError: For a loader whose order goes shard by shard.
     """
@@ -178,11 +173,9 @@ class ShardLoader(PlannedDataLoader):
         if kept is not None and (surplus := self.surplus(count, batch_size, even=even)):
             stay = ~self.shard.smallest(self.shard.keys(stream_seed(self.seed, 5, epoch))[kept], surplus)
             kept, weights, count = kept[stay], None if weights is None else weights[stay], count - surplus
-        sizes = epoch_sizes(
-            count, batch_size, self.world_size, drop_last=self.drop_last, even=even, max_batches=self.max_batches, tail=self.tail
-        )
+        sizes = self._epoch_sizes(count, batch_size, even=even)
         seed = stream_seed(self.seed, 0, epoch) if self.shuffle else None
-        return ShardPlan(kept, weights, self._spread(sizes), tail=self.tail, shard=self.shard, seed=seed).dealt()
+        return ShardPlan(kept, weights, sizes, tail=self.tail, shard=self.shard, seed=seed).dealt()
 
     def resume(
         self, plan: EpochPlan, batches: int, batch_size: BatchSize, *, world_size: int, even: bool

@@ -22,12 +22,6 @@ class ShardTable(SampleTable):
     once per epoch, and when a checkpoint is written within an epoch. A checkpoint holds the rows of all samples, like that of a table that
     is not sharded: rank 0 gathers them in pieces, and holds all of them while it saves. A run may therefore resume on another number of
     ranks.
-
-    Args:
-        planner: The run's planner.
-        history: As for :class:`SampleTable`.
-        decay: As for :class:`SampleTable`.
-        ranks: The ranks.
     """
 
     def __init__(self, planner: EpochPlanner, history: int, decay: float, ranks: Ranks) -> None:

@@ -30,11 +30,7 @@ def pack(state: State, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(saved: dict[str, Any]) -> dict[str, Any]:
-    """Restores the argument of :func:`pack`.
-
-    Args:
-        saved: The result of :func:`pack`.
-    """
+    """Restores the argument of :func:`pack` from its result."""
     if 'packed' not in saved:
         return saved
     return torch.load(io.BytesIO(saved['packed']), map_location='cpu', weights_only=True)

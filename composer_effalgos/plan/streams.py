@@ -127,12 +127,7 @@ class WorkerStream:
         self._inner = worker_loader(loader, reader, self._tasks, seed=seed % 2**63, persistent=loader.persistent_workers)
 
     def read(self, epoch: int, size_of: SizeOf) -> Iterator[Any]:
-        """Yields an epoch's batches.
-
-        Args:
-            epoch: Epoch number.
-            size_of: Returns the batch sizes.
-        """
+        """Yields an epoch's batches."""
         sending = _Sending(epoch, self._readings, size_of, self._batch_size, self._workers)
         self._readings += 1
         self._tasks.tasks = iter(sending)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from composer_effalgos.plan.graph import Edge, between, edge_of, inputs_of, pull, walk
-from composer_effalgos.plan.outputs import NotReadableError, in_full, rows_positions, tensors_of
+from composer_effalgos.plan.outputs import NotReadableError, in_full, positions_of, rows_positions, tensors_of
 from composer_effalgos.plan.watch import Reduced
 
 _ONE_BY_ONE = 'it computes the loss of one sample at a time'
@@ -124,11 +124,6 @@ class GraphReading(NamedTuple):
     rows: Rows
     reads_parameters: bool
     watched: bool  # whether recorded reductions were needed in addition to the graph
-
-
-def positions_of(outputs: Any) -> dict[Edge, int]:
-    """Maps each output that requires a gradient to its position in :func:`tensors_of`."""
-    return {edge_of(tensor): position for position, tensor in enumerate(tensors_of(outputs)) if tensor.requires_grad}
 
 
 def _is_reader(node: Any) -> bool:

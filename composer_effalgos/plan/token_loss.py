@@ -83,10 +83,6 @@ class Tokens:
 def read_tokens(own: Any, outputs: Any) -> Tokens:
     """Reads the tokens of a loss from its graph.
 
-    Args:
-        own: Result of ``model.loss``.
-        outputs: The model's outputs.
-
     Raises:
         NotReadableError: If it is not one cross-entropy over class indices.
     """
@@ -101,7 +97,7 @@ def read_tokens(own: Any, outputs: Any) -> Tokens:
     return Tokens(likelihoods[0], smoothing)
 
 
-class _Watch(TorchDispatchMode):
+class NllRecorder(TorchDispatchMode):
     """Records the arguments of every negative log-likelihood that is computed."""
 
     def __init__(self) -> None:
@@ -126,10 +122,10 @@ def watched_tokens(compute: Callable[[], Any]) -> tuple[Tensor, Tensor]:
     Raises:
         NotReadableError: If not exactly one cross-entropy is computed.
     """
-    with torch.no_grad(), _Watch() as watch:
+    with torch.no_grad(), NllRecorder() as recorder:
         compute()
-    if len(watch.seen) != 1:
-        raise NotReadableError(f'it computes {len(watch.seen)} cross-entropies over tokens, one is needed')
-    log_probabilities, target, _, _, ignore_index = watch.seen[0]
+    if len(recorder.seen) != 1:
+        raise NotReadableError(f'it computes {len(recorder.seen)} cross-entropies over tokens, one is needed')
+    log_probabilities, target, _, _, ignore_index = recorder.seen[0]
     losses, _, targets = token_losses(log_probabilities, target, ignore_index)
     return losses.flatten(), targets.flatten()

@@ -21,7 +21,7 @@ class Reduced(NamedTuple):
     how: str  # 'mean', 'sum' or 'batchmean' of the elements
 
 
-class Watch(TorchFunctionMode):
+class ReductionRecorder(TorchFunctionMode):
     """Records every mean and sum over all elements of a tensor, including those within the losses of ``torch.nn.functional``.
 
     Attributes:

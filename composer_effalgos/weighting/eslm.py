@@ -77,8 +77,8 @@ class ESLM(Weighting):
         settings = f'quantile={self.quantile}, score={self.score!r}, reference={reference}, global_batch={self.global_batch}'
         return f'{type(self).__name__}({settings})'
 
-    def _refuse(self, state: State) -> None:
-        super()._refuse(state)
+    def _check_combination(self, state: State) -> None:
+        super()._check_combination(state)
         if self._planner.by_position:
             raise InputError(
                 f'algorithms: ESLM cannot be combined with {self._planner.by_position[0]}, which weighs samples or reads their losses; '

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from composer.core import State, Time
+from composer.core import Time
 from torch import Tensor
 
 from composer_effalgos.plan import PerSampleLoss, check_per_sample_loss
@@ -60,9 +60,6 @@ class LinUpper(Weighting):
     def __repr__(self) -> str:
         burn_in = None if self.burn_in is None else self.burn_in.to_timestring()
         return f'{type(self).__name__}(temperature={self.temperature}, burn_in={burn_in!r}, global_batch={self.global_batch})'
-
-    def _initialise(self, state: State, per_sample_loss: PerSampleLoss | None = None) -> None:
-        super()._initialise(state, self.per_sample_loss)
 
     def weigh(self, losses: Tensor, batch: Any) -> Tensor:
         (population,), mine = self._population(losses)

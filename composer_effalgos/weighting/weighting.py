@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import UserDict
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +10,9 @@ from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from composer_effalgos.plan import EpochPlanner, PerSampleLoss
+from composer_effalgos.plan.outputs import num_rows
 from composer_effalgos.plan.progress import parse_time, progress_of, times_passed
 from composer_effalgos.utils.errors import InputError
 
@@ -29,6 +28,7 @@ class Weighting(Algorithm):
     """
 
     by_token: ClassVar[bool]
+    per_sample_loss: PerSampleLoss | None = None
     _planner: EpochPlanner  # from INIT on
     _state: State
 
@@ -45,7 +45,7 @@ class Weighting(Algorithm):
         if event == Event.INIT:
             self._initialise(state)
         elif event == Event.FIT_START:
-            self._refuse(state)
+            self._check_combination(state)
         elif self.begun():
             self._check_microbatches(state)
 
@@ -54,7 +54,7 @@ class Weighting(Algorithm):
         return self.burn_in is None or times_passed(progress_of(self._state), self.burn_in) > 0
 
     def weigh(self, losses: Any, batch: Any) -> Tensor:
-        """Compute the weights of a microbatch's samples or tokens.
+        """Computes the weights of a microbatch's samples or tokens.
 
         Args:
             losses: Sample losses, float ``[B]``, or token losses, :class:`~composer_effalgos.plan.token_loss.Tokens`.
@@ -69,18 +69,18 @@ class Weighting(Algorithm):
     def _exchanges(self) -> bool:
         return self.global_batch and dist.get_world_size() > 1
 
-    def _initialise(self, state: State, per_sample_loss: PerSampleLoss | None = None) -> None:
+    def _initialise(self, state: State) -> None:
         self._planner, self._state = EpochPlanner.of(state), state
         self._planner.exchanges |= self._exchanges
-        loss = self._planner.request_loss(state, type(self).__name__, per_sample_loss, by_position=False)
+        loss = self._planner.request_loss(state, type(self).__name__, self.per_sample_loss, by_position=False)
         if loss.weigher is not None:
             names = sorted((type(loss.weigher).__name__, type(self).__name__))
             what = f'{names[0]} is given twice' if names[0] == names[1] else f'{names[0]} and {names[1]} cannot be combined'
             raise InputError(f'algorithms: {what}: a batch is weighed by its losses once; keep one')
         loss.weigher = self
 
-    def _refuse(self, state: State) -> None:
-        """Reject algorithms that this one cannot be combined with."""
+    def _check_combination(self, state: State) -> None:
+        """Rejects algorithms that this one cannot be combined with."""
         name = type(self).__name__
         if self._planner.selectors.prune:
             raise InputError(
@@ -89,9 +89,9 @@ class Weighting(Algorithm):
             )
 
     def _check_microbatches(self, state: State) -> None:
-        """Check for equal microbatch counts: ranks exchange losses in every microbatch, and unequal counts would deadlock."""
+        """Checks for equal microbatch counts: ranks exchange losses in every microbatch, and unequal counts would deadlock."""
         size = state.device_train_microbatch_size
-        parts = 1 if not isinstance(size, int) else math.ceil(_num_samples(state.batch) / size)
+        parts = 1 if not isinstance(size, int) else math.ceil(num_rows(state.batch) / size)
         counts = dist.all_gather(state.device.tensor_to_device(torch.tensor([parts])))
         if len({int(count) for count in counts}) > 1:
             raise InputError(
@@ -100,7 +100,7 @@ class Weighting(Algorithm):
             )
 
     def _population(self, *values: Tensor) -> tuple[list[Tensor], slice]:
-        """Gather float ``[n]`` tensors over all ranks if they exchange losses; also return the slice of this rank's values."""
+        """Gathers float ``[n]`` tensors over all ranks if they exchange losses; also returns the slice of this rank's values."""
         if not self._exchanges:
             return list(values), slice(None)
         mine = torch.stack([value.float() for value in values])
@@ -110,8 +110,3 @@ class Weighting(Algorithm):
         start, rank = sum(sizes[: dist.get_global_rank()]), dist.get_global_rank()
         joined = torch.cat([part[:, :size] for part, size in zip(everyone, sizes, strict=True)], dim=1)
         return list(joined), slice(start, start + sizes[rank])
-
-
-def _num_samples(batch: Any) -> int:
-    leaves = tree_leaves(dict(batch) if isinstance(batch, UserDict) else batch)
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)

@@ -324,7 +324,7 @@ def test_a_growth_that_would_tear_batches_apart(train, loader_of):
 
 @pytest.mark.parametrize('kind', ['weighted', 'iterable', 'own batch sampler', 'own iteration'])
 def test_who_needs_numbers_says_so(train, loader_of, kind):
-    with pytest.raises(InputError, match='InfoBatch needs sample numbers, AdaBatch alone does not'):
+    with pytest.raises(InputError, match='InfoBatch needs sample numbers; AdaBatch, LinUpper and ESLM do not'):
         train([InfoBatch(), AdaBatch()], loader_of(kind))
     with pytest.raises(InputError, match=r'SubsetSelection.* needs sample numbers'):
         train([SubsetSelection('random', 0.5)], loader_of(kind))

@@ -17,10 +17,6 @@ from composer_effalgos.plan.per_sample import per_sample_mean
 def formulas(outputs: Any, batch: Any) -> list[Callable[[], tuple[Tensor, Tensor]]]:
     """The formulas that fit the shapes of outputs and labels.
 
-    Args:
-        outputs: The model's outputs.
-        batch: The batch.
-
     Returns:
         Functions that return per-sample losses and shares, float ``[B]`` each; an empty list if no output fits the labels.
     """

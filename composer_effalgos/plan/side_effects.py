@@ -26,7 +26,7 @@ Undo = tuple[str, Callable[[], bool]]
 
 
 @contextlib.contextmanager
-def repeated(model: nn.Module) -> Iterator[list[str]]:
+def undo_side_effects(model: nn.Module) -> Iterator[list[str]]:
     """Undoes changes that the block makes to the model's state and to the random states.
 
     A loss may count its calls, keep a moving average or draw random numbers. Without this, evaluating it again for a check would change the
@@ -55,23 +55,24 @@ def repeated(model: nn.Module) -> Iterator[list[str]]:
             changed.append(RANDOM)
             torch.cuda.set_rng_state_all(on_gpu)
         restore_random(states)
-        changed += [name for name, undo in kept if undo()]
+        with torch.no_grad():
+            changed += [name for name, undo in kept if undo()]
 
 
 def _entries(prefix: str, owner: Any, levels: int, known: set[int], without: tuple[str, ...] = ()) -> Iterator[Undo]:
     """The entries of a mapping, and what is in them."""
     entries = dict(owner)
 
-    def undo() -> bool:
-        same = list(owner) == list(entries) and all(owner[key] is value for key, value in entries.items())
-        if not same:
-            for key in [key for key in owner if key not in entries]:
-                del owner[key]
-            for key, value in entries.items():
-                owner[key] = value
-        return not same
+    def changed() -> bool:
+        return list(owner) != list(entries) or any(owner[key] is not value for key, value in entries.items())
 
-    yield prefix.rstrip('.') or 'attributes', undo
+    def restore() -> None:
+        for key in [key for key in owner if key not in entries]:
+            del owner[key]
+        for key, value in entries.items():
+            owner[key] = value
+
+    yield prefix.rstrip('.') or 'attributes', _undo(changed, restore)
     if len(entries) <= _MOST:
         for key, value in entries.items():
             if key not in without:
@@ -85,20 +86,25 @@ def _contents(name: str, value: Any, levels: int, known: set[int]) -> Iterator[U
     known.add(id(value))
     if isinstance(value, Tensor):
         if type(value) is Tensor and not value.requires_grad and not value.is_inference():  # others may be views of FSDP's parameters
-            yield name, _tensor(value)
+            version, content = value._version, value.clone()
+            yield name, _undo(lambda: value._version != version, lambda: value.copy_(content))
     elif isinstance(value, np.ndarray):
-        yield name, _array(value)
+        array = value.copy()
+        yield name, _undo(lambda: value.tobytes() != array.tobytes(), lambda: value.__setitem__(..., array))
     elif isinstance(value, torch.Generator):
-        yield RANDOM, _state(value.get_state(), value.get_state, value.set_state, torch.equal)
+        state = value.get_state()
+        yield RANDOM, _undo(lambda: not torch.equal(state, value.get_state()), lambda: value.set_state(state))
     elif isinstance(value, random.Random):
-        yield RANDOM, _state(value.getstate(), value.getstate, value.setstate, lambda ours, theirs: ours == theirs)
+        numbers = value.getstate()
+        yield RANDOM, _undo(lambda: numbers != value.getstate(), lambda: value.setstate(numbers))
     elif isinstance(value, np.random.Generator):
         bits: Any = value.bit_generator
-        yield RANDOM, _state(bits.state, lambda: bits.state, lambda state: setattr(bits, 'state', state), lambda a, b: str(a) == str(b))
+        before = bits.state
+        yield RANDOM, _undo(lambda: str(before) != str(bits.state), lambda: setattr(bits, 'state', before))
     elif isinstance(value, dict):
         yield from _entries(f'{name}.', value, levels, known)
     elif isinstance(value, list | collections.deque | set):
-        yield name, _collection(value)
+        yield name, _undo_collection(value)
         for number, item in enumerate(value if len(value) <= _MOST else ()):
             yield from _contents(f'{name}.{number}', item, levels - 1, known)
     elif isinstance(value, tuple):
@@ -114,49 +120,24 @@ def _is_plain_object(value: Any) -> bool:
     return type(value).__module__.partition('.')[0] not in _LIBRARIES
 
 
-def _tensor(value: Tensor) -> Callable[[], bool]:
-    version, content = value._version, value.clone()
-
-    def undo() -> bool:
-        if value._version == version:
-            return False
-        with torch.no_grad():
-            value.copy_(content)
-        return True
-
-    return undo
-
-
-def _array(value: np.ndarray) -> Callable[[], bool]:
-    content = value.copy()
-
-    def undo() -> bool:
-        if value.tobytes() == content.tobytes():
-            return False
-        value[...] = content
-        return True
-
-    return undo
-
-
-def _collection(value: Any) -> Callable[[], bool]:
+def _undo_collection(value: Any) -> Callable[[], bool]:
     items = list(value)
 
-    def undo() -> bool:
-        if len(value) == len(items) and all(ours is theirs for ours, theirs in zip(value, items, strict=True)):
-            return False
+    def changed() -> bool:
+        return len(value) != len(items) or any(ours is not theirs for ours, theirs in zip(value, items, strict=True))
+
+    def restore() -> None:
         value.clear()
         value.update(items) if isinstance(value, set) else value.extend(items)
-        return True
 
-    return undo
+    return _undo(changed, restore)
 
 
-def _state(before: Any, get: Callable[[], Any], put: Callable[[Any], Any], alike: Callable[[Any, Any], bool]) -> Callable[[], bool]:
+def _undo(changed: Callable[[], bool], restore: Callable[[], Any]) -> Callable[[], bool]:
     def undo() -> bool:
-        if alike(before, get()):
-            return False
-        put(before)
-        return True
+        found = changed()
+        if found:
+            restore()
+        return found
 
     return undo
