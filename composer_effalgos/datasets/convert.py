@@ -33,8 +33,6 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 from composer_effalgos.utils.text import did_you_mean, one_line
 
-__all__ = ['FORMATS', 'convert']
-
 SPLITS = ('train', 'eval')
 
 

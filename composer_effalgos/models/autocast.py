@@ -9,8 +9,6 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-__all__ = ['autocast_forward', 'has_bf16']
-
 
 def has_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX). Others emulate bfloat16, which is slower than fp32."""

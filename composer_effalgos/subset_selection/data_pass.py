@@ -19,8 +19,6 @@ from composer_effalgos.plan.order import training_data_spec
 from composer_effalgos.subset_selection.gradients import NO_CLASS, WITHOUT_GRADIENTS, LastLayerGradients, labels_of, last_layer_gradients
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['DataPass', 'Rows', 'SelectionInputs']
-
 ONE_CLASS = 'expected one class per sample (class indices [B], or non-negative rows [B, C] that sum to 1), got several labels'
 
 

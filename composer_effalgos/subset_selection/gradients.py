@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_gradients', 'preserve_rng']
-
 LABEL_KEYS = ('labels', 'label', 'targets', 'target', 'y')
 NO_CLASS = torch.iinfo(torch.int64).min  # marks a sample with several labels or several regression targets
 WITHOUT_GRADIENTS = (

@@ -16,8 +16,6 @@ from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import described, did_you_mean
 
-__all__ = ['check_options', 'select_subset']
-
 
 def select_subset(
     strategy: str,

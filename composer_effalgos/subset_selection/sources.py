@@ -24,8 +24,6 @@ from composer_effalgos.subset_selection.subset_file import check_subset, read_su
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['SelectionContext', 'Source', 'make_source']
-
 
 @dataclass(frozen=True)
 class SelectionContext:

@@ -22,8 +22,6 @@ from composer_effalgos.utils.files import whole_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ['SubsetFile', 'read_subset', 'write_subset']
-
 _KEY = b'composer_effalgos.subset'
 
 _HEAVIEST = 3.4e38  # about the largest float32

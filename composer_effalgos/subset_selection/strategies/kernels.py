@@ -12,8 +12,6 @@ from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem
 from composer_effalgos.subset_selection.strategies.options import Options
 
-__all__ = ['Distances', 'KernelOptions', 'batch_mean_gram']
-
 KERNEL_BYTES = 2**28  # a larger kernel is not stored but recomputed in blocks on demand
 BLOCK_BYTES = 2**20  # size of a block; about four are in use at a time
 

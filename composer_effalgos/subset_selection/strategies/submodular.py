@@ -13,8 +13,6 @@ from composer_effalgos.subset_selection.strategies.greedy import SetFunction, gr
 from composer_effalgos.subset_selection.strategies.kernels import Distances, KernelOptions
 from composer_effalgos.subset_selection.strategies.options import ByClass
 
-__all__ = ['FUNCTIONS', 'FacilityLocation', 'GraphCut', 'SaturatedCoverage', 'SubmodularOptions', 'SumRedundancy', 'submodular']
-
 SATURATION = 0.1  # apricot's default, which CORDS uses
 
 
