@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos.plan import EpochPlanner, SampleRows, SampleTable, WeightedLoss
-from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Rows, SelectionInputs, logits_and_classes
-from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
+from composer_effalgos.plan.classes import NO_CLASS, logits_and_classes
+from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Rows, SelectionInputs
+from composer_effalgos.subset_selection.gradients import WITHOUT_GRADIENTS, LastLayerGradients
 from composer_effalgos.subset_selection.problem import Selection
 from composer_effalgos.subset_selection.selection import check_options, select_subset
 from composer_effalgos.subset_selection.strategies import STRATEGIES
@@ -240,7 +241,7 @@ class _Forgetting(Source):
         self.table.load_state_dict(saved)
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
-        logits, classes = logits_and_classes(outputs, batch)
+        logits, classes = logits_and_classes(outputs, batch, 'strategy', WITHOUT_GRADIENTS)
         right = (logits.detach().argmax(dim=1) == classes).float()
         self.table.note(torch.where(classes == NO_CLASS, -1.0, right), where)
 
