@@ -92,7 +92,7 @@ class Source:
     def picked(self) -> None:
         """Called on every rank after a successful selection."""
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
+    def state_dict(self, state: State) -> dict[str, Any]:
         """Returns the state needed to resume; a collective call."""
         return {}
 
@@ -140,15 +140,15 @@ class _Gradients(Source):
         by_embedding = linear_layer and (
             getattr(self.settings, 'features', '') == 'embedding' or getattr(self.settings, 'if_convex', False)
         )
-        self.looks: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax, 'errors': not by_embedding}
+        self.pass_options: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax, 'errors': not by_embedding}
         self.uses_validation = self.spec.validation and getattr(self.settings, 'valid', True)
         self.val_dataloader = val_dataloader
 
     def read(self, data: DataPass) -> SelectionInputs:
-        train = data.gradients(**self.looks)
+        train = data.gradients(**self.pass_options)
         if self.val_dataloader is None or not self.uses_validation:
             return SelectionInputs(train)
-        return SelectionInputs(train, data.validation(self.val_dataloader, train, **self.looks))
+        return SelectionInputs(train, data.validation(self.val_dataloader, train, **self.pass_options))
 
     def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
         assert inputs is not None
@@ -158,7 +158,7 @@ class _Gradients(Source):
             options.update(val_gradients=inputs.validation.gradients, val_labels=self._labels(inputs.validation))
         if self.settings.selection_type == 'PerBatch' and self.settings.batch_size is None:
             options['batch_size'] = context.batch_size
-        if getattr(self.settings, 'ss_indices', context) is None:
+        if hasattr(self.settings, 'ss_indices') and self.settings.ss_indices is None:
             options['ss_indices'] = context.current
         return self._select(inputs.train.gradients, context, self._labels(inputs.train), **options)
 
@@ -227,18 +227,14 @@ class _Forgetting(Source):
         scores = scores if context.candidates is None else scores[context.candidates]
         return self._select_without_gradients(context, None if inputs is None else self._classes(inputs.train), scores=scores)
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
-        if state is None:
-            return {}
+    def state_dict(self, state: State) -> dict[str, Any]:
         table = self.table.state_dict(state)
         return {'events': self._counted(self.table.rows, SampleRows(**table)), **table}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.events = saved['events'].cpu()
-        if 'last' in saved:  # a checkpoint of an older version; -1 means not trained on
-            scored = saved['last'] >= 0
-            saved = {'history': (saved['last'] == 1).float()[None], 'scored': scored, 'offered': scored, 'trained': scored.int()}
-        self.table.load_state_dict(saved)
+        if 'history' in saved:  # the planner refuses an older version's checkpoint at FIT_START
+            self.table.load_state_dict(saved)
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
         logits, classes = logits_and_classes(outputs, batch, 'strategy', WITHOUT_GRADIENTS)
@@ -301,7 +297,7 @@ class _Milo(Source):
         prepared['importance'] = gains.cpu()
         return prepared if classes is None else {**prepared, 'labels': classes.cpu()}
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
+    def state_dict(self, state: State) -> dict[str, Any]:
         return {'prepared': self.prepared}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class SubmodularOptions(KernelOptions):
     selection_type: ByClass | None = None
 
 
-class _OfSimilarity:
+class _SimilarityFunction:
     """Base class: the similarity is the largest squared distance of the problem minus the squared distance, as in CORDS."""
 
     def __init__(self, distances: Distances) -> None:
@@ -36,7 +36,7 @@ class _OfSimilarity:
         return self.distances.largest - self.distances.rows(items)
 
 
-class FacilityLocation(_OfSimilarity):
+class FacilityLocation(_SimilarityFunction):
     """``sum_v max_{s in S} sim(v, s)``: how well the set represents every item."""
 
     def __init__(self, distances: Distances) -> None:
@@ -50,7 +50,7 @@ class FacilityLocation(_OfSimilarity):
         self.nearest = torch.minimum(self.nearest, self.distances.rows(item)[0])
 
 
-class GraphCut(_OfSimilarity):
+class GraphCut(_SimilarityFunction):
     """``sum_{v, s in S} sim(v, s) - sum_{s, t in S} sim(s, t)``: close to all items, and far from each other."""
 
     def __init__(self, distances: Distances) -> None:
@@ -72,7 +72,7 @@ class SumRedundancy(GraphCut):
         self.gain = torch.full_like(self.row_sums, -distances.largest)
 
 
-class SaturatedCoverage(_OfSimilarity):
+class SaturatedCoverage(_SimilarityFunction):
     """``sum_v min(sum_{s in S} sim(v, s), a sum_u sim(v, u))``: each item's coverage saturates at ``a`` times the full coverage."""
 
     def __init__(self, distances: Distances) -> None:
