@@ -136,7 +136,7 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
         data = load_recipe(source, overrides).dataset
         return data.name, {'path': data.path, **data.options}
     if source not in DATASETS:
-        raise InputError(f'SOURCE: expected a recipe (*.yaml) or the name of a data set, got {source!r}; {did_you_mean(source, DATASETS)}')
+        raise InputError(f'SOURCE: expected a recipe (*.yaml) or the name of a dataset, got {source!r}; {did_you_mean(source, DATASETS)}')
     for override in overrides:
         if '=' not in override:
             raise InputError(f'override {override!r}: expected key=value, an option of {source} such as path=data')

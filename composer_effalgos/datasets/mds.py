@@ -136,7 +136,7 @@ class Shards:
             raise InputError(
                 f'{file}: no such shard, and no dataset.remote to fetch it from'
                 if have is None
-                else f'{file}: {have} bytes, its index says {wanted}: cut off, or of another data set; write the shards again'
+                else f'{file}: {have} bytes, its index says {wanted}: cut off, or of another dataset; write the shards again'
             )
         if packed is not None:
             with _locked_download(self.folder, str(file.relative_to(self.folder))) as temporary:
@@ -372,5 +372,5 @@ def _labels(shards: Shards, described: bool, column: str) -> Tensor:
     except Exception as error:  # a damaged header can raise anything
         raise InputError(f'{file}: cannot be read ({one_line(error)[:200]}); convert the data again') from error
     if len(targets) != shards.num_samples:
-        raise InputError(f'{file}: {len(targets)} labels for {shards.num_samples} samples: of another data set; convert the data again')
+        raise InputError(f'{file}: {len(targets)} labels for {shards.num_samples} samples: of another dataset; convert the data again')
     return targets

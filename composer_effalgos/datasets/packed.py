@@ -92,7 +92,7 @@ def class_names(description: Description | None, split: str, targets: Tensor, so
         InputError: The labels do not match the description or are out of range.
     """
     if description is not None and description.labels.get(split) != labels_digest(targets):
-        raise InputError(f'{source}: its labels do not match {DESCRIPTION}: data of another data set')
+        raise InputError(f'{source}: its labels do not match {DESCRIPTION}: data of another dataset')
     check_labels(targets, None if description is None else len(description.classes), str(source))
     return description.classes if description is not None else [str(index) for index in range(int(targets.max()) + 1)]
 

@@ -139,12 +139,12 @@ def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
     size = len(dataset)  # type: ignore[arg-type]
     written_for = subset.facts.get('num_samples', size)
     if written_for != size:
-        raise InputError(f'path: {path}: is a subset of {written_for} samples, and this data set has {size}; select from this one')
+        raise InputError(f'path: {path}: is a subset of {written_for} samples, and this dataset has {size}; select from this one')
     if int(subset.indices[-1]) >= size:
-        raise InputError(f'path: {path}: expected 0 to {size - 1}, the samples of this data set, got index {int(subset.indices[-1])}')
+        raise InputError(f'path: {path}: expected 0 to {size - 1}, the samples of this dataset, got index {int(subset.indices[-1])}')
     labels, ours = subset.facts.get('labels'), _fingerprint(dataset)
     if labels is not None and ours is not None and labels != ours:
-        raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
+        raise InputError(f'path: {path}: is a subset of another dataset: of the same size, but with other labels; select from this one')
 
 
 def _parquet() -> tuple[Any, Any]:
