@@ -90,10 +90,6 @@ def _file(path: str | os.PathLike[str]) -> str:
 def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
     """Read decoded images written by :func:`save`.
 
-    Args:
-        folder: The cache folder.
-        identity: Key of the dataset, from :func:`identity_of`.
-
     Returns:
         Images, uint8 ``[N, H, W, 3]``, and labels, int64 ``[N]``. ``None`` if there is no file, or, with a warning, if it is truncated,
         damaged or of another dataset.

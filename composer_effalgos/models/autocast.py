@@ -33,9 +33,6 @@ class _AutocastForward:
 def autocast_forward(model: ComposerModel) -> None:
     """Run a model's forward pass under bfloat16 autocast on the CPU, as ``amp_bf16`` does on a GPU.
 
-    Weights, gradients and optimizer state stay in fp32. Call this before the Trainer wraps or compiles the model.
-
-    Args:
-        model: The model, changed in place.
+    Weights, gradients and optimizer state stay in fp32. The model is changed in place. Call this before the Trainer wraps or compiles it.
     """
     model.forward = _AutocastForward(model.forward)  # type: ignore[method-assign]

@@ -107,11 +107,6 @@ def select_subset(
 def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> Options:
     """Checks the options of a strategy and fills in the defaults.
 
-    Args:
-        strategy (str): the strategy's name.
-        backend (str): ``torch`` or ``cords``.
-        **options: as for ``select_subset``.
-
     Raises:
         InputError: for an unknown name or an invalid value.
     """

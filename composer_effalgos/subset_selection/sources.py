@@ -337,13 +337,6 @@ def make_source(
 ) -> Source:
     """Returns the source for a strategy.
 
-    Args:
-        strategy: ``file`` or a strategy's name.
-        backend: ``torch`` or ``cords``.
-        options: The strategy's options.
-        linear_layer: Whether to use the weight gradients of the last layer.
-        val_dataloader: The validation dataloader, or ``None``.
-
     Raises:
         InputError: For an unknown strategy, backend, option or value, or a file that cannot be read.
     """

@@ -128,11 +128,6 @@ def read_subset(path: Path) -> SubsetFile:
 def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
     """Rejects a subset of another dataset.
 
-    Args:
-        path: The file of the subset, for messages.
-        subset: The subset.
-        dataset: The dataset to train on.
-
     Raises:
         InputError: It was written for a dataset of another size or with other labels, or has an index out of range.
     """

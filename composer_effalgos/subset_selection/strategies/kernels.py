@@ -55,9 +55,6 @@ class Distances:
 
     The matrix is stored if it fits in ``KERNEL_BYTES`` (n = 8,192), otherwise rows are computed on demand. Peak memory is these bytes plus
     about ``4 BLOCK_BYTES``. With ``PerBatch`` it is always stored.
-
-    Args:
-        problem (Problem): the problem whose items are compared.
     """
 
     def __init__(self, problem: Problem) -> None:
