@@ -141,9 +141,12 @@ def make_loader(load: Load, path: str, args: argparse.Namespace) -> Any:
     """The loader of one path; ``workers`` and ``DataLoader`` differ in the plan, which training adds."""
     dataset = load.dataset({'mds': 'mds', 'ffcv': 'beton'}.get(path))
     if path in LOADERS:
-        return LOADERS[path](
-            dataset, train=True, batch_size=load.batch_size, drop_last=True, seed=args.seed, num_workers=max(1, args.workers)
+        loader = LOADERS[path](
+            dataset, shuffle=True, batch_size=load.batch_size, drop_last=True, seed=args.seed, num_workers=max(1, args.workers)
         )
+        if isinstance(loader, DeviceDataLoader):
+            loader.load()
+        return loader
     loader = DataLoader(
         dataset,
         batch_size=load.batch_size,

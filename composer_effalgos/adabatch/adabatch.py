@@ -178,7 +178,7 @@ class AdaBatch(Algorithm):
         elif event == Event.FIT_START:
             self._start(state)
         elif event == Event.BEFORE_DATALOADER:
-            self._ask(state)
+            self._replan_if_resized(state)
         elif event == Event.BATCH_START:
             self._resize(state, logger)
         elif event == Event.BEFORE_TRAIN_BATCH:
@@ -249,7 +249,7 @@ class AdaBatch(Algorithm):
                 stacklevel=2,
             )
 
-    def _ask(self, state: State) -> None:
+    def _replan_if_resized(self, state: State) -> None:
         """Before a batch is fetched: replans the rest of the epoch if the policy now requests another size."""
         plan = self._planner.loader.plan
         batch = int(state.timestamp.batch_in_epoch)

@@ -77,9 +77,6 @@ class Sizes:
     def check_known(self, loader: PlannedDataLoader) -> None:
         """Rejects a schedule with sizes that the dataset or the ranks do not allow.
 
-        Args:
-            loader: The planned loader.
-
         Raises:
             InputError: If there is such a size, or no limit for Seesaw on data of unknown length.
         """
@@ -95,10 +92,6 @@ class Sizes:
 
     def per_rank(self, size: int, world_size: int) -> int:
         """Converts a schedule's size to samples per rank.
-
-        Args:
-            size: The size in the schedule.
-            world_size: Number of ranks.
 
         Raises:
             InputError: If a global size is not a multiple of ``world_size``.

@@ -12,11 +12,7 @@ from composer_effalgos.plan.progress import Progress, parse_time, progress_of, t
 
 
 class Watching(Callback):
-    """A policy that observes training in windows of time and decides at the end of each.
-
-    Args:
-        window: Length of a window.
-    """
+    """A policy that observes training in windows of time and decides at the end of each."""
 
     times: Sequence[Time]
 

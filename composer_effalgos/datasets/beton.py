@@ -85,9 +85,6 @@ def _kind(image: bytes) -> tuple[str | None, tuple[int, int]]:
 def check_beton(file: Path) -> Any:
     """Open a file with ffcv's reader and check that it holds everything its header refers to; ffcv would crash otherwise.
 
-    Args:
-        file: A ``.beton`` file.
-
     Returns:
         ffcv's ``Reader``.
 

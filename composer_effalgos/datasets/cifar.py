@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,14 +49,7 @@ _CIFAR100 = _Cifar('cifar100', torchvision.datasets.CIFAR100, 100, (0.5071, 0.48
 def cifar_transform(
     name: str, split: Literal['train', 'eval'], *, augment: bool = True, image_size: int | None = None, cutout: int = 0
 ) -> transforms.Compose:
-    """The pipeline of :func:`cifar10` and :func:`cifar100`.
-
-    Args:
-        name: ``'cifar10'`` or ``'cifar100'``.
-        split: ``'train'`` or ``'eval'``.
-        augment: See :func:`cifar10`.
-        image_size: Output height and width in pixels; ``None`` for the size of the images.
-        cutout: See :func:`cifar10`.
+    """The pipeline of :func:`cifar`; without ``image_size`` images keep their size.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``.
@@ -72,76 +66,6 @@ def cifar_transform(
         flip=randomly,
         cutout=cutout if randomly else 0,
     )
-
-
-def cifar10(
-    split: Literal['train', 'eval'],
-    path: str | None,
-    *,
-    augment: bool = True,
-    image_size: int = SIZE,
-    limit: int | None = None,
-    download: bool = False,
-    cutout: int = 0,
-    label_noise: float = 0.0,
-    imbalance: float = 1.0,
-    label_seed: int = 0,
-) -> ImageArray:
-    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 10 classes.
-
-    Args:
-        split: ``'train'`` or ``'eval'``.
-        path: A folder with ``train.parquet`` and ``test.parquet`` (columns ``image``, encoded, and ``label``), or the torchvision folder
-            that holds ``cifar-10-batches-py``.
-        augment: Random crop of the training images after reflection padding by 4 pixels, and horizontal flip with probability 0.5.
-        image_size: Output height and width in pixels; the images are resized.
-        limit: Train on a random subset of this size, which is the same in every run; with Parquet, only these images are decoded.
-        download: Let torchvision download missing files to ``path``. If several processes share ``path``, build in one of them first.
-        cutout: Side in pixels of a square blanked in each training image (DeVries and Taylor 2017 use 16); 0 for none. Applied only with
-            ``augment``.
-        label_noise: Exact fraction of the training labels to replace with another class, drawn uniformly.
-        imbalance: Size of the first class divided by the size of the last in the training set; class sizes decay exponentially.
-        label_seed: Seed for the label noise and for the samples kept under ``imbalance``.
-
-    Raises:
-        InputError: The data is missing, corrupt or mislabelled, or an option is out of range.
-    """
-    altered = _Altered(limit, label_noise, imbalance, label_seed)
-    return _cifar(_CIFAR10, split, path, augment, image_size, altered, download, cutout)
-
-
-def cifar100(
-    split: Literal['train', 'eval'],
-    path: str | None,
-    *,
-    augment: bool = True,
-    image_size: int = SIZE,
-    limit: int | None = None,
-    download: bool = False,
-    cutout: int = 0,
-    label_noise: float = 0.0,
-    imbalance: float = 1.0,
-    label_seed: int = 0,
-) -> ImageArray:
-    """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 100 classes.
-
-    Args:
-        split: ``'train'`` or ``'eval'``.
-        path: A folder as for :func:`cifar10`; the torchvision folder holds ``cifar-100-python``.
-        augment: See :func:`cifar10`.
-        image_size: See :func:`cifar10`.
-        limit: See :func:`cifar10`.
-        download: See :func:`cifar10`.
-        cutout: See :func:`cifar10`.
-        label_noise: See :func:`cifar10`.
-        imbalance: See :func:`cifar10`.
-        label_seed: See :func:`cifar10`.
-
-    Raises:
-        InputError: The data is missing, corrupt or mislabelled, or an option is out of range.
-    """
-    altered = _Altered(limit, label_noise, imbalance, label_seed)
-    return _cifar(_CIFAR100, split, path, augment, image_size, altered, download, cutout)
 
 
 @dataclass(frozen=True)
@@ -168,16 +92,41 @@ class _Altered:
         return noisy_labels(targets, num_classes, self.label_noise, self.seed) if self.label_noise else targets
 
 
-def _cifar(
+def cifar(
     kind: _Cifar,
     split: Literal['train', 'eval'],
     path: str | None,
-    augment: bool,
-    image_size: int,
-    altered: _Altered,
-    download: bool,
-    cutout: int,
+    *,
+    augment: bool = True,
+    image_size: int = SIZE,
+    limit: int | None = None,
+    download: bool = False,
+    cutout: int = 0,
+    label_noise: float = 0.0,
+    imbalance: float = 1.0,
+    label_seed: int = 0,
 ) -> ImageArray:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 pixels in 10 or 100 classes.
+
+    Args:
+        kind: Which of the two.
+        split: ``'train'`` or ``'eval'``.
+        path: A folder with ``train.parquet`` and ``test.parquet`` (columns ``image``, encoded, and ``label``), or the torchvision folder
+            that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        augment: Random crop of the training images after reflection padding by 4 pixels, and horizontal flip with probability 0.5.
+        image_size: Output height and width in pixels; the images are resized.
+        limit: Train on a random subset of this size, which is the same in every run; with Parquet, only these images are decoded.
+        download: Let torchvision download missing files to ``path``. If several processes share ``path``, build in one of them first.
+        cutout: Side in pixels of a square blanked in each training image (DeVries and Taylor 2017 use 16); 0 for none. Applied only with
+            ``augment``.
+        label_noise: Exact fraction of the training labels to replace with another class, drawn uniformly.
+        imbalance: Size of the first class divided by the size of the last in the training set; class sizes decay exponentially.
+        label_seed: Seed for the label noise and for the samples kept under ``imbalance``.
+
+    Raises:
+        InputError: The data is missing, corrupt or mislabelled, or an option is out of range.
+    """
+    altered = _Altered(limit, label_noise, imbalance, label_seed)  # checks the options of both splits
     check_at_least(1, most=MOST_SIDE, image_size=image_size)
     check_at_least(0, most=MOST_SIDE, cutout=cutout)
     train = split == 'train'
@@ -190,6 +139,10 @@ def _cifar(
     targets = altered.labels(targets, kind.num_classes)
     transform = cifar_transform(kind.name, split, augment=augment, image_size=image_size, cutout=cutout)
     return ImageArray(images, targets, classes, transform)
+
+
+cifar10 = functools.partial(cifar, _CIFAR10)
+cifar100 = functools.partial(cifar, _CIFAR100)
 
 
 def _from_parquet(kind: _Cifar, train_file: Path, file: Path, altered: _Altered) -> tuple[np.ndarray, Tensor, list[str]]:

@@ -6,6 +6,7 @@ name that starts with a dot and renamed when complete; the next attempt removes 
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.mds import LABELS
@@ -32,8 +34,6 @@ from composer_effalgos.utils.digest import labels_digest
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 from composer_effalgos.utils.text import did_you_mean, one_line
-
-__all__ = ['FORMATS', 'convert']
 
 SPLITS = ('train', 'eval')
 
@@ -58,7 +58,7 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     if to not in {**FORMATS, **TEXT_FORMATS}:
         raise InputError(f'--to: expected a format, got {to!r}; {did_you_mean(to, {**FORMATS, **TEXT_FORMATS})}')
     name, settings = _source(source, overrides)
-    formats: Mapping[str, tuple[Callable[..., None], str]] = TEXT_FORMATS if name in TEXT else FORMATS
+    formats = TEXT_FORMATS if name in TEXT else FORMATS
     if to not in formats:
         raise InputError(f'--to: expected {" or ".join(formats)} for {name}, got {to}')
     write, ending = formats[to]
@@ -66,70 +66,50 @@ def convert(source: str, overrides: Sequence[str], to: str, out: Path, *, shard_
     for target in targets.values():
         if target.exists():
             raise InputError(f'--out: expected none of its files to exist, got {target}; remove it or give another --out')
-    if name in TEXT:
-        return _convert_text(source, name, settings, to, targets, shard_bytes, shuffle)
-    datasets = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
-    if not hasattr(datasets['train'], 'stored'):
+    samples = {
+        split: Samples(build_dataset(name, split, **settings), split, shuffle if split == 'train' else None)  # type: ignore[arg-type]
+        for split in SPLITS
+    }
+    train = samples['train'].dataset
+    if name not in TEXT and not hasattr(train, 'stored'):
         raise InputError(f'{source}: {name} holds no images to convert')
-    orders: dict[str, np.ndarray] = {split: np.arange(len(dataset)) for split, dataset in datasets.items()}  # type: ignore[arg-type]
-    if shuffle is not None:
-        orders['train'] = np.random.default_rng(shuffle).permutation(orders['train'])
-    labels = {split: torch.as_tensor(datasets[split].targets)[torch.from_numpy(orders[split])] for split in SPLITS}  # type: ignore[attr-defined]
-    described = Description.read(Path(settings['path'])) if name in ('beton', 'mds') else None
-    description = Description(
-        like=name if described is None else described.like,
-        classes=[str(label) for label in datasets['train'].classes],  # type: ignore[attr-defined]
-        labels={split: labels_digest(labels[split]) for split in SPLITS},
-        options=({} if described is None else described.options)
-        | {key: settings[key] for key in TRANSFORM_OPTIONS if settings.get(key) is not None},
-    )
-    if Description.read(out) not in (None, description):
-        raise InputError(f'{out / DESCRIPTION} describes other data, or another order of them; give another --out')
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for split in SPLITS:
-            samples = Samples(datasets[split], orders[split], labels[split].tolist(), split)
-            with whole_file(targets[split], 'unfinished') as unfinished:
-                write(unfinished, samples, shard_bytes)
-        with whole_file(out / DESCRIPTION, 'unfinished') as unfinished:
-            unfinished.write_text(description.text(), encoding='utf-8')
-    except OSError as error:
-        raise InputError(f'{error.filename or out}: {error.strerror or one_line(error)}; nothing unfinished was kept') from error
-    return f'{out}: {len(orders["train"])} training and {len(orders["eval"])} evaluation samples of {source} as {to}'
-
-
-def _convert_text(
-    source: str, name: str, settings: dict[str, Any], to: str, targets: Mapping[str, Path], shard_bytes: int, shuffle: int | None
-) -> str:
-    """Write both splits of a text dataset, ``meta.json``, and ``tokenizer.json`` if the source has one."""
-    datasets: dict[str, Any] = {split: build_dataset(name, split, **settings) for split in SPLITS}  # type: ignore[arg-type]
-    orders: dict[str, np.ndarray] = {split: np.arange(len(dataset)) for split, dataset in datasets.items()}
-    if shuffle is not None:
-        orders['train'] = np.random.default_rng(shuffle).permutation(orders['train'])
-    vocab_size, out = datasets['train'].num_classes, targets['train'].parent
-    counts = {target.stem: len(datasets[split]) * datasets[split].seq_len for split, target in targets.items()}
-    meta = Meta(vocab_size, counts, name)
-    if Meta.read(out) not in (None, meta):
-        raise InputError(f'{out / META} describes other data; give another --out')
-    read_from = getattr(datasets['train'], 'source', None)
-    tokenizer = read_from.with_name(TOKENIZER) if isinstance(read_from, Path) else None
+    unit, total, tokenizer = 'samples', '', None
+    record: Meta | Description
+    if name in TEXT:
+        counts = {target.stem: len(samples[split]) * samples[split].dataset.seq_len for split, target in targets.items()}
+        file, record, other = out / META, Meta(train.num_classes, counts, name), 'other data'
+        unit, total = 'sequences', f', {sum(counts.values())} tokens'
+        read_from = getattr(train, 'source', None)
+        tokenizer = read_from.with_name(TOKENIZER) if isinstance(read_from, Path) else None
+    else:
+        file, record, other = out / DESCRIPTION, _described(name, settings, samples), 'other data, or another order of them'
+    if type(record).read(out) not in (None, record):
+        raise InputError(f'{file} describes {other}; give another --out')
     try:
         out.mkdir(parents=True, exist_ok=True)
         for split, target in targets.items():
-            sequences: Iterable[np.ndarray] = map(datasets[split].stored, orders[split].tolist())
-            if sys.stdout.isatty():
-                sequences = track(sequences, split, total=len(orders[split]), transient=True)
             with whole_file(target, 'unfinished') as unfinished:
-                TEXT_FORMATS[to][0](unfinished, sequences, vocab_size, shard_bytes)
-        with whole_file(out / META, 'unfinished') as unfinished:
-            unfinished.write_text(meta.text(), encoding='utf-8')
+                write(unfinished, samples[split], shard_bytes)
+        with whole_file(file, 'unfinished') as unfinished:
+            unfinished.write_text(record.text(), encoding='utf-8')
         if tokenizer is not None and tokenizer.is_file():
             with whole_file(out / TOKENIZER, 'unfinished') as unfinished:
                 shutil.copyfile(tokenizer, unfinished)
     except OSError as error:
         raise InputError(f'{error.filename or out}: {error.strerror or one_line(error)}; nothing unfinished was kept') from error
-    total = sum(counts.values())
-    return f'{out}: {len(orders["train"])} training and {len(orders["eval"])} evaluation sequences of {source} as {to}, {total} tokens'
+    return f'{out}: {len(samples["train"])} training and {len(samples["eval"])} evaluation {unit} of {source} as {to}{total}'
+
+
+def _described(name: str, settings: dict[str, Any], samples: Mapping[str, Samples]) -> Description:
+    """The description of converted images; that of converted data is kept."""
+    before = Description.read(Path(settings['path'])) if name in ('beton', 'mds') else None
+    return Description(
+        like=name if before is None else before.like,
+        classes=[str(label) for label in samples['train'].dataset.classes],
+        labels={split: labels_digest(samples[split].labels) for split in SPLITS},
+        options=({} if before is None else before.options)
+        | {key: settings[key] for key in TRANSFORM_OPTIONS if settings.get(key) is not None},
+    )
 
 
 def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -138,7 +118,7 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
         data = load_recipe(source, overrides).dataset
         return data.name, {'path': data.path, **data.options}
     if source not in DATASETS:
-        raise InputError(f'SOURCE: expected a recipe (*.yaml) or the name of a data set, got {source!r}; {did_you_mean(source, DATASETS)}')
+        raise InputError(f'SOURCE: expected a recipe (*.yaml) or the name of a dataset, got {source!r}; {did_you_mean(source, DATASETS)}')
     for override in overrides:
         if '=' not in override:
             raise InputError(f'override {override!r}: expected key=value, an option of {source} such as path=data')
@@ -150,36 +130,37 @@ def _source(source: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any]]
 
 
 class Samples:
-    """The stored images and labels of a split, in the order in which they are written.
+    """The stored images or token sequences of a split, in the order in which they are written.
 
     Args:
         dataset: A dataset with a ``stored(index)`` method.
-        order: Sample indices, int64 ``[N]``.
-        labels: Labels in this order.
         split: Name for the progress bar.
+        shuffle: Seed of the order; ``None`` keeps that of the dataset.
     """
 
-    def __init__(self, dataset: Any, order: np.ndarray, labels: Sequence[int], split: str) -> None:
-        self.dataset, self.order, self.labels, self.split = dataset, order, labels, split
+    def __init__(self, dataset: Any, split: str, shuffle: int | None = None) -> None:
+        self.dataset, self.split = dataset, split
+        self.order: np.ndarray = np.arange(len(dataset))
+        if shuffle is not None:
+            self.order = np.random.default_rng(shuffle).permutation(self.order)
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[tuple[bytes | np.ndarray, int]]:
-        pairs: Iterable[tuple[int, int]] = zip(self.order.tolist(), self.labels, strict=True)
+    def __iter__(self) -> Iterator[Any]:
+        indices: Iterable[int] = self.order.tolist()
         if sys.stdout.isatty():
-            pairs = track(pairs, self.split, total=len(self), transient=True)
-        for index, label in pairs:
-            yield self.dataset.stored(index), label
+            indices = track(indices, self.split, total=len(self), transient=True)
+        return map(self.dataset.stored, indices)
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """The labels of images in this order, int64 ``[N]``."""
+        return torch.as_tensor(self.dataset.targets)[torch.from_numpy(self.order)]
 
 
-def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> None:
+def write_mds(folder: Path, samples: Samples, shard_bytes: int) -> None:
     """Write MDS shards with the columns ``image`` (encoded bytes; decoded images become PNG) and ``label``.
-
-    Args:
-        folder: A new folder.
-        samples: Samples to write.
-        shard_bytes: Maximum shard size in bytes.
 
     Raises:
         InputError: mosaicml-streaming is not installed.
@@ -187,23 +168,17 @@ def write_mds(folder: Path, samples: Samples, shard_bytes: int = 1 << 26) -> Non
     """
     writer = _mds_writer(folder, {'image': 'bytes', 'label': 'int'}, shard_bytes)
     try:
-        for image, label in samples:
+        for image, label in zip(samples, samples.labels.tolist(), strict=True):
             writer.write({'image': image if isinstance(image, bytes) else _as_png(image), 'label': label})
         writer.finish()
     finally:
         writer.executor.shutdown()
-    np.save(folder / LABELS, np.array(samples.labels, dtype=np.int64))
+    np.save(folder / LABELS, samples.labels.numpy().astype(np.int64))
     assert (folder / INDEX).exists()
 
 
-def write_mds_tokens(folder: Path, sequences: Iterable[np.ndarray], vocab_size: int, shard_bytes: int) -> None:
+def write_mds_tokens(folder: Path, samples: Samples, shard_bytes: int) -> None:
     """Write MDS shards with the column ``tokens`` (int32), one sequence per sample, as llm-foundry does.
-
-    Args:
-        folder: A new folder.
-        sequences: Sequences of int64 ``[T]``.
-        vocab_size: Unused; part of the signature of a text format.
-        shard_bytes: Maximum shard size in bytes.
 
     Raises:
         InputError: mosaicml-streaming is not installed.
@@ -211,15 +186,15 @@ def write_mds_tokens(folder: Path, sequences: Iterable[np.ndarray], vocab_size: 
     """
     writer = _mds_writer(folder, {'tokens': 'ndarray:int32'}, shard_bytes)
     try:
-        for sequence in sequences:
+        for sequence in samples:
             writer.write({'tokens': sequence.astype(np.int32)})
         writer.finish()
     finally:
         writer.executor.shutdown()
 
 
-def _write_flat(file: Path, sequences: Iterable[np.ndarray], vocab_size: int, shard_bytes: int) -> None:
-    write_tokens(file, sequences, vocab_size)
+def _write_flat(file: Path, samples: Samples, shard_bytes: int) -> None:
+    write_tokens(file, samples, samples.dataset.num_classes)
 
 
 def _mds_writer(folder: Path, columns: dict[str, str], shard_bytes: int) -> Any:
@@ -236,16 +211,11 @@ def _as_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
+def write_beton(file: Path, samples: Samples, shard_bytes: int) -> None:
     """Write an ffcv file with the fields ``image`` and ``label``: JPEG files unchanged, all other images as pixels.
 
     ffcv's own writer uses worker processes and hangs if a full disk stops one of them. This does the same work with ffcv's components in
     the calling process.
-
-    Args:
-        file: A new file.
-        samples: Samples to write.
-        shard_bytes: Unused; part of the signature of an image format.
 
     Raises:
         InputError: ffcv is not installed, or an image is broken or too large for a page of the file.
@@ -266,7 +236,7 @@ def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
         metadata = np.zeros(len(samples), dtype=writer.metadata_type)
         allocator = MemoryAllocator(str(file), writer.data_region_start, writer.page_size)
         with allocator:
-            for number, sample in enumerate(samples):
+            for number, sample in enumerate(zip(samples, samples.labels.tolist(), strict=True)):
                 try:
                     handle_sample(sample, number, metadata.dtype.names, metadata, allocator, fields)
                 except ValueError as error:
@@ -284,8 +254,7 @@ def write_beton(file: Path, samples: Samples, shard_bytes: int = 0) -> None:
         raise OSError(f'{file}: not written in full, the disk may be full') from error
 
 
-FORMATS: Mapping[str, tuple[Callable[[Path, Samples, int], None], str]] = {'ffcv': (write_beton, '.beton'), 'mds': (write_mds, '')}
-TEXT_FORMATS: Mapping[str, tuple[Callable[[Path, Iterable[np.ndarray], int, int], None], str]] = {
-    'mds': (write_mds_tokens, ''),
-    'tokens': (_write_flat, '.bin'),
-}
+Formats = Mapping[str, tuple[Callable[[Path, Samples, int], None], str]]
+"""Writers ``(new file or folder, samples, maximum shard size in bytes)``, and the ending of the name."""
+FORMATS: Formats = {'ffcv': (write_beton, '.beton'), 'mds': (write_mds, '')}
+TEXT_FORMATS: Formats = {'mds': (write_mds_tokens, ''), 'tokens': (_write_flat, '.bin')}

@@ -19,13 +19,7 @@ MEAN, STD = (0.305,) * 3, (0.376,) * 3
 def digits_transform(
     name: str, split: Literal['train', 'eval'], *, augment: bool = True, image_size: int | None = None
 ) -> transforms.Compose:
-    """The pipeline of :func:`digits`.
-
-    Args:
-        name: ``'digits'``.
-        split: ``'train'`` or ``'eval'``.
-        augment: See :func:`digits`.
-        image_size: Output height and width in pixels; ``None`` for the size of the images.
+    """The pipeline of :func:`digits`; without ``image_size`` images keep their size.
 
     Returns:
         PIL image to float32 ``[3, image_size, image_size]``.

@@ -115,7 +115,7 @@ def _check_links(folder: Path) -> None:
         folders = [entry for entry in entries if entry.is_dir()]
     for entry in folders:
         if entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(entry.path)):
-            raise InputError(f'{entry.path}: expected a folder beside this one, got a symbolic link to a folder above; remove it')
+            raise InputError(f'{entry.path}: expected no symbolic link to a parent folder; remove it')
         _check_links(Path(entry.path))
 
 

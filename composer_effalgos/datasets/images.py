@@ -109,10 +109,6 @@ class StoredImages(VisionDataset):
 def decode_image(data: bytes | None, source: str) -> Image.Image:
     """Decode one image.
 
-    Args:
-        data: An encoded image, e.g. the bytes of a PNG or JPEG file.
-        source: Where it comes from; starts the error message.
-
     Returns:
         An RGB image.
 
@@ -126,10 +122,6 @@ def decode_image(data: bytes | None, source: str) -> Image.Image:
 @contextmanager
 def open_image(data: bytes | None, source: str) -> Iterator[Image.Image]:
     """Open an image lazily: its pixels are decoded when they are used.
-
-    Args:
-        data: An encoded image.
-        source: Where it comes from; starts the error message.
 
     Raises:
         InputError: As :func:`decode_image`, and for any exception in the body of the ``with`` statement.
@@ -268,12 +260,7 @@ def large_image_transform(split: Literal['train', 'eval'], *, image_size: int, a
 
 
 def with_transform(dataset: Any, transform: Callable[[Any], Any]) -> Any:
-    """Return a shallow copy of a dataset with another transform.
-
-    Args:
-        dataset: A dataset with an attribute ``transform``, or a ``Subset`` of one.
-        transform: The new transform.
-    """
+    """Return a shallow copy of a dataset with another transform."""
     same = copy.copy(dataset)
     if isinstance(dataset, Subset):
         same.dataset = with_transform(dataset.dataset, transform)
@@ -303,11 +290,6 @@ def limited(count: int, limit: int | None) -> Tensor:
 
 def data_folder(name: str, path: str | None, contents: str) -> Path:
     """Check the folder of a dataset.
-
-    Args:
-        name: Name of the dataset, for the error message.
-        path: The folder.
-        contents: The expected contents, for the error message.
 
     Returns:
         The folder, with ``~`` expanded.

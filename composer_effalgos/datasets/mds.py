@@ -136,15 +136,15 @@ class Shards:
             raise InputError(
                 f'{file}: no such shard, and no dataset.remote to fetch it from'
                 if have is None
-                else f'{file}: {have} bytes, its index says {wanted}: cut off, or of another data set; write the shards again'
+                else f'{file}: {have} bytes, its index says {wanted}: cut off, or of another dataset; write the shards again'
             )
         if packed is not None:
-            with _room(self.folder, str(file.relative_to(self.folder))) as came:
+            with _locked_download(self.folder, str(file.relative_to(self.folder))) as temporary:
                 try:
-                    _decompress(source, reader.compression, came, wanted)
+                    _decompress(source, reader.compression, temporary, wanted)
                 except Exception as error:  # damaged bytes can raise anything
                     raise InputError(f'{source}: cannot be decompressed ({one_line(error)[:200]}); the shard is damaged') from error
-                came.replace(file)
+                temporary.replace(file)
 
 
 def _decode_pil(data: bytes) -> np.ndarray:
@@ -179,22 +179,22 @@ def _size(file: Path) -> int | None:
 
 
 @contextmanager
-def _room(folder: Path, name: str) -> Iterator[Path]:
+def _locked_download(folder: Path, name: str) -> Iterator[Path]:
     """A temporary path for a file to be moved into ``folder``, locked to one process; leftovers of a killed process are removed."""
     place = folder / '.fetching'
-    came, lock = place / name, place / f'{name}.lock'
-    for path in (came, lock):
+    temporary, lock = place / name, place / f'{name}.lock'
+    for path in (temporary, lock):
         if os.path.realpath(path) != str(Path(os.path.realpath(folder)) / path.relative_to(folder)):
             raise InputError(f'{path}: expected a file of its own, got a symbolic link or a path through one; remove it')
     try:
-        came.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
-            came.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             try:
-                yield came
+                yield temporary
             finally:
-                came.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f'{folder / name}: cannot be written ({one_line(error)[:200]})') from error
 
@@ -220,22 +220,22 @@ def fetch(remote: str | None, folder: Path, name: str, *, size: int | None = Non
     from streaming.base.storage import CloudDownloader
 
     target = folder / name
-    with _room(folder, name) as came:
+    with _locked_download(folder, name) as temporary:
         if size is not None and _size(target) == size:  # another process downloaded it while this one waited for the lock
             return
         try:
-            CloudDownloader.direct_download(f'{remote}/{name}', str(came))
+            CloudDownloader.direct_download(f'{remote}/{name}', str(temporary))
         except Exception as error:  # each storage backend raises its own types
             if optional:
                 return
             raise InputError(f'dataset.remote: {remote}/{name} cannot be fetched ({type(error).__name__}: {one_line(error)})') from error
-        if size is not None and _size(came) != size:
-            raise InputError(f'{remote}/{name}: {_size(came)} bytes, its index says {size}: the remote shard is cut off')
+        if size is not None and _size(temporary) != size:
+            raise InputError(f'{remote}/{name}: {_size(temporary)} bytes, its index says {size}: the remote shard is cut off')
         if target.exists() and not target.is_file():
             raise InputError(f'{target}: expected a regular file or none; remove it')
-        if size is None and target.exists() and target.read_bytes() != came.read_bytes():
+        if size is None and target.exists() and target.read_bytes() != temporary.read_bytes():
             raise InputError(f'{target}: differs from {remote}/{name}: the folder holds other data; give an empty one as dataset.path')
-        came.replace(target)
+        temporary.replace(target)
 
 
 class MdsImages(StoredImages):
@@ -372,5 +372,5 @@ def _labels(shards: Shards, described: bool, column: str) -> Tensor:
     except Exception as error:  # a damaged header can raise anything
         raise InputError(f'{file}: cannot be read ({one_line(error)[:200]}); convert the data again') from error
     if len(targets) != shards.num_samples:
-        raise InputError(f'{file}: {len(targets)} labels for {shards.num_samples} samples: of another data set; convert the data again')
+        raise InputError(f'{file}: {len(targets)} labels for {shards.num_samples} samples: of another dataset; convert the data again')
     return targets

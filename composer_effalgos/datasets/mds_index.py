@@ -11,8 +11,6 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line, shown
 
-__all__ = ['COMPRESSIONS', 'INDEX', 'check_index']
-
 INDEX = 'index.json'
 COMPRESSIONS = {'br': 'brotli', 'bz2': 'bz2', 'gz': 'gzip', 'snappy': 'snappy', 'zstd': 'zstd'}
 """Streaming's compression names to Arrow's."""

@@ -7,18 +7,17 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from composer_effalgos.datasets.images import check_at_least
 from composer_effalgos.datasets.mds import Shards, located
-from composer_effalgos.datasets.sequences import check_vocabulary, check_width, chosen
+from composer_effalgos.datasets.sequences import TokenSequences, check_vocabulary, check_width, chosen
 from composer_effalgos.datasets.tokens import META, Meta, vocabulary
 from composer_effalgos.utils.errors import InputError
 
 _TOKENS = ('bytes', 'ndarray')
 
 
-class MdsTokens(Dataset[dict[str, Tensor]]):
+class MdsTokens(TokenSequences):
     """Token sequences in MDS shards; a sample is ``{'input_ids', 'labels'}``, int64 ``[T]``, labels unshifted.
 
     Args:
@@ -72,10 +71,6 @@ class MdsTokens(Dataset[dict[str, Tensor]]):
             raise InputError(f'{self.shards.folder}: sample {row}: expected {self.seq_len} tokens, got {len(tokens)}; set dataset.seq_len')
         check_vocabulary(tokens, self.num_classes, f'{self.shards.folder}: sample {row}')
         return tokens
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        tokens = torch.from_numpy(self.stored(index))
-        return {'input_ids': tokens, 'labels': tokens}
 
 
 def mds_tokens(

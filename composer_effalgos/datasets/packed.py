@@ -14,10 +14,10 @@ from composer_effalgos.datasets.cifar import cifar_transform
 from composer_effalgos.datasets.digits import digits_transform
 from composer_effalgos.datasets.images import MOST_SIDE, check_at_least, large_image_transform, one_size_transform
 from composer_effalgos.datasets.parquet import check_labels
+from composer_effalgos.datasets.records import read_record
 from composer_effalgos.utils.digest import labels_digest
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text
-from composer_effalgos.utils.text import did_you_mean, one_line, shown
+from composer_effalgos.utils.text import did_you_mean, shown
 from composer_effalgos.utils.type_hints import check_type
 
 DESCRIPTION = 'dataset.json'
@@ -42,6 +42,14 @@ class Description:
     labels: dict[str, str]
     options: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if unknown := self.options.keys() - TRANSFORM_OPTIONS:
+            raise InputError(f'options: {shown(min(unknown))}: expected {", ".join(TRANSFORM_OPTIONS)}')
+        for key, value in self.options.items():
+            check_type(f'options.{key}', value, int)
+        check_at_least(0, most=MOST_SIDE, **self.options)
+        check_at_least(1, image_size=self.options.get('image_size'))
+
     @classmethod
     def read(cls, folder: Path) -> Description | None:
         """Read the description of a folder; ``None`` if there is none, as in data written by other tools.
@@ -49,28 +57,12 @@ class Description:
         Raises:
             InputError: The file is unreadable or names an unknown dataset.
         """
-        file = folder / DESCRIPTION
-        if not file.exists():
-            return None
-        try:
-            found = json.loads(read_text(file))
-            described = cls(**found)
-            for key, kind in {'like': str, 'classes': list[str], 'labels': dict[str, str], 'options': dict[str, int]}.items():
-                check_type(key, getattr(described, key), kind)
-            if unknown := described.options.keys() - TRANSFORM_OPTIONS:
-                raise ValueError(f'options: {shown(min(unknown))}: expected {", ".join(TRANSFORM_OPTIONS)}')
-            for key, value in described.options.items():
-                check_type(f'options.{key}', value, int)
-            check_at_least(0, most=MOST_SIDE, **described.options)
-            check_at_least(1, image_size=described.options.get('image_size'))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise InputError(
-                f'{file}: not a description that effalgos convert wrote ({one_line(error)[:200]}); convert the data again'
-            ) from error
+        described = read_record(cls, folder / DESCRIPTION, 'a description that effalgos convert wrote', 'convert the data again')
         known = (*_SMALL, *_LARGE)
-        if described.like not in known:
+        if described is not None and described.like not in known:
             raise InputError(
-                f'{file}: like: expected a dataset that is converted, got {shown(described.like)}; {did_you_mean(described.like, known)}'
+                f'{folder / DESCRIPTION}: like: expected a dataset that is converted, got {shown(described.like)}; '
+                f'{did_you_mean(described.like, known)}'
             )
         return described
 
@@ -92,7 +84,7 @@ def class_names(description: Description | None, split: str, targets: Tensor, so
         InputError: The labels do not match the description or are out of range.
     """
     if description is not None and description.labels.get(split) != labels_digest(targets):
-        raise InputError(f'{source}: its labels do not match {DESCRIPTION}: data of another data set')
+        raise InputError(f'{source}: its labels do not match {DESCRIPTION}: data of another dataset')
     check_labels(targets, None if description is None else len(description.classes), str(source))
     return description.classes if description is not None else [str(index) for index in range(int(targets.max()) + 1)]
 

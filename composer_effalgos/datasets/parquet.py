@@ -94,10 +94,6 @@ def read_class_names(file: Path, label_column: str) -> list[str] | None:
 
     They are under the key ``classes`` (comma-separated) or in the description that Hugging Face datasets write for a ``ClassLabel``.
 
-    Args:
-        file: A Parquet file.
-        label_column: Name of the label column.
-
     Returns:
         The class names; ``None`` if the metadata has none.
 

@@ -64,7 +64,7 @@ def build_dataset(name: str, split: Split, *, path: str | None = None, **options
         InputError: A name or option is unknown, a folder, file or column is missing or empty, or a label is out of range.
     """
     if name not in DATASETS:
-        raise InputError(f'dataset.name: expected a data set, got {name!r}; {did_you_mean(name, DATASETS)}')
+        raise InputError(f'dataset.name: expected a dataset, got {name!r}; {did_you_mean(name, DATASETS)}')
     if split not in ('train', 'eval'):
         raise InputError(f"split: expected 'train' or 'eval', got {split!r}")
     options = check_arguments('dataset', DATASETS[name], options, given=('split', 'path'))

@@ -37,17 +37,7 @@ def text_sequences(
     limit: int | None,
     eval_samples: int | None,
 ) -> TokenSequences:
-    """Concatenate documents and cut them into non-overlapping sequences.
-
-    Args:
-        documents: Documents of the splits ``'train'`` and ``'val'``.
-        source: Name of the text.
-        split: ``'train'`` or ``'eval'``.
-        tokenizer: ``'bytes'``, or ``'bpe'``, see :func:`bpe_tokens`.
-        vocab_size: Vocabulary size for ``'bpe'``; ``None`` for 1,024.
-        seq_len: See :func:`~composer_effalgos.datasets.sequences.cut`.
-        limit: See :func:`~composer_effalgos.datasets.sequences.cut`.
-        eval_samples: See :func:`~composer_effalgos.datasets.sequences.cut`.
+    """Concatenate the documents of the splits ``'train'`` and ``'val'``, and cut them into sequences. The options are :func:`text_files`'.
 
     Raises:
         InputError: An option is out of range.

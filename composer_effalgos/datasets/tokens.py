@@ -11,11 +11,10 @@ from typing import Literal
 import numpy as np
 
 from composer_effalgos.datasets.images import check_at_least, data_folder
+from composer_effalgos.datasets.records import read_record
 from composer_effalgos.datasets.sequences import TokenSequences, check_width, cut
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line
-from composer_effalgos.utils.type_hints import check_type
 
 META = 'meta.json'
 LARGEST_VOCABULARY = 2**32
@@ -35,6 +34,10 @@ class Meta:
     tokens: dict[str, int]
     source: str
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.vocab_size <= LARGEST_VOCABULARY:
+            raise InputError(f'vocab_size: expected 2 to 2**32, got {self.vocab_size}')
+
     @classmethod
     def read(cls, folder: Path) -> Meta | None:
         """Read the ``meta.json`` of a folder; ``None`` if there is none.
@@ -42,21 +45,7 @@ class Meta:
         Raises:
             InputError: The file is unreadable or malformed.
         """
-        file = folder / META
-        if not file.exists():
-            return None
-        try:
-            found = json.loads(read_text(file))
-            for key, kind in {'vocab_size': int, 'tokens': dict[str, int], 'source': str}.items():
-                check_type(key, found[key], kind)
-            meta = cls(**found)
-            if not 2 <= meta.vocab_size <= LARGEST_VOCABULARY:
-                raise ValueError(f'vocab_size: expected 2 to 2**32, got {meta.vocab_size}')
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(
-                f'{file}: not a description of tokens ({one_line(error)[:200]}); write them again, or remove it and set dataset.vocab_size'
-            ) from error
-        return meta
+        return read_record(cls, folder / META, 'a description of tokens', 'write them again, or remove it and set dataset.vocab_size')
 
     def text(self) -> str:
         """The description as JSON."""

@@ -90,10 +90,6 @@ def _file(path: str | os.PathLike[str]) -> str:
 def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
     """Read decoded images written by :func:`save`.
 
-    Args:
-        folder: The cache folder.
-        identity: Key of the dataset, from :func:`identity_of`.
-
     Returns:
         Images, uint8 ``[N, H, W, 3]``, and labels, int64 ``[N]``. ``None`` if there is no file, or, with a warning, if it is truncated,
         damaged or of another dataset.
@@ -107,7 +103,7 @@ def load(folder: Path, identity: str) -> tuple[Tensor, Tensor] | None:
         with np.load(path, allow_pickle=False) as found:
             _check_claims(found.zip)
             if str(found['identity']) != identity:
-                raise ValueError("it holds another data set's images")
+                raise ValueError("it holds another dataset's images")
             images, labels = torch.from_numpy(found['images']), torch.from_numpy(found['labels'])  # reading verifies the zip checksums
         if images.dtype != torch.uint8 or labels.dtype != torch.int64 or images.shape != (*labels.shape, *images.shape[1:3], 3):
             raise ValueError('it holds no images and labels')

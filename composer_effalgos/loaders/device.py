@@ -148,7 +148,7 @@ class DeviceDataLoader(OnDevice):
                 images[done] = torch.from_numpy(image)
                 labels[done] = int(label)
                 done += 1
-        assert images is not None, 'a DataLoader has no empty data set'
+        assert images is not None, 'a DataLoader has no empty dataset'
         return images, labels
 
 

@@ -17,6 +17,7 @@ from composer_effalgos.datasets.beton import Beton, import_ffcv
 from composer_effalgos.loaders.augment import BatchTransform, random_bits, split_transform, steps_of, with_black_pixel
 from composer_effalgos.loaders.on_device import OnDevice
 from composer_effalgos.plan import Reading, stream_seed
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
 TRIES = 10  # as in torchvision's RandomResizedCrop
@@ -42,11 +43,11 @@ class FfcvDataLoader(OnDevice):
         drop_last: Drop an incomplete last batch.
         seed: Seed for order and augmentation if no epoch plan is used; a plan uses the run's seed.
         device: Device of the batches; by default this rank's GPU, or else the CPU.
-        num_threads: Number of decoding threads.
-        batches_ahead: Number of batches to decode ahead.
+        num_workers: Number of decoding threads; at least one is used.
+        batches_ahead: Number of batches to decode ahead, 1 to 1024.
 
     Raises:
-        InputError: The dataset or transform is not supported, ffcv is not installed, or the file is truncated.
+        InputError: The dataset or transform is not supported, an argument is out of range, ffcv is not installed, or the file is truncated.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class FfcvDataLoader(OnDevice):
         drop_last: bool = False,
         seed: int = 0,
         device: str | torch.device | None = None,
-        num_threads: int = 1,
+        num_workers: int = 1,
         batches_ahead: int = 2,
     ) -> None:
         if not isinstance(dataset, Beton):
@@ -66,12 +67,13 @@ class FfcvDataLoader(OnDevice):
                 f'FfcvDataLoader: expected a .beton file (in a recipe `dataset: {{name: beton, ...}}`), got {type(dataset).__name__}; '
                 'effalgos convert --to ffcv writes them'
             )
+        check_number('batches_ahead', batches_ahead, least=1, most=1024)
         super().__init__(dataset, device=device, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
         self._decoding, self._transform = _split(dataset)
         import_ffcv('loader: ffcv')
         from composer_effalgos.loaders.ffcv_parts import images_of
 
-        self._loader = images_of(dataset, self._decoding.size, num_threads, batches_ahead)
+        self._loader = images_of(dataset, self._decoding.size, num_workers, batches_ahead)
 
     def read_batches(self, reading: Reading) -> Iterator[list[Tensor]]:
         """Decode batches; see :meth:`BatchReader.read_batches`.

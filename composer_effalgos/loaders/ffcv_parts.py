@@ -20,8 +20,6 @@ from PIL import Image
 from composer_effalgos.datasets.beton import Beton, check_beton
 from composer_effalgos.datasets.images import decode_image
 
-__all__ = ['BoxDecoder', 'Epoch', 'images_of']
-
 
 def images_of(dataset: Beton, size: tuple[int, int], num_threads: int, batches_ahead: int) -> Loader:
     """Build an ffcv loader that decodes only the images. It is not iterated directly; see :class:`Epoch`.

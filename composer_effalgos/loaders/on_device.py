@@ -41,7 +41,7 @@ class OnDevice(BatchReader):
             dataset = dataset.dataset
         if getattr(dataset, 'transform', None) is None:
             raise InputError(
-                f'{type(self).__name__}: expected a data set whose attribute `transform` is a torchvision pipeline over PIL images, got '
+                f'{type(self).__name__}: expected a dataset whose attribute `transform` is a torchvision pipeline over PIL images, got '
                 f'{type(dataset).__name__} without one; use worker processes (in a recipe `loader: workers`)'
             )
         return dataset

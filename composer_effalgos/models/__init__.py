@@ -1,4 +1,4 @@
-"""Image classification models by name."""
+"""Models by name: image classifiers, language models, text classifiers."""
 
 from composer_effalgos.models.registry import MODELS, build_model
 

@@ -9,8 +9,6 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-__all__ = ['autocast_forward', 'has_bf16']
-
 
 def has_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX). Others emulate bfloat16, which is slower than fp32."""
@@ -35,9 +33,6 @@ class _AutocastForward:
 def autocast_forward(model: ComposerModel) -> None:
     """Run a model's forward pass under bfloat16 autocast on the CPU, as ``amp_bf16`` does on a GPU.
 
-    Weights, gradients and optimizer state stay in fp32. Call this before the Trainer wraps or compiles the model.
-
-    Args:
-        model: The model, changed in place.
+    Weights, gradients and optimizer state stay in fp32. The model is changed in place. Call this before the Trainer wraps or compiles it.
     """
     model.forward = _AutocastForward(model.forward)  # type: ignore[method-assign]

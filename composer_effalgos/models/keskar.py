@@ -78,7 +78,7 @@ def _dense(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs, eps=_EPS), nn.ReLU(inplace=True)]
 
 
-class _OfOneSize(nn.Sequential):
+class _FixedSizeNetwork(nn.Sequential):
     """A network that rejects images of any other size than its own."""
 
     def __init__(self, layers: OrderedDict[str, nn.Module], image_size: int) -> None:
@@ -96,7 +96,7 @@ class _OfOneSize(nn.Sequential):
 
 def _network(features: nn.Sequential, hidden: list[nn.Module], classifier: nn.Linear, image_size: int) -> nn.Sequential:
     layers = OrderedDict[str, nn.Module](features=features, flatten=nn.Flatten(), hidden=nn.Sequential(*hidden), classifier=classifier)
-    model = _OfOneSize(layers, image_size)
+    model = _FixedSizeNetwork(layers, image_size)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(module.weight)

@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from composer_effalgos.models.huggingface import hf_causal_lm, hf_sequence_classification, import_transformers
 from composer_effalgos.recipes.arguments import check_arguments
+from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
 
@@ -36,8 +37,7 @@ def gpt2(num_classes: int, seq_len: int, *, layers: int = 3, width: int = 64, he
             raise InputError(f'model.{name}: expected at least 1, got {value}')
     if width % heads:
         raise InputError(f'model.width: expected a multiple of the {heads} heads, got {width}')
-    if not 0 <= dropout < 1:
-        raise InputError(f'model.dropout: expected 0 to 1, got {dropout}')
+    check_number('model.dropout', dropout, least=0, below=1)
     transformers = import_transformers()
     config = transformers.GPT2Config(
         vocab_size=num_classes,

@@ -23,19 +23,6 @@ log = logging.getLogger(__name__)
 _HARMLESS: list[Any] = [TorchVersion, datetime.timedelta, np.ndarray, np.dtype, type(np.dtype('uint32')), np.empty(0).__reduce__()[0]]
 
 
-def load_file(model: nn.Module, path: str) -> None:
-    """Load a local weights file into a model, in place.
-
-    Args:
-        model: The model.
-        path: A file for :func:`read_weights`.
-
-    Raises:
-        InputError: The file cannot be read, or its weights do not match the model.
-    """
-    load_weights(model, read_weights(path), path)
-
-
 def read_weights(path: str | Path, key: str = 'model.pretrained') -> dict[str, Tensor]:
     """Read a weights file without running any code in it.
 

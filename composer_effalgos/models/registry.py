@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from composer_effalgos.models import cifar, keskar
-from composer_effalgos.models.pretrained import load_file, load_weights
+from composer_effalgos.models.pretrained import load_weights, read_weights
 from composer_effalgos.recipes.arguments import check_arguments
 from composer_effalgos.utils.checks import MOST_CLASSES, check_number
 from composer_effalgos.utils.errors import InputError
@@ -73,7 +73,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool | str = False, 
             f'model.pretrained: {weights} cannot be loaded ({one_line(error)}); expected a download or the path of a local file'
         ) from error
     if isinstance(pretrained, str) and not by_name:
-        load_file(model, pretrained)
+        load_weights(model, read_weights(pretrained), pretrained)
     return model
 
 

@@ -62,8 +62,8 @@ class ShardTable(SampleTable):
         assert isinstance(plan, ShardPlan)
         self._rows.trained[plan.trained()] += 1
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
-        rows = self._rows if state is None else self.of_all_ranks(state)
+    def state_dict(self, state: State) -> dict[str, Any]:
+        rows = self.of_all_ranks(state)
         return {name: self.shard.whole(getattr(rows, name)) for name in SAVED}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -146,13 +146,9 @@ class SampleTable:
         """
         self._rows.offered[slice(None) if samples is None else samples] = True
 
-    def state_dict(self, state: State | None) -> dict[str, Tensor]:
-        """The rows including the scores recorded by all ranks; a collective call.
-
-        Args:
-            state: The trainer's state; ``None`` before ``INIT``.
-        """
-        rows = self._rows if state is None else self.of_all_ranks(state)
+    def state_dict(self, state: State) -> dict[str, Tensor]:
+        """The rows including the scores recorded by all ranks; a collective call."""
+        rows = self.of_all_ranks(state)
         rows = rows.clone() if rows is self._rows else rows  # later training must not change what is saved
         return {name: getattr(rows, name) for name in SAVED}
 

@@ -83,6 +83,7 @@ class Pruning(Selector, Algorithm):
     stage = 'fine'
     _planner: EpochPlanner  # from INIT on
     _state: State
+    _table: SampleTable
 
     def __init__(
         self,
@@ -113,10 +114,9 @@ class Pruning(Selector, Algorithm):
         self.samples_saved = 0
         self.epochs_pruned = 0
         self._decided = 0  # epochs in which the rule made a decision
-        self._table: SampleTable | None = None  # from INIT on
         self._labels: Tensor | None = None
         self._open_ended = False
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         shard = ', shard=True' if self.shard else ''
@@ -129,7 +129,7 @@ class Pruning(Selector, Algorithm):
         Within an epoch, scores of samples that other ranks trained on are added at its end. With ``shard=True`` these are only the scores
         of this rank's samples, ``rank``, ``rank + ranks``, ..., as of the end of the last epoch.
         """
-        if self._table is None:
+        if not hasattr(self, '_table'):  # before INIT
             return torch.empty(0)
         rows = self._table.of_this_rank()
         return torch.where(rows.scored, rows.scores, math.nan) if self.rule.history else torch.full((len(rows),), math.nan)
@@ -145,11 +145,10 @@ class Pruning(Selector, Algorithm):
         if event == Event.INIT:
             self._initialise(state)
             return
-        table = self._known()
         if event == Event.EPOCH_END:
-            table.end_epoch(state)
-        elif table.noted:  # at FIT_START, after an interrupted fit
-            table.exchange(state)
+            self._table.end_epoch(state)
+        elif self._table.noted:  # at FIT_START, after an interrupted fit
+            self._table.exchange(state)
         else:
             self._warn_at_end(event, state)
             return
@@ -158,9 +157,8 @@ class Pruning(Selector, Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         # all ranks save at the same time, so scores can be exchanged here within an epoch
-        saved: dict[str, Any] = {} if self._table is None else self._table.state_dict(self._state)
         counts = {'samples_saved': self.samples_saved, 'epochs_pruned': self.epochs_pruned, 'epochs_decided': self._decided}
-        return pack(self._state, {**super().state_dict(), **saved, **counts})
+        return pack(self._state, {**super().state_dict(), **self._table.state_dict(self._state), **counts})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state, self._planner.expects_state = unpack(state), True
@@ -173,13 +171,9 @@ class Pruning(Selector, Algorithm):
                     f'the checkpoint keeps {len(state["history"])} scores of each sample, this rule needs {self.rule.history}; '
                     'resume with the same rule, or load_weights_only=True'
                 )
-            self._known().load_state_dict(state)
+            self._table.load_state_dict(state)
 
     # ------------------------------------------------------------------ the run
-
-    def _known(self) -> SampleTable:
-        assert self._table is not None, 'made at INIT'
-        return self._table
 
     def _initialise(self, state: State) -> None:
         self._planner, self._state = EpochPlanner.of(state), state
@@ -188,13 +182,13 @@ class Pruning(Selector, Algorithm):
         about = self._planner, self.rule.history, self.rule.decay
         self._table = ShardTable(*about, Ranks.of(state)) if self.shard else SampleTable(*about)
         self.samples_saved = self.epochs_pruned = self._decided = 0
-        self._open_ended, self._said = False, set()
+        self._open_ended, self._warned = False, set()
         if self.rule.history:
             loss = self._planner.request_loss(state, type(self).__name__, self.per_sample_loss)
             loss.subscribers.append(self._observe)
 
     def new_data(self, *, first: bool) -> None:
-        table, loader = self._known(), self._planner.loader
+        table, loader = self._table, self._planner.loader
         if not first or len(table) != loader.num_samples:  # otherwise the rows come from a checkpoint
             table.reset(loader.num_samples)
         self.rule.new_data(loader.num_samples)
@@ -218,7 +212,7 @@ class Pruning(Selector, Algorithm):
         if not self._wanted():
             return
         if self._open_ended and self.delta < 1:
-            self._say_once(
+            self._warn_once(
                 'end unknown',
                 'fit(duration=...) continues past the planned end of the run by an unknown length, so the last epochs cannot be trained on '
                 'everything; give the length of the whole run as Trainer(max_duration=...)',
@@ -226,7 +220,7 @@ class Pruning(Selector, Algorithm):
         elif not self._open_ended and not self.epochs_pruned and first is not None and not self._within(*first):
             assert horizon.end is not None
             before = int(state.timestamp.epoch)  # possibly trained without this algorithm
-            self._say_once(
+            self._warn_once(
                 'none',
                 f'no epoch {f"from epoch {before} on" if before else "of this run"} can be pruned: max_duration is '
                 f'{horizon.end.to_timestring()!r}, scores exist only after the first epoch, and delta={self.delta} trains the rest on '
@@ -234,7 +228,7 @@ class Pruning(Selector, Algorithm):
             )
 
     def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
-        table, loader = self._known(), self._planner.loader
+        table, loader = self._table, self._planner.loader
         rows = table.rows if candidates is None else table.rows.take(candidates)
         # after an epoch some samples may still have no score: drop_last, a limit on the batches
         size = table.total(len(rows))
@@ -249,7 +243,7 @@ class Pruning(Selector, Algorithm):
         seed = self._state.rank_zero_seed if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(stream_seed(seed, _STREAM, epoch))
         asked = Epoch(epoch, total, progress, self._ratio(progress), generator, labels)
-        choice = table.agreed(self._ask(rows, asked, self._open_ended or self._within(epoch, progress)))
+        choice = table.agreed(self._apply_rule(rows, asked, self._open_ended or self._within(epoch, progress)))
         if choice is None or self._too_few(choice.num_kept, size, epoch):
             return None
         limit = size if loader.max_batches is None else loader.full_samples  # maximum number of samples in an epoch
@@ -266,14 +260,14 @@ class Pruning(Selector, Algorithm):
         least = least_kept(candidates, loader.initial_batch_size * loader.world_size, loader.world_size)
         if kept >= least:
             return False
-        self._say_once(
+        self._warn_once(
             'too few',
             f'the rule keeps {kept} of {candidates} samples in epoch {epoch}, fewer than {least} (a global batch, or half of the samples '
             'where there are fewer than two): such an epoch trains on everything',
         )
         return True
 
-    def _ask(self, rows: SampleRows, epoch: Epoch, pruning: bool) -> Choice | None:
+    def _apply_rule(self, rows: SampleRows, epoch: Epoch, pruning: bool) -> Choice | None:
         """The rule's decision. Rules that use scores see only samples with a score, and all others are kept."""
         if pruning and self.rule.uses_ratio and epoch.prune_ratio == 0:
             return None
@@ -282,10 +276,10 @@ class Pruning(Selector, Algorithm):
             decide = partial(self.rule.keep_part, shard=self._table.shard)
         self._decided += pruning
         if not self.rule.history or self.rule.takes_unscored or bool(rows.scored.all()):
-            return _choice(self.rule, decide(rows, epoch), len(rows))
+            return check_kept(self.rule, decide(rows, epoch), len(rows))
         scored = rows.scored.nonzero()[:, 0]
         labels = None if epoch.labels is None else epoch.labels[scored]
-        choice = _choice(self.rule, decide(rows.take(scored), replace(epoch, labels=labels)), len(scored))
+        choice = check_kept(self.rule, decide(rows.take(scored), replace(epoch, labels=labels)), len(scored))
         if choice is None:
             return None
         keep, weights = ~rows.scored, torch.ones(len(rows))
@@ -304,13 +298,12 @@ class Pruning(Selector, Algorithm):
             raise InputError(
                 f'{type(self.rule).__name__}.score: expected one number per sample, a float tensor {list(losses.shape)}, got {got}'
             )
-        self._known().note(scores.detach().float(), where)
+        self._table.note(scores.detach().float(), where)
 
     # ------------------------------------------------------------------ when
 
     def _all_offered(self, rows: SampleRows) -> bool:
-        table = self._known()
-        return table.total(int(not rows.offered.all())) == 0
+        return self._table.total(int(not rows.offered.all())) == 0
 
     def _wanted(self) -> bool:
         """Whether the arguments request pruning at all."""
@@ -338,7 +331,7 @@ class Pruning(Selector, Algorithm):
         """Number and start of the first epoch that could be pruned; ``None`` if unknown."""
         loader, end, now = self._planner.loader, self._planner.horizon.end, state.timestamp
         assert end is not None
-        rows = self._known().rows
+        rows = self._table.rows
         fresh = bool(self.rule.history) and not self._all_offered(rows)
         if not fresh and int(now.batch_in_epoch) == 0:
             return int(now.epoch), self._planner.horizon.progress(state)
@@ -354,15 +347,15 @@ class Pruning(Selector, Algorithm):
     def _log(self, logger: Logger) -> None:
         metrics = {'samples_saved': self.samples_saved, 'pruned_fraction': self._planner.loader.metrics.pruned_fraction}
         if self.rule.history:
-            table = self._known()
+            table = self._table
             scores = table.rows.scores[table.rows.scored]
             mean = table.shard.finite_mean(scores) if isinstance(table, ShardTable) else finite_mean(scores.numpy())
             metrics |= {'mean_score': mean, 'not_finite': table.total(int(torch.isinf(scores).sum()))}
         logger.log_metrics({f'{type(self).__name__.lower()}/{name}': value for name, value in metrics.items()})
 
-    def _say_once(self, what: str, message: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             warnings.warn(f'{type(self).__name__}: {message}', stacklevel=2)
 
     def _warn_at_end(self, event: Event, state: State) -> None:
@@ -370,7 +363,7 @@ class Pruning(Selector, Algorithm):
         end = self._planner.horizon.end
         if event != Event.FIT_END or end is None or state.timestamp.get(end.unit) < end or self.epochs_pruned or not self._wanted():
             return
-        table, limit = self._known(), self._planner.loader.max_batches
+        table, limit = self._table, self._planner.loader.max_batches
         why = (
             f'{table.total(int(table.rows.scored.sum()))} of {len(table)} samples have a score'
             if self.rule.history
@@ -378,13 +371,8 @@ class Pruning(Selector, Algorithm):
         )
         if self._decided:
             why = f'{type(self.rule).__name__} decided on {self._decided} of {int(state.timestamp.epoch)} epochs'
-            few = ' or too few to train on' if 'too few' in self._said else ''
+            few = ' or too few to train on' if 'too few' in self._warned else ''
             why += f' and kept every sample{few}' if limit is None else ''
         if limit is not None:
             why += f'; train_subset_num_batches={limit} ends every epoch before pruning would'
-        self._say_once('none', f'no epoch of this run was shortened: {why}')
-
-
-def _choice(rule: PruningRule, answer: Any, size: int) -> Choice | None:
-    kept = check_kept(rule, answer, size)
-    return None if kept is None else Choice(*kept)
+        self._warn_once('none', f'no epoch of this run was shortened: {why}')

@@ -16,9 +16,6 @@ Ratio = float | Mapping[float, float] | Sequence[tuple[float, float]] | Callable
 def ratio_schedule(given: Ratio) -> Callable[[float], float]:
     """The pruned fraction as a function of the run's progress.
 
-    Args:
-        given: The user's ``prune_ratio``.
-
     Returns:
         A function from progress to a fraction in [0, 1).
 

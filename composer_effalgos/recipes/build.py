@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from composer_effalgos.datasets import build_dataset
 from composer_effalgos.datasets.registry import LABELLED_TEXT, TEXT
+from composer_effalgos.loaders import DeviceDataLoader
 from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS, build_language_model, build_text_classifier
@@ -152,9 +153,12 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
         raise InputError(f'{recipe.source}: dataset.batch_size: expected at most the {samples} samples of the data set, got {batch_size}')
     drop_last = train and data.drop_last
     if recipe.loader is not None:
-        return recipe.loader.build(
-            dataset, train=train, batch_size=batch_size // ranks, drop_last=drop_last, seed=recipe.seed, num_workers=data.num_workers
+        loader = recipe.loader.build(
+            dataset, shuffle=train, batch_size=batch_size // ranks, drop_last=drop_last, seed=recipe.seed, num_workers=data.num_workers
         )
+        if isinstance(loader, DeviceDataLoader):
+            Component(recipe.loader.key, loader.load, {}).build()  # reports broken images before training starts
+        return loader
     return DataLoader(
         dataset,
         batch_size=batch_size // ranks,

@@ -32,8 +32,6 @@ from composer_effalgos.subset_selection.gradients import LastLayerGradients, pre
 from composer_effalgos.subset_selection.problem import Problem, Selection, Solver, seed_of, softmax_targets
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['INSTALL_COMMAND', 'solver']
-
 INSTALL_COMMAND = 'pip install apricot-select numba scipy && pip install --no-deps cords==0.0.4'
 PRIVATE_PACKAGE = '_composer_effalgos_cords'
 PAIRWISE_BYTES = 2**26  # for the pairwise differences between two batches, which CRAIG and the submodular functions materialise

@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from composer_effalgos.subset_selection.problem import Problem
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['data_sets', 'selcon']
-
 MULTIPLIER_STEPS = 1000  # limit on SELCON's first loop, which as published never ends if the bound cannot be met
 
 log = logging.getLogger(__name__)

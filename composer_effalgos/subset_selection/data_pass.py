@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_effalgos.plan import PlannedDataLoader, WeightedLoss, class_labels
+from composer_effalgos.plan.classes import NO_CLASS, labels_of, logits_and_classes
 from composer_effalgos.plan.order import training_data_spec
-from composer_effalgos.subset_selection.gradients import NO_CLASS, WITHOUT_GRADIENTS, LastLayerGradients, labels_of, last_layer_gradients
+from composer_effalgos.subset_selection.gradients import WITHOUT_GRADIENTS, LastLayerGradients, last_layer_gradients
 from composer_effalgos.utils.errors import InputError
-
-__all__ = ['DataPass', 'Rows', 'SelectionInputs']
 
 ONE_CLASS = 'expected one class per sample (class indices [B], or non-negative rows [B, C] that sum to 1), got several labels'
 
@@ -151,30 +150,10 @@ class DataPass:
 
 
 def _cross_entropy(outputs: Any, batch: Any) -> Tensor:
-    logits, classes = logits_and_classes(outputs, batch)
+    logits, classes = logits_and_classes(outputs, batch, 'strategy', WITHOUT_GRADIENTS)
     if (classes == NO_CLASS).any():
         raise InputError(f'labels: {ONE_CLASS}; strategies gradmatch, craig, glister, grand and random do not need one')
     return cross_entropy(logits, classes, reduction='none')
-
-
-def logits_and_classes(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """A classifier's logits, float ``[B, C]``, and class indices, int64 ``[B]``, which may be ``NO_CLASS``.
-
-    Args:
-        outputs: The model's outputs: logits, or a mapping with a key ``logits``.
-        batch: The batch.
-
-    Raises:
-        InputError: If the model is not a classifier.
-    """
-    logits = outputs.get('logits') if isinstance(outputs, Mapping) else outputs
-    labels = labels_of(batch)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels) or labels.is_floating_point():
-        raise InputError(
-            'strategy: expected a classifier for this one, whose outputs are logits [B, C] and whose labels are class indices [B]; '
-            f'{WITHOUT_GRADIENTS}'
-        )
-    return logits, labels
 
 
 def _concatenated(rows: Rows, state: State) -> Rows:

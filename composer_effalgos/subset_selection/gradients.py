@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,9 @@ from composer.algorithms.squeeze_excite import SqueezeExcite2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_effalgos.plan.classes import labels_of
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['LastLayerGradients', 'find_final_linear', 'labels_of', 'last_layer_gradients', 'preserve_rng']
-
-LABEL_KEYS = ('labels', 'label', 'targets', 'target', 'y')
-NO_CLASS = torch.iinfo(torch.int64).min  # marks a sample with several labels or several regression targets
 WITHOUT_GRADIENTS = (
     'for models that predict sequences or maps use strategy random, adaptive-random or file, or InfoBatch, which only needs losses'
 )
@@ -132,27 +129,6 @@ def _rows(factor: Tensor, indices: Tensor | slice) -> Tensor:
     return factor[indices]
 
 
-def find_final_linear(module: nn.Module) -> nn.Linear:
-    """Returns the linear layer that was registered last, at any depth.
-
-    Skips the linear layers in the gates that Composer's SqueezeExcite adds.
-
-    Args:
-        module (nn.Module): a model, possibly wrapped in ``DistributedDataParallel``; its forward pass is not run.
-
-    Raises:
-        InputError: if there is no linear layer.
-    """
-    gates = _gate_modules(module)
-    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer not in gates]
-    if not linears:
-        raise InputError(
-            f'model: expected a linear layer, which last-layer gradients need, got {type(module).__name__} without one; '
-            'end the model in torch.nn.Linear, or use strategy random'
-        )
-    return linears[-1]
-
-
 def last_layer_gradients(
     model: nn.Module,
     batches: Iterable[Any],
@@ -243,8 +219,12 @@ def _gate_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def _last_called_linear(model: nn.Module, batch: Any) -> nn.Linear:
-    find_final_linear(model)  # raises if there is no linear layer at all
     gates = _gate_modules(model)
+    if not any(isinstance(layer, nn.Linear) and layer not in gates for layer in model.modules()):
+        raise InputError(
+            f'model: expected a linear layer, which last-layer gradients need, got {type(model).__name__} without one; '
+            'end the model in torch.nn.Linear, or use strategy random'
+        )
     called: list[nn.Module] = []
     own_parameters = [m for m in model.modules() if m not in gates and next(m.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_hook(lambda module, args, output: called.append(module)) for module in own_parameters]
@@ -317,40 +297,3 @@ def _check_rows(name: str, rows: Tensor | None, ndim: int, batch_size: int) -> N
         raise InputError(
             f'model: expected one row per sample in {name}, got shape {list(rows.shape)} for {batch_size} samples; {WITHOUT_GRADIENTS}'
         )
-
-
-def labels_of(batch: Any) -> Tensor:
-    """Returns one label per sample of a batch.
-
-    Args:
-        batch (Any): ``(inputs, labels)``, or a mapping with a key ``labels``.
-
-    Returns:
-        Tensor: class indices, int64 ``[B]``: integer labels, or the argmax of soft labels ``[B, C]`` (non-negative rows that sum to 1);
-            ``NO_CLASS`` for other rows, such as multi-label targets or several regression targets. Floating-point labels with one number
-            per sample, as in regression, are returned as float32 ``[B]``.
-
-    Raises:
-        InputError: if there are no labels, or they have another shape.
-    """
-    if isinstance(batch, Mapping):
-        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    else:
-        labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-    if not isinstance(labels, Tensor):
-        raise InputError("batch: expected (inputs, labels) or a mapping with a key 'labels', got no labels")
-    labels = labels.detach()
-    labels = labels.int() if labels.dtype == torch.bool else labels
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim == 2:
-        return torch.where(_are_distributions(labels), labels.argmax(dim=1), NO_CLASS)
-    if labels.ndim != 1:
-        raise InputError(f'batch: expected class indices [B] or soft labels [B, C], got labels {labels.dtype} {list(labels.shape)}')
-    return labels.float() if labels.is_floating_point() else labels.long()
-
-
-def _are_distributions(rows: Tensor) -> Tensor:
-    """Which rows are non-negative and sum to 1, up to rounding in their dtype."""
-    tolerance = max(1e-3, torch.finfo(rows.dtype).eps) if rows.is_floating_point() else 0
-    return (rows >= 0).all(dim=1) & ((rows.float().sum(dim=1) - 1).abs() <= tolerance)

@@ -10,8 +10,6 @@ from torch.nn.functional import one_hot
 
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 
-__all__ = ['Problem', 'Selection', 'Solver', 'by_label', 'seed_of', 'softmax_targets']
-
 Selection = tuple[Tensor, Tensor]
 """Row positions in the problem, int64 ``[k]`` in selection order, and weights, float32 ``[k]``."""
 

@@ -17,8 +17,6 @@ from composer_effalgos.subset_selection import SubsetSelection
 from composer_effalgos.subset_selection.subset_file import write_subset
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['select_to_file']
-
 
 def select_to_file(recipe_path: Path, overrides: Sequence[str], checkpoint: Path | None, out: Path) -> str:
     """Selects once with the weights of a checkpoint and writes the subset, without training.

@@ -16,8 +16,6 @@ from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import described, did_you_mean
 
-__all__ = ['check_options', 'select_subset']
-
 
 def select_subset(
     strategy: str,
@@ -108,11 +106,6 @@ def select_subset(
 
 def check_options(strategy: str, *, backend: str = 'torch', **options: Any) -> Options:
     """Checks the options of a strategy and fills in the defaults.
-
-    Args:
-        strategy (str): the strategy's name.
-        backend (str): ``torch`` or ``cords``.
-        **options: as for ``select_subset``.
 
     Raises:
         InputError: for an unknown name or an invalid value.

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos.plan import EpochPlanner, SampleRows, SampleTable, WeightedLoss
-from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Rows, SelectionInputs, logits_and_classes
-from composer_effalgos.subset_selection.gradients import NO_CLASS, LastLayerGradients
+from composer_effalgos.plan.classes import NO_CLASS, logits_and_classes
+from composer_effalgos.subset_selection.data_pass import ONE_CLASS, DataPass, Rows, SelectionInputs
+from composer_effalgos.subset_selection.gradients import WITHOUT_GRADIENTS, LastLayerGradients
 from composer_effalgos.subset_selection.problem import Selection
 from composer_effalgos.subset_selection.selection import check_options, select_subset
 from composer_effalgos.subset_selection.strategies import STRATEGIES
@@ -23,8 +24,6 @@ from composer_effalgos.subset_selection.strategies.milo import importance
 from composer_effalgos.subset_selection.subset_file import check_subset, read_subset
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
-
-__all__ = ['SelectionContext', 'Source', 'make_source']
 
 
 _INSTEAD = {
@@ -103,7 +102,7 @@ class Source:
     def picked(self) -> None:
         """Called on every rank after a successful selection."""
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
+    def state_dict(self, state: State) -> dict[str, Any]:
         """Returns the state needed to resume; a collective call."""
         return {}
 
@@ -153,15 +152,15 @@ class _Gradients(Source):
         by_embedding = linear_layer and (
             getattr(self.settings, 'features', '') == 'embedding' or getattr(self.settings, 'if_convex', False)
         )
-        self.looks: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax, 'errors': not by_embedding}
+        self.pass_options: dict[str, bool] = {'linear_layer': linear_layer, 'softmax': self.spec.softmax, 'errors': not by_embedding}
         self.uses_validation = self.spec.validation and getattr(self.settings, 'valid', True)
         self.val_dataloader = val_dataloader
 
     def read(self, data: DataPass) -> SelectionInputs:
-        train = data.gradients(**self.looks)
+        train = data.gradients(**self.pass_options)
         if self.val_dataloader is None or not self.uses_validation:
             return SelectionInputs(train)
-        return SelectionInputs(train, data.validation(self.val_dataloader, train, **self.looks))
+        return SelectionInputs(train, data.validation(self.val_dataloader, train, **self.pass_options))
 
     def pick(self, inputs: SelectionInputs | None, context: SelectionContext) -> Selection:
         assert inputs is not None
@@ -171,7 +170,7 @@ class _Gradients(Source):
             options.update(val_gradients=inputs.validation.gradients, val_labels=self._labels(inputs.validation))
         if self.settings.selection_type == 'PerBatch' and self.settings.batch_size is None:
             options['batch_size'] = context.batch_size
-        if getattr(self.settings, 'ss_indices', context) is None:
+        if hasattr(self.settings, 'ss_indices') and self.settings.ss_indices is None:
             options['ss_indices'] = context.current
         return self._select(inputs.train.gradients, context, self._labels(inputs.train), **options)
 
@@ -240,21 +239,17 @@ class _Forgetting(Source):
         scores = scores if context.candidates is None else scores[context.candidates]
         return self._select_without_gradients(context, None if inputs is None else self._classes(inputs.train), scores=scores)
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
-        if state is None:
-            return {}
+    def state_dict(self, state: State) -> dict[str, Any]:
         table = self.table.state_dict(state)
         return {'events': self._counted(self.table.rows, SampleRows(**table)), **table}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.events = saved['events'].cpu()
-        if 'last' in saved:  # a checkpoint of an older version; -1 means not trained on
-            scored = saved['last'] >= 0
-            saved = {'history': (saved['last'] == 1).float()[None], 'scored': scored, 'offered': scored, 'trained': scored.int()}
-        self.table.load_state_dict(saved)
+        if 'history' in saved:  # the planner refuses an older version's checkpoint at FIT_START
+            self.table.load_state_dict(saved)
 
     def _observe(self, losses: Tensor, where: slice, outputs: Any, batch: Any) -> None:
-        logits, classes = logits_and_classes(outputs, batch)
+        logits, classes = logits_and_classes(outputs, batch, 'strategy', WITHOUT_GRADIENTS)
         right = (logits.detach().argmax(dim=1) == classes).float()
         self.table.note(torch.where(classes == NO_CLASS, -1.0, right), where)
 
@@ -316,7 +311,7 @@ class _Milo(Source):
         prepared['importance'] = gains.cpu()
         return prepared if classes is None else {**prepared, 'labels': classes.cpu()}
 
-    def state_dict(self, state: State | None) -> dict[str, Any]:
+    def state_dict(self, state: State) -> dict[str, Any]:
         return {'prepared': self.prepared}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -355,13 +350,6 @@ def make_source(
     strategy: str, backend: str, options: Mapping[str, Any], *, linear_layer: bool, val_dataloader: DataLoader | DataSpec | None
 ) -> Source:
     """Returns the source for a strategy.
-
-    Args:
-        strategy: ``file`` or a strategy's name.
-        backend: ``torch`` or ``cords``.
-        options: The strategy's options.
-        linear_layer: Whether to use the weight gradients of the last layer.
-        val_dataloader: The validation dataloader, or ``None``.
 
     Raises:
         InputError: For an unknown strategy, backend, option or value, or a file that cannot be read.

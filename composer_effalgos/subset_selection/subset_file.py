@@ -22,8 +22,6 @@ from composer_effalgos.utils.files import whole_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ['SubsetFile', 'read_subset', 'write_subset']
-
 _KEY = b'composer_effalgos.subset'
 
 _HEAVIEST = 3.4e38  # about the largest float32
@@ -130,23 +128,18 @@ def read_subset(path: Path) -> SubsetFile:
 def check_subset(path: Path, subset: SubsetFile, dataset: Dataset[Any]) -> None:
     """Rejects a subset of another dataset.
 
-    Args:
-        path: The file of the subset, for messages.
-        subset: The subset.
-        dataset: The dataset to train on.
-
     Raises:
         InputError: It was written for a dataset of another size or with other labels, or has an index out of range.
     """
     size = len(dataset)  # type: ignore[arg-type]
     written_for = subset.facts.get('num_samples', size)
     if written_for != size:
-        raise InputError(f'path: {path}: is a subset of {written_for} samples, and this data set has {size}; select from this one')
+        raise InputError(f'path: {path}: is a subset of {written_for} samples, and this dataset has {size}; select from this one')
     if int(subset.indices[-1]) >= size:
-        raise InputError(f'path: {path}: expected 0 to {size - 1}, the samples of this data set, got index {int(subset.indices[-1])}')
+        raise InputError(f'path: {path}: expected 0 to {size - 1}, the samples of this dataset, got index {int(subset.indices[-1])}')
     labels, ours = subset.facts.get('labels'), _fingerprint(dataset)
     if labels is not None and ours is not None and labels != ours:
-        raise InputError(f'path: {path}: is a subset of another data set: of the same size, but with other labels; select from this one')
+        raise InputError(f'path: {path}: is a subset of another dataset: of the same size, but with other labels; select from this one')
 
 
 def _parquet() -> tuple[Any, Any]:

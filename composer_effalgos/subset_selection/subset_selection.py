@@ -92,6 +92,7 @@ class SubsetSelection(Selector, Algorithm):
     _planner: EpochPlanner  # set at INIT
     _loss: WeightedLoss
     _logger: Logger
+    _state: State
 
     def __init__(
         self,
@@ -142,7 +143,6 @@ class SubsetSelection(Selector, Algorithm):
         self.seed = seed
         self.budget = budget
         self.strategy_options = strategy_options
-        self._state: State | None = None  # set at INIT
         self._held_out: Tensor | None = None  # ascending
         self._rest: Tensor | None = None  # all samples not held out, ascending; None for all samples
         self._indices: Tensor | None = None  # the subset, ascending
@@ -191,7 +191,6 @@ class SubsetSelection(Selector, Algorithm):
 
     def choose(self, candidates: Tensor | None, epoch: int) -> Choice | None:
         state = self._state
-        assert state is not None
         warm_up, budget = self._warm_up(state), self._budget()
         redraw = not self._source.once and (epoch - warm_up) % self.select_every.value == 0
         if epoch >= warm_up and (redraw or self._indices is None or len(self._indices) != budget):
@@ -203,7 +202,6 @@ class SubsetSelection(Selector, Algorithm):
         return None if samples is None else Choice(samples, self._weights if epoch >= warm_up else None)
 
     def candidates(self, epoch: int) -> Tensor | None:
-        assert self._state is not None
         return self._indices if epoch >= self._warm_up(self._state) else self._rest
 
     def select(self, state: State) -> tuple[Tensor, Tensor]:
@@ -226,9 +224,8 @@ class SubsetSelection(Selector, Algorithm):
         return self._indices, self.weights
 
     def state_dict(self) -> dict[str, Any]:
-        saved: dict[str, Any] = {'indices': self._indices, 'weights': self._weights, 'held_out': self._held_out}
-        saved = {**super().state_dict(), **saved, 'source': self._source.state_dict(self._state)}
-        return saved if self._state is None else pack(self._state, saved)
+        saved = {'indices': self._indices, 'weights': self._weights, 'held_out': self._held_out}
+        return pack(self._state, {**super().state_dict(), **saved, 'source': self._source.state_dict(self._state)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state, self._planner.expects_state = unpack(state), True
@@ -271,7 +268,6 @@ class SubsetSelection(Selector, Algorithm):
         return 0
 
     def new_data(self, *, first: bool) -> None:
-        assert self._state is not None
         if not first:
             self._indices = self._weights = self._held_out = None
         dataset, size = self._planner.loader.dataset, self._planner.loader.num_samples
@@ -346,7 +342,7 @@ class SubsetSelection(Selector, Algorithm):
         if not self._failure_warned:
             self._failure_warned = True
             warnings.warn(
-                f'SubsetSelection: the selection at epoch {epoch} failed ({outcome[0]}); training goes on with the last subset',
+                f'SubsetSelection: the selection at epoch {epoch} failed ({outcome[0]}); keeping the previous subset',
                 stacklevel=2,
             )
 

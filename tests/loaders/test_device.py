@@ -308,7 +308,7 @@ def test_a_cache_of_another_data_set_is_not_used(tmp_path):
     (file,) = tmp_path.iterdir()
     wanted = cache.identity_of(other)
     file.rename(tmp_path / f'{wanted[:32]}.npz')  # by mistake, or by a collision of names
-    with pytest.warns(UserWarning, match="another data set's images"):
+    with pytest.warns(UserWarning, match="another dataset's images"):
         assert cache.load(tmp_path, wanted) is None
 
 

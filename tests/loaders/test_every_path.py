@@ -47,7 +47,7 @@ def make_path(request, folder, made):
             return DeviceDataLoader(plain(split, batch_size).dataset, batch_size=batch_size, shuffle=train)
         dataset = build_dataset('beton' if name == 'ffcv' else name, split, path=str(folder))
         if name == 'ffcv':
-            return FfcvDataLoader(dataset, batch_size=batch_size, shuffle=train, num_threads=2)
+            return FfcvDataLoader(dataset, batch_size=batch_size, shuffle=train, num_workers=2)
         return DataLoader(dataset, batch_size=batch_size, shuffle=train, num_workers=1)
 
     def get(split: str, batch_size: int = 6) -> DataLoader:

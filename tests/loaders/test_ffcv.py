@@ -62,7 +62,7 @@ def photos(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope='module')
 def photos_train(photos) -> FfcvDataLoader:
-    return FfcvDataLoader(build_dataset('beton', 'train', path=str(photos[1]), image_size=32), batch_size=4, num_threads=2)
+    return FfcvDataLoader(build_dataset('beton', 'train', path=str(photos[1]), image_size=32), batch_size=4, num_workers=2)
 
 
 def planned(path, plan, *, seed=3, epoch=5, rank=0, world_size=1) -> list:
@@ -179,7 +179,7 @@ def test_trains_as_on_the_device_path(digits, make_trainer, weights_of):
 
 
 def test_photographs_to_evaluate_look_as_torchvision_makes_them(photos):
-    path = FfcvDataLoader(build_dataset('beton', 'eval', path=str(photos[1]), image_size=32), batch_size=4, num_threads=2)
+    path = FfcvDataLoader(build_dataset('beton', 'eval', path=str(photos[1]), image_size=32), batch_size=4, num_workers=2)
     original = build_dataset('image_folder', 'eval', path=str(photos[0]), image_size=32)
     ((images, labels),) = list(path)
     assert labels.tolist() == original.targets.tolist()

@@ -35,6 +35,7 @@ def test_worker_processes_are_the_default(tmp_path, loader):
         ({'name': 'device', 'cach': 'x'}, "loader.cach: unknown argument; did you mean 'cache'"),
         ({'name': 'device', 'cache': 3}, 'loader.cache: expected a string or null, got 3'),
         ({'name': 'device', 'seed': 3}, 'loader.seed: unknown argument'),
+        ({'name': 'device', 'device': 'cpu'}, 'loader.device: unknown argument'),
         ({'name': 'workers', 'cache': 'x'}, 'loader.cache: unknown argument'),
         ({'cache': 'x'}, 'loader.name: missing'),
         (['device'], 'loader: expected a mapping'),
@@ -80,5 +81,5 @@ def test_what_the_path_cannot_take_is_one_line(tmp_path, capfd):
     assert main([str(path)]) == 2
     error = capfd.readouterr().err
     assert error.startswith('error: ')
-    assert 'loader: DeviceDataLoader: expected a data set whose attribute `transform`' in error
+    assert 'loader: DeviceDataLoader: expected a dataset whose attribute `transform`' in error
     assert error.count('\n') == 1

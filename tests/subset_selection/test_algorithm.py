@@ -166,7 +166,7 @@ def test_a_selection_that_fails_leaves_the_last_good_subset_with_one_warning(mak
     with pytest.warns(UserWarning, match='SubsetSelection') as caught:
         trainer.fit()
     messages = [str(w.message) for w in caught if 'SubsetSelection' in str(w.message)]
-    assert messages == ['SubsetSelection: the selection at epoch 1 failed (out of luck); training goes on with the last subset']
+    assert messages == ['SubsetSelection: the selection at epoch 1 failed (out of luck); keeping the previous subset']
     assert len(calls) == 3
     assert torch.equal(subsets.trained[0], subsets.trained[2])
 

@@ -1,4 +1,3 @@
-import math
 import random
 
 import numpy as np
@@ -14,11 +13,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, squeezenet1_1
 
+from composer_effalgos.plan.classes import NO_CLASS
 from composer_effalgos.subset_selection.gradients import (
-    NO_CLASS,
     LastLayerGradients,
-    find_final_linear,
-    labels_of,
     last_layer_gradients,
     preserve_rng,
 )
@@ -150,23 +147,6 @@ def test_labels_that_are_no_classes_give_the_gradients_of_their_own_loss(kind):
     assert torch.equal(found, torch.where(one_positive, labels.argmax(dim=1), NO_CLASS))
 
 
-@pytest.mark.parametrize(
-    ('rows', 'expected'),
-    [
-        (torch.tensor([[0.0, 1.0, 0.0], [0.1, 0.2, 0.7]]), [1, 2]),
-        (torch.tensor([[0, 1, 0], [0, 0, 1]]), [1, 2]),
-        (torch.tensor([[True, False], [True, True]]), [0, NO_CLASS]),
-        (torch.tensor([[0.0, 0.0], [1.0, 1.0]]), [NO_CLASS, NO_CLASS]),
-        (torch.tensor([[1.5, -0.5], [math.nan, 1.0]]), [NO_CLASS, NO_CLASS]),
-        (torch.softmax(torch.arange(200.0).view(2, 100), dim=1).bfloat16(), [99, 99]),
-        (torch.tensor([[5], [7]]), [5, 7]),
-        (torch.tensor([[0.5], [0.25]]), [0.5, 0.25]),
-    ],
-)
-def test_only_rows_that_are_distributions_are_soft_labels(rows, expected):
-    assert labels_of((None, rows)).tolist() == expected
-
-
 def test_soft_labels_and_mappings():
     model = ComposerClassifier(Net(), num_classes=4)
     x, y = batches()[0]
@@ -214,7 +194,6 @@ def test_finds_the_classifier_after_surgery(surgery):
         apply_blurpool(model)
     elif surgery == 'squeeze_excite':
         apply_squeeze_excite(model, latent_channels=8, min_channels=8)
-    assert find_final_linear(ComposerClassifier(model, num_classes=7)) is model.fc
     data = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 6]))]
     gradients, _ = last_layer_gradients(ComposerClassifier(model, num_classes=7), data, per_sample_cross_entropy)
     assert gradients.error.shape == (2, 7)
@@ -226,7 +205,7 @@ def test_squeeze_excite_gates_are_no_classifier():
     model = squeezenet1_1(num_classes=128)
     apply_squeeze_excite(model, latent_channels=8, min_channels=8)
     with pytest.raises(InputError, match='expected a linear layer'):
-        find_final_linear(model)
+        last_layer_gradients(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 6]))], per_sample_cross_entropy)
 
 
 def test_takes_distributed_data_parallel_off(tmp_path):
@@ -234,7 +213,6 @@ def test_takes_distributed_data_parallel_off(tmp_path):
     try:
         model = ComposerClassifier(Net(head_first=False), num_classes=4)
         wrapped = nn.parallel.DistributedDataParallel(model)
-        assert find_final_linear(wrapped) is model.module.head
         ours, _ = last_layer_gradients(wrapped, batches(), per_sample_cross_entropy)
         theirs, _ = last_layer_gradients(model, batches(), per_sample_cross_entropy)
         assert torch.equal(ours.dense(), theirs.dense())

@@ -334,14 +334,14 @@ def test_refuses_what_is_no_file(tmp_path):
 def test_refuses_a_subset_of_another_data_set(make_trainer, problem, subset_file, tmp_path):
     inputs, labels = problem.tensors
     for dataset, message in (
-        (TensorDataset(inputs[:150], labels[:150]), 'is a subset of 203 samples, and this data set has 150'),
+        (TensorDataset(inputs[:150], labels[:150]), 'is a subset of 203 samples, and this dataset has 150'),
         (TensorDataset(inputs, labels.flip(0)), 'of the same size, but with other labels'),
     ):
         with pytest.raises(InputError, match=message):
             make_trainer([SubsetSelection('file', path=str(subset_file))], dataset=dataset).fit()
     beyond = tmp_path / 'beyond.parquet'
     pd.DataFrame({'index': [*range(20), 203]}).to_parquet(beyond)
-    with pytest.raises(InputError, match='expected 0 to 202, the samples of this data set, got index 203'):
+    with pytest.raises(InputError, match='expected 0 to 202, the samples of this dataset, got index 203'):
         make_trainer([SubsetSelection('file', path=str(beyond))]).fit()
     short = tmp_path / 'short.parquet'
     pd.DataFrame({'index': [1, 2]}).to_parquet(short)

@@ -36,12 +36,6 @@ RULES: dict[str, type[PruningRule]] = {
 def check_shard(shard: Any, rule: PruningRule, name: str, labels: Any) -> None:
     """Checks that ``shard=True`` is only used if ranks can decide on their own parts of the samples.
 
-    Args:
-        shard: The argument of this name.
-        rule: The rule.
-        name: Name of the algorithm, for the message.
-        labels: The argument of this name.
-
     Raises:
         InputError: If they cannot, or if ``shard`` is not a bool.
     """

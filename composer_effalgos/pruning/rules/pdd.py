@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from composer_effalgos.plan import SampleRows
+from composer_effalgos.plan.classes import logits_and_classes
 from composer_effalgos.pruning.rules.rule import Epoch, Kept, PruningRule, Step
-from composer_effalgos.subset_selection.data_pass import logits_and_classes
 from composer_effalgos.utils.checks import check_number
 
 
@@ -34,7 +34,7 @@ class PddRule(PruningRule):
         check_number('rule.threshold', self.threshold, above=0, most=1)
 
     def score(self, step: Step) -> Tensor:
-        logits, classes = logits_and_classes(step.outputs, step.batch)
+        logits, classes = logits_and_classes(step.outputs, step.batch, 'rule')
         probabilities = torch.softmax(logits.float(), dim=1).gather(1, classes.clamp(min=0)[:, None])[:, 0]
         return torch.where((classes < 0) | probabilities.isnan(), 0.0, probabilities)  # unknown: 0 keeps the sample
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_effalgos.plan import SampleRows, Shard
+from composer_effalgos.plan import Choice, SampleRows, Shard
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import described, shown
 
@@ -157,7 +157,7 @@ def num_kept(size: int, prune_ratio: float) -> int:
     return max(1, round(size * (1 - prune_ratio)))
 
 
-def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
+def check_kept(rule: PruningRule, answer: Any, size: int) -> Choice | None:
     """Checks the return value of a rule's ``keep`` or ``keep_at_end``.
 
     Args:
@@ -189,8 +189,8 @@ def check_kept(rule: PruningRule, answer: Any, size: int) -> Kept | None:
             'positions in the table, not sample numbers'
         )
     if weights is None:
-        return positions, None
+        return Choice(positions, None)
     if not isinstance(weights, Tensor) or weights.shape != positions.shape or not bool(torch.isfinite(weights).all()):
         some = ', some not finite' if isinstance(weights, Tensor) and weights.shape == positions.shape else ''
         raise InputError(f'{name}: expected weights as {len(positions)} finite numbers or None, got {described(weights)}{some}')
-    return positions, weights.cpu().float()
+    return Choice(positions, weights.cpu().float())

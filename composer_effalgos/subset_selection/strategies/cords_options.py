@@ -8,8 +8,6 @@ from composer_effalgos.subset_selection.strategies.options import Count, Options
 from composer_effalgos.subset_selection.strategies.submodular import SubmodularOptions
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['AdapWeightsOptions', 'CordsCraigOptions', 'CordsSubmodularOptions', 'FixedWeightOptions', 'SelconOptions']
-
 ApricotOptimizer = Literal[
     'lazy', 'naive', 'stochastic', 'approximate-lazy', 'two-stage', 'modular', 'random', 'sample', 'greedi', 'bidirectional'
 ]

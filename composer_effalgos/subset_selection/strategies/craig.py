@@ -11,8 +11,6 @@ from composer_effalgos.subset_selection.strategies.greedy import greedy
 from composer_effalgos.subset_selection.strategies.kernels import Distances, KernelOptions
 from composer_effalgos.subset_selection.strategies.submodular import FacilityLocation
 
-__all__ = ['CraigOptions', 'craig']
-
 
 @dataclass(frozen=True, kw_only=True)
 class CraigOptions(KernelOptions):

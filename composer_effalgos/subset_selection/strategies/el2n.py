@@ -3,8 +3,6 @@
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.ranking import by_rank
 
-__all__ = ['el2n']
-
 
 def el2n(problem: Problem) -> Selection:
     """Ranks by the norm of the error, ``|softmax(logits) - onehot(label)|`` (Paul et al., arXiv 2107.07075, definition 2.2).

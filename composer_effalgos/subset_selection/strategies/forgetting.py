@@ -7,8 +7,6 @@ from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.ranking import RankingOptions, by_rank
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['ForgettingOptions', 'forgetting']
-
 
 @dataclass(frozen=True, kw_only=True)
 class ForgettingOptions(RankingOptions):

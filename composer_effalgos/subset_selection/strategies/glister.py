@@ -12,8 +12,6 @@ from composer_effalgos.subset_selection.problem import Problem, Selection, softm
 from composer_effalgos.subset_selection.strategies.greedy import Remaining
 from composer_effalgos.subset_selection.strategies.options import Count, Options, Positive
 
-__all__ = ['GlisterOptions', 'glister']
-
 
 @dataclass(frozen=True, kw_only=True)
 class GlisterOptions(Options):

@@ -12,8 +12,6 @@ from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.kernels import batch_mean_gram
 from composer_effalgos.subset_selection.strategies.options import Options, Positive
 
-__all__ = ['GradMatchOptions', 'gradmatch', 'matching_pursuit']
-
 DEPENDENT = 1e-6  # a gradient with less than this fraction of its squared norm outside the span of the others counts as dependent
 
 

@@ -3,8 +3,6 @@
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.ranking import by_rank
 
-__all__ = ['grand']
-
 
 def grand(problem: Problem) -> Selection:
     """Ranks by the norm of the last-layer gradient (Paul et al., arXiv 2107.07075, definition 2.1).

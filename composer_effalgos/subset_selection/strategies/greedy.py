@@ -9,8 +9,6 @@ from torch import Tensor
 
 from composer_effalgos.subset_selection.strategies.kernels import BLOCK_BYTES
 
-__all__ = ['Remaining', 'SetFunction', 'greedy']
-
 BLOCK = 32  # candidates evaluated together
 SAMPLE_FACTOR = math.log(100)  # stochastic greedy evaluates ln(1/0.01) n/k candidates per step
 DRAWS = 2**18  # random numbers sent to the device together

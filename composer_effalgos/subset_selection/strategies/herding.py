@@ -5,8 +5,6 @@ import torch
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.points import points_of
 
-__all__ = ['herding']
-
 
 def herding(problem: Problem) -> Selection:
     """Greedily picks the sample that brings the mean of the picked samples closest to the mean of all, without replacement.

@@ -5,8 +5,6 @@ import torch
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.points import farthest_first, points_of
 
-__all__ = ['k_center']
-
 
 def k_center(problem: Problem) -> Selection:
     """Greedy k-center (Sener and Savarese, arXiv 1708.00489, algorithm 1), starting from a random sample.

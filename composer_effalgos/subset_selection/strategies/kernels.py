@@ -12,8 +12,6 @@ from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.problem import Problem
 from composer_effalgos.subset_selection.strategies.options import Options
 
-__all__ = ['Distances', 'KernelOptions', 'batch_mean_gram']
-
 KERNEL_BYTES = 2**28  # a larger kernel is not stored but recomputed in blocks on demand
 BLOCK_BYTES = 2**20  # size of a block; about four are in use at a time
 
@@ -57,9 +55,6 @@ class Distances:
 
     The matrix is stored if it fits in ``KERNEL_BYTES`` (n = 8,192), otherwise rows are computed on demand. Peak memory is these bytes plus
     about ``4 BLOCK_BYTES``. With ``PerBatch`` it is always stored.
-
-    Args:
-        problem (Problem): the problem whose items are compared.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -12,8 +12,6 @@ from composer_effalgos.subset_selection.strategies.greedy import greedy
 from composer_effalgos.subset_selection.strategies.options import Positive
 from composer_effalgos.subset_selection.strategies.points import PointOptions, farthest_first, points_of, unit_length
 
-__all__ = ['MiloOptions', 'importance', 'milo']
-
 
 @dataclass(frozen=True, kw_only=True)
 class MiloOptions(PointOptions):

@@ -13,8 +13,6 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 from composer_effalgos.utils.type_hints import check_type
 
-__all__ = ['ByClass', 'Count', 'Options', 'Positive', 'check', 'selection_types']
-
 Positive = Annotated[float, Range(least=0, most=LARGEST)]
 Count = Annotated[int, Range(least=1)]
 ByClass = Literal['PerClass', 'Supervised']

@@ -9,8 +9,6 @@ from torch import Tensor
 from composer_effalgos.subset_selection.gradients import LastLayerGradients
 from composer_effalgos.subset_selection.strategies.options import ByClass, Options
 
-__all__ = ['PointOptions', 'farthest_first', 'points_of', 'unit_length']
-
 
 @dataclass(frozen=True, kw_only=True)
 class PointOptions(Options):

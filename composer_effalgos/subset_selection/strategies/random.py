@@ -8,8 +8,6 @@ import torch
 from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.options import Options
 
-__all__ = ['RandomOptions', 'random_subset']
-
 
 @dataclass(frozen=True, kw_only=True)
 class RandomOptions(Options):

@@ -10,8 +10,6 @@ from composer_effalgos.subset_selection.problem import Problem, Selection
 from composer_effalgos.subset_selection.strategies.options import ByClass, Options
 from composer_effalgos.utils.checks import Range
 
-__all__ = ['RankingOptions', 'by_rank']
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankingOptions(Options):

@@ -13,8 +13,6 @@ from composer_effalgos.subset_selection.strategies.greedy import SetFunction, gr
 from composer_effalgos.subset_selection.strategies.kernels import Distances, KernelOptions
 from composer_effalgos.subset_selection.strategies.options import ByClass
 
-__all__ = ['FUNCTIONS', 'FacilityLocation', 'GraphCut', 'SaturatedCoverage', 'SubmodularOptions', 'SumRedundancy', 'submodular']
-
 SATURATION = 0.1  # apricot's default, which CORDS uses
 
 
@@ -25,7 +23,7 @@ class SubmodularOptions(KernelOptions):
     selection_type: ByClass | None = None
 
 
-class _OfSimilarity:
+class _SimilarityFunction:
     """Base class: the similarity is the largest squared distance of the problem minus the squared distance, as in CORDS."""
 
     def __init__(self, distances: Distances) -> None:
@@ -38,7 +36,7 @@ class _OfSimilarity:
         return self.distances.largest - self.distances.rows(items)
 
 
-class FacilityLocation(_OfSimilarity):
+class FacilityLocation(_SimilarityFunction):
     """``sum_v max_{s in S} sim(v, s)``: how well the set represents every item."""
 
     def __init__(self, distances: Distances) -> None:
@@ -52,7 +50,7 @@ class FacilityLocation(_OfSimilarity):
         self.nearest = torch.minimum(self.nearest, self.distances.rows(item)[0])
 
 
-class GraphCut(_OfSimilarity):
+class GraphCut(_SimilarityFunction):
     """``sum_{v, s in S} sim(v, s) - sum_{s, t in S} sim(s, t)``: close to all items, and far from each other."""
 
     def __init__(self, distances: Distances) -> None:
@@ -74,7 +72,7 @@ class SumRedundancy(GraphCut):
         self.gain = torch.full_like(self.row_sums, -distances.largest)
 
 
-class SaturatedCoverage(_OfSimilarity):
+class SaturatedCoverage(_SimilarityFunction):
     """``sum_v min(sum_{s in S} sim(v, s), a sum_u sim(v, u))``: each item's coverage saturates at ``a`` times the full coverage."""
 
     def __init__(self, distances: Distances) -> None:

@@ -9,8 +9,6 @@ from composer_effalgos.subset_selection.problem import Problem, Selection, softm
 from composer_effalgos.subset_selection.strategies.ranking import by_rank
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['MEASURES', 'uncertainty']
-
 
 def _margin(probability: Tensor) -> Tensor:
     two = probability.topk(min(2, probability.shape[1]), dim=1).values
