@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from composer_effalgos.utils.machine import versions
+from composer_effalgos.utils.tables import markdown_table
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # of malloc.h
 
@@ -81,9 +82,8 @@ def write(out: Path, name: str, results: dict[str, Any], markdown: str, *, title
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = ['| ' + ' | '.join(map(str, row)) + ' |' for row in (header, ['---'] * len(header), *rows)]
-    return '\n'.join(lines) + '\n'
+    """A Markdown table with all columns aligned to the left."""
+    return markdown_table(header, rows, left=range(len(header)))
 
 
 def peak_bytes() -> int:

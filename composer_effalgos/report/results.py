@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +12,7 @@ from typing import Any
 from composer_effalgos.report.runs import Run, first_above
 from composer_effalgos.report.table import Row
 from composer_effalgos.utils.files import read_text, write_texts
+from composer_effalgos.utils.tables import csv_text
 
 CSV, JSON = 'results.csv', 'results.json'
 _TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
@@ -33,11 +32,7 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
         InputError: ``out`` is not writable.
     """
     runs = [(row.method, run, _of_run(run, targets)) for row in rows for run in row.runs]
-    table = io.StringIO()
-    if runs:
-        writer = csv.DictWriter(table, ['method', *runs[0][2]], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({'method': method, **values} for method, _, values in runs)
+    table = csv_text([{'method': method, **values} for method, _, values in runs])
     methods = [
         {item.name: getattr(row, item.name) for item in fields(row) if item.name not in ('runs', 'reached', 'parity')}
         | {'seeds': [run.summary['seed'] for run in row.runs]}
@@ -54,7 +49,7 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
             for method, run, values in runs
         ],
     }
-    write_texts({out / CSV: table.getvalue(), out / JSON: json.dumps(content, indent=2) + '\n'}, 'the results')
+    write_texts({out / CSV: table, out / JSON: json.dumps(content, indent=2) + '\n'}, 'the results')
 
 
 def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from composer_effalgos.report.runner import TARGET, Outcome, deadline_in, finish
 from composer_effalgos.report.runs import Run, first_above, read_summary
 from composer_effalgos.report.sweep import Job, Sweep, combine, load_sweep
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text, whole_file
+from composer_effalgos.utils.files import read_text, write_texts
+from composer_effalgos.utils.tables import markdown_table
 from composer_effalgos.utils.text import one_line
 
 BEST = 3  # combinations that go into best.yaml
@@ -245,19 +246,15 @@ def factor(trial: Trial, trials: Sequence[Trial]) -> float | None:
 
 
 def _table(trials: Sequence[Trial], target: float) -> str:
-    lines = [
-        f'| combination | s to {100 * target:g} % | factor | epoch | best accuracy % | epochs trained | |',
-        '| --- | ---: | ---: | ---: | ---: | ---: | --- |',
-    ]
+    header = ['combination', f's to {100 * target:g} %', 'factor', 'epoch', 'best accuracy %', 'epochs trained', '']
+    rows = []
     for trial in sorted(trials, key=lambda trial: trial.cost):
         seconds, epoch = ('–', '–') if trial.seconds is None else (f'{trial.seconds:.1f}', trial.epoch)
         why = 'slower than the best, stopped' if trial.stopped else '' if trial.seconds is not None else 'not reached'
         accuracy = '–' if trial.accuracy is None else f'{100 * trial.accuracy:.2f}'
         times = factor(trial, trials)
-        lines.append(
-            f'| {trial.name} | {seconds} | {"–" if times is None else f"{times:.2f}"} | {epoch} | {accuracy} | {trial.epochs} | {why} |'
-        )
-    return '\n'.join(lines) + f'\nFactor: {_FACTOR}\n'
+        rows.append([trial.name, seconds, '–' if times is None else f'{times:.2f}', epoch, accuracy, trial.epochs, why])
+    return f'{markdown_table(header, rows, left=(0, 6))}Factor: {_FACTOR}\n'
 
 
 def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str]) -> None:
@@ -281,6 +278,4 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
         'search.md': _table(trials, target),
         'best.yaml': f'{title}\n{yaml.safe_dump(best, sort_keys=False)}',
     }
-    for name, text in texts.items():
-        with whole_file(out / name) as unfinished:
-            unfinished.write_text(text, encoding='utf-8')
+    write_texts({out / name: text for name, text in texts.items()}, 'the search')

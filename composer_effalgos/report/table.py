@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from composer_effalgos.monitor import perplexity
 from composer_effalgos.report.runs import Run, first_above
+from composer_effalgos.utils import tables
 
 PARITY = 0.002  # accuracies down to this far below the baseline's mean count as equal
 _NONE = '–'
@@ -295,9 +295,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         Lines of Markdown, with a newline at the end.
     """
     shown = columns(rows)
-    head = [[column.title for column in shown], ['---'] + ['---:'] * (len(shown) - 1)]
-    lines = [*head, *([_markdown(column.text(row)) for column in shown] for row in rows)]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    return tables.markdown_table([column.title for column in shown], ([column.text(row) for column in shown] for row in rows))
 
 
 def _when_reached(group: Sequence[Run], target: float) -> Reached:
@@ -376,9 +374,3 @@ def _mean_seconds(group: list[Run]) -> float:
 
 def _is_baseline(run: Run) -> bool:
     return 'baseline' in run.method.lower()
-
-
-def _markdown(text: str) -> str:
-    """Escapes text for a table cell."""
-    text = re.sub(r'([\\`*\[\]|~])', r'\\\1', ' '.join(text.split()))
-    return text.replace('&', '&amp;').replace('<', '&lt;')

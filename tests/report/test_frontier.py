@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -219,6 +220,8 @@ def test_the_files_and_the_report_say_the_same(write_frontier_runs, loss):
     page = write_report(folder).read_text()
     assert own['factor_samples'] in page
     assert 'Does it pay?' in page
+    odd = replace(result, points=[replace(result.points[-1], method='a|b')])
+    assert markdown(odd).splitlines()[2].startswith(r'| a\|b | 3 | ')
     drawn = chart(result)
     assert [len(trace['x']) for trace in drawn['traces'][2:]] == [3, 1]
     scale = 1 if loss else 100

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from composer_effalgos import cli
 from composer_effalgos.report import load_sweep, run_search, run_sweep, runner
-from composer_effalgos.report.search import Trial, factor
+from composer_effalgos.report.search import Trial, _table, factor
 from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('optuna')
@@ -108,6 +108,7 @@ def test_the_factor_is_against_the_quickest_plain_combination():
     ]
     assert [factor(item, trials) for item in trials] == [60 / 90, 1.0, 1.5, None]
     assert factor(trials[2], trials[2:]) is None, 'no plain run got there'
+    assert r'| a\|b | 5.0 | 12.00 | 1 | 80.00 | 6 |  |' in _table([*trials, trial('a|b', 5.0, plain=False)], 0.9)
 
 
 def test_it_goes_on_where_it_stopped(space, tmp_path):
