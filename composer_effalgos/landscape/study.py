@@ -108,10 +108,9 @@ class Study:
         return [png, svg, curve, numbers]
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the curve, JSON-serialisable: non-finite numbers become strings.
+        """Everything but the curve, for JSON: ``about``, ``as_saved``, ``distances`` and ``sharpness``.
 
-        Returns:
-            ``about``, ``as_saved``, ``distances`` and ``sharpness``.
+        Non-finite numbers become strings.
         """
         return _plain({'about': self.about, 'as_saved': self.as_saved, 'distances': self.distances, 'sharpness': self.sharpness})
 

@@ -19,19 +19,9 @@ __all__ = ['Parameter', 'check_arguments', 'parameters']
 
 
 def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, Any], *, given: Iterable[str] = ()) -> dict[str, Any]:
-    """Check keyword arguments against a signature.
+    """Checks the keyword arguments in ``kwargs`` against the signature of a class or function, and returns them as a new ``dict``.
 
-    Args:
-        key: The recipe key that starts the error message.
-        target: The class or function that will be called.
-        kwargs: Arguments from the recipe.
-        given: Parameters that the caller fills in and that the recipe may not set.
-
-    Returns:
-        The arguments as a new ``dict``.
-
-    Raises:
-        InputError: An argument is unknown (the message suggests the closest), missing or of the wrong type.
+    ``key`` starts the error message; ``given`` are parameters that the caller fills in and that the recipe may not set.
     """
     hints = parameters(target)
     known = {name: hint for name, hint in hints.items() if name not in given and not name.startswith('*')}
@@ -55,13 +45,9 @@ class Parameter:
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
-    """The parameters of a callable.
+    """The parameters of a class or function by name; ``'**'`` stands for arbitrary keyword arguments.
 
-    Args:
-        target: A class or function.
-
-    Returns:
-        Parameters by name; ``'**'`` stands for arbitrary keyword arguments. A parameter without a type hint gets the type of its default.
+    A parameter without a type hint gets the type of its default.
     """
     function = target.func if isinstance(target, functools.partial) else target
     init = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]

@@ -35,14 +35,7 @@ _PATIENCE = timedelta(seconds=3)  # how far apart ranks reach the same error
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Explain an error that the user can fix.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        A one-line message and the exit status (2 for bad input, else 1); ``None`` for a bug.
-    """
+    """Explain an error that the user can fix, in one line with the exit status (2 for bad input, else 1); ``None`` for a bug."""
     if isinstance(error, InputError):
         return error.line, 2
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
@@ -71,15 +64,9 @@ def is_ours(error: BaseException) -> bool:
 
 
 def blamed(error: BaseException, components: Iterable[Component]) -> Component | None:
-    """Find the component of a recipe whose code raised an error.
+    """Find the component of a recipe whose code raised an error: the innermost in the traceback; ``None`` if there is none.
 
-    Args:
-        error: The exception.
-        components: The recipe's components.
-
-    Returns:
-        The component innermost in the traceback; ``None`` if there is none. Frames outside the innermost Trainer frame are ignored, because
-        an optimizer's step calls the Trainer for the whole forward pass.
+    Frames outside the innermost Trainer frame are ignored, because an optimizer's step calls the Trainer for the whole forward pass.
     """
     targets = {getattr(item.target, 'func', item.target).__module__: item for item in components}
     called = itertools.takewhile(lambda module: module != 'composer.trainer.trainer', modules(error))
@@ -96,9 +83,6 @@ def say_once(line: str) -> None:
 
     Rank 0 prints it and exits, and the launcher stops the others. They wait for that as long as rank 0 may be about to fail with the same
     error; if it does not, the first of them prints it.
-
-    Args:
-        line: The message.
     """
     rank = dist.get_global_rank()
     if dist.get_world_size() > 1 and (rank > 0 or torch.distributed.is_initialized()) and not _is_first(line, rank):

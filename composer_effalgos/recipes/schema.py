@@ -145,11 +145,7 @@ class Recipe:
     def refused(self, error: Exception) -> InputError | None:
         """Turn an exception from another package into an ``InputError`` that names the component that raised it.
 
-        Args:
-            error: The exception.
-
-        Returns:
-            The error to raise; ``None`` if ``error`` explains itself or is a bug in this package.
+        Returns ``None`` if the error explains itself or is a bug in this package.
         """
         if explain(error) is not None or is_ours(error):
             return None

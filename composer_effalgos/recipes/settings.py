@@ -29,14 +29,7 @@ TOO_DEEP = f'expected at most {MOST_LEVELS} levels of nesting'
 
 
 def recipe_folder() -> Path:
-    """Find the folder of the recipes that ship with this package.
-
-    Returns:
-        ``yamls`` in the working directory, else in the installed package, else beside it (in a checkout).
-
-    Raises:
-        InputError: None of these folders exists.
-    """
+    """Find the folder of recipes: ``yamls`` in the working directory, else in the installed package, else beside it (in a checkout)."""
     package = Path(__file__).parents[1]
     places = [Path('yamls'), package / 'yamls', package.parent / 'yamls']
     for place in places:
@@ -46,16 +39,9 @@ def recipe_folder() -> Path:
 
 
 def list_recipes(folder: Path) -> list[tuple[Path, str]]:
-    """Find the recipes in a folder, recursively, except in folders named ``sweeps``.
+    """Find the recipes in a folder, recursively, except in folders named ``sweeps``; it must hold at least one.
 
-    Args:
-        folder: The folder.
-
-    Returns:
-        Path and description (the comment in the first line) of each recipe, sorted by path.
-
-    Raises:
-        InputError: The folder does not exist or has no recipes.
+    Returns path and description (the comment in the first line) of each recipe, sorted by path.
     """
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder')
@@ -72,17 +58,9 @@ def _first_comment(path: Path) -> str:
 
 
 def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Read a YAML file of settings without checking names and types.
+    """Read a YAML file of settings as plain data with interpolations resolved, without checking names and types.
 
-    Args:
-        path: The YAML file.
-        overrides: Overrides to merge in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
-
-    Returns:
-        Plain data with interpolations resolved.
-
-    Raises:
-        InputError: The file is missing or invalid YAML, an override is invalid, or the settings are too large.
+    ``overrides`` are merged in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
     """
     check_file(path, 'give the path of a YAML file (effalgos recipes lists those at hand)')
     try:
@@ -150,19 +128,10 @@ def _inside(node: yaml.Node) -> Iterable[yaml.Node]:
 
 
 def merge_settings(source: str, settings: Any, overrides: Sequence[str | Mapping[str, Any]], *, example: str) -> dict[str, Any]:
-    """Merge overrides into settings.
+    """Merge overrides into settings, as :func:`read_settings` does.
 
-    Args:
-        source: Where the settings come from; starts messages about them.
-        settings: An OmegaConf config, or plain keys and values.
-        overrides: Overrides to merge in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
-        example: A valid override, for the message about an invalid one.
-
-    Returns:
-        Plain data with interpolations resolved.
-
-    Raises:
-        InputError: An override is invalid, or an interpolation refers to nothing or expands to too much data.
+    ``source`` starts messages about the settings, an OmegaConf config or plain keys and values; ``example`` is a valid override, for the
+    message about an invalid one.
     """
     config: Any = settings
     for override in overrides:
@@ -195,14 +164,10 @@ def _layer(override: str | Mapping[str, Any], example: str) -> Any:
 
 
 class _Interpolated:
-    """Computes the size of settings after interpolation without resolving anything.
+    """Computes the size of settings after interpolation without resolving anything; ``source`` starts every message.
 
     References to references grow exponentially: ten nested lists, each of which refers to the previous one ten times, expand to 10**10
     values.
-
-    Args:
-        source: Starts every message.
-        settings: Unresolved settings.
     """
 
     def __init__(self, source: str, settings: Any) -> None:
@@ -213,9 +178,8 @@ class _Interpolated:
     def size(self, path: tuple[Any, ...]) -> int:
         """An upper bound on the number of values at and below a path; strings count one more per 100 characters.
 
-        Raises:
-            InputError: The size is too large, or an interpolation contains itself or is nested, so that its key is unknown before it is
-                resolved.
+        Raises an ``InputError`` if it is too large, or an interpolation contains itself or is nested, so that its key is unknown before it
+        is resolved.
         """
         if path not in self._sizes:
             self._sizes[path] = None

@@ -25,12 +25,8 @@ _Values = Callable[[Run], list[Any]]
 def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns the charts for rows: by epoch, samples and seconds, of InfoBatch's scores, and next to published results.
 
-    Args:
-        rows: Rows from :func:`~composer_effalgos.report.table.table_rows`.
-
-    Returns:
-        For each chart its ``title``, the axis titles ``x`` and ``y``, further plotly axis options (``xaxis``, ``yaxis``), plotly
-        ``traces``, and whether it has its own ``legend``; charts without values are omitted.
+    Each chart has a ``title``, the axis titles ``x`` and ``y``, further plotly axis options (``xaxis``, ``yaxis``), plotly ``traces``, and
+    whether it has its own ``legend``; charts without values are omitted.
     """
     drawn: list[tuple[str, str, str, _Values, _Values, str]] = [
         ('Accuracy by training time', 'seconds of training', 'accuracy %', _seconds, _accuracy, 'linear'),
@@ -70,22 +66,14 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def published() -> tuple[dict[str, Any], ...]:
     """Published accuracies and times of reproductions of the methods, one record per run.
 
-    Returns:
-        Records with ``source``, ``method``, ``dataset`` and ``model`` as named in recipes, ``epochs``, ``seconds`` of training,
-        ``final_accuracy`` in percent or None, and ``accuracy`` in percent by epoch (empty if unknown).
+    Each has ``source``, ``method``, ``dataset`` and ``model`` as named in recipes, ``epochs``, ``seconds`` of training, ``final_accuracy``
+    in percent or None, and ``accuracy`` in percent by epoch (empty if unknown).
     """
     return tuple(json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8')))
 
 
 def published_for(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns the published runs with the datasets and models of the rows.
-
-    Args:
-        rows: Rows of the table.
-
-    Returns:
-        Records from :func:`published`.
-    """
+    """Returns the published runs with the datasets and models of the rows."""
     ours = {_task(run) for row in rows for run in row.runs}
     return [record for record in published() if (record['dataset'], record['model']) in ours]
 

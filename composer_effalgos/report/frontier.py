@@ -142,11 +142,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
 
 
 def check_unit(by: str | None) -> None:
-    """Rejects an unknown budget unit; None is allowed.
-
-    Raises:
-        InputError: It is not a key of :data:`UNITS`.
-    """
+    """Rejects a budget unit that is not a key of :data:`UNITS`; None is allowed."""
     if by is not None and by not in UNITS:
         raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
 
@@ -165,12 +161,7 @@ def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
 
 
 def is_finished(folder: Path, run: Run) -> bool:
-    """Whether a run is finished: a sweep has marked it so, or it has all the epochs of its recipe.
-
-    Args:
-        folder: The folder of the runs.
-        run: A run in it.
-    """
+    """Whether a run in a folder of runs is finished: a sweep has marked it so, or it has all the epochs of its recipe."""
     if (folder / run.folder / FINISHED).exists():
         return True
     duration = _duration(run.summary['recipe'])
@@ -178,17 +169,10 @@ def is_finished(folder: Path, run: Run) -> bool:
 
 
 def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> list[int]:
-    """Finds the plain runs of several lengths among methods.
+    """Finds the plain runs of several lengths among methods, given as names and recipes; returns their positions.
 
-    Args:
-        methods: Names and recipes.
-        source: Prefix of error messages.
-
-    Returns:
-        Their positions.
-
-    Raises:
-        InputError: There is no plain run, only one length, or two of the same length; every method is plain; or the datasets differ.
+    Raises an ``InputError`` if there is no plain run, only one length, or two of the same length; if every method is plain; or if the
+    datasets differ.
     """
     _check_data(methods, source)
     families: dict[str, list[int]] = {}
@@ -312,18 +296,7 @@ def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
 
 
 def spent(run: Run, unit: str) -> float | None:
-    """Returns the budget of a run, including the cost of files that its algorithms read (a model trained on held-out data, a subset).
-
-    Args:
-        run: The run.
-        unit: A key of :data:`UNITS`.
-
-    Returns:
-        The budget; None if the summary lacks the unit.
-
-    Raises:
-        InputError: The cost file of an input is invalid.
-    """
+    """Returns the budget of a run, including the cost of files that its algorithms read (a model trained on held-out data, a subset)."""
     own = _READERS[unit](run.summary)
     return None if own is None else own + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
 

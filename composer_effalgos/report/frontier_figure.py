@@ -19,14 +19,7 @@ TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # per decade
 
 
 def draw(found: Frontier) -> Figure:
-    """Draws a frontier; error bars and band are 95 % intervals.
-
-    Args:
-        found: The frontier.
-
-    Returns:
-        The figure; ``savefig`` writes it.
-    """
+    """Draws a frontier; error bars and band are 95 % intervals."""
     figure = Figure(figsize=(9.0, 5.0), layout='constrained', facecolor='white')
     axes = figure.subplots()
     scale, curve = _scale(found), found.curve

@@ -92,14 +92,7 @@ def terminal(found: Frontier, width: int) -> Group:
 def write_frontier(found: Frontier, out: Path, about: Mapping[str, Any], name: str = NAME) -> None:
     """Writes the table as ``frontier.csv``, ``.json`` and ``.md``, and the figure as ``.svg`` and ``.png``.
 
-    Args:
-        found: The frontier.
-        out: The output folder.
-        about: Additional entries at the top of the JSON.
-        name: Name of the files, without extension.
-
-    Raises:
-        InputError: ``out`` is not writable.
+    ``about`` goes to the top of the JSON.
     """
     content = {**about, **as_json(found)}
     texts = {'csv': csv_text(as_rows(found)), 'json': json.dumps(content, indent=2, allow_nan=False) + '\n', 'md': markdown(found)}

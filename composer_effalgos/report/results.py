@@ -22,14 +22,8 @@ _LATER = ('eval_loss', 'tokens_seen', 'tokens_full')  # summaries of older versi
 def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = (), about: dict[str, Any] | None = None) -> None:
     """Writes ``results.csv``, one line per run, and ``results.json``, with the means of each method, the runs and their epochs.
 
-    Args:
-        rows: Rows from :func:`~composer_effalgos.report.table.table_rows`.
-        out: The output folder.
-        targets: Accuracies for which to give the first epoch above and the seconds until then.
-        about: Additional entries at the top of ``results.json``.
-
-    Raises:
-        InputError: ``out`` is not writable.
+    ``targets`` are accuracies for which to give the first epoch above and the seconds until then; ``about`` goes to the top of
+    ``results.json``.
     """
     runs = [(row.method, run, _of_run(run, targets)) for row in rows for run in row.runs]
     table = csv_text([{'method': method, **values} for method, _, values in runs])
@@ -64,14 +58,7 @@ def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:
 
 
 def read_targets(folder: Path) -> list[float]:
-    """Reads the targets from a folder's ``results.json``; empty without a valid file.
-
-    Args:
-        folder: A folder of runs.
-
-    Returns:
-        Accuracies in [0, 1].
-    """
+    """Reads the targets, accuracies in [0, 1], from a folder's ``results.json``; empty without a valid file."""
     try:
         targets = json.loads(read_text(folder / JSON))['targets']
         return [float(target) for target in targets]

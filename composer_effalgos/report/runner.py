@@ -65,28 +65,16 @@ def run_jobs(
     keep_checkpoints: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Trains runs, each in its own process.
+    """Trains runs, each in its own process; their recipes' ``save_folder`` is ``out``.
 
-    Finished runs in ``out`` are skipped. An interrupted run resumes from its last checkpoint if its recipe has ``save_interval``, otherwise
-    it starts over. A failed run is reported and does not stop the others. A run's output goes to ``train.log`` in its folder. On the CPU a
-    run uses one thread, or the number in ``OMP_NUM_THREADS``.
+    Finished runs in ``out`` are skipped; ``fresh`` deletes the results of earlier calls first. An interrupted run resumes from its last
+    checkpoint if its recipe has ``save_interval``, otherwise it starts over. A failed run is reported and does not stop the others. A run's
+    output goes to ``train.log`` in its folder. On the CPU a run uses one thread, or the number in ``OMP_NUM_THREADS``. Finished runs lose
+    their checkpoints unless ``keep_checkpoints``.
 
-    Args:
-        jobs: The runs; their recipes' ``save_folder`` is ``out``.
-        out: The folder of the runs.
-        at_once: Number of concurrent runs. They share the machine: compare their ``cpu_seconds``, not their ``seconds``.
-        fresh: Delete the results of earlier calls for these runs and train everything again.
-        ranks: Number of processes per run, one per GPU.
-        minutes: Time limit in minutes, at least 0; the rest is left for the next call. None for no limit.
-        keep_checkpoints: Whether finished runs keep their checkpoints; interrupted runs always do.
-        console: Where to print progress; None for standard output.
-
-    Returns:
-        The failed and remaining runs.
-
-    Raises:
-        InputError: ``minutes`` is invalid, ``out`` is not writable, another call is using it, it belongs to ``effalgos search``, or it
-            holds a run of the same name with other settings.
+    ``max_parallel`` runs share the machine: compare their ``cpu_seconds``, not their ``seconds``. A run has ``ranks`` processes, one per
+    GPU. After ``minutes``, at least 0, the rest is left for the next call. An ``InputError`` says that ``out`` is not writable, used by
+    another call or by ``effalgos search``, or holds a run of the same name with other settings.
     """
     deadline = deadline_in(minutes)
     console = console or Console()
@@ -150,14 +138,7 @@ class _Meter:
 
 
 def deadline_in(minutes: float | None) -> float | None:
-    """Returns the monotonic clock's time in this many minutes.
-
-    Args:
-        minutes: Minutes, at least 0; None for no deadline.
-
-    Raises:
-        InputError: ``minutes`` is negative or not finite (NaN and infinity would never be reached).
-    """
+    """Returns the monotonic clock's time in this many minutes, at least 0 and finite (NaN would never be reached); None for None."""
     if minutes is None:
         return None
     check_number('--minutes', minutes, least=0)
@@ -173,14 +154,7 @@ def finished(job: Job) -> bool:
 def locked(out: Path) -> Iterator[int]:
     """Creates ``out`` and locks it for this process and its runs; waits for runs that a killed call left behind.
 
-    Args:
-        out: The folder of the runs.
-
-    Yields:
-        The file descriptor that holds the lock, for the runs to inherit.
-
-    Raises:
-        InputError: ``out`` is not writable, or another call is using it.
+    Yields the file descriptor that holds the lock, for the runs to inherit.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -206,15 +180,7 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def prepare(job: Job, *, fresh: bool = False) -> None:
-    """Checks that a run's folder is free or belongs to the same run, before anything is trained.
-
-    Args:
-        job: The run.
-        fresh: Whether to empty the folder first.
-
-    Raises:
-        InputError: The path is not a folder, or it holds the same run with other settings; the message names one of them.
-    """
+    """Checks that a run's folder is free or belongs to the same run, before anything is trained; ``fresh`` empties it first."""
     folder = job.recipe.run_folder
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise InputError(f'{folder}: expected a folder, got something else; remove it, or give another --out')
@@ -250,13 +216,7 @@ def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
 
 
 class _Training:
-    """Trains or resumes one run in its own process.
-
-    Args:
-        job: The run.
-        lock: The file descriptor from :func:`locked`.
-        ranks: Number of processes of the run.
-    """
+    """Trains or resumes one run in its own process, which inherits the file descriptor of :func:`locked`."""
 
     def __init__(self, job: Job, lock: int, ranks: int) -> None:
         self.job = job
@@ -315,18 +275,11 @@ def train_jobs(
     deadline: float | None = None,
     enough: Callable[[Job, list[dict[str, Any]]], bool],
 ) -> Iterator[tuple[Job, str]]:
-    """Trains runs in order, up to ``at_once`` concurrently.
+    """Trains runs in order, up to ``max_parallel`` concurrently; yields each ended run and its error, '' on success.
 
-    Args:
-        jobs: The runs.
-        lock: The file descriptor from :func:`locked`.
-        at_once: Number of concurrent runs.
-        ranks: Number of processes per run.
-        deadline: Time of the monotonic clock at which running runs are stopped and no more are started; None for none.
-        enough: Called repeatedly with a run and its epochs in ``summary.json``; the run is ended when it returns True.
-
-    Yields:
-        Each ended run and its error, '' on success.
+    ``lock`` is the file descriptor from :func:`locked`. At ``deadline``, a time of the monotonic clock, running runs are stopped and no
+    more are started. ``should_stop`` is called repeatedly with a run and its epochs in ``summary.json``; the run is ended when it returns
+    True.
     """
     waiting, running = iter(jobs), list[_Training]()
     try:

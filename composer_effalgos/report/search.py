@@ -83,22 +83,8 @@ def run_search(
     ``search.json`` and ``search.md`` list the trials; ``best.yaml`` is a sweep of the first choices and the best combinations with three
     seeds, to confirm the result of a single seed with ``effalgos bench``.
 
-    Args:
-        path: A sweep with ``search:`` axes.
-        out: Folder of the runs and results; None for ``runs/<name of the sweep>``.
-        overrides: ``key=value`` settings that override every recipe.
-        target: The accuracy, in (0, 1]; None for the last of the sweep's ``targets``.
-        trials: Number of combinations to train.
-        seed: Seeds the search and the runs.
-        minutes: Time limit in minutes, None for none; calling again continues.
-        fresh: Whether to train everything again.
-        console: Where to print progress and table; None for standard output.
-
-    Returns:
-        The failures and, if time ran out, the number of trials left.
-
-    Raises:
-        InputError: The sweep or one of its recipes is invalid, Optuna is missing, or ``out`` cannot be used.
+    ``out`` is ``runs/<name of the sweep>`` by default, ``target``, in (0, 1], the last of the sweep's ``targets``; ``seed`` seeds the
+    search and the runs. If time runs out, the outcome has the number of trials left.
     """
     optuna = _optuna()
     console, deadline = console or Console(), deadline_in(minutes)

@@ -14,18 +14,11 @@ from composer_effalgos.utils.errors import InputError
 
 @contextmanager
 def whole_file(target: Path, mark: str | None = None) -> Iterator[Path]:
-    """Provides a temporary path that is renamed to the target when the block ends without an error, and removed otherwise.
+    """Provides an unused path in the same folder that is renamed to the target when the block ends without an error, and removed otherwise.
 
-    Args:
-        target: The file or folder.
-        mark: Suffix of the temporary name. The default is the process ID, since two processes may write the same file by mistake. With a
-            fixed one, the next attempt removes what a killed process left behind.
-
-    Yields:
-        An unused path in the same folder.
-
-    Raises:
-        InputError: If the target is a device, FIFO or socket, which the rename would replace.
+    ``mark`` is the suffix of that temporary name. The default is the process ID, since two processes may write the same file by mistake.
+    With a fixed one, the next attempt removes what a killed process left behind. A device, FIFO or socket, which the rename would replace,
+    is an ``InputError``.
     """
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise InputError(f'{target}: expected a regular file or a new name, got a device, FIFO or socket; give another path')
@@ -67,12 +60,8 @@ def check_file(path: Path, hint: str) -> None:
 def write_texts(texts: Mapping[Path, str], what: str) -> None:
     """Writes UTF-8 text files, each atomically, and creates their folders.
 
-    Args:
-        texts: The content of each file. Lone surrogates, which names of runs may contain, are replaced.
-        what: Names the content in the error message.
-
-    Raises:
-        InputError: If a file cannot be written.
+    Lone surrogates, which names of runs may contain, are replaced. ``what`` names the content in the ``InputError`` about a file that
+    cannot be written.
     """
     for path, text in texts.items():
         try:

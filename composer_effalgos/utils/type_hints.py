@@ -19,16 +19,10 @@ __all__ = ['check_type', 'describe', 'takes_time']
 
 
 def check_type(key: str, value: Any, hint: Any) -> None:
-    """Checks one value against a type hint.
+    """Checks plain data, as loaded from YAML, against a type hint; ``key`` starts the error message.
 
-    Args:
-        key: Names the value in the error message.
-        value: Plain data, as loaded from YAML.
-        hint: A type hint; ``Annotated[float, Range(...)]`` for a number within bounds. Types that YAML cannot express (tensors, callables)
-            match nothing, unknown hints match everything.
-
-    Raises:
-        InputError: If the value does not match.
+    ``Annotated[float, Range(...)]`` is a number within bounds. Types that YAML cannot express (tensors, callables) match nothing, unknown
+    hints match everything.
     """
     if _matches(value, hint):
         return
@@ -95,14 +89,7 @@ def _is_time_string(text: str) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Describes a type hint in words, without the types that YAML cannot express.
-
-    Args:
-        hint: A type hint.
-
-    Returns:
-        For example ``"int, time string such as '10ep' or null"``.
-    """
+    """Describes a type hint in words, without the types that YAML cannot express: ``'a number or null'`` for ``float | None``."""
     alternatives = _alternatives(hint)
     times = any(_is_time(item) for item in alternatives)
     words = [_describe_one(item) for item in alternatives if not (times and item is str)]
