@@ -15,8 +15,6 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 from composer_effalgos.utils.type_hints import check_type, describe
 
-__all__ = ['Parameter', 'check_arguments', 'parameters']
-
 
 def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, Any], *, given: Iterable[str] = ()) -> dict[str, Any]:
     """Checks the keyword arguments in ``kwargs`` against the signature of a class or function, and returns them as a new ``dict``.

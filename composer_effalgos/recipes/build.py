@@ -25,8 +25,6 @@ from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['build_network', 'build_split', 'build_trainer']
-
 log = logging.getLogger(__name__)
 
 

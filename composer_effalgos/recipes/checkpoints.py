@@ -21,8 +21,6 @@ from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.errors import CheckpointError, InputError
 from composer_effalgos.utils.text import one_line, shown
 
-__all__ = ['Loading', 'check_checkpoint', 'checkpoint_folder', 'loading', 'only_weights', 'trainer_arguments']
-
 # State required to resume. Composer ignores missing entries, so a run would silently restart them from scratch.
 _STATE: dict[str, type | tuple[type, ...]] = {
     'model': dict,

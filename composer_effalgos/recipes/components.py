@@ -27,8 +27,6 @@ from composer_effalgos.recipes.schedulers import OneCycleScheduler
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, one_line, plain
 
-__all__ = ['Component', 'algorithms', 'callbacks', 'find', 'loggers', 'optimizers', 'schedulers']
-
 
 @dataclass(frozen=True)
 class Component:

@@ -13,8 +13,6 @@ from composer.optim.scheduler import _convert_time
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['OneCycleScheduler', 'one_cycle_lr']
-
 
 def one_cycle_lr(
     step: float,

@@ -11,8 +11,6 @@ from typing import Any
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, shown
 
-__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'check_whole', 'is_whole', 'name_and_options']
-
 LARGEST = 1e12  # upper limit for step sizes, factors and the like; larger than any sensible value, and its square does not overflow
 MOST_CLASSES = 2**20  # more than any real class count; without a limit, a label of 2**60 would allocate as many class names
 

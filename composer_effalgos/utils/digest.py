@@ -5,8 +5,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ['labels_digest']
-
 
 def labels_digest(labels: Tensor) -> str:
     """SHA-256, in hexadecimal, of labels ``[N]`` on the CPU in order, as little-endian 64-bit integers."""

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ['described', 'did_you_mean', 'one_line', 'plain', 'shown']
-
 _LONGEST = 700  # maximum characters of a message
 
 

@@ -15,8 +15,6 @@ from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import plain, shown
 
-__all__ = ['check_type', 'describe', 'takes_time']
-
 
 def check_type(key: str, value: Any, hint: Any) -> None:
     """Checks plain data, as loaded from YAML, against a type hint; ``key`` starts the error message.
