@@ -12,7 +12,7 @@ from composer.utils import dist
 from composer_effalgos.monitor import SUMMARY, quality_text
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.checkpoints import loading
-from composer_effalgos.recipes.faults import explain, print_any_text, said_by_another_rank, say_once
+from composer_effalgos.recipes.faults import explain, print_any_text, print_once, reported_by_another_rank
 from composer_effalgos.recipes.schema import Recipe, load_recipe
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
@@ -79,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         line, status = explain(error) or ('', 1)
-        if status == 1 and said_by_another_rank():
+        if status == 1 and reported_by_another_rank():
             return 1
         if not line:
             raise
-        say_once(line)
+        print_once(line)
         return status
     return 0
 

@@ -22,21 +22,13 @@ from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS
 from composer_effalgos.recipes import components
 from composer_effalgos.recipes.arguments import check_arguments, parameters
 from composer_effalgos.recipes.components import Component, find
-from composer_effalgos.recipes.faults import blamed, explain, is_ours
+from composer_effalgos.recipes.faults import explain, is_ours, responsible_component
 from composer_effalgos.recipes.limits import check_duration, check_run_name, check_save_folder, check_trainer, check_values
 from composer_effalgos.recipes.settings import read_settings
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
 from composer_effalgos.utils.type_hints import check_type, describe, takes_time
-
-__all__ = [
-    'DatasetRecipe',
-    'ModelRecipe',
-    'Recipe',
-    'load_recipe',
-    'parse_recipe',
-]
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,7 @@ class Recipe:
         """
         if explain(error) is not None or is_ours(error):
             return None
-        component = blamed(error, self.components)
+        component = responsible_component(error, self.components)
         return Component(self.source, Trainer, {}).refused(error) if component is None else component.refused(error)
 
 

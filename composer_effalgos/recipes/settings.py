@@ -18,8 +18,6 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import check_file, read_text
 from composer_effalgos.utils.text import one_line, shown
 
-__all__ = ['MOST_CHARACTERS', 'MOST_LEVELS', 'SWEEPS', 'TOO_DEEP', 'list_recipes', 'merge_settings', 'read_settings', 'recipe_folder']
-
 SWEEPS = 'sweeps'  # the folder of sweeps within a folder of recipes
 MOST_LEVELS = 50
 MOST_CHARACTERS = 4000  # per value; about the longest path on Linux
@@ -67,7 +65,7 @@ def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
         text = read_text(path)
         document = _checked_yaml(text)
         if not isinstance(document, yaml.MappingNode) or not document.value:
-            raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
+            raise InputError(f'{path}: expected a mapping of settings, got none')
         config: Any = OmegaConf.create(text)
     except InputError:
         raise

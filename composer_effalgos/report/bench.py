@@ -27,7 +27,7 @@ def run_sweep(
     *,
     seeds: Sequence[int] = (),
     only: Sequence[str] = (),
-    at_once: int = 1,
+    max_parallel: int = 1,
     minutes: float | None = None,
     ranks: int = 1,
     fresh: bool = False,
@@ -51,7 +51,7 @@ def run_sweep(
         _check_frontier(sweep, sweep.jobs(out, overrides), by)
     _say_what_is_left([job for job in jobs if fresh or not finished(job)], out, console)
     outcome = run_jobs(
-        jobs, out, at_once=at_once, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
+        jobs, out, max_parallel=max_parallel, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
     )
     about = {'sweep': str(path), 'overrides': list(overrides), 'failed': outcome.failures, 'pending': outcome.pending}
     names = {job.recipe.run_name for job in jobs if finished(job)}

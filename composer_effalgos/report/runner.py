@@ -33,7 +33,7 @@ from composer_effalgos.utils.text import one_line
 LOG, RECIPE, FINISHED, LOCK = 'train.log', 'recipe.yaml', 'finished', '.lock'
 TARGET = 'target'  # file in a folder of effalgos search: the accuracy at which its runs are stopped
 GRACE = 30.0  # seconds to wait for a run to end after SIGTERM, and for a run left by a killed call
-PORTION_OVER = 3  # exit status if runs are left for the next call
+EXIT_TIME_LIMIT = 3  # exit status if runs are left for the next call
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Outcome:
     @property
     def status(self) -> int:
         """Exit status: 1 if a run failed, else 3 if some are left, else 0."""
-        return 1 if self.failures else PORTION_OVER if self.pending else 0
+        return 1 if self.failures else EXIT_TIME_LIMIT if self.pending else 0
 
 
 def run_jobs(
     jobs: Sequence[Job],
     out: Path,
     *,
-    at_once: int = 1,
+    max_parallel: int = 1,
     fresh: bool = False,
     ranks: int = 1,
     minutes: float | None = None,
@@ -88,8 +88,9 @@ def run_jobs(
             console.print(f'{len(jobs) - len(todo)} of {len(jobs)} runs are done already', highlight=False)
         failures: list[str] = []
         pending = [job.recipe.run_name for job in todo]
-        with _Meter(todo, console) as meter:
-            ended = train_jobs(todo, lock, at_once=at_once, ranks=ranks, deadline=deadline, enough=meter.update)
+        meter = _Meter(todo, console)
+        with meter.progress:
+            ended = train_jobs(todo, lock, max_parallel=max_parallel, ranks=ranks, deadline=deadline, should_stop=meter.update)
             for number, (job, failure) in enumerate(ended, start=1 + len(jobs) - len(todo)):
                 name = job.recipe.run_name
                 pending.remove(name)
@@ -109,17 +110,10 @@ class _Meter:
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         text, clock = TextColumn('{task.description}', markup=False), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
-        self._progress = Progress(text, BarColumn(), TaskProgressColumn(), *clock, console=console, speed_estimate_period=3600.0)
-        self._task = self._progress.add_task('', total=sum(job.epochs or 1 for job in jobs), visible=bool(jobs))
+        self.progress = Progress(text, BarColumn(), TaskProgressColumn(), *clock, console=console, speed_estimate_period=3600.0)
+        self._task = self.progress.add_task('', total=sum(job.epochs or 1 for job in jobs), visible=bool(jobs))
         self._done = 0
         self._running: dict[str, int] = {}  # epochs so far, by the run's name
-
-    def __enter__(self) -> _Meter:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def update(self, job: Job, epochs: Sequence[Any]) -> bool:
         """Shows the progress of a run; returns False, as runs of a sweep never end early."""
@@ -134,7 +128,7 @@ class _Meter:
 
     def _show(self) -> None:
         completed = self._done + sum(self._running.values())
-        self._progress.update(self._task, completed=completed, description=', '.join(self._running))
+        self.progress.update(self._task, completed=completed, description=', '.join(self._running))
 
 
 def deadline_in(minutes: float | None) -> float | None:
@@ -239,10 +233,10 @@ class _Training:
                 preexec_fn=_die_with_parent if sys.platform == 'linux' else None,
             )
 
-    def poll(self, enough: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
-        """Returns None while the run is going, then its error, or '' on success. A run that ``enough`` ended has no error."""
+    def poll(self, should_stop: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
+        """Returns None while the run is going, then its error, or '' on success. A run that ``should_stop`` ended has no error."""
         status = self._process.poll()
-        reached = status is None and enough(self.job, _epochs(self._folder))
+        reached = status is None and should_stop(self.job, _epochs(self._folder))
         if status is None and not reached:
             return None
         self.stop()
@@ -270,10 +264,10 @@ def train_jobs(
     jobs: Iterable[Job],
     lock: int,
     *,
-    at_once: int = 1,
+    max_parallel: int = 1,
     ranks: int = 1,
     deadline: float | None = None,
-    enough: Callable[[Job, list[dict[str, Any]]], bool],
+    should_stop: Callable[[Job, list[dict[str, Any]]], bool],
 ) -> Iterator[tuple[Job, str]]:
     """Trains runs in order, up to ``max_parallel`` concurrently; yields each ended run and its error, '' on success.
 
@@ -284,7 +278,7 @@ def train_jobs(
     waiting, running = iter(jobs), list[_Training]()
     try:
         while deadline is None or time.monotonic() < deadline:
-            for job in itertools.islice(waiting, at_once - len(running)):
+            for job in itertools.islice(waiting, max_parallel - len(running)):
                 try:
                     running.append(_Training(job, lock, ranks))
                 except OSError as error:  # disk full, or folder not writable
@@ -293,7 +287,7 @@ def train_jobs(
                 return
             time.sleep(0.1)
             for training in running[:]:
-                failure = training.poll(enough)
+                failure = training.poll(should_stop)
                 if failure is not None:
                     running.remove(training)
                     yield training.job, failure

@@ -202,11 +202,11 @@ def _combination(sweep: Sweep, choices: Mapping[str, str]) -> tuple[str, list[An
 def _train(job: Job, target: float, best: float, deadline: float | None, lock: int, *, fresh: bool) -> str | None:
     prepare(job, fresh=fresh)
 
-    def enough(_: Job, epochs: list[dict[str, Any]]) -> bool:
+    def should_stop(_: Job, epochs: list[dict[str, Any]]) -> bool:
         reached = any(entry['eval_accuracy'] is not None and entry['eval_accuracy'] > target for entry in epochs)
         return reached or sum(entry['seconds'] for entry in epochs) >= best
 
-    return next((failure for _, failure in train_jobs([job], lock, deadline=deadline, enough=enough)), None)
+    return next((failure for _, failure in train_jobs([job], lock, deadline=deadline, should_stop=should_stop)), None)
 
 
 def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
