@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import check_file, read_text
+from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line, shown
 
 SWEEPS = 'sweeps'  # the folder of sweeps within a folder of recipes
@@ -60,9 +60,16 @@ def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
 
     ``overrides`` are merged in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
     """
-    check_file(path, 'give the path of a YAML file (effalgos recipes lists those at hand)')
+    hint = 'give the path of a YAML file (effalgos recipes lists those at hand)'
     try:
         text = read_text(path)
+    except OSError as error:
+        raise InputError(f'{path}: expected a file, got none ({str(error.strerror).lower()}); {hint}') from error
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path}: {_yaml_fault(error)}') from error
+    except ValueError as error:  # a folder, a device, a null character in the path, or too large
+        raise InputError(f'{path}: {error}; {hint}') from error
+    try:
         document = _checked_yaml(text)
         if not isinstance(document, yaml.MappingNode) or not document.value:
             raise InputError(f'{path}: expected a mapping of settings, got none')

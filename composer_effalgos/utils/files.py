@@ -38,25 +38,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_file(path: Path, hint: str) -> None:
-    """Checks that a path is a regular file before it is opened: reading a FIFO would block, and a device may never end.
-
-    Args:
-        path: The file.
-        hint: What would be right, for the message.
-
-    Raises:
-        InputError: If it is missing or not a regular file.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f'{path}: expected a file, got none ({reason}); {hint}') from error
-    if not stat.S_ISREG(mode):
-        raise InputError(f'{path}: expected a file, got {"a folder" if stat.S_ISDIR(mode) else "a device, FIFO or socket"}; {hint}')
-
-
 def write_texts(texts: Mapping[Path, str], what: str) -> None:
     """Writes UTF-8 text files, each atomically, and creates their folders.
 
@@ -78,24 +59,19 @@ def read_text(path: Path, most: int = 2**24) -> str:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Reads a file from an untrusted source.
+    """Reads a file of at most so many bytes from an untrusted source.
 
-    Args:
-        path: The file.
-        most: Maximum size in bytes.
-
-    Returns:
-        Its content.
-
-    Raises:
-        OSError: If it cannot be opened.
-        ValueError: If it is not a regular file (a FIFO or a device may never end), or too large.
+    Raises an ``OSError`` if it cannot be opened, and a ``ValueError`` if it is too large or not a regular file: a FIFO or a device may never
+    end.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-    with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError('expected a regular file')
-        content = file.read(most + 1)
+    try:
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError('expected a file, got a device, FIFO or socket')
+            content = file.read(most + 1)
+    except IsADirectoryError as error:
+        raise ValueError('expected a file, got a folder') from error
     if len(content) > most:
         raise ValueError(f'expected at most {most} bytes')
     return content
