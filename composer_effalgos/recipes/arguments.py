@@ -12,8 +12,7 @@ from typing import Any
 from composer.core import Callback
 
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
-from composer_effalgos.utils.type_hints import check_type, describe
+from composer_effalgos.utils.type_hints import check_fields, describe
 
 
 def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, Any], *, given: Iterable[str] = ()) -> dict[str, Any]:
@@ -23,11 +22,8 @@ def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, A
     """
     hints = parameters(target)
     known = {name: hint for name, hint in hints.items() if name not in given and not name.startswith('*')}
-    for name, value in kwargs.items():
-        if name in known:
-            check_type(f'{key}.{name}', value, known[name].hint)
-        elif '**' not in hints or name in given:
-            raise InputError(f'{key}.{name}: unknown argument; {did_you_mean(name, known)}')
+    named = {name: value for name, value in kwargs.items() if name in known or '**' not in hints or name in given}
+    check_fields(f'{key}.', named, {name: parameter.hint for name, parameter in known.items()}, what='argument')
     for name, parameter in known.items():
         if parameter.required and name not in kwargs:
             raise InputError(f'{key}.{name}: missing; expected {describe(parameter.hint)}')

@@ -31,7 +31,7 @@ from composer_effalgos.recipes.schema import Recipe, parse_recipe
 from composer_effalgos.recipes.settings import read_settings, recipe_folder
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
-from composer_effalgos.utils.type_hints import check_type
+from composer_effalgos.utils.type_hints import check_fields, check_type
 
 # Settings that the sweep sets in every recipe
 _PLACED = {
@@ -172,10 +172,7 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     settings = read_settings(path)
     hints = {name: hint for name, hint in typing.get_type_hints(Sweep).items() if name not in ('name', 'path')}
-    for key, value in settings.items():
-        if key not in hints:
-            raise InputError(f'{path}: {key}: unknown key; {did_you_mean(key, hints)}')
-        check_type(f'{path}: {key}', value, hints[key])
+    check_fields(f'{path}: ', settings, hints)
     sweep = Sweep(name=path.stem, path=path, **settings)
     for key, axes in (('matrix', sweep.matrix), ('search', sweep.search)):
         for axis, choices in axes.items():

@@ -6,6 +6,7 @@ import collections.abc
 import inspect
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -13,7 +14,7 @@ from composer.core import Time
 
 from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import plain, shown
+from composer_effalgos.utils.text import did_you_mean, plain, shown
 
 
 def check_type(key: str, value: Any, hint: Any) -> None:
@@ -30,6 +31,19 @@ def check_type(key: str, value: Any, hint: Any) -> None:
     ranges = any(typing.get_origin(part) is typing.Annotated for part in _alternatives(hint))
     kind = '' if value is None or ranges or choices else f' ({type(value).__name__})'
     raise InputError(f'{key}: expected {describe(hint)}, got {shown(value)}{kind}{near}')
+
+
+def check_fields(
+    prefix: str, values: Mapping[Any, Any], hints: Mapping[str, Any], *, what: str = 'key', beside: Iterable[str] = ()
+) -> None:
+    """Checks that every name among plain data is known, and its value with :func:`check_type`; ``prefix`` comes before the name.
+
+    The message about an unknown ``what`` also suggests the names in ``beside``.
+    """
+    for name, value in values.items():
+        if name not in hints:
+            raise InputError(f'{prefix}{name}: unknown {what}; {did_you_mean(name, {*hints, *beside})}')
+        check_type(f'{prefix}{name}', value, hints[name])
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
