@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs.append(run)
         with whole_file(args.out) as unfinished, unfinished.open('wb') as file:
             np.save(file, found.numpy())
-        cost = {unit: sum(spent(run, unit) or 0 for run in runs) for unit in UNITS}
+        cost = {unit: sum(spent(run, unit) for run in runs) for unit in UNITS}
         Path(f'{args.out}{COST}').write_text(json.dumps(cost) + '\n', encoding='utf-8')
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)

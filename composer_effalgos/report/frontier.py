@@ -32,8 +32,8 @@ _TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision
 # Dataset options that do not change the data; and datasets that are identified by their path, not their name
 _BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
 _BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
-_READERS: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
-    'cpu_seconds': lambda summary: summary['totals'].get('train_cpu_seconds'),
+_READERS: Mapping[str, Callable[[dict[str, Any]], float]] = {
+    'cpu_seconds': lambda summary: summary['totals']['train_cpu_seconds'],
     'seconds': lambda summary: summary['totals']['train_seconds'],
     'samples': lambda summary: summary['totals']['samples_seen'],
     'steps': lambda summary: sum(epoch['batches'] for epoch in summary['epochs']),
@@ -279,10 +279,7 @@ def _units(runs: Sequence[Run], by: str | None, *, timed: bool) -> tuple[str, li
         if by in TIMES:
             raise InputError(f'--by: expected samples or steps, as the times of the runs are not comparable, got {by}')
         return by or 'samples', ['samples', 'steps']
-    lacking = [run.summary['run_name'] for run in runs if not run.summary['totals'].get('train_cpu_seconds')]
-    if by == 'cpu_seconds' and lacking:
-        raise InputError(f'--by: expected CPU seconds in every summary, got none in {lacking[0]} (an older version); give --by seconds')
-    time = by if by in TIMES else 'seconds' if lacking or runs[0].summary['device'] != 'cpu' else 'cpu_seconds'
+    time = by if by in TIMES else 'cpu_seconds' if runs[0].summary['device'] == 'cpu' else 'seconds'
     return by or time, [time, 'samples', 'steps']
 
 
@@ -295,10 +292,9 @@ def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
     return Cell(group[0].method, budgets, np.array(quality, float))
 
 
-def spent(run: Run, unit: str) -> float | None:
+def spent(run: Run, unit: str) -> float:
     """Returns the budget of a run, including the cost of files that its algorithms read (a model trained on held-out data, a subset)."""
-    own = _READERS[unit](run.summary)
-    return None if own is None else own + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
+    return _READERS[unit](run.summary) + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
 
 
 def _files(run: Run) -> list[Path]:

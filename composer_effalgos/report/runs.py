@@ -19,6 +19,7 @@ _NUMBERS = {
     'epochs': ('epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'selection_seconds'),
     'totals': (
         'train_seconds',
+        'train_cpu_seconds',
         'samples_seen',
         'samples_full',
         'samples_saved',

@@ -61,7 +61,7 @@ def read_text(path: Path, most: int = 2**24) -> str:
 def read_bytes(path: Path, most: int) -> bytes:
     """Reads a file of at most so many bytes from an untrusted source.
 
-    Raises an ``OSError`` if it cannot be opened, and a ``ValueError`` if it is too large or not a regular file: a FIFO or a device may never
+    Raises an ``OSError`` if it cannot be opened, and a ``ValueError`` if it is too large or not a regular file: a FIFO or device may never
     end.
     """
     try:

@@ -115,14 +115,10 @@ def test_what_is_no_frontier_is_named(methods, message):
         plain_lengths(methods, 'sweep')
 
 
-def test_mixed_runs_and_runs_of_an_older_version_are_named(write_frontier_runs, write_run):
+def test_an_unknown_unit_and_mixed_runs_are_named(write_frontier_runs, write_run):
     folder = write_frontier_runs()
     with pytest.raises(InputError, match=r"--by: expected one of cpu_seconds, seconds, samples, steps, got 'hours'"):
         found(folder, 'hours')
-    write_run('old_seed17', settings={'max_duration': '3ep', 'algorithms': {'infobatch': {}}})
-    assert found(folder).by == 'seconds'  # the old one has no CPU time
-    with pytest.raises(InputError, match=r'--by: expected CPU seconds in every summary, got none in old_seed17'):
-        found(folder, 'cpu_seconds')
     write_run('other_seed17', dataset='cifar10')
     with pytest.raises(InputError, match=r'one dataset, got name=digits \(.*\); name=cifar10 \(other\)'):
         found(folder)

@@ -38,7 +38,8 @@ with (folder.parent / 'ran.txt').open('a') as file:
 time.sleep(float(os.environ.get('FAKE_SECONDS', 0)))
 if recipe['optimizer'].get('momentum'):
     sys.exit('error: momentum')
-keys = ('train_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+keys = ('train_seconds', 'train_cpu_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds',
+        'peak_memory_bytes')
 epoch = dict.fromkeys(('epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'selection_seconds'), 0) | {'eval_accuracy': 0.5}
 summary = dict(run_name=recipe['run_name'], recipe=recipe, seed=recipe['seed'], world_size=1, device='cpu', versions={},
                epochs=[epoch], totals=dict.fromkeys(keys, 0) | {'eval_accuracy': 0.5})

@@ -38,7 +38,8 @@ with (folder.parent / 'ran.txt').open('a') as file:
 batch, lr = recipe['dataset']['batch_size'], recipe['optimizer']['lr']
 if recipe['optimizer'].get('momentum'):
     sys.exit('error: momentum')
-keys = ('train_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+keys = ('train_seconds', 'train_cpu_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds',
+        'peak_memory_bytes')
 summary = dict(run_name=recipe['run_name'], recipe=recipe, seed=recipe['seed'], world_size=1, device='cpu', versions={},
                epochs=[], totals=dict.fromkeys(keys, 0) | {'eval_accuracy': 0.5})
 rest = dict.fromkeys(('samples', 'batches', 'batch_size', 'lr', 'selection_seconds'), 0)
