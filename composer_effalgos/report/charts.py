@@ -93,23 +93,28 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
     return order[:SHOWN]
 
 
+def scatter(group: str, name: str = '', *, mode: str = 'lines', **more: Any) -> dict[str, Any]:
+    """Returns a visible plotly line; traces of a ``group`` are hidden and shown together. Without a name it is not in the legend."""
+    common = {'type': 'scatter', 'mode': mode, 'legendgroup': group, 'visible': True, 'showlegend': bool(name)}
+    return common | ({'name': name} if name else {}) | more
+
+
 def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
     """Returns the style and hover text of a run's line."""
     first = run is row.runs[0]
     name = html.escape(row.method)  # plotly interprets text as HTML
-    return {
-        'type': 'scatter',
-        'mode': 'lines+markers',
-        'name': name,
-        'showlegend': first,
-        'visible': shown,
-        'legendgroup': str(number),
-        'line': {'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
-        'marker': {'size': 4},
-        'opacity': 1.0 if first else 0.45,
-        'connectgaps': True,
-        'hovertemplate': f'{name}, seed {run.summary["seed"]}<br>%{{x}}: %{{y}}<extra></extra>',
-    }
+    return scatter(
+        str(number),
+        name,
+        mode='lines+markers',
+        visible=shown,
+        showlegend=first,
+        line={'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
+        marker={'size': 4},
+        opacity=1.0 if first else 0.45,
+        connectgaps=True,
+        hovertemplate=f'{name}, seed {run.summary["seed"]}<br>%{{x}}: %{{y}}<extra></extra>',
+    )
 
 
 def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -124,18 +129,14 @@ def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for place, entry in enumerate(entries):
             total = sum(entry['counts'])
             traces.append(
-                {
-                    'type': 'scatter',
-                    'mode': 'lines',
-                    'name': f'after epoch {entry["epoch"] + 1}',
-                    'showlegend': True,
-                    'visible': True,
-                    'legendgroup': f'epoch{entry["epoch"]}',
-                    'line': {'color': _blend(place / max(1, len(entries) - 1)), 'width': 2, 'shape': 'hv'},
-                    'x': [round(edge, 6) for edge in edges],
-                    'y': [round(100 * count / total, 3) for count in [*entry['counts'], entry['counts'][-1]]],
-                    'hovertemplate': f'epoch {entry["epoch"] + 1}<br>from %{{x}}: %{{y}} %<extra></extra>',
-                }
+                scatter(
+                    f'epoch{entry["epoch"]}',
+                    f'after epoch {entry["epoch"] + 1}',
+                    line={'color': _blend(place / max(1, len(entries) - 1)), 'width': 2, 'shape': 'hv'},
+                    x=[round(edge, 6) for edge in edges],
+                    y=[round(100 * count / total, 3) for count in [*entry['counts'], entry['counts'][-1]]],
+                    hovertemplate=f'epoch {entry["epoch"] + 1}<br>from %{{x}}: %{{y}} %<extra></extra>',
+                )
             )
         if traces:
             filled = [place for trace in traces for place, value in enumerate(trace['y'][:-1]) if value]
@@ -174,18 +175,14 @@ def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[st
         ]
         records = [record for record in theirs if (record['dataset'], record['model']) == (dataset, model)]
         lines = [
-            {
-                'type': 'scatter',
-                'mode': 'lines',
-                'name': f'published: {record["method"]}',
-                'showlegend': True,
-                'visible': True,
-                'legendgroup': f'published{number}',
-                'line': {'color': COLORS[-1 - number % len(COLORS)], 'dash': 'dot', 'width': 1.5},
-                'x': _progress(len(record['accuracy'])),
-                'y': record['accuracy'],
-                'hovertemplate': f'published: {record["method"]}, {record["epochs"]} epochs<br>%{{x}} %: %{{y}}<extra></extra>',
-            }
+            scatter(
+                f'published{number}',
+                f'published: {record["method"]}',
+                line={'color': COLORS[-1 - number % len(COLORS)], 'dash': 'dot', 'width': 1.5},
+                x=_progress(len(record['accuracy'])),
+                y=record['accuracy'],
+                hovertemplate=f'published: {record["method"]}, {record["epochs"]} epochs<br>%{{x}} %: %{{y}}<extra></extra>',
+            )
             for number, record in enumerate(records)
         ]
         found.append(
