@@ -80,12 +80,7 @@ class Count:
 
 
 def train(algorithms: list[Any], num_samples: int) -> dict[str, float]:
-    """Trains and counts on this rank.
-
-    Args:
-        algorithms: What to train with.
-        num_samples: Size of the data set.
-    """
+    """Trains and counts on this rank."""
     torch.manual_seed(0)
     inputs = torch.randn(num_samples, FEATURES)
     dataset = TensorDataset(inputs, inputs[:, :CLASSES].argmax(1))
@@ -164,7 +159,7 @@ def main() -> None:
         'rank that receives most; `received` from all the others together. `gradients` is what DistributedDataParallel hands in for all '
         f'steps of an epoch, computed: 4 bytes a parameter and step.\n\n{markdown_table(list(columns), cells)}'
     )
-    print(record.write(options.out, 'exchange', {'rows': rows}, markdown, title='What ranks exchange').read_text(encoding='utf-8'))
+    record.write(options.out, 'exchange', {'rows': rows}, markdown, title='What ranks exchange')
 
 
 if __name__ == '__main__':

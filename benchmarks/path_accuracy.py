@@ -110,8 +110,7 @@ def main() -> None:
         f'ResNet-20 after {options.epochs} epochs on {options.samples:,} images, evaluated on the 10,000 test images. Differences are to '
         f'the first row, in levels of 0 to 255.\n\n{markdown_table(header, cells)}'
     )
-    title = 'The same weights on every data path'
-    print(record.write(options.out, 'path_accuracy', {'rows': rows}, markdown, title=title).read_text(encoding='utf-8'))
+    record.write(options.out, 'path_accuracy', {'rows': rows}, markdown, title='The same weights on every data path')
 
 
 if __name__ == '__main__':
