@@ -90,6 +90,7 @@ def markdown(runs: compared.Runs, settings: str) -> str:
     return text + record.table(['', 'batch', 'epochs', 'mean, s', 'fastest, s'], rows)
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line says and writes ``adabatch_<device>.{json,md}``.
 
@@ -109,10 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--workers', type=int, default=0, help='loader processes')
     compared.add_arguments(parser, 'adabatch')
     args = parser.parse_args(argv)
-    trained = compared.train(make_sweep, args)
-    if trained is None:
-        return 2
-    outcome, runs = trained
+    outcome, runs = compared.train(make_sweep, args)
     if any(runs.values()):
         images = 'all images' if args.samples is None else f'{args.samples:,} images'
         settings = (
@@ -121,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         results = {'runs': [run for method in runs.values() for run in method], 'pending': outcome.pending}
         name = f'adabatch_{args.device}'
-        print(
-            record.write(args.results, name, results, markdown(runs, settings), title='AdaBatch against fixed batches').read_text('utf-8')
-        )
+        record.write(args.results, name, results, markdown(runs, settings), title='AdaBatch against fixed batches')
     return outcome.status
 
 

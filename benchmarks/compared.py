@@ -12,19 +12,13 @@ from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.report.runner import Outcome, finished, run_jobs
 from composer_effalgos.report.runs import read_summary
 from composer_effalgos.report.sweep import Sweep
-from composer_effalgos.utils.errors import InputError
 
 Runs = dict[str, list[dict[str, Any]]]
 """The summaries of the runs that are done, by method."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Adds the arguments that say where runs and results go, for how long to train, and what to set on top.
-
-    Args:
-        parser: The script's.
-        name: Of the folder of runs.
-    """
+    """Adds the arguments that say where runs and results go, for how long to train, and what to set on top; ``name`` is the folder's."""
     parser.add_argument('--minutes', type=float, help='stop after so many')
     parser.add_argument('--out', type=Path, default=Path('runs', name), help='folder of the runs')
     parser.add_argument('--results', type=Path, default=Path('benchmarks/results'), help='folder for the tables')
@@ -33,27 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def train(make_sweep: Callable[[argparse.Namespace], Sweep], args: argparse.Namespace) -> tuple[Outcome, Runs] | None:
-    """Trains what is left of a sweep; says what failed.
+def train(make_sweep: Callable[[argparse.Namespace], Sweep], args: argparse.Namespace) -> tuple[Outcome, Runs]:
+    """Trains what is left of a sweep, made of the script's arguments; says what failed.
 
-    Args:
-        make_sweep: Makes the sweep of the arguments.
-        args: The script's.
-
-    Returns:
-        What failed and what is left, and the runs that are done; ``None`` for bad input, which was said.
+    Returns what failed and what is left, and the runs that are done.
     """
-    try:
-        sweep = make_sweep(args)
-        jobs = sweep.jobs(args.out, args.overrides)
-        outcome = run_jobs(jobs, args.out, minutes=args.minutes)
-        runs: Runs = {method: [] for method in sweep.all_methods()}
-        for job in jobs:
-            if finished(job):
-                runs[job.method].append(read_summary(job.recipe.run_folder / SUMMARY))
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return None
+    sweep = make_sweep(args)
+    jobs = sweep.jobs(args.out, args.overrides)
+    outcome = run_jobs(jobs, args.out, minutes=args.minutes)
+    runs: Runs = {method: [] for method in sweep.all_methods()}
+    for job in jobs:
+        if finished(job):
+            runs[job.method].append(read_summary(job.recipe.run_folder / SUMMARY))
     for failure in outcome.failures:
         print(f'error: {failure}', file=sys.stderr)
     return outcome, runs

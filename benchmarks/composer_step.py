@@ -26,7 +26,7 @@ import torch
 from composer import Trainer
 from composer.loggers import TensorboardLogger
 from composer.models import ComposerClassifier
-from infobatch_overhead import Relay, Runner, Turn, take_turns
+from infobatch_overhead import Relay, Runner, SameBatch, Turn, take_turns
 from torchmetrics import MetricCollection
 
 from composer_effalgos.models import build_model
@@ -55,24 +55,11 @@ PLACES = [
 ]  # fmt: skip
 
 
-class Batches:
-    """The same batches again and again, on the device."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        generator = torch.Generator().manual_seed(args.seed)
-        shape = (args.batch_size, 3, args.image_size, args.image_size)
-        device = 'cuda' if args.device == 'gpu' else 'cpu'
-        self.batch = [
-            torch.randn(shape, generator=generator).to(device),
-            torch.randint(CLASSES, shape[:1], generator=generator).to(device),
-        ]
-        self.steps, self.batch_size = args.steps, args.batch_size
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Any:
-        return iter([self.batch] * self.steps)
+def make_batches(args: argparse.Namespace) -> SameBatch:
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.batch_size, 3, args.image_size, args.image_size)
+    batch = [torch.randn(shape, generator=generator), torch.randint(CLASSES, shape[:1], generator=generator)]
+    return SameBatch(batch, args.steps, args.device)
 
 
 def make_network(name: str, args: argparse.Namespace) -> torch.nn.Module:
@@ -93,7 +80,7 @@ def make_trainer(name: str, settings: dict[str, Any], train_metrics: bool, args:
         settings['device_train_microbatch_size'] = round(settings['device_train_microbatch_size'] * args.batch_size)
     return Trainer(
         model=model,
-        train_dataloader=Batches(args),
+        train_dataloader=make_batches(args),
         optimizers=torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
         max_duration='1ep',
         device=args.device,
@@ -114,7 +101,7 @@ def plain_loop(name: str, relay: Relay, args: argparse.Namespace) -> Callable[[]
 
     def run() -> None:
         network.train()
-        for step, (images, labels) in enumerate(Batches(args)):
+        for step, (images, labels) in enumerate(make_batches(args)):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast('cuda', torch.bfloat16) if on_gpu else contextlib.nullcontext():
                 loss = torch.nn.functional.cross_entropy(network(images), labels)
@@ -127,11 +114,7 @@ def plain_loop(name: str, relay: Relay, args: argparse.Namespace) -> Callable[[]
 
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one network in all ways, in turns.
-
-    Returns:
-        Median microseconds a step of each way: of the CPU's time and of the clock's.
-    """
+    """Trains one network in all ways, in turns; gives median microseconds a step of each way: of the CPU's time and of the clock's."""
     relay = Relay(1 + len(VARIANTS), torch.cuda.synchronize if args.device == 'gpu' else lambda: None)
     trainers = [
         make_trainer(name, settings, metrics, args, callbacks=[Runner(relay, who)])
@@ -150,15 +133,9 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_turns(turns: Sequence[Turn], plain: Sequence[Turn], bare: Sequence[Turn]) -> dict[str, float]:
-    """Medians over the steps, the first tenth left out, in microseconds.
+    """A step's time, and the differences step by step from the plain PyTorch loop and from Composer without metrics and loggers.
 
-    Args:
-        turns: Of one way to train.
-        plain: Of the plain PyTorch loop.
-        bare: Of Composer without train metrics and loggers.
-
-    Returns:
-        A step's time, and the differences step by step.
+    Medians over the steps, the first tenth left out, in microseconds.
     """
     steps = list(zip(turns, plain, bare, strict=True))[len(turns) // 10 :]
     return {
@@ -237,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     results: dict[str, Any] = {key: getattr(args, key) for key in ('batch_size', 'image_size', 'precision', 'seed')}
     results['networks'] = [compare(name, args) | {'profile': profile_loop(name, args)} for name in args.networks]
     title = 'Composer’s own cost in a step'
-    target = record.write(args.out, f'composer_step_{args.device}', results, markdown(results), title=title)
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, f'composer_step_{args.device}', results, markdown(results), title=title)
 
 
 if __name__ == '__main__':

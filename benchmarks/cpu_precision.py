@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from composer_effalgos.models import build_model
 from composer_effalgos.models.autocast import has_bf16
+from composer_effalgos.utils.tables import markdown_table
 
 CLASSES = 10
 # (name, autocast, channels-last memory, torch.compile)
@@ -91,17 +92,20 @@ def measure(network: str, pixels: int, batch_size: int, turns: int, steps: int) 
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        '| network | pixels | configuration | CPU ms a step | times faster | first step, s |',
-        '| --- | ---: | --- | ---: | ---: | ---: |',
-    ]
-    for case in cases:
-        lines += [
-            f'| {case["network"]} | {case["pixels"]} | {row["configuration"]} | {row["cpu_ms"]:.0f} | {row["times_faster"]:.2f} '
-            f'| {row["first_step_s"]:.1f} |'
-            for row in case['rows']
+    header = ['network', 'pixels', 'configuration', 'CPU ms a step', 'times faster', 'first step, s']
+    rows = [
+        [
+            case['network'],
+            case['pixels'],
+            row['configuration'],
+            f'{row["cpu_ms"]:.0f}',
+            f'{row["times_faster"]:.2f}',
+            f'{row["first_step_s"]:.1f}',
         ]
-    return '\n'.join(lines)
+        for case in cases
+        for row in case['rows']
+    ]
+    return markdown_table(header, rows, left=(0, 2))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -122,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         cases.append({'network': network, 'pixels': int(pixels), 'batch_size': args.batch_size, 'rows': rows})
         print(table(cases[-1:]), flush=True)
     results = {'cases': cases, 'bf16_in_hardware': has_bf16(), 'amx': torch.cpu._is_amx_tile_supported()}
-    note = f'\n\nBatch {args.batch_size}, one thread. bfloat16 in hardware: {results["bf16_in_hardware"]}; AMX: {results["amx"]}.'
+    note = f'\nBatch {args.batch_size}, one thread. bfloat16 in hardware: {results["bf16_in_hardware"]}; AMX: {results["amx"]}.'
     return record.write(args.out, 'cpu_precision', results, table(cases) + note, title='Precision, memory format and compiler on a CPU')
 
 

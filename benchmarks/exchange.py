@@ -26,6 +26,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos.utils.tables import markdown_table
 
 FEATURES, EMBEDDING, CLASSES, BATCH = 16, 64, 10, 64
 EPOCHS = 3
@@ -79,12 +80,7 @@ class Count:
 
 
 def train(algorithms: list[Any], num_samples: int) -> dict[str, float]:
-    """Trains and counts on this rank.
-
-    Args:
-        algorithms: What to train with.
-        num_samples: Size of the data set.
-    """
+    """Trains and counts on this rank."""
     torch.manual_seed(0)
     inputs = torch.randn(num_samples, FEATURES)
     dataset = TensorDataset(inputs, inputs[:, :CLASSES].argmax(1))
@@ -145,24 +141,25 @@ def main() -> None:
             arguments = ['--here', str(found), '--samples', *map(str, options.samples)]
             subprocess.run([sys.executable, '-m', 'composer.cli', '-n', str(ranks), __file__, *arguments], check=True)
             rows += json.loads(found.read_text(encoding='utf-8'))
-    lines = [
-        '| algorithm | ranks | samples | trained an epoch | calls an epoch | sent, bytes | received, bytes | received a sample, bytes '
-        '| gradients, bytes |',
-        '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
-        *(
-            f'| {row["algorithm"]} | {row["ranks"]} | {row["samples"]:,} | {row["trained_an_epoch"]:,.0f} | {row["calls_an_epoch"]:.1f} | '
-            f'{row["sent_an_epoch"]:,.0f} | {row["received_an_epoch"]:,.0f} | {row["received_a_sample"]:.2f} | '
-            f'{row["gradients_an_epoch"]:,.0f} |'
-            for row in rows
-        ),
-    ]
+    columns = {
+        'algorithm': ('algorithm', ''),
+        'ranks': ('ranks', ''),
+        'samples': ('samples', ',d'),
+        'trained an epoch': ('trained_an_epoch', ',.0f'),
+        'calls an epoch': ('calls_an_epoch', '.1f'),
+        'sent, bytes': ('sent_an_epoch', ',.0f'),
+        'received, bytes': ('received_an_epoch', ',.0f'),
+        'received a sample, bytes': ('received_a_sample', '.2f'),
+        'gradients, bytes': ('gradients_an_epoch', ',.0f'),
+    }
+    cells = [[format(row[key], form) for key, form in columns.values()] for row in rows]
     markdown = (
         f'{CLASSES} classes, embeddings of {EMBEDDING}, {EPOCHS} epochs, a network of '
         f'{FEATURES * EMBEDDING + EMBEDDING + EMBEDDING * CLASSES + CLASSES:,} parameters. Bytes are those of one rank and epoch, of the '
         'rank that receives most; `received` from all the others together. `gradients` is what DistributedDataParallel hands in for all '
-        'steps of an epoch, computed: 4 bytes a parameter and step.\n\n' + '\n'.join(lines)
+        f'steps of an epoch, computed: 4 bytes a parameter and step.\n\n{markdown_table(list(columns), cells)}'
     )
-    print(record.write(options.out, 'exchange', {'rows': rows}, markdown, title='What ranks exchange').read_text(encoding='utf-8'))
+    record.write(options.out, 'exchange', {'rows': rows}, markdown, title='What ranks exchange')
 
 
 if __name__ == '__main__':

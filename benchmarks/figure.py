@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
+
+from composer_effalgos.utils.figures import save_figure
 
 # Okabe and Ito's, told apart by colour-blind eyes, in an order of falling contrast; the baseline is grey
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#000000', '#999933', '#882255')
@@ -19,14 +20,7 @@ MARKERS = 'os^vDP*X<>'
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """Draws both panels.
-
-    Args:
-        results: What ``results.json`` holds.
-
-    Returns:
-        The figure.
-    """
+    """Draws both panels."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for run in results['runs']:
         by_method.setdefault(run['method'], []).append(run)
@@ -73,8 +67,7 @@ def main(arguments: list[str]) -> int:
         print('usage: python benchmarks/figure.py RESULTS.json OUT.svg', file=sys.stderr)
         return 2
     figure = draw(json.loads(Path(arguments[0]).read_text(encoding='utf-8')))
-    with matplotlib.rc_context({'svg.hashsalt': 'figure', 'svg.fonttype': 'none'}):  # the same numbers give the same file
-        figure.savefig(arguments[1], format='svg', metadata={'Date': None})
+    save_figure(figure, Path(arguments[1]))
     return 0
 
 

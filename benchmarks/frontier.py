@@ -29,12 +29,9 @@ from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Records the finished runs of one or several folders.
-
-    Returns:
-        The exit status: 0, or 2 for bad input.
-    """
+    """Records the finished runs of one or several folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', type=Path, nargs='+', help='folders of runs of one sweep, and earlier records (.json) of it')
     parser.add_argument('--name', required=True, help='name of the result')
@@ -45,17 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--note', default='', help='a sentence below the table')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
-    try:
-        runs = [run for path in args.runs for run in _runs(path)]
-        found = frontier(runs, ', '.join(map(str, args.runs)), args.by, timed=not args.untimed)
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    text = markdown(found)
-    print(text)
+    runs = [run for path in args.runs for run in _runs(path)]
+    found = frontier(runs, ', '.join(map(str, args.runs)), args.by, timed=not args.untimed)
     picture = f'![Quality over budget: the curve of plain runs with its 95 % band, and each method]({args.name}.svg)\n\n'
     results = as_json(found) | {'runs': [record.without_paths(run.summary) for run in runs]}
-    record.write(args.out, args.name, results, f'{picture}{text}\n{args.note}', title='Equivalent-budget factors')
+    record.write(args.out, args.name, results, f'{picture}{markdown(found)}\n{args.note}', title='Equivalent-budget factors')
     write_figure(found, args.out, args.name, ['svg'])
     return 0
 

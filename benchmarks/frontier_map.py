@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import record
 from matplotlib.colors import TwoSlopeNorm
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from composer_effalgos.report import frontier, read_runs
 from composer_effalgos.report.frontier import UNITS, is_finished
 from composer_effalgos.utils.errors import InputError
+from composer_effalgos.utils.figures import save_figure
 
 LARGEST = 2.0  # factor at the end of the colours
 
@@ -70,12 +70,9 @@ def draw(cells: Sequence[dict[str, Any]], method: str) -> Figure:
     return figure
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the map.
-
-    Returns:
-        The exit status: 0, or 2 for bad input.
-    """
+    """Writes the map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', type=Path, nargs='+', help='folders of runs, one for each size of the training set')
     parser.add_argument('--method', default='infobatch', help='the name before the last +')
@@ -83,19 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--by', choices=UNITS, help='what a budget is')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
-    try:
-        cells = [cell for folder in args.runs for cell in factors(folder, args.method, args.by)]
-        if not cells:
-            raise InputError(f'--method: expected the name of a method in {args.runs[0]}, got {args.method!r}')
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    cells = [cell for folder in args.runs for cell in factors(folder, args.method, args.by)]
+    if not cells:
+        raise InputError(f'--method: expected the name of a method in {args.runs[0]}, got {args.method!r}')
     rows = [[f'{cell["size"]:,}', cell['epochs'], cell['seeds'], cell['text'], cell['verdict']] for cell in cells]
     text = record.table(['training samples', 'epochs', 'seeds', f'factor by {UNITS[cells[0]["by"]]}', 'verdict'], rows)
     title = f'Where {args.method} pays'
     record.write(args.out, args.name, {'cells': cells}, f'![{title}]({args.name}.svg)\n\n{text}', title=title)
-    with matplotlib.rc_context({'svg.hashsalt': 'map', 'svg.fonttype': 'none'}):
-        draw(cells, args.method).savefig(args.out / f'{args.name}.svg', metadata={'Date': None})
+    save_figure(draw(cells, args.method), args.out / f'{args.name}.svg')
     return 0
 
 

@@ -37,13 +37,7 @@ class Step:
 
 
 def steps(data: Path, out: Path, runs: Path) -> list[Step]:
-    """What is run, in this order.
-
-    Args:
-        data: Folder of CIFAR-10.
-        out: Folder of the results.
-        runs: Folder of the runs.
-    """
+    """What is run, in this order."""
     quoted = {'data': data, 'out': out, 'runs': runs / 'frontier_cifar10_gpu'}
     paths = {name: shlex.quote(str(path)) for name, path in quoted.items()}
     commands = [

@@ -46,6 +46,20 @@ from composer_effalgos.plan import EpochPlanner
 CLASSES = 10
 
 
+class SameBatch:
+    """A loader of one batch again and again, on the device."""
+
+    def __init__(self, batch: Sequence[Tensor], steps: int, device: str) -> None:
+        self.batch = [column.to('cuda' if device == 'gpu' else 'cpu') for column in batch]
+        self.batch_size, self.steps = len(batch[1]), steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return itertools.repeat(self.batch, self.steps)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is trained, and for how long."""
@@ -186,14 +200,9 @@ def make_trainer(
 
 
 def take_turns(relay: Relay, runs: Sequence[Callable[[], None]]) -> list[list[Turn]]:
-    """Runs functions in threads of their own, one at a time, batch by batch.
+    """Runs functions in threads of their own, one at a time, batch by batch, and gives the turns of each.
 
-    Args:
-        relay: Is told by each run, under its number in ``runs``, of every batch that is done.
-        runs: The functions.
-
-    Returns:
-        The turns of each.
+    Each run tells ``relay``, under its number in ``runs``, of every batch that is done.
     """
     errors: list[BaseException] = []
 
@@ -222,16 +231,9 @@ def race(
     seed: int = 0,
     loader_of: Callable[[Settings], DataLoader] = make_loader,
 ) -> list[list[Turn]]:
-    """Trains with each set of algorithms, all in one process and in turns.
+    """Trains with each set of algorithms, all in one process and in turns, and gives the turns of each.
 
-    Args:
-        settings: What to train.
-        methods: The algorithms of each training.
-        seed: Added to the settings' seed.
-        loader_of: Makes the loader of a training.
-
-    Returns:
-        The turns of each training.
+    ``seed`` is added to the settings' seed; ``loader_of`` makes the loader of a training.
     """
     relay = Relay(len(methods), torch.cuda.synchronize if settings.device == 'gpu' else lambda: None)
     trainers = [make_trainer(settings, algorithms, [Runner(relay, who)], seed, loader_of) for who, algorithms in enumerate(methods)]
@@ -303,12 +305,7 @@ STEP_HOOKS = ('before_train_batch', 'after_backward', 'after_train_batch', 'batc
 
 
 def wrap_hooks(trainer: Trainer, around: Callable[[str], AbstractContextManager[Any]]) -> None:
-    """Runs everything of ours that a training step calls within ``around(name)``.
-
-    Args:
-        trainer: A trainer with InfoBatch.
-        around: Gives the context for a hook's name.
-    """
+    """Runs everything of ours that a training step calls within ``around(name)``, for a trainer with InfoBatch."""
 
     def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -482,15 +479,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def measure_saving(settings: Settings, loader_of: Callable[[Settings], DataLoader] = make_loader) -> dict[str, Any]:
-    """Full against pruned trainings.
-
-    Args:
-        settings: What to train.
-        loader_of: Makes the loader of a training.
-
-    Returns:
-        What :func:`compare_savings` gives for all trainings together, and under ``runs`` for each.
-    """
+    """Full against pruned trainings: what :func:`compare_savings` gives for all of them together, and under ``runs`` for each."""
     races = []
     for seed in range(settings.repeats):
         methods: list[list[Algorithm]] = [[], [InfoBatch(prune_ratio=0.5, delta=0.875)]]
@@ -502,14 +491,7 @@ def measure_saving(settings: Settings, loader_of: Callable[[Settings], DataLoade
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Runs everything.
-
-    Args:
-        settings: What to train.
-
-    Returns:
-        What goes into the JSON file.
-    """
+    """Runs everything, for the JSON file."""
     results: dict[str, Any] = {'settings': asdict(settings)}
     results['control'] = compare_steps(*race(settings, [[], []]))
     results['overhead'] = compare_steps(*race(settings, [[], [InfoBatch(prune_ratio=0.0)]]))
@@ -543,9 +525,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         seed=args.seed,
     )
     results = measure(settings)
-    target = record.write(args.out, f'infobatch_overhead_{args.device}', results, markdown(results), title='Overhead of InfoBatch')
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, f'infobatch_overhead_{args.device}', results, markdown(results), title='Overhead of InfoBatch')
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import record
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -28,7 +29,6 @@ from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.report.frontier import COST, UNITS, spent
 from composer_effalgos.report.runs import Run, read_summary
 from composer_effalgos.subset_selection.subset_file import write_subset
-from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import whole_file
 
 
@@ -41,17 +41,9 @@ def halves(count: int, seed: int) -> list[Tensor]:
 def losses_of_the_other_half(
     recipe: Path, overrides: Sequence[str], runs: Path, number: int, parts: Sequence[Tensor]
 ) -> tuple[Tensor, Run]:
-    """Trains on one half and reads the other, without augmentation.
+    """Trains on one half, ``parts[number]``, and reads the other, without augmentation.
 
-    Args:
-        recipe: The recipe of the small model.
-        overrides: Settings on top.
-        runs: Folder of the two runs.
-        number: Which half to train on.
-        parts: Both halves.
-
-    Returns:
-        Losses of the other half, in its order, and the run.
+    Returns the losses of the other half, in its order, and the run.
     """
     file = runs / f'half{number}.parquet'
     placed = [
@@ -72,12 +64,9 @@ def losses_of_the_other_half(
     return losses, Run(Path(checked.run_name), read_summary(checked.run_folder / SUMMARY))
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the losses and their cost.
-
-    Returns:
-        The exit status: 0, or 2 for bad input.
-    """
+    """Writes the losses and their cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', type=Path)
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='settings on top of the recipe')
@@ -85,21 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--runs', type=Path, default=Path('runs/irreducible'), help='folder of the two trainings')
     parser.add_argument('--seed', type=int, default=0, help='of the halves')
     args = parser.parse_intermixed_args(argv)
-    try:
-        args.runs.mkdir(parents=True, exist_ok=True)
-        parts = halves(len(build_split(load_recipe(args.recipe, args.overrides), 'train')), args.seed)
-        found, runs = torch.empty(sum(map(len, parts))), []
-        for number in (0, 1):
-            losses, run = losses_of_the_other_half(args.recipe, args.overrides, args.runs, number, parts)
-            found[parts[1 - number]] = losses
-            runs.append(run)
-        with whole_file(args.out) as unfinished, unfinished.open('wb') as file:
-            np.save(file, found.numpy())
-        cost = {unit: sum(spent(run, unit) or 0 for run in runs) for unit in UNITS}
-        Path(f'{args.out}{COST}').write_text(json.dumps(cost) + '\n', encoding='utf-8')
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    args.runs.mkdir(parents=True, exist_ok=True)
+    parts = halves(len(build_split(load_recipe(args.recipe, args.overrides), 'train')), args.seed)
+    found, runs = torch.empty(sum(map(len, parts))), []
+    for number in (0, 1):
+        losses, run = losses_of_the_other_half(args.recipe, args.overrides, args.runs, number, parts)
+        found[parts[1 - number]] = losses
+        runs.append(run)
+    with whole_file(args.out) as unfinished, unfinished.open('wb') as file:
+        np.save(file, found.numpy())
+    cost = {unit: sum(spent(run, unit) for run in runs) for unit in UNITS}
+    Path(f'{args.out}{COST}').write_text(json.dumps(cost) + '\n', encoding='utf-8')
     print(f'{args.out}: {len(found)} losses, mean {found.mean():.4f}; they took {cost["cpu_seconds"]:.0f} CPU seconds')
     return 0
 

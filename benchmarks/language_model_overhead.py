@@ -94,13 +94,9 @@ def is_checked(batch: int) -> bool:
 
 
 def compare(turns: Sequence[Sequence[Turn]]) -> list[dict[str, Any]]:
-    """CPU time of a step for each way, against plain Composer's step by step.
+    """CPU time of a step for each of :data:`WAYS`, against plain Composer's step by step.
 
-    Args:
-        turns: Of each of :data:`WAYS`.
-
-    Returns:
-        Medians, and the ratios' quartiles, of steps without a check; the median ratio of those with one.
+    Gives medians, and the ratios' quartiles, of steps without a check; the median ratio of those with one.
     """
     found = []
     for way, ours in zip(WAYS, turns, strict=True):
@@ -219,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     settings = {key: value for key, value in vars(args).items() if key not in ('out', 'memory_of')}
     results = {'settings': settings, 'times': times, 'memory': memory}
     title = 'Scores and weights of a language model'
-    target = record.write(args.out, 'language_model_overhead', results, markdown(results), title=title)
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, 'language_model_overhead', results, markdown(results), title=title)
 
 
 if __name__ == '__main__':

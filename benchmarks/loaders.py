@@ -22,10 +22,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import itertools
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -123,20 +122,6 @@ def write_large_images(folder: Path, count: int, seed: int) -> None:
             Image.fromarray(pixels).save(path, quality=90)
 
 
-class SameBatch:
-    """One batch again and again, on the device."""
-
-    def __init__(self, batch: Sequence[torch.Tensor], dataset: Dataset, device: str) -> None:
-        self.batch = [column.to('cuda' if device == 'gpu' else 'cpu') for column in batch]
-        self.batch_size, self.samples = len(batch[1]), len(dataset)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return self.samples // self.batch_size
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.repeat(self.batch, len(self))
-
-
 def make_loader(load: Load, path: str, args: argparse.Namespace) -> Any:
     """The loader of one path; ``workers`` and ``DataLoader`` differ in the plan, which training adds."""
     dataset = load.dataset({'mds': 'mds', 'ffcv': 'beton'}.get(path))
@@ -156,7 +141,7 @@ def make_loader(load: Load, path: str, args: argparse.Namespace) -> Any:
         persistent_workers=args.workers > 0,
         pin_memory=args.device == 'gpu',
     )
-    return SameBatch(next(iter(loader)), dataset, args.device) if path == 'no loading' else loader
+    return infobatch_overhead.SameBatch(next(iter(loader)), len(loader), args.device) if path == 'no loading' else loader
 
 
 def paths_of(load: Load) -> list[str]:
@@ -291,12 +276,7 @@ def profile_waiting(trainer: Trainer) -> float:
 
 
 def idle_within(windows: Iterable[Interval], busy: Iterable[Interval]) -> float:
-    """How much of the windows no busy interval covers.
-
-    Args:
-        windows: Start and end; they do not overlap.
-        busy: Start and end, in any order; they may overlap.
-    """
+    """How much of the windows, which do not overlap, no busy interval covers; those are in any order and may overlap."""
     joined: list[list[float]] = []
     for start, end in sorted(busy):
         if joined and start <= joined[-1][1]:
@@ -440,9 +420,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         ]
         saving_set = small_images(args.saving_samples, args.seed) if args.saving_samples else None
         results['saving'] = None if saving_set is None else measure_saving(saving_set, args)
-    target = record.write(args.out, f'loaders_{args.device}', results, markdown(results), title='Data paths')
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, f'loaders_{args.device}', results, markdown(results), title='Data paths')
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from composer_effalgos.datasets.convert import convert
 from composer_effalgos.datasets.packed import DESCRIPTION
 from composer_effalgos.loaders import DeviceDataLoader, FfcvDataLoader
 from composer_effalgos.models import build_model
+from composer_effalgos.utils.tables import markdown_table
 
 
 def train(network: torch.nn.Module, dataset: Any, epochs: int) -> None:
@@ -93,21 +94,23 @@ def main() -> None:
                     'identical': torch.equal(found[0], reference[0]),
                 }
             )
-    lines = [
-        '| path | accuracy % | classified otherwise | pixels that differ % | mean difference | largest difference |',
-        '| --- | ---: | ---: | ---: | ---: | ---: |',
-        *(
-            f'| {row["path"]} | {100 * row["accuracy"]:.2f} | {row["other_class"]} | {100 * row["pixels_apart"]:.2f} | '
-            f'{row["mean_levels"]:.4f} | {row["max_levels"]:.1f} |'
-            for row in rows
-        ),
+    header = ['path', 'accuracy %', 'classified otherwise', 'pixels that differ %', 'mean difference', 'largest difference']
+    cells = [
+        [
+            row['path'],
+            f'{100 * row["accuracy"]:.2f}',
+            row['other_class'],
+            f'{100 * row["pixels_apart"]:.2f}',
+            f'{row["mean_levels"]:.4f}',
+            f'{row["max_levels"]:.1f}',
+        ]
+        for row in rows
     ]
     markdown = (
         f'ResNet-20 after {options.epochs} epochs on {options.samples:,} images, evaluated on the 10,000 test images. Differences are to '
-        'the first row, in levels of 0 to 255.\n\n' + '\n'.join(lines)
+        f'the first row, in levels of 0 to 255.\n\n{markdown_table(header, cells)}'
     )
-    title = 'The same weights on every data path'
-    print(record.write(options.out, 'path_accuracy', {'rows': rows}, markdown, title=title).read_text(encoding='utf-8'))
+    record.write(options.out, 'path_accuracy', {'rows': rows}, markdown, title='The same weights on every data path')
 
 
 if __name__ == '__main__':

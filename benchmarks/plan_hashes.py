@@ -71,12 +71,7 @@ class Watch(Callback):
 
 
 def of_recipe(path: Path, folder: str) -> dict[str, Any]:
-    """Trains a recipe in this process.
-
-    Args:
-        path: The recipe.
-        folder: For what the run writes.
-    """
+    """Trains a recipe in this process, and writes to a folder."""
     trainer = build_trainer(load_recipe(path, [*SETTINGS, f'save_folder={folder}']))
     watch = Watch()
     trainer.state.callbacks.append(watch)
@@ -86,14 +81,7 @@ def of_recipe(path: Path, folder: str) -> dict[str, Any]:
 
 
 def of_small_run(folder: str, arguments: list[str], ranks: int, kill_at: int | None = None) -> dict[str, Any]:
-    """Trains the small network of the tests in processes of its own.
-
-    Args:
-        folder: For checkpoints and results.
-        arguments: Of the script.
-        ranks: How many processes.
-        kill_at: Batch at which it is killed, to be resumed afterwards.
-    """
+    """Trains the small network of the tests in ``ranks`` processes of its own, killed at a batch and resumed if that is given."""
     script = [str(REPOSITORY / 'tests' / 'scripts' / 'train_small.py'), '--folder', folder, *arguments]
     launcher = [] if ranks == 1 else ['-m', 'composer.cli', '-n', str(ranks)]
     environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY)}

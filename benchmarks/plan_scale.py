@@ -252,17 +252,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if args.shard:
         rows = [sharded(int(samples), args.world_size, options) for samples in args.samples]
         results = {'settings': settings, 'rows': rows}
-        target = record.write(args.out, 'plan_scale_sharded', results, markdown_sharded(results), title='Planning an epoch, shard=True')
-        print(target.read_text(encoding='utf-8'))
-        return target
+        return record.write(args.out, 'plan_scale_sharded', results, markdown_sharded(results), title='Planning an epoch, shard=True')
     for samples in args.samples:
         command = [sys.executable, __file__, '--one', '--samples', samples, *options]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout))
     results = {'settings': settings, 'rows': rows, 'exponent': exponent(rows)}
-    target = record.write(args.out, 'plan_scale', results, markdown(results), title='Planning an epoch')
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, 'plan_scale', results, markdown(results), title='Planning an epoch')
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import json
 import math
 import os
@@ -11,13 +12,15 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.machine import versions
+from composer_effalgos.utils.tables import markdown_table
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # of malloc.h
 
@@ -54,18 +57,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def write(out: Path, name: str, results: dict[str, Any], markdown: str, *, title: str) -> Path:
-    """Writes ``name.json`` and ``name.md``.
-
-    Args:
-        out: Folder, made where it is missing.
-        name: Name of both files.
-        results: What JSON can hold.
-        markdown: The tables, without a title.
-        title: The Markdown file's title.
-
-    Returns:
-        The Markdown file.
-    """
+    """Writes ``name.json`` and ``name.md``, a file with a title before the tables in ``markdown``; prints the latter and gives its path."""
     out.mkdir(parents=True, exist_ok=True)
     about = environment()
     (out / f'{name}.json').write_text(json.dumps(about | results, indent=2, allow_nan=False) + '\n', encoding='utf-8')
@@ -75,14 +67,29 @@ def write(out: Path, name: str, results: dict[str, Any], markdown: str, *, title
     machine += f', load {hardware["load_average"]} at the end'
     head = f'# {title}\n\n{about["date"]}; {machine}; {versions}\n\n```bash\n{about["command"]}\n```\n'
     target = out / f'{name}.md'
-    target.write_text(f'{head}\n{markdown.strip()}\n', encoding='utf-8')
+    text = f'{head}\n{markdown.strip()}\n'
+    target.write_text(text, encoding='utf-8')
+    print(text)
     return target
 
 
+def bad_input_is_one_line(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Lets a script say what is wrong with its input in one line and end with status 2."""
+
+    @functools.wraps(main)
+    def checked(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except InputError as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 2
+
+    return checked
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = ['| ' + ' | '.join(map(str, row)) + ' |' for row in (header, ['---'] * len(header), *rows)]
-    return '\n'.join(lines) + '\n'
+    """A Markdown table with all columns aligned to the left."""
+    return markdown_table(header, rows, left=range(len(header)))
 
 
 def steady() -> None:

@@ -94,6 +94,7 @@ def markdown(runs: compared.Runs) -> str:
     return record.table(['', 'seeds', 'batch', 'steps', 'CPU s', 'held-out loss', 'difference by seed, 95 %'], rows)
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line says and writes ``<name>_<device>.{json,md}``.
 
@@ -113,10 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--note', default='', help='words below the table')
     compared.add_arguments(parser, 'seesaw_text')
     args = parser.parse_args(argv)
-    trained = compared.train(make_sweep, args)
-    if trained is None:
-        return 2
-    outcome, runs = trained
+    outcome, runs = compared.train(make_sweep, args)
     if any(runs.values()):
         about = (
             f'Sequences of 128 bytes, {args.samples:,} an epoch, {args.epochs} epochs; AdamW {args.lr:g}, warm-up and cosine to zero. '
@@ -124,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         results = {'runs': [record.without_paths(run) for method in runs.values() for run in method]}
         text = f'{about}\n\n{markdown(runs)}\n{args.note}'
-        written = record.write(args.results, f'{args.name}_{args.device}', results, text, title='Seesaw against cosine on text')
-        print(written.read_text('utf-8'))
+        record.write(args.results, f'{args.name}_{args.device}', results, text, title='Seesaw against cosine on text')
     return outcome.status
 
 

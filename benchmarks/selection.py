@@ -42,6 +42,7 @@ from torch.nn.functional import one_hot
 
 from composer_effalgos import functional as ef
 from composer_effalgos.subset_selection import LastLayerGradients
+from composer_effalgos.utils.figures import save_figure
 from composer_effalgos.utils.machine import peak_resident_bytes
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,14 +76,9 @@ class Case:
 
 
 def make_gradients(case: Case, samples: int | None = None) -> tuple[LastLayerGradients, Tensor]:
-    """Gradients as of a trained classifier, made in blocks so that they alone are in memory.
+    """Gradients as of a trained classifier, made in blocks so that they alone are in memory; ``samples`` overrides the case's number.
 
-    Args:
-        case: Says how many, of what shape and where.
-        samples: Another number of samples than the case's.
-
-    Returns:
-        Gradients of ``[samples, classes]`` and ``[samples, features]``, and the labels, int64 ``[samples]``.
+    Returns gradients of ``[samples, classes]`` and ``[samples, features]``, and the labels, int64 ``[samples]``.
     """
     device = 'cuda' if case.device == 'gpu' else 'cpu'
     samples = case.samples if samples is None else samples
@@ -110,14 +106,9 @@ def select(case: Case, gradients: LastLayerGradients, labels: Tensor, budget: in
 
 
 def measure(case: Case, limit: float) -> dict[str, Any]:
-    """Measures a case in this process; at the limit it prints what there is and ends the process.
+    """Measures a case in this process; at the limit, in seconds, it prints what there is and ends the process.
 
-    Args:
-        case: The case.
-        limit: Seconds.
-
-    Returns:
-        The case, ``seconds``, ``cpu_seconds``, ``peak_bytes``, ``stopped`` and ``objective``.
+    Gives the case, ``seconds``, ``cpu_seconds``, ``peak_bytes``, ``stopped`` and ``objective``.
     """
     on_gpu = case.device == 'gpu'
     select(case, *make_gradients(case, max(WARM_UP, 4 * case.classes)), 2 * case.classes)
@@ -316,10 +307,8 @@ def _power(results: dict[str, Any], method: str, axis: str) -> str:
 
 def draw(results: dict[str, Any], target: Path) -> None:
     """Draws how the time grows with N, the classes and the budget."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams.update({'svg.hashsalt': target.name, 'svg.fonttype': 'none'})
     settings = results['settings']
     figure = Figure(figsize=(12, 4), layout='constrained')
     panels = figure.subplots(1, 3, sharey=True)
@@ -343,7 +332,7 @@ def draw(results: dict[str, Any], target: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('seconds')
     figure.legend(loc='outside right upper', fontsize=8)
-    figure.savefig(target, metadata={'Date': None})
+    save_figure(figure, target)
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -383,9 +372,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     draw(results, args.out / results['figure'])
-    target = record.write(args.out, f'selection_{args.device}', results, markdown(results), title='The cost of one selection')
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, f'selection_{args.device}', results, markdown(results), title='The cost of one selection')
 
 
 if __name__ == '__main__':

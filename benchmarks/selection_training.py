@@ -211,9 +211,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings = {name: value for name, value in vars(args).items() if name not in ('data', 'out')}
     results = {'settings': settings, 'runs': runs}
     title = 'Training on selected subsets'
-    target = record.write(args.out, f'selection_training_{args.device}', results, markdown(results), title=title)
-    print(target.read_text(encoding='utf-8'))
-    return target
+    return record.write(args.out, f'selection_training_{args.device}', results, markdown(results), title=title)
 
 
 if __name__ == '__main__':

@@ -23,7 +23,6 @@ from composer_effalgos.recipes.build import checkpoint_folder
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.recipes.settings import recipe_folder
 from composer_effalgos.report import Sweep, run_jobs
-from composer_effalgos.utils.errors import InputError
 
 NETWORKS = ('c1', 'c2', 'vgg11_bn')
 
@@ -87,31 +86,28 @@ def describe(study: Study, name: str, recipes: Sequence[Recipe], summaries: Sequ
     )
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     overrides = [f'max_duration={args.epochs}ep', *([f'dataset.path={json.dumps(args.data)}'] if args.data else []), *args.overrides]
-    try:
-        recipe = f'cifar10/cifar10_keskar_{args.network}.yaml'
-        methods = {f'{args.network}_{batch}': {'recipe': recipe, 'dataset': {'batch_size': batch}} for batch in args.batches}
-        jobs = Sweep('sharp_minima', recipe_folder() / recipe, methods=methods).jobs(args.runs, overrides)
-        outcome = run_jobs(jobs, args.runs, minutes=args.minutes, keep_checkpoints=True)
-        for failure in outcome.failures:
-            print(f'error: {failure}', file=sys.stderr)
-        if outcome.status:
-            return outcome.status
-        recipes = [job.recipe for job in jobs]
-        a, b = (checkpoint_folder(recipe) / 'latest-rank0.pt' for recipe in recipes)
-        settings = Settings(samples=args.samples, sharpness_samples=args.sharpness_samples)
-        study = interpolate(a, b, recipes[0], settings, progress=lambda line: print(line, flush=True))
-        name = f'sharp_minima_{args.network}'
-        small, large = (f'batch {recipe.dataset.batch_size:,}' for recipe in recipes)
-        study.write(args.out, (small, large), name)
-        summaries = [json.loads((recipe.run_folder / SUMMARY).read_text(encoding='utf-8')) for recipe in recipes]
-        title = f'Small and large batch, {recipes[0].model.name} on {recipes[0].dataset.name}'
-        print(record.write(args.out, name, study.numbers(), describe(study, name, recipes, summaries), title=title))
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    recipe = f'cifar10/cifar10_keskar_{args.network}.yaml'
+    methods = {f'{args.network}_{batch}': {'recipe': recipe, 'dataset': {'batch_size': batch}} for batch in args.batches}
+    jobs = Sweep('sharp_minima', recipe_folder() / recipe, methods=methods).jobs(args.runs, overrides)
+    outcome = run_jobs(jobs, args.runs, minutes=args.minutes, keep_checkpoints=True)
+    for failure in outcome.failures:
+        print(f'error: {failure}', file=sys.stderr)
+    if outcome.status:
+        return outcome.status
+    recipes = [job.recipe for job in jobs]
+    a, b = (checkpoint_folder(recipe) / 'latest-rank0.pt' for recipe in recipes)
+    settings = Settings(samples=args.samples, sharpness_samples=args.sharpness_samples)
+    study = interpolate(a, b, recipes[0], settings, progress=lambda line: print(line, flush=True))
+    name = f'sharp_minima_{args.network}'
+    small, large = (f'batch {recipe.dataset.batch_size:,}' for recipe in recipes)
+    study.write(args.out, (small, large), name)
+    summaries = [json.loads((recipe.run_folder / SUMMARY).read_text(encoding='utf-8')) for recipe in recipes]
+    title = f'Small and large batch, {recipes[0].model.name} on {recipes[0].dataset.name}'
+    record.write(args.out, name, study.numbers(), describe(study, name, recipes, summaries), title=title)
     return 0
 
 

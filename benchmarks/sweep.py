@@ -48,22 +48,14 @@ def efficiency(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def equal_accuracy(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
-    """How soon each method gets to a reference's final accuracy when it may choose its length.
+    """How soon each method gets to the final accuracy of ``reference``, the name of a row, when it may choose its length.
 
     A method's rows are those whose name differs in what follows the last ``+`` alone: ``infobatch+8ep``, ``infobatch+16ep``. Of its lengths
     whose final accuracy, the mean over the seeds, is no more than :data:`PARITY` below the reference's, the one that trains for the fewest
     seconds counts. The reference's own method is there too: it may get to that accuracy in a shorter run.
 
-    Args:
-        rows: Rows of a table.
-        reference: The name of one of them.
-
-    Returns:
-        For each method its shortest such run, and how many times sooner than the reference it ends (``times_faster``); where no length is
-        accurate enough, the most accurate one, with None.
-
-    Raises:
-        InputError: There is no such row.
+    Gives for each method its shortest such run, and how many times sooner than the reference it ends (``times_faster``); where no length is
+    accurate enough, the most accurate one, with None.
     """
     named = {row.method: row for row in rows}
     if reference not in named or named[reference].accuracy is None:
@@ -157,6 +149,7 @@ def report(
     return record.write(out, name, results, text, title=title)
 
 
+@record.bad_input_is_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line says, and records it.
 
@@ -176,21 +169,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('--only', nargs='+', default=[], help='methods to train')
     args = parser.parse_intermixed_args(argv)
-    try:
-        sweep = load_sweep(args.sweep)
-        runs = args.runs or Path('runs') / sweep.name
-        outcome = run_sweep(args.sweep, runs, args.overrides, seeds=args.seeds, only=args.only, minutes=args.minutes, console=Console())
-        for failure in outcome.failures:
-            print(f'error: {failure}', file=sys.stderr)
-        title = args.sweep.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
-        left = [*outcome.failures, *outcome.pending]
-        if any(runs.glob(f'*/{FINISHED}')):
-            searched = args.sweep.name == 'best.yaml' and (args.sweep.parent / 'search.json').exists()  # written by a search
-            search = args.sweep.parent if searched else None
-            print(report(runs, sweep.targets, args.out, args.name or sweep.name, title, left, args.equal_to, search))
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    sweep = load_sweep(args.sweep)
+    runs = args.runs or Path('runs') / sweep.name
+    outcome = run_sweep(args.sweep, runs, args.overrides, seeds=args.seeds, only=args.only, minutes=args.minutes, console=Console())
+    for failure in outcome.failures:
+        print(f'error: {failure}', file=sys.stderr)
+    title = args.sweep.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+    left = [*outcome.failures, *outcome.pending]
+    if any(runs.glob(f'*/{FINISHED}')):
+        searched = args.sweep.name == 'best.yaml' and (args.sweep.parent / 'search.json').exists()  # written by a search
+        search = args.sweep.parent if searched else None
+        report(runs, sweep.targets, args.out, args.name or sweep.name, title, left, args.equal_to, search)
     return outcome.status
 
 

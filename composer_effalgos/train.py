@@ -12,7 +12,7 @@ from composer.utils import dist
 from composer_effalgos.monitor import SUMMARY, quality_text
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.checkpoints import loading
-from composer_effalgos.recipes.faults import explain, print_any_text, said_by_another_rank, say_once
+from composer_effalgos.recipes.faults import explain, print_any_text, print_once, reported_by_another_rank
 from composer_effalgos.recipes.schema import Recipe, load_recipe
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
@@ -20,14 +20,7 @@ from composer_effalgos.utils.text import one_line
 
 
 def train(recipe: Recipe) -> None:
-    """Trains a recipe to its end; does nothing if autoresume finds that the run is finished.
-
-    Args:
-        recipe: A validated recipe.
-
-    Raises:
-        InputError: If the recipe, its data or its checkpoint is invalid.
-    """
+    """Trains a recipe to its end; does nothing if autoresume finds that the run is finished."""
     loaded = loading(recipe)
     trainer = build_trainer(recipe)
     state = trainer.state
@@ -54,16 +47,9 @@ def train(recipe: Recipe) -> None:
 
 
 def summary_line(recipe: Recipe) -> str:
-    """The result of a finished run in one line.
+    """The result of a finished run in one line: accuracy or held-out loss, samples, seconds and the path of ``summary.json``.
 
-    Args:
-        recipe: The recipe of a run that has written its summary.
-
-    Returns:
-        Accuracy or held-out loss, samples, seconds and the path of ``summary.json``.
-
-    Raises:
-        InputError: If the summary of an earlier, finished run is missing or damaged.
+    Raises an ``InputError`` if the summary of an earlier, finished run is missing or damaged.
     """
     path = recipe.run_folder / SUMMARY
     try:
@@ -77,14 +63,7 @@ def summary_line(recipe: Recipe) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the recipe given on the command line.
-
-    Args:
-        argv: Arguments; ``None`` for those of the process.
-
-    Returns:
-        The exit status: 0; 2 for invalid input; 1 for another known error.
-    """
+    """Trains the recipe given on the command line; returns the exit status: 0, 2 for invalid input, or 1 for another known error."""
     parser = argparse.ArgumentParser(prog='python -m composer_effalgos.train', description='Train a recipe.')
     parser.add_argument('recipe', help='a YAML file')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='settings on top of the recipe, e.g. optimizer.lr=0.05')
@@ -100,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         line, status = explain(error) or ('', 1)
-        if status == 1 and said_by_another_rank():
+        if status == 1 and reported_by_another_rank():
             return 1
         if not line:
             raise
-        say_once(line)
+        print_once(line)
         return status
     return 0
 

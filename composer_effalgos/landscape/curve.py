@@ -37,16 +37,9 @@ class Point:
 
 
 def alphas(points: int = 25) -> list[float]:
-    """Positions on the line to evaluate.
+    """Positions on the line to evaluate, ascending: ``points`` equally spaced ones from -1 to 2, from 2 to 10,000; 25 in the paper.
 
-    Args:
-        points: Number of equally spaced points from -1 to 2, at least 2; 25 in the paper.
-
-    Returns:
-        These points, both solutions, and four points near each solution (1/32 and 1/16 away), where the curves bend; ascending.
-
-    Raises:
-        InputError: Fewer than 2 or more than 10,000 points.
+    With them come both solutions, and four points near each (1/32 and 1/16 away), where the curves bend.
     """
     check_number('points', points, least=2, most=_MOST_POINTS)
     coarse = {-1 + 3 * index / (points - 1) for index in range(points)}
@@ -55,15 +48,9 @@ def alphas(points: int = 25) -> list[float]:
 
 
 def on_the_line(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Returns the state dict at ``(1 - alpha) a + alpha b``.
+    """Returns the state dict at ``(1 - alpha) a + alpha b``, for state dicts with the same names and shapes.
 
-    Args:
-        a: State dict of the first solution.
-        b: State dict of the second, with the same names and shapes.
-        alpha: Position on the line.
-
-    Returns:
-        Floating-point tensors, interpolated in float64, in their own dtype; other tensors (counters) from ``a``.
+    Floating-point tensors are interpolated in float64 and keep their dtype; other tensors (counters) are those of ``a``.
     """
 
     def mix(x: Tensor, y: Tensor) -> Tensor:
@@ -79,15 +66,11 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
-    """Recomputes the running statistics of all batch norms for the current weights, in place.
+    """Recomputes the running statistics of all batch norms for the current weights, in place, from batches of (nearly) equal size.
 
-    Interpolated weights produce other activations than either solution, so neither solution's statistics, nor a mixture, fit them.
-    The running statistics become the means over the batches of the batch means and unbiased batch variances, from one pass in which batch
-    norms normalise by batch statistics (dropout is off, as in evaluation). The network is left in evaluation mode.
-
-    Args:
-        model: The network.
-        batches: The data, in batches of (nearly) equal size.
+    Interpolated weights produce other activations than either solution, so neither solution's statistics, nor a mixture, fit them. The
+    running statistics become the means over the batches of the batch means and unbiased batch variances, from one pass in which batch norms
+    normalise by batch statistics (dropout is off, as in evaluation). The network is left in evaluation mode.
     """
     model.eval()
     norms = batch_norms(model)
@@ -107,16 +90,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of a network in evaluation mode.
+    """Mean cross-entropy in nats and accuracy in [0, 1] of a network in evaluation mode, which maps images to logits ``[B, C]``.
 
-    The outputs are computed in the network's precision, the cross-entropy in float64, so that a large loss stays finite.
-
-    Args:
-        model: Maps images to logits ``[B, C]``.
-        batches: The data.
-
-    Returns:
-        Loss in nats (infinite or NaN if an output is), and accuracy in [0, 1].
+    The outputs are computed in the network's precision, the cross-entropy in float64, so that a large loss stays finite; it is infinite or
+    NaN if an output is.
     """
     model.eval()
     loss, right, samples = 0.0, 0, 0

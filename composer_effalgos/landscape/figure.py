@@ -15,17 +15,10 @@ _LOSS, _ACCURACY = '#1f4e9c', '#c2411c'
 
 
 def draw(points: Sequence[Point], names: tuple[str, str], title: str) -> Figure:
-    """Draws the curve like Keskar et al.'s figure 3, with a logarithmic loss axis.
+    """Draws the curve, in ascending order of alpha, like Keskar et al.'s figure 3, with a logarithmic loss axis.
 
-    A non-finite loss leaves a gap, with a cross at the upper edge; a loss of 0 is drawn at the lower edge.
-
-    Args:
-        points: The curve, in ascending order of alpha.
-        names: Names of the solutions at 0 and at 1.
-        title: The title.
-
-    Returns:
-        The figure; ``savefig`` writes it.
+    ``names`` are those of the solutions at 0 and at 1. A non-finite loss leaves a gap, with a cross at the upper edge; a loss of 0 is drawn
+    at the lower edge.
     """
     figure = Figure(figsize=(7.2, 4.6), layout='constrained')
     loss = figure.subplots()

@@ -69,18 +69,9 @@ def training_loss(model: nn.Module, batches: Batches) -> Objective:
 
 
 def random_basis(n: int, p: int, seed: int) -> Tensor:
-    """The matrix A of the paper's random subspaces, with independent standard normal entries.
+    """The matrix A of the paper's random subspaces, float32 ``[n, p]``, with independent standard normal entries; it takes ``4 n p`` bytes.
 
-    Args:
-        n: Number of weights.
-        p: Dimension of the subspace, at most n; 100 in the paper.
-        seed: Random seed.
-
-    Returns:
-        float32 ``[n, p]``, ``4 n p`` bytes.
-
-    Raises:
-        InputError: p is out of range.
+    ``n`` is the number of weights, and ``p``, from 1 to n, the dimension of the subspace; 100 in the paper.
     """
     if not 1 <= p <= n:
         raise InputError(f'subspace: expected 1 to {n}, the number of weights, got {p}')
@@ -96,14 +87,8 @@ def box_maximum(
     minimum. The function is divided by its mean absolute gradient at the start: L-BFGS-B's first step is the projected gradient itself, so
     without scaling a gradient of 1e-5 would never reach the boundary. The result of this local search is a lower bound of the maximum.
 
-    Args:
-        f: Maps a point, float64 ``[p]``, to the value and its gradient, float64 ``[p]``.
-        half_widths: Half widths of the box, float64 ``[p]``, positive.
-        iterations: Maximum number of L-BFGS-B iterations.
-        seed: Seed of the starting point.
-
-    Returns:
-        The value at the origin, and the largest value among all evaluated points; infinite if any value was NaN.
+    ``f`` maps a point, float64 ``[p]``, to the value and its gradient, float64 ``[p]``; ``half_widths``, float64 ``[p]``, are positive.
+    Returns the value at the origin, and the largest value among all evaluated points; infinite if any value was NaN.
 
     Source: Byrd et al., SIAM J. Sci. Comput. 16 (1995), in SciPy's version.
     """

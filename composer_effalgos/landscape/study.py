@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.figures import save_figure
-from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.files import write_texts
+from composer_effalgos.utils.tables import csv_text
 
 NAME = 'interpolation'
 _MOST_ITERATIONS = 10_000
@@ -97,33 +97,22 @@ class Study:
             InputError: The folder is not writable.
         """
         figure = draw(self.points, names, f'{self.about["model"]} on {self.about["dataset"]}')
+        png, svg, curve, numbers = (out / f'{name}.{ending}' for ending in ('png', 'svg', 'csv', 'json'))
+        content = json.dumps(self.numbers(), indent=2, allow_nan=False) + '\n'
+        write_texts({curve: csv_text([asdict(point) for point in self.points]), numbers: content}, 'the study')
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            return [
-                save_figure(figure, out / f'{name}.png', dpi=160),
-                save_figure(figure, out / f'{name}.svg'),
-                _whole(out / f'{name}.csv', self._write_csv),
-                _whole(out / f'{name}.json', self._write_json),
-            ]
+            save_figure(figure, png, dpi=160)
+            save_figure(figure, svg)
         except OSError as error:
-            raise InputError(f'{out}: cannot be written ({error.strerror})') from error
-
-    def _write_csv(self, path: Path) -> None:
-        with path.open('w', newline='', encoding='utf-8') as stream:
-            writer = csv.writer(stream)
-            writer.writerow(field.name for field in fields(Point))
-            writer.writerows(asdict(point).values() for point in self.points)
+            raise InputError(f'{out}: the study cannot be written ({error.strerror})') from error
+        return [png, svg, curve, numbers]
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the curve, JSON-serialisable: non-finite numbers become strings.
+        """Everything but the curve, for JSON: ``about``, ``as_saved``, ``distances`` and ``sharpness``.
 
-        Returns:
-            ``about``, ``as_saved``, ``distances`` and ``sharpness``.
+        Non-finite numbers become strings.
         """
         return _plain({'about': self.about, 'as_saved': self.as_saved, 'distances': self.distances, 'sharpness': self.sharpness})
-
-    def _write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.numbers(), indent=2, allow_nan=False) + '\n', encoding='utf-8')
 
 
 def interpolate(
@@ -284,12 +273,6 @@ def _batches(images: Tensor, labels: Tensor, batch_size: int) -> Batches:
     """Splits the data into batches of nearly equal size, at most ``batch_size``."""
     pieces = math.ceil(len(labels) / batch_size)
     return list(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
-
-
-def _whole(path: Path, write: Callable[[Path], None]) -> Path:
-    with whole_file(path) as unfinished:
-        write(unfinished)
-    return path
 
 
 def _plain(content: Any) -> Any:

@@ -12,34 +12,18 @@ from typing import Any
 from composer.core import Callback
 
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
-from composer_effalgos.utils.type_hints import check_type, describe
-
-__all__ = ['Parameter', 'check_arguments', 'parameters']
+from composer_effalgos.utils.type_hints import check_fields, describe
 
 
 def check_arguments(key: str, target: Callable[..., Any], kwargs: Mapping[str, Any], *, given: Iterable[str] = ()) -> dict[str, Any]:
-    """Check keyword arguments against a signature.
+    """Checks the keyword arguments in ``kwargs`` against the signature of a class or function, and returns them as a new ``dict``.
 
-    Args:
-        key: The recipe key that starts the error message.
-        target: The class or function that will be called.
-        kwargs: Arguments from the recipe.
-        given: Parameters that the caller fills in and that the recipe may not set.
-
-    Returns:
-        The arguments as a new ``dict``.
-
-    Raises:
-        InputError: An argument is unknown (the message suggests the closest), missing or of the wrong type.
+    ``key`` starts the error message; ``given`` are parameters that the caller fills in and that the recipe may not set.
     """
     hints = parameters(target)
     known = {name: hint for name, hint in hints.items() if name not in given and not name.startswith('*')}
-    for name, value in kwargs.items():
-        if name in known:
-            check_type(f'{key}.{name}', value, known[name].hint)
-        elif '**' not in hints or name in given:
-            raise InputError(f'{key}.{name}: unknown argument; {did_you_mean(name, known)}')
+    named = {name: value for name, value in kwargs.items() if name in known or '**' not in hints or name in given}
+    check_fields(f'{key}.', named, {name: parameter.hint for name, parameter in known.items()}, what='argument')
     for name, parameter in known.items():
         if parameter.required and name not in kwargs:
             raise InputError(f'{key}.{name}: missing; expected {describe(parameter.hint)}')
@@ -55,13 +39,9 @@ class Parameter:
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
-    """The parameters of a callable.
+    """The parameters of a class or function by name; ``'**'`` stands for arbitrary keyword arguments.
 
-    Args:
-        target: A class or function.
-
-    Returns:
-        Parameters by name; ``'**'`` stands for arbitrary keyword arguments. A parameter without a type hint gets the type of its default.
+    A parameter without a type hint gets the type of its default.
     """
     function = target.func if isinstance(target, functools.partial) else target
     init = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]

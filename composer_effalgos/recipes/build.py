@@ -26,8 +26,6 @@ from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['build_network', 'build_split', 'build_trainer']
-
 log = logging.getLogger(__name__)
 
 
@@ -120,18 +118,7 @@ def _beside_the_summary(logger: Component, recipe: Recipe) -> Component:
 
 
 def build_split(recipe: Recipe, split: str) -> Any:
-    """Build one of a recipe's datasets.
-
-    Args:
-        recipe: A checked recipe.
-        split: ``'train'`` or ``'eval'``.
-
-    Returns:
-        What :func:`~composer_effalgos.datasets.build_dataset` returns.
-
-    Raises:
-        InputError: The data cannot be read.
-    """
+    """Build a recipe's dataset of ``'train'`` or ``'eval'``; see :func:`~composer_effalgos.datasets.build_dataset`."""
     data = recipe.dataset
     component = Component(recipe.source, build_dataset, {'path': data.path, **data.options})
     if dist.get_world_size() == 1:
@@ -172,17 +159,10 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
 
 
 def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
-    """Build a recipe's model, before algorithms change it.
+    """Build a recipe's model for the training split ``dataset``, before algorithms change it.
 
-    Args:
-        recipe: A checked recipe.
-        dataset: The training split.
-
-    Returns:
-        An image or text classifier with cross-entropy loss and accuracy, or a language model with its own loss.
-
-    Raises:
-        InputError: The model cannot be built, does not support this kind of data, or has fewer outputs than the dataset has classes.
+    That is an image or text classifier with cross-entropy loss and accuracy, or a language model with its own loss. It must support this
+    kind of data and have at least as many outputs as the dataset has classes.
     """
     settings, num_classes = recipe.model, dataset.num_classes
     _check_kind(recipe)

@@ -21,8 +21,6 @@ from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.errors import CheckpointError, InputError
 from composer_effalgos.utils.text import one_line, shown
 
-__all__ = ['Loading', 'check_checkpoint', 'checkpoint_folder', 'loading', 'only_weights', 'trainer_arguments']
-
 # State required to resume. Composer ignores missing entries, so a run would silently restart them from scratch.
 _STATE: dict[str, type | tuple[type, ...]] = {
     'model': dict,
@@ -87,12 +85,7 @@ class Loading:
     def refused(self, error: Exception, model: nn.Module | None = None) -> InputError | None:
         """Turn an error from loading the checkpoint, or from resuming with it, into an ``InputError``.
 
-        Args:
-            error: The exception raised.
-            model: The model; the message lists its differences from the checkpoint.
-
-        Returns:
-            The error to raise; ``None`` if ``error`` is not about the checkpoint.
+        The message lists the differences of ``model`` from the checkpoint. Returns ``None`` if the error is not about the checkpoint.
         """
         if isinstance(error, CheckpointError):
             return InputError(f'{self.key}: {error.reason}')
@@ -106,11 +99,7 @@ class Loading:
     def check_weights(self, model: nn.Module) -> None:
         """Reject weights of another model; Composer would load the matching ones and ignore the rest.
 
-        Args:
-            model: The model, after all changes by algorithms.
-
-        Raises:
-            InputError: The weights do not match the model.
+        ``model`` is the model after all changes by algorithms.
         """
         other = self._differences(model) if self.is_local and not self.partly else ''
         if other:
@@ -119,12 +108,8 @@ class Loading:
     def check_state(self, state: State) -> None:
         """Check that the checkpoint held the state to resume; Composer at most warns about missing state and initialises it.
 
-        Args:
-            state: The trainer's state, after loading.
-
-        Raises:
-            InputError: With autoresume, the state of one of our algorithms is missing; or the optimizer has no state, or not the same
-                entries for every parameter.
+        ``state`` is the trainer's state after loading. With autoresume, the state of each of our algorithms must be there; the optimizer
+        must have state, with the same entries for every parameter.
         """
         if not self.is_local or self.weights_only or self.partly:
             return
@@ -152,17 +137,7 @@ class Loading:
 
 
 def loading(recipe: Recipe) -> Loading | None:
-    """The checkpoint that a run starts from.
-
-    Args:
-        recipe: A checked recipe.
-
-    Returns:
-        The latest checkpoint if ``autoresume`` is set and there is one, else that of ``load_path``, else ``None``.
-
-    Raises:
-        InputError: ``load_path`` contains unknown placeholders.
-    """
+    """The checkpoint that a run starts from: with ``autoresume`` the latest, if there is one, else that of ``load_path``, else ``None``."""
     latest = checkpoint_folder(recipe) / 'latest-rank0.pt'
     load_path = recipe.trainer.get('load_path')
     if recipe.trainer.get('autoresume', False) and latest.exists():
@@ -181,16 +156,7 @@ def loading(recipe: Recipe) -> Loading | None:
 
 
 def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> None:
-    """Check that a file is a complete Composer checkpoint.
-
-    Args:
-        key: The recipe key that starts the error message.
-        path: The file.
-        weights_only: Whether only the weights are needed.
-
-    Raises:
-        InputError: The file is missing, truncated or not a checkpoint, or lacks state required to resume.
-    """
+    """Check that a file is a complete Composer checkpoint that has the state to resume or, with ``weights_only``, the weights."""
     if not path.is_file():
         raise InputError(f'{key}: {path}: no such checkpoint')
     try:
@@ -212,8 +178,7 @@ def check_checkpoint(key: str, path: Path, *, weights_only: bool = False) -> Non
 def only_weights(path: Path) -> bool:
     """Whether a checkpoint was saved with ``save_weights_only``; raises what ``torch.load`` raises.
 
-    Args:
-        path: The file. It is unpickled, so check it first (:func:`~composer_effalgos.models.pretrained.read_checkpoint`).
+    The file is unpickled, so check it first (:func:`~composer_effalgos.models.pretrained.read_checkpoint`).
     """
     content = _content(path)
     state = content.get('state') if isinstance(content, dict) else None

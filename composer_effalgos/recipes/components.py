@@ -27,8 +27,6 @@ from composer_effalgos.recipes.schedulers import OneCycleScheduler
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, one_line, plain
 
-__all__ = ['Component', 'algorithms', 'callbacks', 'find', 'loggers', 'optimizers', 'schedulers']
-
 
 @dataclass(frozen=True)
 class Component:
@@ -45,14 +43,9 @@ class Component:
     kwargs: dict[str, Any]
 
     def build(self, *args: Any, **given: Any) -> Any:
-        """Call the target.
+        """Call the target, with further arguments that a recipe cannot express, e.g. an optimizer's parameters.
 
-        Args:
-            *args: Positional arguments that a recipe cannot express, e.g. an optimizer's parameters.
-            **given: Keyword arguments of this kind.
-
-        Raises:
-            InputError: The target rejects its arguments or needs a package that is not installed.
+        Raises an ``InputError`` if the target rejects its arguments or needs a package that is not installed.
         """
         try:
             return self.target(*args, **given, **self.kwargs)
@@ -77,14 +70,7 @@ def _snake(name: str) -> str:
 def find(key: str, kind: str, name: str, known: Mapping[str, Any]) -> Any:
     """Look up a name, ignoring case and underscores; a full class name (``tensorboard_logger``) also works.
 
-    Args:
-        key: The recipe key that starts the error message.
-        kind: The kind of component, e.g. ``'algorithm'``.
-        name: The name in the recipe.
-        known: Components by name.
-
-    Raises:
-        InputError: The name is unknown; the message suggests the closest.
+    ``key`` starts the error message about an unknown name, and ``kind``, e.g. ``'algorithm'``, says what it should name.
     """
     by_class_name = {plain(getattr(target, '__name__', '')): target for target in known.values()}
     by_name = {plain(known_name): target for known_name, target in known.items()}

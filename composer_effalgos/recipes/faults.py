@@ -21,13 +21,11 @@ from composer_effalgos.utils.text import one_line
 if TYPE_CHECKING:
     from composer_effalgos.recipes.components import Component
 
-__all__ = ['blamed', 'explain', 'is_ours', 'modules', 'print_any_text', 'said_by_another_rank', 'say_once']
-
-_LESS_MEMORY = 'too little memory; smaller sizes need less'
+_LESS_MEMORY = 'out of memory; reduce the batch size or the model'
 # RuntimeErrors of PyTorch, by a part of their message
 _KNOWN = {
-    'DataLoader worker': 'a process that reads data died: too little memory or shared memory (fewer dataset.num_workers need less), '
-    'or a decoder that crashed (dataset.num_workers=0 shows where)',
+    'DataLoader worker': 'a DataLoader worker died: out of (shared) memory (reduce dataset.num_workers) or a crashing decoder '
+    '(num_workers=0 shows where)',
     "can't allocate memory": _LESS_MEMORY,
     'by peer': 'another rank has stopped; the launcher shows its message',
 }
@@ -35,14 +33,7 @@ _PATIENCE = timedelta(seconds=3)  # how far apart ranks reach the same error
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Explain an error that the user can fix.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        A one-line message and the exit status (2 for bad input, else 1); ``None`` for a bug.
-    """
+    """Explain an error that the user can fix, in one line with the exit status (2 for bad input, else 1); ``None`` for a bug."""
     if isinstance(error, InputError):
         return error.line, 2
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
@@ -70,16 +61,10 @@ def is_ours(error: BaseException) -> bool:
     return bool(names) and names[0].split('.')[0] == __name__.split('.')[0]
 
 
-def blamed(error: BaseException, components: Iterable[Component]) -> Component | None:
-    """Find the component of a recipe whose code raised an error.
+def responsible_component(error: BaseException, components: Iterable[Component]) -> Component | None:
+    """Find the component of a recipe whose code raised an error: the innermost in the traceback; ``None`` if there is none.
 
-    Args:
-        error: The exception.
-        components: The recipe's components.
-
-    Returns:
-        The component innermost in the traceback; ``None`` if there is none. Frames outside the innermost Trainer frame are ignored, because
-        an optimizer's step calls the Trainer for the whole forward pass.
+    Frames outside the innermost Trainer frame are ignored, because an optimizer's step calls the Trainer for the whole forward pass.
     """
     targets = {getattr(item.target, 'func', item.target).__module__: item for item in components}
     called = itertools.takewhile(lambda module: module != 'composer.trainer.trainer', modules(error))
@@ -91,14 +76,11 @@ def modules(error: BaseException) -> list[str]:
     return [frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
 
 
-def say_once(line: str) -> None:
+def print_once(line: str) -> None:
     """Print an error once for all ranks that have the same one.
 
     Rank 0 prints it and exits, and the launcher stops the others. They wait for that as long as rank 0 may be about to fail with the same
     error; if it does not, the first of them prints it.
-
-    Args:
-        line: The message.
     """
     rank = dist.get_global_rank()
     if dist.get_world_size() > 1 and (rank > 0 or torch.distributed.is_initialized()) and not _is_first(line, rank):
@@ -123,7 +105,7 @@ def _is_first(line: str, rank: int) -> bool:
     return first
 
 
-def said_by_another_rank() -> bool:
+def reported_by_another_rank() -> bool:
     """Whether another rank has reported an error, of which this rank's error is only a consequence."""
     if dist.get_world_size() == 1 or not torch.distributed.is_initialized():
         return False

@@ -21,13 +21,7 @@ _LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
 def check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
     """Reject NaN and numbers beyond float32 at any depth, with which a run would train without learning, and malformed strings.
 
-    Args:
-        key: Name of the value, for messages.
-        value: The value, with lists and mappings.
-        levels: How deeply it may be nested.
-
-    Raises:
-        InputError: The value is not allowed or nested too deeply.
+    Lists and mappings may be nested ``levels`` deep. As in all these checks, ``key`` or ``source`` starts the message.
     """
     if levels == 0:
         raise InputError(f'{key.split(".")[0]}: {TOO_DEEP}')
@@ -44,15 +38,7 @@ def check_values(key: str, value: Any, levels: int = MOST_LEVELS) -> None:
 
 
 def check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
-    """Reject arguments that the Trainer accepts but later fails with, or that make the run useless.
-
-    Args:
-        source: The recipe's name, for messages.
-        trainer: Arguments of the Trainer, of the types that it declares.
-
-    Raises:
-        InputError: The value is not allowed.
-    """
+    """Reject arguments, of the types that the Trainer declares, with which it fails later, or that make the run useless."""
     microbatch = trainer.get('device_train_microbatch_size')
     if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
         raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
@@ -71,15 +57,7 @@ def check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
 
 
 def check_run_name(source: str, run_name: str) -> None:
-    """Reject a run name that is not a plain file name, because it becomes a folder in ``save_folder``.
-
-    Args:
-        source: The recipe's name, for messages.
-        run_name: The name.
-
-    Raises:
-        InputError: The value is not allowed.
-    """
+    """Reject a run name that is not a plain file name, because it becomes a folder in ``save_folder``."""
     plain = run_name.isprintable() and run_name.strip() and run_name not in ('.', '..') and not any(char in run_name for char in '/\\{}')
     if not plain or len(run_name.encode()) > _LONGEST_NAME:
         raise InputError(
@@ -89,30 +67,13 @@ def check_run_name(source: str, run_name: str) -> None:
 
 
 def check_save_folder(source: str, folder: str) -> None:
-    """Reject the address of an object store.
-
-    Args:
-        source: The recipe's name, for messages.
-        folder: The folder.
-
-    Raises:
-        InputError: The value is not allowed.
-    """
+    """Reject the address of an object store."""
     if re.match(r'[A-Za-z][A-Za-z0-9+.-]*:/', folder):  # Path would collapse the // of a URL
         raise InputError(f'{source}: save_folder: expected a folder of this machine, got the address {shown(folder)}; copy the run there')
 
 
 def check_duration(key: str, duration: str | int, dataset: str) -> None:
-    """Reject a length of training that is not positive, or in a unit that the data does not count.
-
-    Args:
-        key: Name of the value, for messages.
-        duration: A time string, or a number of epochs.
-        dataset: Name of the data set.
-
-    Raises:
-        InputError: The value is not allowed.
-    """
+    """Reject a length of training (a time string, or epochs) that is not positive, or in a unit that the dataset does not count."""
     try:
         time: Time[Any] = ensure_time(duration, TimeUnit.EPOCH)
     except (TypeError, ValueError, OverflowError) as error:

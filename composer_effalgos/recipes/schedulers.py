@@ -13,8 +13,6 @@ from composer.optim.scheduler import _convert_time
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-__all__ = ['OneCycleScheduler', 'one_cycle_lr']
-
 
 def one_cycle_lr(
     step: float,
@@ -30,20 +28,8 @@ def one_cycle_lr(
     """Learning rate of the 1cycle policy at one step, as in ``torch.optim.lr_scheduler.OneCycleLR``.
 
     The learning rate rises from ``max_lr / div_factor`` to ``max_lr`` over the first fraction ``pct_start`` of the steps, then falls to
-    ``max_lr / (div_factor * final_div_factor)`` at step ``total_steps - 1``, and stays there.
-
-    Args:
-        step: Step, from 0; may be fractional.
-        total_steps: Length of the cycle, in the unit of ``step``.
-        max_lr: Peak learning rate.
-        pct_start: Fraction of the cycle spent increasing the learning rate, in [0, 1].
-        anneal_strategy: ``'cos'`` or ``'linear'``.
-        div_factor: Peak divided by the initial learning rate.
-        final_div_factor: Initial divided by the final learning rate.
-        three_phase: Decrease to the initial learning rate as fast as it rose, then to the final one.
-
-    Returns:
-        The learning rate.
+    ``max_lr / (div_factor * final_div_factor)`` at step ``total_steps - 1``, and stays there. Steps count from 0 and may be fractional. The
+    other arguments are those of :class:`OneCycleScheduler`.
 
     Source: Smith and Topin, "Super-Convergence", arXiv 1708.07120.
     """
@@ -75,7 +61,7 @@ class OneCycleScheduler(ComposerScheduler):
         anneal_strategy: ``'cos'`` or ``'linear'``.
         div_factor: Peak divided by the initial learning rate, above 0.
         final_div_factor: Initial divided by the final learning rate, above 0.
-        three_phase: See :func:`one_cycle_lr`.
+        three_phase: Decrease to the initial learning rate as fast as it rose, then to the final one.
         t_max: Length of the cycle, a Composer time string.
 
     Raises:

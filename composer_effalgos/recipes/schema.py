@@ -22,21 +22,13 @@ from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS
 from composer_effalgos.recipes import components
 from composer_effalgos.recipes.arguments import check_arguments, parameters
 from composer_effalgos.recipes.components import Component, find
-from composer_effalgos.recipes.faults import blamed, explain, is_ours
+from composer_effalgos.recipes.faults import explain, is_ours, responsible_component
 from composer_effalgos.recipes.limits import check_duration, check_run_name, check_save_folder, check_trainer, check_values
 from composer_effalgos.recipes.settings import read_settings
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
-from composer_effalgos.utils.type_hints import check_type, describe, takes_time
-
-__all__ = [
-    'DatasetRecipe',
-    'ModelRecipe',
-    'Recipe',
-    'load_recipe',
-    'parse_recipe',
-]
+from composer_effalgos.utils.type_hints import check_fields, check_type, describe, takes_time
 
 
 @dataclass(frozen=True)
@@ -145,15 +137,11 @@ class Recipe:
     def refused(self, error: Exception) -> InputError | None:
         """Turn an exception from another package into an ``InputError`` that names the component that raised it.
 
-        Args:
-            error: The exception.
-
-        Returns:
-            The error to raise; ``None`` if ``error`` explains itself or is a bug in this package.
+        Returns ``None`` if the error explains itself or is a bug in this package.
         """
         if explain(error) is not None or is_ours(error):
             return None
-        component = blamed(error, self.components)
+        component = responsible_component(error, self.components)
         return Component(self.source, Trainer, {}).refused(error) if component is None else component.refused(error)
 
 
@@ -209,13 +197,11 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
             raise InputError(f'{source}: {key}: missing; every recipe needs it')
 
     trainer = {key: value for key, value in settings.items() if key not in OURS}
-    for key, value in trainer.items():
-        check_type(f'{source}: {key}', value, trainer_hints[key])
+    check_fields(f'{source}: ', trainer, trainer_hints)
     check_trainer(source, trainer)
     hints = typing.get_type_hints(Recipe)
     plain = {key: settings[key] for key in ('max_duration', 'run_name', 'seed', 'precision', 'save_folder') if key in settings}
-    for key, value in plain.items():
-        check_type(f'{source}: {key}', value, hints[key])
+    check_fields(f'{source}: ', plain, hints)
     check_run_name(source, plain.setdefault('run_name', run_name))
     check_save_folder(source, plain.get('save_folder', ''))
     check_number(f'{source}: seed', plain.get('seed', 0), least=0, most=2**32 - 1)
@@ -288,10 +274,7 @@ def _section(schema: type, key: str, settings: Any, builders: Mapping[str, Calla
     options = {str(name): value for name, value in settings.items() if name not in listed}
     if settings['name'] in builders:
         known = {name: item.hint for name, item in parameters(builders[settings['name']]).items() if name not in given}
-        for name, value in options.items():
-            if name not in known:
-                raise InputError(f'{key}.{name}: unknown key; {did_you_mean(name, {*listed, *known})}')
-            check_type(f'{key}.{name}', value, known[name])
+        check_fields(f'{key}.', options, known, beside=listed)
     return schema(options=options, **{name: value for name, value in settings.items() if name in listed})
 
 

@@ -15,10 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import check_file, read_text
+from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line, shown
-
-__all__ = ['MOST_CHARACTERS', 'MOST_LEVELS', 'SWEEPS', 'TOO_DEEP', 'list_recipes', 'merge_settings', 'read_settings', 'recipe_folder']
 
 SWEEPS = 'sweeps'  # the folder of sweeps within a folder of recipes
 MOST_LEVELS = 50
@@ -29,14 +27,7 @@ TOO_DEEP = f'expected at most {MOST_LEVELS} levels of nesting'
 
 
 def recipe_folder() -> Path:
-    """Find the folder of the recipes that ship with this package.
-
-    Returns:
-        ``yamls`` in the working directory, else in the installed package, else beside it (in a checkout).
-
-    Raises:
-        InputError: None of these folders exists.
-    """
+    """Find the folder of recipes: ``yamls`` in the working directory, else in the installed package, else beside it (in a checkout)."""
     package = Path(__file__).parents[1]
     places = [Path('yamls'), package / 'yamls', package.parent / 'yamls']
     for place in places:
@@ -46,16 +37,9 @@ def recipe_folder() -> Path:
 
 
 def list_recipes(folder: Path) -> list[tuple[Path, str]]:
-    """Find the recipes in a folder, recursively, except in folders named ``sweeps``.
+    """Find the recipes in a folder, recursively, except in folders named ``sweeps``; it must hold at least one.
 
-    Args:
-        folder: The folder.
-
-    Returns:
-        Path and description (the comment in the first line) of each recipe, sorted by path.
-
-    Raises:
-        InputError: The folder does not exist or has no recipes.
+    Returns path and description (the comment in the first line) of each recipe, sorted by path.
     """
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder')
@@ -72,24 +56,23 @@ def _first_comment(path: Path) -> str:
 
 
 def read_settings(path: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Read a YAML file of settings without checking names and types.
+    """Read a YAML file of settings as plain data with interpolations resolved, without checking names and types.
 
-    Args:
-        path: The YAML file.
-        overrides: Overrides to merge in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
-
-    Returns:
-        Plain data with interpolations resolved.
-
-    Raises:
-        InputError: The file is missing or invalid YAML, an override is invalid, or the settings are too large.
+    ``overrides`` are merged in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
     """
-    check_file(path, 'give the path of a YAML file (effalgos recipes lists those at hand)')
+    hint = 'give the path of a YAML file (effalgos recipes lists those at hand)'
     try:
         text = read_text(path)
+    except OSError as error:
+        raise InputError(f'{path}: expected a file, got none ({str(error.strerror).lower()}); {hint}') from error
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path}: {_yaml_fault(error)}') from error
+    except ValueError as error:  # a folder, a device, a null character in the path, or too large
+        raise InputError(f'{path}: {error}; {hint}') from error
+    try:
         document = _checked_yaml(text)
         if not isinstance(document, yaml.MappingNode) or not document.value:
-            raise InputError(f'{path}: expected keys and values (dataset: ..., model: ..., optimizer: ...), found none')
+            raise InputError(f'{path}: expected a mapping of settings, got none')
         config: Any = OmegaConf.create(text)
     except InputError:
         raise
@@ -150,19 +133,10 @@ def _inside(node: yaml.Node) -> Iterable[yaml.Node]:
 
 
 def merge_settings(source: str, settings: Any, overrides: Sequence[str | Mapping[str, Any]], *, example: str) -> dict[str, Any]:
-    """Merge overrides into settings.
+    """Merge overrides into settings, as :func:`read_settings` does.
 
-    Args:
-        source: Where the settings come from; starts messages about them.
-        settings: An OmegaConf config, or plain keys and values.
-        overrides: Overrides to merge in order: ``key=value`` in OmegaConf's dot notation, or nested settings.
-        example: A valid override, for the message about an invalid one.
-
-    Returns:
-        Plain data with interpolations resolved.
-
-    Raises:
-        InputError: An override is invalid, or an interpolation refers to nothing or expands to too much data.
+    ``source`` starts messages about the settings, an OmegaConf config or plain keys and values; ``example`` is a valid override, for the
+    message about an invalid one.
     """
     config: Any = settings
     for override in overrides:
@@ -195,14 +169,10 @@ def _layer(override: str | Mapping[str, Any], example: str) -> Any:
 
 
 class _Interpolated:
-    """Computes the size of settings after interpolation without resolving anything.
+    """Computes the size of settings after interpolation without resolving anything; ``source`` starts every message.
 
     References to references grow exponentially: ten nested lists, each of which refers to the previous one ten times, expand to 10**10
     values.
-
-    Args:
-        source: Starts every message.
-        settings: Unresolved settings.
     """
 
     def __init__(self, source: str, settings: Any) -> None:
@@ -213,9 +183,8 @@ class _Interpolated:
     def size(self, path: tuple[Any, ...]) -> int:
         """An upper bound on the number of values at and below a path; strings count one more per 100 characters.
 
-        Raises:
-            InputError: The size is too large, or an interpolation contains itself or is nested, so that its key is unknown before it is
-                resolved.
+        Raises an ``InputError`` if it is too large, or an interpolation contains itself or is nested, so that its key is unknown before it
+        is resolved.
         """
         if path not in self._sizes:
             self._sizes[path] = None

@@ -27,7 +27,7 @@ def run_sweep(
     *,
     seeds: Sequence[int] = (),
     only: Sequence[str] = (),
-    at_once: int = 1,
+    max_parallel: int = 1,
     minutes: float | None = None,
     ranks: int = 1,
     fresh: bool = False,
@@ -36,29 +36,12 @@ def run_sweep(
     by: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Trains a sweep or its remaining runs, prints its table, and writes results and report.
+    """Trains a sweep or its remaining runs, prints its table, and writes results and report; checks every recipe before the first run.
 
-    Args:
-        path: The sweep's YAML file.
-        out: Folder of the runs and the report; None for ``runs/<name of the sweep>``.
-        overrides: ``key=value`` settings that override every recipe.
-        seeds: If not empty, replace the sweep's seeds.
-        only: The methods to train; empty for all.
-        at_once: Number of concurrent runs.
-        minutes: Time limit in minutes, None for none; calling again continues.
-        ranks: Number of processes per run.
-        fresh: Whether to train everything again.
-        keep_checkpoints: Whether finished runs keep their checkpoints.
-        equal_budget: Compare every method with plain runs of the same budget, see :mod:`composer_effalgos.report.frontier`; includes runs
-            of earlier calls.
-        by: The budget unit; see :func:`composer_effalgos.report.frontier.frontier`.
-        console: Where to print progress and table; None for standard output.
-
-    Returns:
-        The failed and remaining runs.
-
-    Raises:
-        InputError: The sweep or one of its recipes is invalid, or ``out`` cannot be used.
+    ``out`` is ``runs/<name of the sweep>`` by default; ``seeds`` replace the sweep's, and ``only`` are the methods to train, if not empty.
+    With ``equal_budget`` every method is compared with plain runs of the same budget, in the unit ``by`` (see
+    :func:`composer_effalgos.report.frontier.frontier`), including runs of earlier calls. The other arguments are those of
+    :func:`composer_effalgos.report.runner.run_jobs`.
     """
     console = console or Console()
     sweep = load_sweep(path)
@@ -68,7 +51,7 @@ def run_sweep(
         _check_frontier(sweep, sweep.jobs(out, overrides), by)
     _say_what_is_left([job for job in jobs if fresh or not finished(job)], out, console)
     outcome = run_jobs(
-        jobs, out, at_once=at_once, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
+        jobs, out, max_parallel=max_parallel, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
     )
     about = {'sweep': str(path), 'overrides': list(overrides), 'failed': outcome.failures, 'pending': outcome.pending}
     names = {job.recipe.run_name for job in jobs if finished(job)}
@@ -93,16 +76,7 @@ def run_sweep(
 
 
 def show_frontier(folder: str | Path, by: str | None = None, *, console: Console | None = None) -> None:
-    """Prints and writes the frontier of the finished runs in a folder, and writes the report.
-
-    Args:
-        folder: The folder of the runs.
-        by: The budget unit; see :func:`composer_effalgos.report.frontier.frontier`.
-        console: Where to print the table; None for standard output.
-
-    Raises:
-        InputError: The runs do not form a frontier, or the folder is not writable.
-    """
+    """Prints and writes the frontier of the finished runs in a folder, and writes the report; ``by`` is the unit of the budget."""
     folder, console = Path(folder), console or Console()
     runs, problems = read_runs(folder)
     found = frontier([run for run in runs if is_finished(folder, run)], str(folder), by)

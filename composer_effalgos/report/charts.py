@@ -25,12 +25,8 @@ _Values = Callable[[Run], list[Any]]
 def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns the charts for rows: by epoch, samples and seconds, of InfoBatch's scores, and next to published results.
 
-    Args:
-        rows: Rows from :func:`~composer_effalgos.report.table.table_rows`.
-
-    Returns:
-        For each chart its ``title``, the axis titles ``x`` and ``y``, further plotly axis options (``xaxis``, ``yaxis``), plotly
-        ``traces``, and whether it has its own ``legend``; charts without values are omitted.
+    Each chart has a ``title``, the axis titles ``x`` and ``y``, further plotly axis options (``xaxis``, ``yaxis``), plotly ``traces``, and
+    whether it has its own ``legend``; charts without values are omitted.
     """
     drawn: list[tuple[str, str, str, _Values, _Values, str]] = [
         ('Accuracy by training time', 'seconds of training', 'accuracy %', _seconds, _accuracy, 'linear'),
@@ -70,22 +66,14 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def published() -> tuple[dict[str, Any], ...]:
     """Published accuracies and times of reproductions of the methods, one record per run.
 
-    Returns:
-        Records with ``source``, ``method``, ``dataset`` and ``model`` as named in recipes, ``epochs``, ``seconds`` of training,
-        ``final_accuracy`` in percent or None, and ``accuracy`` in percent by epoch (empty if unknown).
+    Each has ``source``, ``method``, ``dataset`` and ``model`` as named in recipes, ``epochs``, ``seconds`` of training, ``final_accuracy``
+    in percent or None, and ``accuracy`` in percent by epoch (empty if unknown).
     """
     return tuple(json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8')))
 
 
 def published_for(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns the published runs with the datasets and models of the rows.
-
-    Args:
-        rows: Rows of the table.
-
-    Returns:
-        Records from :func:`published`.
-    """
+    """Returns the published runs with the datasets and models of the rows."""
     ours = {_task(run) for row in rows for run in row.runs}
     return [record for record in published() if (record['dataset'], record['model']) in ours]
 
@@ -105,23 +93,28 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
     return order[:SHOWN]
 
 
+def scatter(group: str, name: str = '', *, mode: str = 'lines', **more: Any) -> dict[str, Any]:
+    """Returns a visible plotly line; traces of a ``group`` are hidden and shown together. Without a name it is not in the legend."""
+    common = {'type': 'scatter', 'mode': mode, 'legendgroup': group, 'visible': True, 'showlegend': bool(name)}
+    return common | ({'name': name} if name else {}) | more
+
+
 def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
     """Returns the style and hover text of a run's line."""
     first = run is row.runs[0]
     name = html.escape(row.method)  # plotly interprets text as HTML
-    return {
-        'type': 'scatter',
-        'mode': 'lines+markers',
-        'name': name,
-        'showlegend': first,
-        'visible': shown,
-        'legendgroup': str(number),
-        'line': {'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
-        'marker': {'size': 4},
-        'opacity': 1.0 if first else 0.45,
-        'connectgaps': True,
-        'hovertemplate': f'{name}, seed {run.summary["seed"]}<br>%{{x}}: %{{y}}<extra></extra>',
-    }
+    return scatter(
+        str(number),
+        name,
+        mode='lines+markers',
+        visible=shown,
+        showlegend=first,
+        line={'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
+        marker={'size': 4},
+        opacity=1.0 if first else 0.45,
+        connectgaps=True,
+        hovertemplate=f'{name}, seed {run.summary["seed"]}<br>%{{x}}: %{{y}}<extra></extra>',
+    )
 
 
 def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -136,18 +129,14 @@ def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for place, entry in enumerate(entries):
             total = sum(entry['counts'])
             traces.append(
-                {
-                    'type': 'scatter',
-                    'mode': 'lines',
-                    'name': f'after epoch {entry["epoch"] + 1}',
-                    'showlegend': True,
-                    'visible': True,
-                    'legendgroup': f'epoch{entry["epoch"]}',
-                    'line': {'color': _blend(place / max(1, len(entries) - 1)), 'width': 2, 'shape': 'hv'},
-                    'x': [round(edge, 6) for edge in edges],
-                    'y': [round(100 * count / total, 3) for count in [*entry['counts'], entry['counts'][-1]]],
-                    'hovertemplate': f'epoch {entry["epoch"] + 1}<br>from %{{x}}: %{{y}} %<extra></extra>',
-                }
+                scatter(
+                    f'epoch{entry["epoch"]}',
+                    f'after epoch {entry["epoch"] + 1}',
+                    line={'color': _blend(place / max(1, len(entries) - 1)), 'width': 2, 'shape': 'hv'},
+                    x=[round(edge, 6) for edge in edges],
+                    y=[round(100 * count / total, 3) for count in [*entry['counts'], entry['counts'][-1]]],
+                    hovertemplate=f'epoch {entry["epoch"] + 1}<br>from %{{x}}: %{{y}} %<extra></extra>',
+                )
             )
         if traces:
             filled = [place for trace in traces for place, value in enumerate(trace['y'][:-1]) if value]
@@ -186,18 +175,14 @@ def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[st
         ]
         records = [record for record in theirs if (record['dataset'], record['model']) == (dataset, model)]
         lines = [
-            {
-                'type': 'scatter',
-                'mode': 'lines',
-                'name': f'published: {record["method"]}',
-                'showlegend': True,
-                'visible': True,
-                'legendgroup': f'published{number}',
-                'line': {'color': COLORS[-1 - number % len(COLORS)], 'dash': 'dot', 'width': 1.5},
-                'x': _progress(len(record['accuracy'])),
-                'y': record['accuracy'],
-                'hovertemplate': f'published: {record["method"]}, {record["epochs"]} epochs<br>%{{x}} %: %{{y}}<extra></extra>',
-            }
+            scatter(
+                f'published{number}',
+                f'published: {record["method"]}',
+                line={'color': COLORS[-1 - number % len(COLORS)], 'dash': 'dot', 'width': 1.5},
+                x=_progress(len(record['accuracy'])),
+                y=record['accuracy'],
+                hovertemplate=f'published: {record["method"]}, {record["epochs"]} epochs<br>%{{x}} %: %{{y}}<extra></extra>',
+            )
             for number, record in enumerate(records)
         ]
         found.append(

@@ -19,7 +19,7 @@ from composer_effalgos.utils.errors import InputError
 
 _GRID = 512  # points on the curve between the shortest and longest plain run
 _DRAWS = 4000
-_OTHERS = 4  # degrees of freedom of the prior variance, from all other cells
+_PRIOR_DOF = 4  # degrees of freedom of the prior variance, from all other cells
 _MOST_SHIFT = 9.0  # clip of log-budget errors: with one degree of freedom some draws would overflow
 _ENDS = (0.025, 0.975)
 
@@ -194,7 +194,7 @@ def _moderated(values: Sequence[Array]) -> tuple[Array, Array]:
     own = np.array([len(cell) - 1 for cell in values], float)
     squares = np.array([((cell - cell.mean()) ** 2).sum() for cell in values])
     others = own.sum() - own
-    prior = np.minimum(others, _OTHERS)
+    prior = np.minimum(others, _PRIOR_DOF)
     freedom = prior + own
     several = own > 0
     typical = squares[several] / chi2.median(own[several])  # median-unbiased: as likely above the true variance as below

@@ -32,8 +32,8 @@ _TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision
 # Dataset options that do not change the data; and datasets that are identified by their path, not their name
 _BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
 _BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
-_READERS: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
-    'cpu_seconds': lambda summary: summary['totals'].get('train_cpu_seconds'),
+_READERS: Mapping[str, Callable[[dict[str, Any]], float]] = {
+    'cpu_seconds': lambda summary: summary['totals']['train_cpu_seconds'],
     'seconds': lambda summary: summary['totals']['train_seconds'],
     'samples': lambda summary: summary['totals']['samples_seen'],
     'steps': lambda summary: sum(epoch['batches'] for epoch in summary['epochs']),
@@ -142,11 +142,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
 
 
 def check_unit(by: str | None) -> None:
-    """Rejects an unknown budget unit; None is allowed.
-
-    Raises:
-        InputError: It is not a key of :data:`UNITS`.
-    """
+    """Rejects a budget unit that is not a key of :data:`UNITS`; None is allowed."""
     if by is not None and by not in UNITS:
         raise InputError(f'--by: expected one of {", ".join(UNITS)}, got {by!r}')
 
@@ -165,12 +161,7 @@ def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
 
 
 def is_finished(folder: Path, run: Run) -> bool:
-    """Whether a run is finished: a sweep has marked it so, or it has all the epochs of its recipe.
-
-    Args:
-        folder: The folder of the runs.
-        run: A run in it.
-    """
+    """Whether a run in a folder of runs is finished: a sweep has marked it so, or it has all the epochs of its recipe."""
     if (folder / run.folder / FINISHED).exists():
         return True
     duration = _duration(run.summary['recipe'])
@@ -178,17 +169,10 @@ def is_finished(folder: Path, run: Run) -> bool:
 
 
 def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> list[int]:
-    """Finds the plain runs of several lengths among methods.
+    """Finds the plain runs of several lengths among methods, given as names and recipes; returns their positions.
 
-    Args:
-        methods: Names and recipes.
-        source: Prefix of error messages.
-
-    Returns:
-        Their positions.
-
-    Raises:
-        InputError: There is no plain run, only one length, or two of the same length; every method is plain; or the datasets differ.
+    Raises an ``InputError`` if there is no plain run, only one length, or two of the same length; if every method is plain; or if the
+    datasets differ.
     """
     _check_data(methods, source)
     families: dict[str, list[int]] = {}
@@ -295,10 +279,7 @@ def _units(runs: Sequence[Run], by: str | None, *, timed: bool) -> tuple[str, li
         if by in TIMES:
             raise InputError(f'--by: expected samples or steps, as the times of the runs are not comparable, got {by}')
         return by or 'samples', ['samples', 'steps']
-    lacking = [run.summary['run_name'] for run in runs if not run.summary['totals'].get('train_cpu_seconds')]
-    if by == 'cpu_seconds' and lacking:
-        raise InputError(f'--by: expected CPU seconds in every summary, got none in {lacking[0]} (an older version); give --by seconds')
-    time = by if by in TIMES else 'seconds' if lacking or runs[0].summary['device'] != 'cpu' else 'cpu_seconds'
+    time = by if by in TIMES else 'cpu_seconds' if runs[0].summary['device'] == 'cpu' else 'seconds'
     return by or time, [time, 'samples', 'steps']
 
 
@@ -311,21 +292,9 @@ def _cell(group: Sequence[Run], unit: str, *, is_loss: bool) -> Cell:
     return Cell(group[0].method, budgets, np.array(quality, float))
 
 
-def spent(run: Run, unit: str) -> float | None:
-    """Returns the budget of a run, including the cost of files that its algorithms read (a model trained on held-out data, a subset).
-
-    Args:
-        run: The run.
-        unit: A key of :data:`UNITS`.
-
-    Returns:
-        The budget; None if the summary lacks the unit.
-
-    Raises:
-        InputError: The cost file of an input is invalid.
-    """
-    own = _READERS[unit](run.summary)
-    return None if own is None else own + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
+def spent(run: Run, unit: str) -> float:
+    """Returns the budget of a run, including the cost of files that its algorithms read (a model trained on held-out data, a subset)."""
+    return _READERS[unit](run.summary) + sum(cost[unit] for cost in map(_cost, _files(run)) if cost is not None)
 
 
 def _files(run: Run) -> list[Path]:

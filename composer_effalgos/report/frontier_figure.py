@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from composer_effalgos.report.charts import COLORS
+from composer_effalgos.report.charts import COLORS, scatter
 from composer_effalgos.report.frontier import UNITS, Frontier, Point
 
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
@@ -21,14 +21,7 @@ TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # per decade
 
 
 def draw(found: Frontier) -> Figure:
-    """Draws a frontier; error bars and band are 95 % intervals.
-
-    Args:
-        found: The frontier.
-
-    Returns:
-        The figure; ``savefig`` writes it.
-    """
+    """Draws a frontier; error bars and band are 95 % intervals."""
     figure = Figure(figsize=(9.0, 5.0), layout='constrained', facecolor='white')
     axes = figure.subplots()
     scale, curve = _scale(found), found.curve
@@ -58,7 +51,7 @@ def chart(found: Frontier) -> dict[str, Any]:
     scale, curve = _scale(found), found.curve
     x = _rounded([*curve.budget, *curve.budget[::-1]])
     y = _rounded([*(scale * curve.high), *(scale * curve.low)[::-1]])
-    plain = {'type': 'scatter', 'mode': 'lines', 'showlegend': False, 'visible': True, 'legendgroup': 'frontier0', 'hoverinfo': 'skip'}
+    plain = scatter('frontier0', hoverinfo='skip')
     traces: list[dict[str, Any]] = [
         plain | {'x': x, 'y': y, 'fill': 'toself', 'fillcolor': 'rgba(127, 127, 127, 0.2)', 'line': {'width': 0, 'color': _GREY}},
         plain | {'x': _rounded(curve.budget), 'y': _rounded(scale * curve.quality), 'line': {'width': 2, 'color': _GREY}},
@@ -75,21 +68,18 @@ def chart(found: Frontier) -> dict[str, Any]:
             'arrayminus': _rounded([scale * (point.quality - point.low) for point in points]),
         }
         traces.append(
-            {
-                'type': 'scatter',
-                'mode': 'markers' if points[0].plain else 'lines+markers',
-                'name': html.escape(name),
-                'showlegend': True,
-                'visible': True,
-                'legendgroup': f'frontier{number}',
-                'line': line,
-                'marker': {'size': 9, 'color': line['color'], 'symbol': _SYMBOLS[number % len(_SYMBOLS)]},
-                'x': _rounded([point.budgets[found.by] for point in points]),
-                'y': _rounded([scale * point.quality for point in points]),
-                'error_y': {'type': 'data', 'symmetric': False, 'thickness': 1.2, 'width': 4, 'color': line['color']} | bars,
-                'text': texts,
-                'hovertemplate': '%{text}<br>%{x}: %{y}<extra></extra>',
-            }
+            scatter(
+                f'frontier{number}',
+                html.escape(name),
+                mode='markers' if points[0].plain else 'lines+markers',
+                line=line,
+                marker={'size': 9, 'color': line['color'], 'symbol': _SYMBOLS[number % len(_SYMBOLS)]},
+                x=_rounded([point.budgets[found.by] for point in points]),
+                y=_rounded([scale * point.quality for point in points]),
+                error_y={'type': 'data', 'symmetric': False, 'thickness': 1.2, 'width': 4, 'color': line['color']} | bars,
+                text=texts,
+                hovertemplate='%{text}<br>%{x}: %{y}<extra></extra>',
+            )
         )
     return {
         'title': f'Quality by budget ({UNITS[found.by]})',

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,9 +20,11 @@ from composer_effalgos.report.frontier_figure import draw
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.figures import save_figure
 from composer_effalgos.utils.files import write_texts
+from composer_effalgos.utils.tables import csv_text, markdown_table
 
 NAME = 'frontier'
 _WIDE = 130  # columns of a terminal that all factors need
+_LEFT = (0, 3)  # positions in the header of the columns of words: method and verdict
 
 
 def header(found: Frontier) -> list[str]:
@@ -54,9 +54,7 @@ LEGEND = (
 
 def markdown(found: Frontier) -> str:
     """Returns the table as Markdown, followed by the legend and the notes."""
-    columns = header(found)
-    rows = [columns, ['---', '---:', '---:', '---', *['---:'] * (len(columns) - 4)], *(cells_of(found, point) for point in found.points)]
-    table = ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+    table = markdown_table(header(found), (cells_of(found, point) for point in found.points), left=_LEFT)
     return f'{table}\n{LEGEND}\n' + ''.join(f'\n- {note}' for note in found.notes) + ('\n' if found.notes else '')
 
 
@@ -83,7 +81,7 @@ def terminal(found: Frontier, width: int) -> Group:
     names = titles[:4] + [f'factor by {UNITS[unit]}' for unit in found.units if unit == found.by or width >= _WIDE]
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     for number, name in enumerate(names):
-        justify: Literal['left', 'right'] = 'left' if number in (0, 3) else 'right'
+        justify: Literal['left', 'right'] = 'left' if number in _LEFT else 'right'
         table.add_column(name, justify=justify, no_wrap=number == 0)
     for point in found.points:
         cells = dict(zip(titles, cells_of(found, point), strict=True))
@@ -94,22 +92,10 @@ def terminal(found: Frontier, width: int) -> Group:
 def write_frontier(found: Frontier, out: Path, about: Mapping[str, Any], name: str = NAME) -> None:
     """Writes the table as ``frontier.csv``, ``.json`` and ``.md``, and the figure as ``.svg`` and ``.png``.
 
-    Args:
-        found: The frontier.
-        out: The output folder.
-        about: Additional entries at the top of the JSON.
-        name: Name of the files, without extension.
-
-    Raises:
-        InputError: ``out`` is not writable.
+    ``about`` goes to the top of the JSON.
     """
-    rows = as_rows(found)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
     content = {**about, **as_json(found)}
-    texts = {'csv': table.getvalue(), 'json': json.dumps(content, indent=2, allow_nan=False) + '\n', 'md': markdown(found)}
+    texts = {'csv': csv_text(as_rows(found)), 'json': json.dumps(content, indent=2, allow_nan=False) + '\n', 'md': markdown(found)}
     write_texts({out / f'{name}.{ending}': text for ending, text in texts.items()}, 'the frontier')
     try:
         write_figure(found, out, name)

@@ -31,18 +31,9 @@ def write_report(
     The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. Unusable ``summary.json``
     files are skipped, with a warning and a line in the report.
 
-    Args:
-        runs_dir: The runs' ``save_folder``, with one folder per run that holds its ``summary.json``; or a single run's folder.
-        out: Path of the page, ending in ``.html`` or ``.htm``; None for ``report.html`` in ``runs_dir``. The Markdown file has the suffix
-            ``.md``.
-        targets: Accuracies in (0, 1] for which the table gives the first epoch above; empty for those of the folder's ``results.json``.
-        equal_budget: The frontier to show; None for that of the finished runs, if they include plain runs of several lengths.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        InputError: ``runs_dir`` has no usable run, a target is not in (0, 1], or ``out`` is invalid or not writable.
+    ``out``, the path of the page, must end in ``.html`` or ``.htm`` and is ``report.html`` in the folder by default. ``targets`` are
+    accuracies in (0, 1]; if empty, those of the folder's ``results.json``. Without ``equal_budget``, the frontier of the finished runs is
+    shown if they include plain runs of several lengths.
     """
     out = Path(runs_dir) / 'report.html' if out is None else Path(out)
     if out.suffix.lower() not in ('.html', '.htm'):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +12,7 @@ from typing import Any
 from composer_effalgos.report.runs import Run, first_above
 from composer_effalgos.report.table import Row
 from composer_effalgos.utils.files import read_text, write_texts
+from composer_effalgos.utils.tables import csv_text
 
 CSV, JSON = 'results.csv', 'results.json'
 _TOTALS = ('eval_accuracy', 'train_seconds', 'samples_seen', 'samples_full', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
@@ -23,21 +22,11 @@ _LATER = ('eval_loss', 'tokens_seen', 'tokens_full')  # summaries of older versi
 def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = (), about: dict[str, Any] | None = None) -> None:
     """Writes ``results.csv``, one line per run, and ``results.json``, with the means of each method, the runs and their epochs.
 
-    Args:
-        rows: Rows from :func:`~composer_effalgos.report.table.table_rows`.
-        out: The output folder.
-        targets: Accuracies for which to give the first epoch above and the seconds until then.
-        about: Additional entries at the top of ``results.json``.
-
-    Raises:
-        InputError: ``out`` is not writable.
+    ``targets`` are accuracies for which to give the first epoch above and the seconds until then; ``about`` goes to the top of
+    ``results.json``.
     """
     runs = [(row.method, run, _of_run(run, targets)) for row in rows for run in row.runs]
-    table = io.StringIO()
-    if runs:
-        writer = csv.DictWriter(table, ['method', *runs[0][2]], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({'method': method, **values} for method, _, values in runs)
+    table = csv_text([{'method': method, **values} for method, _, values in runs])
     methods = [
         {item.name: getattr(row, item.name) for item in fields(row) if item.name not in ('runs', 'reached', 'parity')}
         | {'seeds': [run.summary['seed'] for run in row.runs]}
@@ -54,7 +43,7 @@ def write_results(rows: Sequence[Row], out: Path, *, targets: Sequence[float] = 
             for method, run, values in runs
         ],
     }
-    write_texts({out / CSV: table.getvalue(), out / JSON: json.dumps(content, indent=2) + '\n'}, 'the results')
+    write_texts({out / CSV: table, out / JSON: json.dumps(content, indent=2) + '\n'}, 'the results')
 
 
 def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:
@@ -69,14 +58,7 @@ def _of_run(run: Run, targets: Sequence[float]) -> dict[str, Any]:
 
 
 def read_targets(folder: Path) -> list[float]:
-    """Reads the targets from a folder's ``results.json``; empty without a valid file.
-
-    Args:
-        folder: A folder of runs.
-
-    Returns:
-        Accuracies in [0, 1].
-    """
+    """Reads the targets, accuracies in [0, 1], from a folder's ``results.json``; empty without a valid file."""
     try:
         targets = json.loads(read_text(folder / JSON))['targets']
         return [float(target) for target in targets]

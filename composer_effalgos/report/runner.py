@@ -33,7 +33,7 @@ from composer_effalgos.utils.text import one_line
 LOG, RECIPE, FINISHED, LOCK = 'train.log', 'recipe.yaml', 'finished', '.lock'
 TARGET = 'target'  # file in a folder of effalgos search: the accuracy at which its runs are stopped
 GRACE = 30.0  # seconds to wait for a run to end after SIGTERM, and for a run left by a killed call
-PORTION_OVER = 3  # exit status if runs are left for the next call
+EXIT_TIME_LIMIT = 3  # exit status if runs are left for the next call
 
 
 @dataclass(frozen=True)
@@ -51,42 +51,30 @@ class Outcome:
     @property
     def status(self) -> int:
         """Exit status: 1 if a run failed, else 3 if some are left, else 0."""
-        return 1 if self.failures else PORTION_OVER if self.pending else 0
+        return 1 if self.failures else EXIT_TIME_LIMIT if self.pending else 0
 
 
 def run_jobs(
     jobs: Sequence[Job],
     out: Path,
     *,
-    at_once: int = 1,
+    max_parallel: int = 1,
     fresh: bool = False,
     ranks: int = 1,
     minutes: float | None = None,
     keep_checkpoints: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Trains runs, each in its own process.
+    """Trains runs, each in its own process; their recipes' ``save_folder`` is ``out``.
 
-    Finished runs in ``out`` are skipped. An interrupted run resumes from its last checkpoint if its recipe has ``save_interval``, otherwise
-    it starts over. A failed run is reported and does not stop the others. A run's output goes to ``train.log`` in its folder. On the CPU a
-    run uses one thread, or the number in ``OMP_NUM_THREADS``.
+    Finished runs in ``out`` are skipped; ``fresh`` deletes the results of earlier calls first. An interrupted run resumes from its last
+    checkpoint if its recipe has ``save_interval``, otherwise it starts over. A failed run is reported and does not stop the others. A run's
+    output goes to ``train.log`` in its folder. On the CPU a run uses one thread, or the number in ``OMP_NUM_THREADS``. Finished runs lose
+    their checkpoints unless ``keep_checkpoints``.
 
-    Args:
-        jobs: The runs; their recipes' ``save_folder`` is ``out``.
-        out: The folder of the runs.
-        at_once: Number of concurrent runs. They share the machine: compare their ``cpu_seconds``, not their ``seconds``.
-        fresh: Delete the results of earlier calls for these runs and train everything again.
-        ranks: Number of processes per run, one per GPU.
-        minutes: Time limit in minutes, at least 0; the rest is left for the next call. None for no limit.
-        keep_checkpoints: Whether finished runs keep their checkpoints; interrupted runs always do.
-        console: Where to print progress; None for standard output.
-
-    Returns:
-        The failed and remaining runs.
-
-    Raises:
-        InputError: ``minutes`` is invalid, ``out`` is not writable, another call is using it, it belongs to ``effalgos search``, or it
-            holds a run of the same name with other settings.
+    ``max_parallel`` runs share the machine: compare their ``cpu_seconds``, not their ``seconds``. A run has ``ranks`` processes, one per
+    GPU. After ``minutes``, at least 0, the rest is left for the next call. An ``InputError`` says that ``out`` is not writable, used by
+    another call or by ``effalgos search``, or holds a run of the same name with other settings.
     """
     deadline = deadline_in(minutes)
     console = console or Console()
@@ -100,8 +88,9 @@ def run_jobs(
             console.print(f'{len(jobs) - len(todo)} of {len(jobs)} runs are done already', highlight=False)
         failures: list[str] = []
         pending = [job.recipe.run_name for job in todo]
-        with _Meter(todo, console) as meter:
-            ended = train_jobs(todo, lock, at_once=at_once, ranks=ranks, deadline=deadline, enough=meter.update)
+        meter = _Meter(todo, console)
+        with meter.progress:
+            ended = train_jobs(todo, lock, max_parallel=max_parallel, ranks=ranks, deadline=deadline, should_stop=meter.update)
             for number, (job, failure) in enumerate(ended, start=1 + len(jobs) - len(todo)):
                 name = job.recipe.run_name
                 pending.remove(name)
@@ -121,17 +110,10 @@ class _Meter:
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         text, clock = TextColumn('{task.description}', markup=False), (TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
-        self._progress = Progress(text, BarColumn(), TaskProgressColumn(), *clock, console=console, speed_estimate_period=3600.0)
-        self._task = self._progress.add_task('', total=sum(job.epochs or 1 for job in jobs), visible=bool(jobs))
+        self.progress = Progress(text, BarColumn(), TaskProgressColumn(), *clock, console=console, speed_estimate_period=3600.0)
+        self._task = self.progress.add_task('', total=sum(job.epochs or 1 for job in jobs), visible=bool(jobs))
         self._done = 0
         self._running: dict[str, int] = {}  # epochs so far, by the run's name
-
-    def __enter__(self) -> _Meter:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def update(self, job: Job, epochs: Sequence[Any]) -> bool:
         """Shows the progress of a run; returns False, as runs of a sweep never end early."""
@@ -146,18 +128,11 @@ class _Meter:
 
     def _show(self) -> None:
         completed = self._done + sum(self._running.values())
-        self._progress.update(self._task, completed=completed, description=', '.join(self._running))
+        self.progress.update(self._task, completed=completed, description=', '.join(self._running))
 
 
 def deadline_in(minutes: float | None) -> float | None:
-    """Returns the monotonic clock's time in this many minutes.
-
-    Args:
-        minutes: Minutes, at least 0; None for no deadline.
-
-    Raises:
-        InputError: ``minutes`` is negative or not finite (NaN and infinity would never be reached).
-    """
+    """Returns the monotonic clock's time in this many minutes, at least 0 and finite (NaN would never be reached); None for None."""
     if minutes is None:
         return None
     check_number('--minutes', minutes, least=0)
@@ -173,14 +148,7 @@ def finished(job: Job) -> bool:
 def locked(out: Path) -> Iterator[int]:
     """Creates ``out`` and locks it for this process and its runs; waits for runs that a killed call left behind.
 
-    Args:
-        out: The folder of the runs.
-
-    Yields:
-        The file descriptor that holds the lock, for the runs to inherit.
-
-    Raises:
-        InputError: ``out`` is not writable, or another call is using it.
+    Yields the file descriptor that holds the lock, for the runs to inherit.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -206,15 +174,7 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def prepare(job: Job, *, fresh: bool = False) -> None:
-    """Checks that a run's folder is free or belongs to the same run, before anything is trained.
-
-    Args:
-        job: The run.
-        fresh: Whether to empty the folder first.
-
-    Raises:
-        InputError: The path is not a folder, or it holds the same run with other settings; the message names one of them.
-    """
+    """Checks that a run's folder is free or belongs to the same run, before anything is trained; ``fresh`` empties it first."""
     folder = job.recipe.run_folder
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise InputError(f'{folder}: expected a folder, got something else; remove it, or give another --out')
@@ -250,13 +210,7 @@ def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
 
 
 class _Training:
-    """Trains or resumes one run in its own process.
-
-    Args:
-        job: The run.
-        lock: The file descriptor from :func:`locked`.
-        ranks: Number of processes of the run.
-    """
+    """Trains or resumes one run in its own process, which inherits the file descriptor of :func:`locked`."""
 
     def __init__(self, job: Job, lock: int, ranks: int) -> None:
         self.job = job
@@ -279,10 +233,10 @@ class _Training:
                 preexec_fn=_die_with_parent if sys.platform == 'linux' else None,
             )
 
-    def poll(self, enough: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
-        """Returns None while the run is going, then its error, or '' on success. A run that ``enough`` ended has no error."""
+    def poll(self, should_stop: Callable[[Job, list[dict[str, Any]]], bool]) -> str | None:
+        """Returns None while the run is going, then its error, or '' on success. A run that ``should_stop`` ended has no error."""
         status = self._process.poll()
-        reached = status is None and enough(self.job, _epochs(self._folder))
+        reached = status is None and should_stop(self.job, _epochs(self._folder))
         if status is None and not reached:
             return None
         self.stop()
@@ -310,28 +264,21 @@ def train_jobs(
     jobs: Iterable[Job],
     lock: int,
     *,
-    at_once: int = 1,
+    max_parallel: int = 1,
     ranks: int = 1,
     deadline: float | None = None,
-    enough: Callable[[Job, list[dict[str, Any]]], bool],
+    should_stop: Callable[[Job, list[dict[str, Any]]], bool],
 ) -> Iterator[tuple[Job, str]]:
-    """Trains runs in order, up to ``at_once`` concurrently.
+    """Trains runs in order, up to ``max_parallel`` concurrently; yields each ended run and its error, '' on success.
 
-    Args:
-        jobs: The runs.
-        lock: The file descriptor from :func:`locked`.
-        at_once: Number of concurrent runs.
-        ranks: Number of processes per run.
-        deadline: Time of the monotonic clock at which running runs are stopped and no more are started; None for none.
-        enough: Called repeatedly with a run and its epochs in ``summary.json``; the run is ended when it returns True.
-
-    Yields:
-        Each ended run and its error, '' on success.
+    ``lock`` is the file descriptor from :func:`locked`. At ``deadline``, a time of the monotonic clock, running runs are stopped and no
+    more are started. ``should_stop`` is called repeatedly with a run and its epochs in ``summary.json``; the run is ended when it returns
+    True.
     """
     waiting, running = iter(jobs), list[_Training]()
     try:
         while deadline is None or time.monotonic() < deadline:
-            for job in itertools.islice(waiting, at_once - len(running)):
+            for job in itertools.islice(waiting, max_parallel - len(running)):
                 try:
                     running.append(_Training(job, lock, ranks))
                 except OSError as error:  # disk full, or folder not writable
@@ -340,7 +287,7 @@ def train_jobs(
                 return
             time.sleep(0.1)
             for training in running[:]:
-                failure = training.poll(enough)
+                failure = training.poll(should_stop)
                 if failure is not None:
                     running.remove(training)
                     yield training.job, failure

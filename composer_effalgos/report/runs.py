@@ -19,6 +19,7 @@ _NUMBERS = {
     'epochs': ('epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'selection_seconds'),
     'totals': (
         'train_seconds',
+        'train_cpu_seconds',
         'samples_seen',
         'samples_full',
         'samples_saved',
@@ -66,14 +67,8 @@ class Run:
 def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
     """Reads the ``summary.json`` of every run in a folder, or of a single run.
 
-    Args:
-        folder: The runs' ``save_folder``, with one folder per run (deeper folders are not read), or a single run's folder.
-
-    Returns:
-        The runs in the order of their paths, and one line for each unusable summary, with its path and the reason.
-
-    Raises:
-        InputError: The folder is missing or has no usable summary.
+    ``folder`` is the runs' ``save_folder``, with one folder per run (deeper folders are not read), or a single run's folder. Returns the
+    runs in the order of their paths, and one line for each unusable summary, with its path and the reason; at least one must be usable.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -93,17 +88,7 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Reads one ``summary.json``.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content, checked for the table and the report.
-
-    Raises:
-        InputError: The file is missing or not a valid summary.
-    """
+    """Reads one ``summary.json`` and checks it for the table and the report."""
     try:
         summary = json.loads(read_text(path))
         check_summary(summary)
@@ -114,15 +99,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def first_above(run: Run, target: float) -> tuple[int, float] | None:
-    """Finds when a run first exceeded an accuracy.
-
-    Args:
-        run: The run.
-        target: The accuracy, in [0, 1].
-
-    Returns:
-        The first epoch (from 1) at whose end the accuracy was above ``target``, and the training seconds until then; None if never.
-    """
+    """Finds the first epoch (from 1) at whose end the accuracy was above ``target``, and the training seconds until then; None if never."""
     epochs = run.summary['epochs']
     for entry, seconds in zip(epochs, accumulate(entry['seconds'] for entry in epochs), strict=True):
         if entry.get('eval_accuracy') is not None and entry['eval_accuracy'] > target:
@@ -131,14 +108,7 @@ def first_above(run: Run, target: float) -> tuple[int, float] | None:
 
 
 def check_summary(summary: Any) -> None:
-    """Checks that the table and the report can use a summary.
-
-    Args:
-        summary: The content of a ``summary.json``.
-
-    Raises:
-        ValueError: They cannot; the message says why.
-    """
+    """Checks that the table and the report can use the content of a ``summary.json``; raises a ``ValueError`` that says why not."""
     if not isinstance(summary, dict):
         raise ValueError('it holds no JSON object')
     kinds = {

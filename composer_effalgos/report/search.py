@@ -19,7 +19,8 @@ from composer_effalgos.report.runner import TARGET, Outcome, deadline_in, finish
 from composer_effalgos.report.runs import Run, first_above, read_summary
 from composer_effalgos.report.sweep import Job, Sweep, combine, load_sweep
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import read_text, whole_file
+from composer_effalgos.utils.files import read_text, write_texts
+from composer_effalgos.utils.tables import markdown_table
 from composer_effalgos.utils.text import one_line
 
 BEST = 3  # combinations that go into best.yaml
@@ -82,22 +83,8 @@ def run_search(
     ``search.json`` and ``search.md`` list the trials; ``best.yaml`` is a sweep of the first choices and the best combinations with three
     seeds, to confirm the result of a single seed with ``effalgos bench``.
 
-    Args:
-        path: A sweep with ``search:`` axes.
-        out: Folder of the runs and results; None for ``runs/<name of the sweep>``.
-        overrides: ``key=value`` settings that override every recipe.
-        target: The accuracy, in (0, 1]; None for the last of the sweep's ``targets``.
-        trials: Number of combinations to train.
-        seed: Seeds the search and the runs.
-        minutes: Time limit in minutes, None for none; calling again continues.
-        fresh: Whether to train everything again.
-        console: Where to print progress and table; None for standard output.
-
-    Returns:
-        The failures and, if time ran out, the number of trials left.
-
-    Raises:
-        InputError: The sweep or one of its recipes is invalid, Optuna is missing, or ``out`` cannot be used.
+    ``out`` is ``runs/<name of the sweep>`` by default, ``target``, in (0, 1], the last of the sweep's ``targets``; ``seed`` seeds the
+    search and the runs. If time runs out, the outcome has the number of trials left.
     """
     optuna = _optuna()
     console, deadline = console or Console(), deadline_in(minutes)
@@ -215,11 +202,11 @@ def _combination(sweep: Sweep, choices: Mapping[str, str]) -> tuple[str, list[An
 def _train(job: Job, target: float, best: float, deadline: float | None, lock: int, *, fresh: bool) -> str | None:
     prepare(job, fresh=fresh)
 
-    def enough(_: Job, epochs: list[dict[str, Any]]) -> bool:
+    def should_stop(_: Job, epochs: list[dict[str, Any]]) -> bool:
         reached = any(entry['eval_accuracy'] is not None and entry['eval_accuracy'] > target for entry in epochs)
         return reached or sum(entry['seconds'] for entry in epochs) >= best
 
-    return next((failure for _, failure in train_jobs([job], lock, deadline=deadline, enough=enough)), None)
+    return next((failure for _, failure in train_jobs([job], lock, deadline=deadline, should_stop=should_stop)), None)
 
 
 def _trial(job: Job, choices: dict[str, str], target: float) -> Trial:
@@ -245,19 +232,15 @@ def factor(trial: Trial, trials: Sequence[Trial]) -> float | None:
 
 
 def _table(trials: Sequence[Trial], target: float) -> str:
-    lines = [
-        f'| combination | s to {100 * target:g} % | factor | epoch | best accuracy % | epochs trained | |',
-        '| --- | ---: | ---: | ---: | ---: | ---: | --- |',
-    ]
+    header = ['combination', f's to {100 * target:g} %', 'factor', 'epoch', 'best accuracy %', 'epochs trained', '']
+    rows = []
     for trial in sorted(trials, key=lambda trial: trial.cost):
         seconds, epoch = ('–', '–') if trial.seconds is None else (f'{trial.seconds:.1f}', trial.epoch)
         why = 'slower than the best, stopped' if trial.stopped else '' if trial.seconds is not None else 'not reached'
         accuracy = '–' if trial.accuracy is None else f'{100 * trial.accuracy:.2f}'
         times = factor(trial, trials)
-        lines.append(
-            f'| {trial.name} | {seconds} | {"–" if times is None else f"{times:.2f}"} | {epoch} | {accuracy} | {trial.epochs} | {why} |'
-        )
-    return '\n'.join(lines) + f'\nFactor: {_FACTOR}\n'
+        rows.append([trial.name, seconds, '–' if times is None else f'{times:.2f}', epoch, accuracy, trial.epochs, why])
+    return f'{markdown_table(header, rows, left=(0, 6))}Factor: {_FACTOR}\n'
 
 
 def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str]) -> None:
@@ -281,6 +264,4 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
         'search.md': _table(trials, target),
         'best.yaml': f'{title}\n{yaml.safe_dump(best, sort_keys=False)}',
     }
-    for name, text in texts.items():
-        with whole_file(out / name) as unfinished:
-            unfinished.write_text(text, encoding='utf-8')
+    write_texts({out / name: text for name, text in texts.items()}, 'the search')

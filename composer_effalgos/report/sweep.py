@@ -31,7 +31,7 @@ from composer_effalgos.recipes.schema import Recipe, parse_recipe
 from composer_effalgos.recipes.settings import read_settings, recipe_folder
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean
-from composer_effalgos.utils.type_hints import check_type
+from composer_effalgos.utils.type_hints import check_fields, check_type
 
 # Settings that the sweep sets in every recipe
 _PLACED = {
@@ -97,11 +97,7 @@ class Sweep:
     search: dict[str, Any] = field(default_factory=dict)
 
     def all_methods(self) -> dict[str, Method]:
-        """Returns the methods and the combinations of the matrix, by name, in order.
-
-        Raises:
-            InputError: Two methods have the same name, or one has no recipe.
-        """
+        """Returns the methods and the combinations of the matrix, by name, in order; each name must occur once."""
         named: list[tuple[str, list[Any]]] = [(name, [layer]) for name, layer in self.methods.items()]
         if self.matrix:
             named += [combine(dict(choices)) for choices in itertools.product(*(axis.items() for axis in self.matrix.values()))]
@@ -113,18 +109,7 @@ class Sweep:
         return found
 
     def method(self, name: str, layers: Sequence[Any]) -> Method:
-        """Builds a method and checks it as far as possible without reading its recipe.
-
-        Args:
-            name: The method's name.
-            layers: Overrides, applied in order after the sweep's ``settings``.
-
-        Returns:
-            The method.
-
-        Raises:
-            InputError: It has no recipe, or a value of the wrong type.
-        """
+        """Builds a method, whose ``layers`` override the sweep's ``settings``, and checks it as far as possible without its recipe."""
         recipe, seeds, settings = self.recipe, self.seeds, [self.settings]
         for layer in layers:
             layer = {} if layer is None else layer
@@ -139,21 +124,7 @@ class Sweep:
         return Method(beside if beside.is_file() else recipe_folder() / recipe, seeds, settings)
 
     def job(self, name: str, method: Method, seed: int, out: Path, overrides: Sequence[str] = ()) -> Job:
-        """Builds one run and checks its recipe.
-
-        Args:
-            name: The method's name.
-            method: The method.
-            seed: The run's seed.
-            out: The runs' ``save_folder``.
-            overrides: ``key=value`` settings, applied last.
-
-        Returns:
-            The run.
-
-        Raises:
-            InputError: The recipe is missing or invalid, or an override sets a key that the sweep sets.
-        """
+        """Builds one run, saved in ``out``, and checks its recipe; ``overrides`` are applied last and may not set what the sweep sets."""
         for key in _PLACED:
             if any(key in layer for layer in method.layers) or any(item.split('=')[0].strip() == key for item in overrides):
                 raise InputError(f'{self.path}: {name}: {key}: {_PLACED[key]}')
@@ -166,21 +137,10 @@ class Sweep:
         return Job(name, parse_recipe(settings, source=f'{self.path}: {name}', run_name=run_name))
 
     def jobs(self, out: Path, overrides: Sequence[str] = (), *, seeds: Sequence[int] = (), only: Sequence[str] = ()) -> list[Job]:
-        """Builds all runs of the sweep and checks their recipes.
+        """Builds all runs of the sweep, saved in ``out``, and checks their recipes.
 
-        Runs are ordered by seed, so that an interrupted sweep has complete comparisons.
-
-        Args:
-            out: The runs' ``save_folder``.
-            overrides: ``key=value`` settings, applied last.
-            seeds: If not empty, replace all seeds of the sweep.
-            only: Names of the methods to include; empty for all.
-
-        Returns:
-            The runs.
-
-        Raises:
-            InputError: A recipe is missing or invalid, a name in ``only`` is unknown, or there are no methods or too many runs.
+        Runs are ordered by seed, so that an interrupted sweep has complete comparisons. ``overrides`` are applied last; if not empty,
+        ``seeds`` replace all seeds of the sweep, and only the methods named in ``only`` are included.
         """
         methods = self.all_methods()
         if not methods:
@@ -200,36 +160,19 @@ class Sweep:
 
 
 def combine(choices: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """Returns the name and the layers of a combination.
+    """Returns the name and the layers of a combination: the settings of the choice on each axis, by the choice's name.
 
-    Args:
-        choices: The settings of the choice on each axis, by the choice's name.
-
-    Returns:
-        The names of the choices that have settings, joined by ``+`` (``baseline`` if none has), and the settings.
+    The name joins the choices that have settings by ``+``, and is ``baseline`` if none has.
     """
     return '+'.join(name for name, layer in choices.items() if layer) or 'baseline', list(choices.values())
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """Reads a sweep.
-
-    Args:
-        path: The YAML file.
-
-    Returns:
-        The sweep; :meth:`Sweep.jobs` reads and checks the recipes.
-
-    Raises:
-        InputError: The file is missing or not valid YAML, or has an unknown key or an invalid value.
-    """
+    """Reads and checks a sweep; :meth:`Sweep.jobs` reads and checks the recipes."""
     path = Path(path)
     settings = read_settings(path)
     hints = {name: hint for name, hint in typing.get_type_hints(Sweep).items() if name not in ('name', 'path')}
-    for key, value in settings.items():
-        if key not in hints:
-            raise InputError(f'{path}: {key}: unknown key; {did_you_mean(key, hints)}')
-        check_type(f'{path}: {key}', value, hints[key])
+    check_fields(f'{path}: ', settings, hints)
     sweep = Sweep(name=path.stem, path=path, **settings)
     for key, axes in (('matrix', sweep.matrix), ('search', sweep.search)):
         for axis, choices in axes.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from composer_effalgos.monitor import perplexity
 from composer_effalgos.report.runs import Run, first_above
+from composer_effalgos.utils import tables
 
 PARITY = 0.002  # accuracies down to this far below the baseline's mean count as equal
 _NONE = '–'
@@ -112,14 +112,7 @@ class Column:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """Returns the columns for rows; optional columns only if they have values.
-
-    Args:
-        rows: Rows from :func:`table_rows`.
-
-    Returns:
-        The columns, the method's name first.
-    """
+    """Returns the columns for rows, the method's name first; optional columns only if they have values."""
     found = [
         Column('run', lambda row: row.method, lambda row: row.method),
         Column('seeds', lambda row: str(len(row.runs)), lambda row: len(row.runs)),
@@ -179,15 +172,7 @@ def _tokens(rows: Sequence[Row]) -> list[Column]:
 
 
 def note(rows: Sequence[Row], *, brief: bool = False) -> str:
-    """Explains the columns of a table.
-
-    Args:
-        rows: Rows from :func:`table_rows`.
-        brief: Only explain the columns shown in a terminal.
-
-    Returns:
-        One paragraph.
-    """
+    """Explains the columns of a table in one paragraph; with ``brief`` only those shown in a terminal."""
     shown = [column for column in columns(rows) if column.brief or not brief]
     parts = [f'{column.title}: {column.meaning}' for column in shown if column.meaning]
     if not brief:
@@ -198,7 +183,7 @@ def note(rows: Sequence[Row], *, brief: bool = False) -> str:
         if any(column.title == 's to same %' for column in shown):
             parts.append(f's to same %: the same for the baseline’s mean accuracy less {100 * PARITY:g} points')
         if any(column.title.startswith('s to ') for column in shown):
-            parts.append('in brackets how many get there, where not all do')
+            parts.append('in parentheses: how many runs reach it, if not all do')
     rule = 'A baseline is a run with “baseline” in its name, for those of the same data set, limit, model and max_duration.'
     return f'{"; ".join(parts)}. {rule}'
 
@@ -242,17 +227,11 @@ def _perplexity(row: Row) -> float | None:
 
 
 def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
-    """Compares runs with their baseline.
+    """Compares runs with their baseline; one row per method, baselines first, otherwise in the order of the runs.
 
     Runs with the same name, settings, device and number of ranks that differ only in the seed share a row. The baseline of a row is the
-    first method with the same dataset, limit, model and duration whose name contains ``baseline``.
-
-    Args:
-        runs: Runs from :func:`read_runs`.
-        targets: Accuracies in [0, 1] for which to find the first epoch above.
-
-    Returns:
-        One row per method, baselines first, otherwise in the order of the runs.
+    first method with the same dataset, limit, model and duration whose name contains ``baseline``. ``targets`` are accuracies in [0, 1] for
+    which to find the first epoch above.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -267,15 +246,7 @@ def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
 
 
 def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """Returns the rows as a table for a terminal, with the brief columns only.
-
-    Args:
-        rows: Rows from :func:`table_rows`.
-        title: A line above the table.
-
-    Returns:
-        A table for rich.
-    """
+    """Returns the rows as a table for a terminal, with the brief columns only."""
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     shown = [column for column in columns(rows) if column.brief]
     for number, column in enumerate(shown):
@@ -286,18 +257,9 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Returns the rows as a Markdown table.
-
-    Args:
-        rows: Rows from :func:`table_rows`.
-
-    Returns:
-        Lines of Markdown, with a newline at the end.
-    """
+    """Returns the rows as a Markdown table, with a newline at the end."""
     shown = columns(rows)
-    head = [[column.title for column in shown], ['---'] + ['---:'] * (len(shown) - 1)]
-    lines = [*head, *([_markdown(column.text(row)) for column in shown] for row in rows)]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    return tables.markdown_table([column.title for column in shown], ([column.text(row) for column in shown] for row in rows))
 
 
 def _when_reached(group: Sequence[Run], target: float) -> Reached:
@@ -376,9 +338,3 @@ def _mean_seconds(group: list[Run]) -> float:
 
 def _is_baseline(run: Run) -> bool:
     return 'baseline' in run.method.lower()
-
-
-def _markdown(text: str) -> str:
-    """Escapes text for a table cell."""
-    text = re.sub(r'([\\`*\[\]|~])', r'\\\1', ' '.join(text.split()))
-    return text.replace('&', '&amp;').replace('<', '&lt;')

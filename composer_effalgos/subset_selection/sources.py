@@ -25,7 +25,6 @@ from composer_effalgos.subset_selection.subset_file import check_subset, read_su
 from composer_effalgos.utils.checks import check_number
 from composer_effalgos.utils.errors import InputError
 
-
 _INSTEAD = {
     'generator': 'seed',
     'val_gradients': 'val_dataloader',

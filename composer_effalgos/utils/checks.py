@@ -11,8 +11,6 @@ from typing import Any
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import did_you_mean, shown
 
-__all__ = ['LARGEST', 'MOST_CLASSES', 'Range', 'check_number', 'check_whole', 'is_whole', 'name_and_options']
-
 LARGEST = 1e12  # upper limit for step sizes, factors and the like; larger than any sensible value, and its square does not overflow
 MOST_CLASSES = 2**20  # more than any real class count; without a limit, a label of 2**60 would allocate as many class names
 
@@ -67,36 +65,16 @@ def is_whole(value: Any) -> bool:
 def check_number(
     name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf
 ) -> None:
-    """Checks that a value is a finite number within bounds.
-
-    Args:
-        name: The argument's name, for the message.
-        value: Its value.
-        above: Exclusive lower bound.
-        least: Inclusive lower bound.
-        below: Exclusive upper bound.
-        most: Inclusive upper bound.
-
-    Raises:
-        InputError: If it is not.
-    """
+    """Checks that a value is a finite number within bounds, of which ``above`` and ``below`` are exclusive; ``name`` starts the message."""
     allowed = Range(above, least, below, most)
     if value not in allowed:
         raise InputError(f'{name}: expected a number {allowed}, got {shown(value)}')
 
 
 def check_whole(name: str, value: Any, *, least: int, most: int | None = None, what: str = 'a whole number') -> None:
-    """Checks that a value is an integer within bounds.
+    """Checks that a value is an integer within inclusive bounds.
 
-    Args:
-        name: The argument's name, for the message.
-        value: Its value.
-        least: Inclusive lower bound.
-        most: Inclusive upper bound; ``None`` for no bound.
-        what: What is expected, such as ``a whole number of batches``.
-
-    Raises:
-        InputError: If it is not.
+    ``what`` is what the message expects, such as ``a whole number of batches``.
     """
     if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f', at least {least}' if most is None else f' from {least} to {most}'
@@ -104,19 +82,9 @@ def check_whole(name: str, value: Any, *, least: int, most: int | None = None, w
 
 
 def name_and_options(key: str, given: Any, known: Iterable[str], what: str) -> tuple[str, dict[str, Any]]:
-    """Parses ``'seta'`` or ``{'name': 'seta', 'groups': 5}``.
+    """Parses ``'seta'`` or ``{'name': 'seta', 'groups': 5}`` into the name, which must be in ``known``, and the options.
 
-    Args:
-        key: The argument's name, for the message.
-        given: The name, or a mapping with ``name`` and the options.
-        known: The valid names.
-        what: What else is allowed, for the message.
-
-    Returns:
-        The name and the options.
-
-    Raises:
-        InputError: For an unknown name, or another type.
+    ``what`` is what else is allowed, for the message.
     """
     options = {'name': given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = options.pop('name', None)

@@ -5,16 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ['labels_digest']
-
 
 def labels_digest(labels: Tensor) -> str:
-    """SHA-256 of labels in order, as little-endian 64-bit integers.
-
-    Args:
-        labels: Integers ``[N]``, on the CPU.
-
-    Returns:
-        The hexadecimal digest.
-    """
+    """SHA-256, in hexadecimal, of labels ``[N]`` on the CPU in order, as little-endian 64-bit integers."""
     return hashlib.sha256(labels.to(torch.int64).numpy().astype('<i8').tobytes()).hexdigest()

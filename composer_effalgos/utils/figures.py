@@ -13,16 +13,7 @@ from composer_effalgos.utils.files import whole_file
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> Path:
     """Writes a figure atomically, in the format of the path's extension. Equal figures give equal SVG files, with text as text.
 
-    Args:
-        figure: The figure.
-        path: The file; its name without extension seeds the identifiers in an SVG.
-        dpi: Pixels per inch, for PNG.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: If the file cannot be written.
+    The file's name without extension seeds the identifiers in an SVG; ``dpi`` is the resolution of a PNG, in pixels per inch.
     """
     ending = path.suffix[1:]
     with matplotlib.rc_context({'svg.hashsalt': path.stem, 'svg.fonttype': 'none'}), whole_file(path) as unfinished:

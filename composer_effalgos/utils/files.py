@@ -14,18 +14,11 @@ from composer_effalgos.utils.errors import InputError
 
 @contextmanager
 def whole_file(target: Path, mark: str | None = None) -> Iterator[Path]:
-    """Provides a temporary path that is renamed to the target when the block ends without an error, and removed otherwise.
+    """Provides an unused path in the same folder that is renamed to the target when the block ends without an error, and removed otherwise.
 
-    Args:
-        target: The file or folder.
-        mark: Suffix of the temporary name. The default is the process ID, since two processes may write the same file by mistake. With a
-            fixed one, the next attempt removes what a killed process left behind.
-
-    Yields:
-        An unused path in the same folder.
-
-    Raises:
-        InputError: If the target is a device, FIFO or socket, which the rename would replace.
+    ``mark`` is the suffix of that temporary name. The default is the process ID, since two processes may write the same file by mistake.
+    With a fixed one, the next attempt removes what a killed process left behind. A device, FIFO or socket, which the rename would replace,
+    is an ``InputError``.
     """
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise InputError(f'{target}: expected a regular file or a new name, got a device, FIFO or socket; give another path')
@@ -45,34 +38,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_file(path: Path, hint: str) -> None:
-    """Checks that a path is a regular file before it is opened: reading a FIFO would block, and a device may never end.
-
-    Args:
-        path: The file.
-        hint: What would be right, for the message.
-
-    Raises:
-        InputError: If it is missing or not a regular file.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f'{path}: expected a file, got none ({reason}); {hint}') from error
-    if not stat.S_ISREG(mode):
-        raise InputError(f'{path}: expected a file, got {"a folder" if stat.S_ISDIR(mode) else "a device, FIFO or socket"}; {hint}')
-
-
 def write_texts(texts: Mapping[Path, str], what: str) -> None:
     """Writes UTF-8 text files, each atomically, and creates their folders.
 
-    Args:
-        texts: The content of each file. Lone surrogates, which names of runs may contain, are replaced.
-        what: Names the content in the error message.
-
-    Raises:
-        InputError: If a file cannot be written.
+    Lone surrogates, which names of runs may contain, are replaced. ``what`` names the content in the ``InputError`` about a file that
+    cannot be written.
     """
     for path, text in texts.items():
         try:
@@ -89,24 +59,19 @@ def read_text(path: Path, most: int = 2**24) -> str:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Reads a file from an untrusted source.
+    """Reads a file of at most so many bytes from an untrusted source.
 
-    Args:
-        path: The file.
-        most: Maximum size in bytes.
-
-    Returns:
-        Its content.
-
-    Raises:
-        OSError: If it cannot be opened.
-        ValueError: If it is not a regular file (a FIFO or a device may never end), or too large.
+    Raises an ``OSError`` if it cannot be opened, and a ``ValueError`` if it is too large or not a regular file: a FIFO or device may never
+    end.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-    with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError('expected a regular file')
-        content = file.read(most + 1)
+    try:
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError('expected a file, got a device, FIFO or socket')
+            content = file.read(most + 1)
+    except IsADirectoryError as error:
+        raise ValueError('expected a file, got a folder') from error
     if len(content) > most:
         raise ValueError(f'expected at most {most} bytes')
     return content

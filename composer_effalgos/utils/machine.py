@@ -45,14 +45,7 @@ def peak_resident_bytes() -> int:
 
 
 def versions(packages: Iterable[str] = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords')) -> dict[str, str]:
-    """The versions of Python and of the installed ones among some packages.
-
-    Args:
-        packages: Names of distributions.
-
-    Returns:
-        Versions by name, with underscores for hyphens.
-    """
+    """The versions of Python and of the installed ones among some packages, by name, with underscores for hyphens."""
     found = {'python': platform.python_version()}
     for name in packages:
         try:

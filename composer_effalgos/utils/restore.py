@@ -15,17 +15,9 @@ _Record = typing.TypeVar('_Record')
 
 
 def check_entries(saved: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks that checkpoint data is a mapping with entries of given types.
+    """Returns checkpoint data after checking that it is a mapping with entries of given types; raises a ``CheckpointError`` otherwise.
 
-    Args:
-        saved: The data.
-        kinds: A type for each entry. An ``int`` is accepted for a ``float``, and for ``list[int]`` only ``list`` is checked.
-
-    Returns:
-        ``saved``.
-
-    Raises:
-        CheckpointError: If it is not a mapping, or an entry is missing or has another type.
+    An ``int`` is accepted for a ``float``, and for ``list[int]`` only ``list`` is checked.
     """
     if not isinstance(saved, dict):
         raise CheckpointError(f'expected a mapping in the checkpoint, got {shown(saved)}')
@@ -38,17 +30,9 @@ def check_entries(saved: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(kind: type[_Record], saved: Any) -> _Record:
-    """Restores a dataclass from the result of ``asdict``.
+    """Restores a dataclass from the result of ``asdict``, checked as by :func:`check_entries`.
 
-    Args:
-        kind: The dataclass.
-        saved: Its fields. Fields with a default may be missing, and unknown ones are ignored, as in older checkpoints.
-
-    Returns:
-        The dataclass.
-
-    Raises:
-        CheckpointError: As :func:`check_entries`.
+    Fields with a default may be missing, and unknown ones are ignored, as in older checkpoints.
     """
     hints = typing.get_type_hints(kind)
     defaults = {item.name for item in fields(kind) if item.default is not MISSING or item.default_factory is not MISSING}  # type: ignore[arg-type]

@@ -7,20 +7,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ['described', 'did_you_mean', 'one_line', 'plain', 'shown']
-
 _LONGEST = 700  # maximum characters of a message
 
 
 def one_line(error: object) -> str:
-    """The message of an exception on one line, or the name of its type if there is no message.
-
-    Args:
-        error: The exception, or its message.
-
-    Returns:
-        The message with each run of white space replaced by a space, truncated if very long.
-    """
+    """The message of an exception on one line, truncated if very long; the name of its type if there is no message."""
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...'
 
@@ -44,15 +35,9 @@ def described(value: Any) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str], *, otherwise: str | None = None) -> str:
-    """The end of an "unknown name" message: the closest known name, or all of them if none is close.
+    """The end of an "unknown name" message: ``"did you mean 'x'?"``, or ``'known: x, y, z'`` if no known name is close.
 
-    Args:
-        name: The unknown name.
-        known: The valid names.
-        otherwise: Text to use if none is close, instead of all names.
-
-    Returns:
-        ``"did you mean 'x'?"`` or ``'known: x, y, z'``.
+    ``otherwise`` is the text to use if none is close, instead of all names.
     """
     known = sorted(known)
     by_plain_name = {plain(item): item for item in known}

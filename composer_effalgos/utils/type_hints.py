@@ -6,6 +6,7 @@ import collections.abc
 import inspect
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -13,22 +14,14 @@ from composer.core import Time
 
 from composer_effalgos.utils.checks import is_whole
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import plain, shown
-
-__all__ = ['check_type', 'describe', 'takes_time']
+from composer_effalgos.utils.text import did_you_mean, plain, shown
 
 
 def check_type(key: str, value: Any, hint: Any) -> None:
-    """Checks one value against a type hint.
+    """Checks plain data, as loaded from YAML, against a type hint; ``key`` starts the error message.
 
-    Args:
-        key: Names the value in the error message.
-        value: Plain data, as loaded from YAML.
-        hint: A type hint; ``Annotated[float, Range(...)]`` for a number within bounds. Types that YAML cannot express (tensors, callables)
-            match nothing, unknown hints match everything.
-
-    Raises:
-        InputError: If the value does not match.
+    ``Annotated[float, Range(...)]`` is a number within bounds. Types that YAML cannot express (tensors, callables) match nothing, unknown
+    hints match everything.
     """
     if _matches(value, hint):
         return
@@ -38,6 +31,19 @@ def check_type(key: str, value: Any, hint: Any) -> None:
     ranges = any(typing.get_origin(part) is typing.Annotated for part in _alternatives(hint))
     kind = '' if value is None or ranges or choices else f' ({type(value).__name__})'
     raise InputError(f'{key}: expected {describe(hint)}, got {shown(value)}{kind}{near}')
+
+
+def check_fields(
+    prefix: str, values: Mapping[Any, Any], hints: Mapping[str, Any], *, what: str = 'key', beside: Iterable[str] = ()
+) -> None:
+    """Checks that every name among plain data is known, and its value with :func:`check_type`; ``prefix`` comes before the name.
+
+    The message about an unknown ``what`` also suggests the names in ``beside``.
+    """
+    for name, value in values.items():
+        if name not in hints:
+            raise InputError(f'{prefix}{name}: unknown {what}; {did_you_mean(name, {*hints, *beside})}')
+        check_type(f'{prefix}{name}', value, hints[name])
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -95,14 +101,7 @@ def _is_time_string(text: str) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Describes a type hint in words, without the types that YAML cannot express.
-
-    Args:
-        hint: A type hint.
-
-    Returns:
-        For example ``"int, time string such as '10ep' or null"``.
-    """
+    """Describes a type hint in words, without the types that YAML cannot express: ``'a number or null'`` for ``float | None``."""
     alternatives = _alternatives(hint)
     times = any(_is_time(item) for item in alternatives)
     words = [_describe_one(item) for item in alternatives if not (times and item is str)]

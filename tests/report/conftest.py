@@ -47,6 +47,7 @@ def write_run(tmp_path) -> Callable[..., Path]:
             'epochs': epochs,
             'totals': {
                 'train_seconds': seconds * len(epochs),
+                'train_cpu_seconds': seconds * len(epochs),
                 'samples_seen': seen,
                 'samples_full': full,
                 'samples_saved': full - seen,

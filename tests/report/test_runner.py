@@ -38,7 +38,8 @@ with (folder.parent / 'ran.txt').open('a') as file:
 time.sleep(float(os.environ.get('FAKE_SECONDS', 0)))
 if recipe['optimizer'].get('momentum'):
     sys.exit('error: momentum')
-keys = ('train_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+keys = ('train_seconds', 'train_cpu_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds',
+        'peak_memory_bytes')
 epoch = dict.fromkeys(('epoch', 'seconds', 'samples', 'batches', 'batch_size', 'lr', 'selection_seconds'), 0) | {'eval_accuracy': 0.5}
 summary = dict(run_name=recipe['run_name'], recipe=recipe, seed=recipe['seed'], world_size=1, device='cpu', versions={},
                epochs=[epoch], totals=dict.fromkeys(keys, 0) | {'eval_accuracy': 0.5})
@@ -119,7 +120,7 @@ def test_a_limit_of_time_leaves_the_rest_for_the_next_call(sweep, tmp_path, fake
 def test_runs_side_by_side_overlap_and_one_that_fails_stops_no_other(sweep, tmp_path, fake, monkeypatch):
     sweep.write_text(SWEEP.replace('load_path: no_such_checkpoint.pt', 'optimizer: {momentum: 0.9}'))
     monkeypatch.setenv('FAKE_SECONDS', '1')
-    outcome = run_sweep(sweep, tmp_path / 'out', at_once=3, console=quiet())
+    outcome = run_sweep(sweep, tmp_path / 'out', max_parallel=3, console=quiet())
     assert outcome.failures == [f'broken_seed1: momentum (see {tmp_path}/out/broken_seed1/train.log)']
     assert sorted(fake()) == ['baseline_seed1', 'baseline_seed2', 'broken_seed1']
     starts, ends = (
@@ -131,7 +132,7 @@ def test_runs_side_by_side_overlap_and_one_that_fails_stops_no_other(sweep, tmp_
 
 def test_at_the_deadline_all_that_run_are_stopped(sweep, tmp_path, fake, monkeypatch):
     monkeypatch.setenv('FAKE_SECONDS', '60')
-    outcome = run_sweep(sweep, tmp_path / 'out', only=['baseline'], at_once=2, minutes=1 / 30, console=quiet())
+    outcome = run_sweep(sweep, tmp_path / 'out', only=['baseline'], max_parallel=2, minutes=1 / 30, console=quiet())
     assert (outcome.status, outcome.pending) == (3, ['baseline_seed1', 'baseline_seed2'])
     with runner.locked(tmp_path / 'out'):  # no run holds it any more
         assert sorted(fake()) == ['baseline_seed1', 'baseline_seed2']

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from composer_effalgos import cli
 from composer_effalgos.report import load_sweep, run_search, run_sweep, runner
-from composer_effalgos.report.search import Trial, factor
+from composer_effalgos.report.search import Trial, _table, factor
 from composer_effalgos.utils.errors import InputError
 
 pytest.importorskip('optuna')
@@ -38,7 +38,8 @@ with (folder.parent / 'ran.txt').open('a') as file:
 batch, lr = recipe['dataset']['batch_size'], recipe['optimizer']['lr']
 if recipe['optimizer'].get('momentum'):
     sys.exit('error: momentum')
-keys = ('train_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds', 'peak_memory_bytes')
+keys = ('train_seconds', 'train_cpu_seconds', 'samples_seen', 'samples_full', 'samples_saved', 'saved_fraction', 'selection_seconds',
+        'peak_memory_bytes')
 summary = dict(run_name=recipe['run_name'], recipe=recipe, seed=recipe['seed'], world_size=1, device='cpu', versions={},
                epochs=[], totals=dict.fromkeys(keys, 0) | {'eval_accuracy': 0.5})
 rest = dict.fromkeys(('samples', 'batches', 'batch_size', 'lr', 'selection_seconds'), 0)
@@ -108,6 +109,7 @@ def test_the_factor_is_against_the_quickest_plain_combination():
     ]
     assert [factor(item, trials) for item in trials] == [60 / 90, 1.0, 1.5, None]
     assert factor(trials[2], trials[2:]) is None, 'no plain run got there'
+    assert r'| a\|b | 5.0 | 12.00 | 1 | 80.00 | 6 |  |' in _table([*trials, trial('a|b', 5.0, plain=False)], 0.9)
 
 
 def test_it_goes_on_where_it_stopped(space, tmp_path):

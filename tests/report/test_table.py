@@ -100,12 +100,12 @@ def test_method_is_the_name_without_the_seed(tmp_path, write_run, run_name, seed
 
 def test_markdown_and_terminal_tables_say_the_same(tmp_path, write_run):
     write_run('baseline')
-    write_run('a|b`<i>[bold]\nnext')
+    write_run('a|b`<i>[bold](x)\nnext')
     rows = table_rows(read_runs(tmp_path / 'runs')[0])
     lines = markdown_table(rows).splitlines()
     shown = [[column.title for column in columns(rows)], [column.text(rows[0]) for column in columns(rows)]]
     assert [lines[0], lines[2]] == [f'| {" | ".join(line)} |' for line in shown]
-    assert lines[3].startswith(r'| a\|b\`&lt;i>\[bold\] next |')
+    assert lines[3].startswith(r'| a\|b\`&lt;i>[bold\](x) next |')
     assert len(lines) == 4
     console = Console(width=200, record=True, quiet=False, file=open('/dev/null', 'w'))  # noqa: PTH123, SIM115
     console.print(rich_table(rows, title='Runs'))

@@ -10,8 +10,7 @@ import torch
 
 from composer_effalgos.utils.checks import LARGEST, Range
 from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.text import did_you_mean
-from composer_effalgos.utils.type_hints import check_type
+from composer_effalgos.utils.type_hints import check_fields
 
 Positive = Annotated[float, Range(least=0, most=LARGEST)]
 Count = Annotated[int, Range(least=1)]
@@ -71,10 +70,7 @@ def check(kind: type[OptionsT], options: Mapping[str, Any], owner: str) -> Optio
         InputError: A name is unknown, or a value does not match the type of its field.
     """
     hints = get_type_hints(kind, include_extras=True)
-    for name, value in options.items():
-        if name not in hints:
-            raise InputError(f'{name}: unknown option of {owner}; {did_you_mean(name, hints)}')
-        check_type(name, value, hints[name])
+    check_fields('', options, hints, what=f'option of {owner}')
     return kind(**options)
 
 
