@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--note', default='', help='a sentence below the table')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
-    runs = [run for path in args.runs for run in _runs(path)]
+    runs = [run for path in args.runs for run in finished_runs(path)]
     found = frontier(runs, ', '.join(map(str, args.runs)), args.by, timed=not args.untimed)
     picture = f'![Quality over budget: the curve of plain runs with its 95 % band, and each method]({args.name}.svg)\n\n'
     results = as_json(found) | {'runs': [record.without_paths(run.summary) for run in runs]}
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _runs(path: Path) -> list[Run]:
+def finished_runs(path: Path) -> list[Run]:
     """The finished runs of a folder, or those of an earlier record."""
     if path.suffix != '.json':
         return [run for run in read_runs(path)[0] if is_finished(path, run)]

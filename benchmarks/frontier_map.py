@@ -1,6 +1,6 @@
 """Where does a method pay? A map of its equivalent-budget factor over the length of training and the size of the training set.
 
-One frontier a size, in a folder of its own, then the map (see benchmarks/README.md)::
+One frontier per size, in a folder of its own or as a record of ``frontier.py``, then the map (see benchmarks/README.md)::
 
     effalgos frontier yamls/sweeps/frontier_map.yaml dataset.path=data dataset.limit=5000 --out runs/frontier_map/5000
     python benchmarks/frontier_map.py runs/frontier_map/* --method infobatch --name frontier_map_cpu
@@ -16,21 +16,22 @@ from typing import Any
 
 import numpy as np
 import record
+from frontier import finished_runs
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from composer_effalgos.report import frontier, read_runs
-from composer_effalgos.report.frontier import UNITS, is_finished
+from composer_effalgos.report import frontier
+from composer_effalgos.report.frontier import UNITS
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.figures import save_figure
 
 LARGEST = 2.0  # factor at the end of the colours
 
 
-def factors(folder: Path, method: str, by: str | None) -> list[dict[str, Any]]:
-    """The factors of a method's lengths in a folder of runs, with the size of the training set in samples."""
-    runs = [run for run in read_runs(folder)[0] if is_finished(folder, run)]
-    found = frontier(runs, str(folder), by)
+def factors(path: Path, method: str, by: str | None) -> list[dict[str, Any]]:
+    """The factors of a method's lengths in a folder of runs or a record of them, with the size of the training set in samples."""
+    runs = finished_runs(path)
+    found = frontier(runs, str(path), by)
     summary = runs[0].summary
     plain = next(point for point in found.points if point.plain)
     size = next(run.summary['epochs'][0]['samples'] for run in runs if run.method == plain.method)
@@ -74,13 +75,13 @@ def draw(cells: Sequence[dict[str, Any]], method: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', type=Path, nargs='+', help='folders of runs, one for each size of the training set')
+    parser.add_argument('runs', type=Path, nargs='+', help='one for each size: a folder of runs, or a record by frontier.py (.json)')
     parser.add_argument('--method', default='infobatch', help='the name before the last +')
     parser.add_argument('--name', default='frontier_map', help='name of the result')
     parser.add_argument('--by', choices=UNITS, help='what a budget is')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
-    cells = [cell for folder in args.runs for cell in factors(folder, args.method, args.by)]
+    cells = [cell for path in args.runs for cell in factors(path, args.method, args.by)]
     if not cells:
         raise InputError(f'--method: expected the name of a method in {args.runs[0]}, got {args.method!r}')
     rows = [[f'{cell["size"]:,}', cell['epochs'], cell['seeds'], cell['text'], cell['verdict']] for cell in cells]

@@ -249,7 +249,7 @@ def check_data(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help='A recipe, or the name of a data set.')],
+    source: Annotated[str, typer.Argument(help='A recipe, or the name of a dataset.')],
     overrides: Annotated[list[str] | None, typer.Argument(metavar='[key=value]...', help='Settings of either, e.g. path=data.')] = None,
     to: Annotated[str, typer.Option(help='ffcv or mds for images, mds or tokens for text.')] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help='Folder to write into.')] = ...,  # type: ignore[assignment]

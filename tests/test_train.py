@@ -280,8 +280,8 @@ def test_unknown_placeholders_in_load_path_are_refused(recipe_file, capfd, path)
 @pytest.mark.parametrize(
     ('override', 'expected'),
     [
-        ('dataset.batch_size=65', 'dataset.batch_size: expected at most the 64 samples of the data set, got 65'),
-        ('model.num_classes=3', 'model.num_classes: expected at least the 4 classes of the data set, got 3'),
+        ('dataset.batch_size=65', 'dataset.batch_size: expected at most the 64 samples of the dataset, got 65'),
+        ('model.num_classes=3', 'model.num_classes: expected at least the 4 classes of the dataset, got 3'),
         ('model.name=resnet21_cifar', 'model.name'),
         ('optimizer.lr=-1', 'optimizer: Invalid learning rate'),
         ('scheduler.max_lr=0', 'scheduler: max_lr: expected a number greater than 0, got 0'),

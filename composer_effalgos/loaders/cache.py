@@ -60,7 +60,7 @@ def _parts(dataset: Any) -> Iterator[str | bytes]:
     elif getattr(dataset, 'target_transform', None) is not None:
         raise InputError(
             f'cache: the labels of {type(dataset).__name__} cannot be identified, because it has a target_transform; '
-            'give the data set a method fingerprint() -> str, or leave cache out'
+            'give the dataset a method fingerprint() -> str, or leave cache out'
         )
     elif isinstance(dataset, ParquetImages):
         yield from (_file(dataset.file), dataset.image_column, dataset.rows.numpy().tobytes(), dataset.targets.numpy().tobytes())

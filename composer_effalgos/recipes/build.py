@@ -137,7 +137,7 @@ def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool)
     if batch_size % ranks:
         raise InputError(f'{recipe.source}: dataset.{key}: expected a multiple of the {ranks} ranks, got {batch_size}')
     if train and batch_size > samples:
-        raise InputError(f'{recipe.source}: dataset.batch_size: expected at most the {samples} samples of the data set, got {batch_size}')
+        raise InputError(f'{recipe.source}: dataset.batch_size: expected at most the {samples} samples of the dataset, got {batch_size}')
     drop_last = train and data.drop_last
     if recipe.loader is not None:
         loader = recipe.loader.build(
@@ -168,7 +168,7 @@ def build_network(recipe: Recipe, dataset: Any) -> ComposerModel:
     _check_kind(recipe)
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise InputError(
-            f'{recipe.source}: model.num_classes: expected at least the {num_classes} classes of the data set, got {settings.num_classes}'
+            f'{recipe.source}: model.num_classes: expected at least the {num_classes} classes of the dataset, got {settings.num_classes}'
         )
     num_classes = settings.num_classes or num_classes
     if settings.name in LANGUAGE_MODELS or settings.name in TEXT_CLASSIFIERS:

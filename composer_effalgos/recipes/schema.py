@@ -236,7 +236,7 @@ def parse_recipe(settings: Mapping[str, Any], *, source: str = 'recipe', run_nam
 def _dataset(key: str, settings: Any) -> DatasetRecipe:
     dataset: DatasetRecipe = _section(DatasetRecipe, key, settings, DATASETS, given=('split', 'path'))
     if dataset.name not in DATASETS:
-        raise InputError(f'{key}.name: unknown data set; {did_you_mean(dataset.name, DATASETS)}')
+        raise InputError(f'{key}.name: unknown dataset; {did_you_mean(dataset.name, DATASETS)}')
     limits = {'batch_size': (1, 2**40), 'eval_batch_size': (1, 2**40), 'num_workers': (0, 1024), 'prefetch_factor': (1, 1024)}
     for name, (least, most) in limits.items():
         value = getattr(dataset, name)

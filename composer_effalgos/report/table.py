@@ -184,7 +184,7 @@ def note(rows: Sequence[Row], *, brief: bool = False) -> str:
             parts.append(f's to same %: the same for the baseline’s mean accuracy less {100 * PARITY:g} points')
         if any(column.title.startswith('s to ') for column in shown):
             parts.append('in parentheses: how many runs reach it, if not all do')
-    rule = 'A baseline is a run with “baseline” in its name, for those of the same data set, limit, model and max_duration.'
+    rule = 'A baseline is a run with “baseline” in its name, for those of the same dataset, limit, model and max_duration.'
     return f'{"; ".join(parts)}. {rule}'
 
 

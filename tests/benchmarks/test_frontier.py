@@ -66,7 +66,8 @@ def test_the_map_has_a_cell_for_each_size_and_length(script, write_run, tmp_path
             for epochs in (16, 32):
                 accuracy = 0.1 * math.log2(epochs * factors[size, epochs]) + noise
                 write_run(folder, f'infobatch+{epochs}ep', seed, accuracy, epochs, {'infobatch': {}}, samples=size)
-    folders = [str(tmp_path / str(size)) for size in (100, 400)]
+    assert script('frontier').main([str(tmp_path / '100'), '--name', 'hundred', '--out', str(tmp_path)]) == 0
+    folders = [str(tmp_path / 'hundred.json'), str(tmp_path / '400')]  # a record, and runs
     module = script('frontier_map')
     assert module.main([*folders, '--name', 'map', '--by', 'samples', '--out', str(tmp_path)]) == 0
     cells = json.loads((tmp_path / 'map.json').read_text())['cells']

@@ -56,7 +56,7 @@ def test_a_recipe_trains_and_its_held_out_loss_is_in_the_summary(tmp_path):
         (['model.width=10'], r'model\.width: expected a multiple of the 4 heads, got 10'),
         (['model.dropout=1.0'], r'model\.dropout: expected a number in \[0, 1\), got 1\.0'),
         (['model.pretrained=true'], r'model\.pretrained: unknown argument'),
-        (['model.num_classes=100'], r'model\.num_classes: expected at least the 256 classes of the data set, got 100'),
+        (['model.num_classes=100'], r'model\.num_classes: expected at least the 256 classes of the dataset, got 100'),
         (['model={name: resnet20_cifar}'], r'dataset\.name: expected one of images for resnet20_cifar, got python_source'),
         (['dataset={name: digits, batch_size: 8}'], r'dataset\.name: expected one of text \(.*python_source.*\) for gpt2, got digits'),
         (['loader=device'], r'images'),

@@ -133,7 +133,7 @@ def test_the_file_names_the_run_where_the_recipe_does_not(recipe_file):
         ('autoresume=1', 'autoresume: expected true or false, got 1 (int)'),
         ('dataset=null', 'dataset: missing'),
         ('dataset=cifar10', "dataset: expected a mapping, got 'cifar10' (str)"),
-        ('dataset.name=cifar11', "dataset.name: unknown data set; did you mean 'cifar10'?"),
+        ('dataset.name=cifar11', "dataset.name: unknown dataset; did you mean 'cifar10'?"),
         ('dataset.batch_size=1.5', 'dataset.batch_size: expected an integer, got 1.5 (float)'),
         ('dataset.batch_size=0', 'dataset.batch_size: expected a number in [1, 1099511627776], got 0'),
         ('dataset.batch_siz=1', "dataset.batch_siz: unknown key; did you mean 'batch_size'?"),
