@@ -106,12 +106,7 @@ class AdaBatch(Algorithm):
             check_whole('max_batch_size', max_batch_size, least=1, what='a whole number of samples per rank')
         _check_one({'interval': interval, 'milestones': milestones, 'policy': policy, 'schedule': schedule})
         _check_lr(lr, lr_factor, beta2)
-        if schedule is not None:
-            for name, value, usual in (('growth_factor', growth_factor, 2), ('lr_factor', lr_factor, 1)):
-                if value != usual:
-                    hint = "give lr, such as lr='sqrt'" if name == 'lr_factor' else 'give one of the two'
-                    raise InputError(f'{name}: expected none with schedule, which gives the batch sizes itself, got {value}; {hint}')
-        elif global_sizes:
+        if schedule is None and global_sizes:
             raise InputError(
                 'global_sizes: expected a schedule with it, got none; it makes the sizes in schedule global, all other sizes are per rank'
             )
@@ -125,6 +120,12 @@ class AdaBatch(Algorithm):
             self.policy = find_policy(policy)
         else:
             self.policy = Every('20ep' if interval is None else interval) if milestones is None else Milestones(milestones)
+        if isinstance(self.policy, SizePolicy):
+            what = 'schedule' if policy is None else f'policy {type(self.policy).__name__}'
+            for name, value, usual in (('growth_factor', growth_factor, 2), ('lr_factor', lr_factor, 1)):
+                if value != usual:
+                    hint = "give lr, such as lr='sqrt'" if name == 'lr_factor' else 'give one of the two'
+                    raise InputError(f'{name}: expected none with {what}, which gives the batch sizes itself, got {value}; {hint}')
         if isinstance(self.policy, Seesaw):
             if lr_factor != 1 or lr == 'none':
                 got = "'none'" if lr == 'none' else f'lr_factor={lr_factor}'
@@ -140,6 +141,7 @@ class AdaBatch(Algorithm):
     def _reset(self) -> None:
         self._size = Size()  # size of the last batch
         self._lr_scale = 1.0  # total factor of the learning rate so far
+        self._lrs: list[float] = []  # learning rates of the parameter groups at the end of the last fit
         self._memory = MemorySearch()
         self._warned = False
 
@@ -187,6 +189,7 @@ class AdaBatch(Algorithm):
             self._memory.after_batch(state, self._planner, self._sizes.smallest(self._planner.loader))
         else:
             self._memory.stop(state, self._planner)
+            self._lrs = [group['lr'] for group in state.optimizers[0].param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), 'growths': self._size.asked, 'lr_scale': self._lr_scale, 'fits': self._memory.fits}
@@ -216,7 +219,7 @@ class AdaBatch(Algorithm):
         self._memory.fit_start(state)
         if self.lr is not None:
             lr_exponent(self.lr, state)  # raises now, not at the first growth, for an unknown optimizer
-        rescale_schedules(state, self._lr_scale)
+        rescale_schedules(state, self._lr_scale, scaled=self._lrs)
 
     def _size_at(self, progress: Progress) -> Size:
         return self._sizes.at(progress, self._planner.loader, self._planner.num_candidates, self._size.asked)
@@ -230,7 +233,7 @@ class AdaBatch(Algorithm):
         self._warn_of_times()
         batch = int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
         sample = int(state.timestamp.sample) - int(state.timestamp.sample_in_epoch)
-        return lambda b, s: self._size_at(progress_of(state, batch + b, sample + s)).samples
+        return lambda b, s: self._size_at(progress_of(state, self._planner, batch + b, sample + s)).samples
 
     def _warn_of_times(self) -> None:
         """Warns once if all times at which the batch size would change are at or after the end of the run."""
@@ -255,7 +258,7 @@ class AdaBatch(Algorithm):
         batch = int(state.timestamp.batch_in_epoch)
         if plan is None or batch >= plan.num_batches:  # the epoch is over
             return
-        progress = progress_of(state)
+        progress = progress_of(state, self._planner)
         if progress.batch > 0 and progress.token == 0 and any(time.unit == TimeUnit.TOKEN for time in getattr(self.policy, 'times', ())):
             raise InputError(
                 f'{self._when()}: expected batches with tokens to count, got none; give samples, or get_num_tokens_in_batch in a DataSpec'
@@ -281,7 +284,7 @@ class AdaBatch(Algorithm):
 
     def _resize(self, state: State, logger: Logger) -> None:
         """Before a batch: adjusts the learning rate, the microbatch size and the loader to the batch size."""
-        loader, at = self._planner.loader, self._size_at(progress_of(state))
+        loader, at = self._planner.loader, self._size_at(progress_of(state, self._planner))
         size = at.samples
         if size != loader.batch_size:
             self._check_schedulers(size)
@@ -289,7 +292,7 @@ class AdaBatch(Algorithm):
         scale = self._scale(at.growths) if self.lr is None else ratio ** lr_exponent(self.lr, state)
         if scale != self._lr_scale:
             scale_learning_rate(state, scale / self._lr_scale)
-            rescale_schedules(state, scale, now=False)
+            rescale_schedules(state, scale)
             self._lr_scale = scale
         if size != loader.batch_size:
             loader.set_batch_size(size)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from composer_effalgos.adabatch.adabatch import AdaBatch
 from composer_effalgos.plan import EpochPlanner
-from composer_effalgos.plan.progress import parse_time, progress_of
+from composer_effalgos.plan.progress import parse_time
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
@@ -60,14 +60,12 @@ class Window(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Records the start of the window."""
-        self._start = self._before = progress_of(state).of(self.length.unit)
+        self._start = self._before = self._now(state)
         self._clock = state.timestamp.total_wct  # a checkpoint brings the time of the run that saved it
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Adds the loss of a batch, weighted by the part of it that lies in the second half."""
-        now = progress_of(state).of(self.length.unit)
-        if self.length.unit == TimeUnit.EPOCH:
-            now += int(state.timestamp.sample_in_epoch) / _epoch_samples(state)
+        now = self._now(state)
         half, end = self._start + self.length.value / 2, self._start + self.length.value
         weight = max(0.0, min(now, end) - max(self._before, half))
         self.steps += 1
@@ -79,15 +77,18 @@ class Window(Callback):
         if self.complete:
             state.stop_training()
 
+    def _now(self, state: State) -> float:
+        """The progress in the unit of the window, with the part of an epoch that is trained."""
+        now = float(state.timestamp.get(self.length.unit).value)
+        if self.length.unit == TimeUnit.EPOCH:
+            loader = EpochPlanner.of(state).loader
+            samples = loader.full_samples if loader.plan is None else loader.plan.num_samples
+            now += int(state.timestamp.sample_in_epoch) / samples
+        return now
+
     def fit_end(self, state: State, logger: Logger) -> None:
         """Records the training time since the start of the window."""
         self.seconds = (state.timestamp.total_wct - self._clock).total_seconds()
-
-
-def _epoch_samples(state: State) -> int:
-    plan = EpochPlanner.of(state).loader.plan
-    assert plan is not None
-    return plan.num_samples
 
 
 def critical_size(branches: Sequence[Branch], tolerance: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ def note_originals(state: State, *, beta2: bool) -> None:
         state: The trainer's state at ``BEFORE_LOAD``.
         beta2: Whether the optimizer's ``beta2`` is scaled too.
     """
+    for group in _groups(state):  # schedulers of a later fit start from the original rate, not from a scaled one
+        group.setdefault('initial_lr', group['lr'])
     for scheduler in state.schedulers:
         scheduler.adabatch_lr_scale = getattr(scheduler, 'adabatch_lr_scale', 1.0)  # type: ignore[attr-defined]
     if beta2:
@@ -80,7 +82,7 @@ def rescale_beta2(state: State, ratio: float) -> None:
         group['betas'] = (beta1, group.setdefault('initial_beta2', beta2) ** ratio)
 
 
-def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
+def rescale_schedules(state: State, scale: float, *, scaled: Sequence[float] | None = None) -> None:
     """Makes every schedule set ``scale`` times its original learning rates.
 
     The scale is stored in the schedule and its checkpoint, so a restored schedule is not scaled twice, and a schedule that is passed to a
@@ -89,7 +91,8 @@ def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
     Args:
         state: The trainer's state.
         scale: The factor.
-        now: Whether to scale learning rates that are already set as well.
+        scaled: The learning rates of the parameter groups that contain the scale already; others, which a new scheduler has set, are scaled
+            too. ``None`` for all current ones.
     """
     for scheduler in state.schedulers:
         factor = scale / getattr(scheduler, 'adabatch_lr_scale', 1.0)
@@ -97,8 +100,9 @@ def rescale_schedules(state: State, scale: float, *, now: bool = True) -> None:
             continue
         _scale_base(scheduler, factor)
         scheduler.adabatch_lr_scale = scale  # type: ignore[attr-defined]
-        for group in scheduler.optimizer.param_groups:
-            if now:
+        for number, group in enumerate(scheduler.optimizer.param_groups):
+            # some schedulers set the rate from the original one, others leave it as it was
+            if scaled is not None and group['lr'] not in scaled[number : number + 1]:
                 group['lr'] = group['lr'] * factor
             if 'max_lr' in group and 'min_lr' in group:  # OneCycleLR keeps its base here
                 for key in ('initial_lr', 'max_lr', 'min_lr'):

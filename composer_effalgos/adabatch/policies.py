@@ -117,7 +117,7 @@ class LossPlateau(Watching):
             return
         loss = self._loss_sum / self._samples
         self._loss_sum, self._samples = 0.0, 0
-        if loss < self._best - self.threshold * abs(self._best) or self._best == math.inf:
+        if math.isfinite(loss) and (self._best == math.inf or loss < self._best - self.threshold * abs(self._best)):
             self._best, self._bad_windows = loss, 0
         else:
             self._bad_windows += 1

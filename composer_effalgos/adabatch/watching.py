@@ -8,6 +8,7 @@ from typing import Any
 from composer.core import Callback, State, Time
 from composer.loggers import Logger
 
+from composer_effalgos.plan import EpochPlanner
 from composer_effalgos.plan.progress import Progress, parse_time, progress_of, times_passed
 
 
@@ -44,7 +45,7 @@ class Watching(Callback):
         self._look(state, logger)
 
     def _look(self, state: State, logger: Logger) -> None:
-        windows = times_passed(progress_of(state), self.times[0])
+        windows = times_passed(progress_of(state, EpochPlanner.find(state)), self.times[0])
         if windows > self._windows:
             self._windows = windows
             self._decide(state, logger)

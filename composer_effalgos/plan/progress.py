@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from composer.core import State, Time, TimeUnit
 
 from composer_effalgos.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from composer_effalgos.plan.planner import EpochPlanner
 
 UNITS = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.DURATION)
 _SUFFIXES = {'K': 10**3, 'M': 10**6, 'B': 10**9, 'T': 10**12}
@@ -24,7 +27,8 @@ class Progress(NamedTuple):
         batch: Batches trained.
         sample: Samples trained, over all ranks.
         token: Tokens trained, over all ranks; 0 if the batches have none. For later batches, an estimate from the tokens per sample so far.
-        share: Finished fraction of the run, in [0, 1]; in whole epochs if the run's length is in epochs.
+        share: Finished fraction of the planned run, in [0, 1]. If its length is in epochs, the samples of the current epoch count as a
+            fraction of those of an epoch that trains on everything.
     """
 
     epoch: int
@@ -38,11 +42,12 @@ class Progress(NamedTuple):
         return self[UNITS.index(unit)]
 
 
-def progress_of(state: State, batch: int | None = None, sample: int | None = None) -> Progress:
+def progress_of(state: State, planner: EpochPlanner | None, batch: int | None = None, sample: int | None = None) -> Progress:
     """The progress of a run now, or at a later batch of the current epoch.
 
     Args:
         state: The trainer's state.
+        planner: The run's planner, which knows the planned end of the run and the length of an epoch, from ``FIT_START`` on.
         batch: Batches trained; ``None`` for now.
         sample: Samples trained, over all ranks; ``None`` for now.
     """
@@ -51,9 +56,12 @@ def progress_of(state: State, batch: int | None = None, sample: int | None = Non
     if sample is not None and token:
         token += round((sample - int(now.sample)) * token / int(now.sample))
     progress = Progress(int(now.epoch), int(now.batch) if batch is None else batch, int(now.sample) if sample is None else sample, token)
-    length = state.max_duration
+    length = state.max_duration if planner is None else planner.horizon.end or state.max_duration
     assert length is not None
     done = progress.of(length.unit) if length.unit in UNITS else now.get(length.unit).value
+    if length.unit == TimeUnit.EPOCH and planner is not None and planner.loader.full_samples:
+        in_epoch = progress.sample - int(now.sample - now.sample_in_epoch)
+        done += min(1.0, in_epoch / planner.loader.full_samples)
     return progress._replace(share=done / length.value)
 
 

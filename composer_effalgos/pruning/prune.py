@@ -27,8 +27,9 @@ def prune(
     """Decides which samples one epoch trains on, and with which weights.
 
     Of the ``m`` samples whose score is below the mean, ``floor((1 - prune_ratio) m)`` are drawn at random and kept with weight
-    ``1 / (1 - prune_ratio)``; all others are kept with weight 1 (Qin et al., arXiv 2303.04947, equations 3 and 5). The expected weighted
-    gradient is the full gradient. Samples with a NaN or infinite score are kept with weight 1 and do not enter the mean.
+    ``1 / (1 - prune_ratio)``; all others are kept with weight 1 (Qin et al., arXiv 2303.04947, equations 3 and 5). With ``labels``, where
+    ``m`` may be small, the number is rounded up or down at random, so that the expected weighted gradient is the full gradient there too.
+    Samples with a NaN or infinite score are kept with weight 1 and do not enter the mean.
 
     Args:
         scores: One score per sample (its last loss), float ``[N]``, on the CPU.
@@ -62,7 +63,9 @@ def prune(
             own, [finite_mean(own)] if pairs is None else _quantiles(own, [quantile for quantile, _ in pairs])
         )
         for number, ratio in enumerate(ratios, 1):
-            keep[members] &= ~_drop(own_groups == number, ratio, draws)
+            group = own_groups == number
+            wanted = _num_dropped(np.count_nonzero(group), ratio, None if labels is None else draws)
+            keep[members] &= ~_drop(group, ratio, draws, wanted)
     return _weighted(keep, groups, ratios)
 
 
@@ -140,12 +143,15 @@ def _groups(values: np.ndarray, limits: list[float]) -> np.ndarray:
     return np.where(below > 0, len(limits) + 1 - below, 0).astype(np.uint8) if len(limits) > 1 else below
 
 
-def _num_dropped(size: int, ratio: float) -> int:
-    return size - math.floor(size * (1 - ratio) + 1e-9)  # (1 - 0.9) * 10 must be 1
+def _num_dropped(size: int, ratio: float, draws: np.random.Generator | None = None) -> int:
+    """The number of samples of a group to drop; with ``draws`` rounded at random, so that it is ``ratio * size`` on average."""
+    kept = size * (1 - ratio) + 1e-9  # (1 - 0.9) * 10 must be 1
+    whole = math.floor(kept)
+    return size - whole - (draws is not None and kept - whole > 1e-6 and draws.random() < kept - whole)
 
 
-def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.ndarray:
-    """Draws ``m - floor((1 - ratio) m)`` of the ``m`` members of a group, uniformly.
+def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator, wanted: int) -> np.ndarray:
+    """Draws ``wanted`` of the members of a group, uniformly.
 
     Each member is first drawn independently with a probability within 1/512 of ``ratio``. The difference to the required number, a small
     part, is then removed or added uniformly at random. By symmetry all subsets of this size are equally likely. This takes about a
@@ -153,14 +159,13 @@ def _drop(members: np.ndarray, ratio: float, draws: np.random.Generator) -> np.n
 
     Args:
         members: Bool ``[N]``.
-        ratio: The fraction to draw.
+        ratio: About the fraction to draw.
         draws: Source of randomness.
+        wanted: The number to draw.
 
     Returns:
         Bool ``[N]``.
     """
-    size = np.count_nonzero(members)
-    wanted = _num_dropped(size, ratio)
     dropped = np.zeros(len(members), bool)
     if not wanted:
         return dropped

@@ -24,6 +24,7 @@ class Problem:
         labels (Tensor | None): int64 ``[N]``, on the device of the gradients; float32 targets for a regression strategy.
         reference (LastLayerGradients): validation gradients, or the candidates themselves without a validation set.
         reference_labels (Tensor | None): labels of the rows of ``reference``, as ``labels``.
+        reference_scale (float): factor for sums over ``reference``; not 1 for a class without validation samples.
         batch_size (int | None): if set, whole batches of this many consecutive rows are selected (``PerBatch``).
         options (Any): the strategy's options, an instance of its dataclass.
         generator (torch.Generator): on the CPU; the only source of randomness.
@@ -39,6 +40,7 @@ class Problem:
     options: Any
     generator: torch.Generator
     scores: Tensor | None = None
+    reference_scale: float = 1.0
 
     @property
     def item_size(self) -> int:

@@ -194,11 +194,12 @@ def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gra
     assert problem.labels is not None
     assert problem.reference_labels is not None
     rows = (problem.labels == label).nonzero()[:, 0]
-    part = problem.part(rows)
+    part, scale = problem.part(rows), 1.0
     reference_rows = (problem.reference_labels == label).nonzero()[:, 0]
     if problem.reference is problem.gradients or len(reference_rows) == 0:
         # no validation set, or none of this class: use the class's training gradients as the reference
         gradients, reference, reference_labels = part.gradients, part.gradients, part.labels
+        scale = len(problem.reference) / len(problem.gradients)  # the sum over as many samples as the other classes have
     else:
         gradients, reference = part.gradients, problem.reference.take(reference_rows)
         reference_labels = problem.reference_labels[reference_rows]
@@ -208,7 +209,7 @@ def _in_class(problem: Problem, solver: Solver, label: int, budget: int, per_gra
                 f'selection_type: expected an output for class {label}, which PerClassPerGradient needs, got none; use PerClass'
             )
         gradients, reference = (LastLayerGradients(g.error[:, label : label + 1], g.embedding) for g in (gradients, reference))
-    part = replace(part, gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels)
+    part = replace(part, gradients=gradients, budget=budget, reference=reference, reference_labels=reference_labels, reference_scale=scale)
     positions, weights = _exactly(part, solver(part))
     return rows[positions], weights
 

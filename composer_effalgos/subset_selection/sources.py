@@ -234,7 +234,7 @@ class _Forgetting(Source):
             raise InputError('strategy: forgetting has counted nothing yet; train with this strategy and kappa above 0 first')
         learnt = (self.events > 0) | (rows.scores == 1)
         scores = torch.where(learnt, self.events.float(), math.inf)
-        scores[~rows.scored] = -1.0  # never trained on
+        scores[~rows.scored] = math.inf if self.settings.keep == 'lowest' else -1.0  # never trained on: the last to be chosen
         scores = scores if context.candidates is None else scores[context.candidates]
         return self._select_without_gradients(context, None if inputs is None else self._classes(inputs.train), scores=scores)
 

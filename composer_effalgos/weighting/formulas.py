@@ -45,6 +45,6 @@ def select_above_quantile(scores: Tensor, shares: Tensor, quantile: float = 0.1)
     counted = shares > 0
     # Ignored tokens sort last. Boolean indexing would drop them too, but its shape would have to be read from the device
     ascending = torch.where(counted, scores, torch.inf).sort().values
-    position = (counted.sum() * quantile - 1e-6).ceil().clamp(min=1).long() - 1
+    position = (counted.sum().double() * quantile - 1e-6).ceil().clamp(min=1).long() - 1
     kept = counted & (scores >= ascending[position])
     return kept * (shares.sum() / (shares * kept).sum())

@@ -51,7 +51,7 @@ class Weighting(Algorithm):
 
     def begun(self) -> bool:
         """Whether the burn-in is over."""
-        return self.burn_in is None or times_passed(progress_of(self._state), self.burn_in) > 0
+        return self.burn_in is None or times_passed(progress_of(self._state, self._planner), self.burn_in) > 0
 
     def weigh(self, losses: Any, batch: Any) -> Tensor:
         """Computes the weights of a microbatch's samples or tokens.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from composer.callbacks import LRMonitor
 from composer.loggers import InMemoryLogger
-from composer.optim import DecoupledSGDW, LinearScheduler
+from composer.optim import ConstantScheduler, DecoupledSGDW, LinearScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
@@ -101,6 +101,32 @@ def test_a_later_fit_keeps_the_factor(make_trainer):
     trainer.fit(duration='2ep', schedulers=LinearScheduler(1.0, 1.0))
     assert [epoch[0] for epoch in trainer.recorder.lrs] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
     assert epoch_sizes(trainer) == [16, 16, 32, 32, 64, 64]
+
+
+@pytest.mark.parametrize('before', [None, ConstantScheduler()])
+@pytest.mark.parametrize('kind', ['composer', 'StepLR', 'CosineAnnealingLR', 'LambdaLR'])
+def test_schedulers_of_a_later_fit_are_scaled_once(make_trainer, before, kind):
+    trainer = make_trainer([AdaBatch(milestones=['1ep'], lr_factor=2)], max_duration='2ep', schedulers=before)
+    trainer.fit()
+    optimizer = trainer.state.optimizers[0]
+    later = {
+        'composer': ConstantScheduler,
+        'StepLR': lambda: torch.optim.lr_scheduler.StepLR(optimizer, 100),
+        'CosineAnnealingLR': lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10**6),
+        'LambdaLR': lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+    }[kind]()
+    trainer.fit(duration='1ep', schedulers=later)
+    assert [epoch[0] for epoch in trainer.recorder.lrs] == pytest.approx([0.1, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(('duration', 'pieces', 'half'), [('1ep', 1, 101.5), ('4ep', 1, 406), ('4ep', 4, 406), ('24ba', 2, 192)])
+def test_a_share_of_the_run_is_that_of_the_planned_run_to_the_batch(make_trainer, duration, pieces, half):
+    trainer = make_trainer([AdaBatch(2, milestones=['0.5dur'])], max_duration=duration)
+    for _ in range(pieces):
+        trainer.fit(duration=f'{int(duration[:-2]) // pieces}{duration[-2:]}')
+    sizes = [size for epoch in trainer.recorder.sizes for size in epoch]
+    before = sum(sizes[: sizes.index(32)])
+    assert half <= before < half + 16
 
 
 def test_decoupled_weight_decay_follows_the_learning_rate(make_trainer):

@@ -163,6 +163,7 @@ def drive(policy: LossPlateau, losses: list[float]) -> list[int]:
                 previous_timestamp=before,
                 total_loss_dict={'loss/train/total': loss + step},
                 max_duration=Time.from_timestring('1000ep'),
+                callbacks=[],
             )
             policy.batch_end(state, None)
         state.timestamp = timestamp = timestamp.to_next_epoch()
@@ -180,6 +181,10 @@ def test_plateau_is_the_rule_of_reduce_lr_on_plateau(losses, patience, threshold
         theirs.step(float(loss))
         expected.append(round(-math.log2(optimizer.param_groups[0]['lr'])))
     assert drive(LossPlateau(patience, threshold), [float(loss) for loss in losses]) == expected
+
+
+def test_a_loss_that_is_no_number_is_a_bad_window_and_no_best_one():
+    assert drive(LossPlateau(0), [math.nan, 5.0, 4.0, 3.0, math.inf, 2.0]) == [1, 1, 1, 1, 2, 2]
 
 
 def test_grows_on_a_plateau_of_the_training_loss(make_trainer):

@@ -304,3 +304,9 @@ def test_over_two_ranks_and_after_a_resume_at_any_step(forked, workers):
     script = Path(__file__).parents[1] / 'scripts' / 'schedules_over_ranks.py'
     status, said = forked(str(script), '--workers', str(workers), ranks=2)
     assert status == 0, said[-4000:]
+
+
+@pytest.mark.parametrize(('name', 'value'), [('lr_factor', 1.5), ('growth_factor', 7)])
+def test_a_policy_that_gives_sizes_takes_no_factors(name, value):
+    with pytest.raises(InputError, match=f'^{name}: expected none with policy NormTest, which gives the batch sizes itself'):
+        AdaBatch(policy='norm_test', **{name: value})

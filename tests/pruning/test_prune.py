@@ -120,6 +120,17 @@ def test_the_weighted_gradient_is_unbiased():
     assert (draws.std(dim=0) > 0).all()
 
 
+@pytest.mark.parametrize('ratio', [0.5, 0.9])
+def test_with_small_classes_every_sample_still_counts_once_on_average(ratio):
+    scores, labels, draws = torch.rand(300, generator=generator(1)), torch.arange(300) % 100, 2000
+    counted = torch.zeros(300)
+    for seed in range(draws):
+        kept, weights = ef.prune(scores, ratio, generator(seed), labels=labels)
+        counted[kept] += weights
+    deviation = math.sqrt(draws * ratio / (1 - ratio))  # of a sample kept with probability 1 - ratio, with weight 1 / (1 - ratio)
+    assert ((counted - draws).abs() <= 5 * deviation).all()
+
+
 @pytest.mark.parametrize('ratio', [1, 1.0, -0.1, 2, 'half', None, True, math.nan])
 def test_refuses_ratios(ratio):
     with pytest.raises(InputError, match='prune_ratio'):

@@ -492,6 +492,19 @@ def test_the_device_makes_no_difference(make_gradients, strategy, selection_type
     torch.testing.assert_close(on_device[1].cpu(), weights, rtol=1e-3, atol=1e-3)
 
 
+def test_gradmatch_gives_a_class_without_validation_samples_the_weight_of_the_others():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    errors = torch.randn(400, 4, generator=generator) * 0.05 + torch.eye(4)[labels]
+    gradients = LastLayerGradients(errors, torch.randn(400, 6, generator=generator).abs())
+    held_out = (labels < 3).nonzero()[:, 0][:30]
+    indices, weights = select_subset(
+        'gradmatch', gradients, 40, labels=labels, valid=True, val_gradients=gradients.take(held_out), val_labels=labels[held_out]
+    )
+    by_class = torch.zeros(4).index_add_(0, labels[indices], weights)
+    assert by_class.max() < 2 * by_class.min()
+
+
 def test_check_options_fills_in_the_defaults():
     settings_ = check_options('gradmatch', valid=True)
     assert settings_.lam == 0.5

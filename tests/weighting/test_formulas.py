@@ -63,5 +63,8 @@ def test_how_many_are_kept():
     scores, shares = torch.arange(10.0), torch.full((10,), 0.1)
     for quantile, kept in ((0, 10), (0.1, 10), (0.11, 9), (0.3, 8), (0.7, 4), (0.9, 2), (0.99, 1)):
         assert int((ef.select_above_quantile(scores, shares, quantile) > 0).sum()) == kept, quantile
+    for size, quantile in ((90, 0.6), (20, 0.3), (20_000, 0.3)):  # in float32, 90 * 0.6 is above 54
+        found = ef.select_above_quantile(torch.arange(float(size)), torch.full((size,), 1 / size), quantile)
+        assert int((found > 0).sum()) == size - round(quantile * size) + 1
     tied = torch.tensor([1.0, 2.0, 2.0, 2.0])
     assert ef.select_above_quantile(tied, torch.full((4,), 0.25), 0.9).tolist() == pytest.approx([0, 4 / 3, 4 / 3, 4 / 3])

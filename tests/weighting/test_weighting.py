@@ -302,6 +302,25 @@ def test_resumed_after_any_batch_it_ends_bit_identical(make_trainer, weights_of,
         assert torch.equal(weights_of(whole), weights_of(resumed)), batch
 
 
+@pytest.mark.parametrize(
+    ('duration', 'burn_in', 'first'), [('1ep', '0.05dur', 1), ('1ep', '0.5dur', 4), ('2ep', '0.5dur', 8), ('8ba', '0.25dur', 2)]
+)
+def test_burn_in_is_a_share_of_the_run_to_the_batch(make_trainer, problem, monkeypatch, duration, burn_in, first):
+    class Batches(Callback):
+        number = 0
+
+        def batch_start(self, state, logger):
+            self.number = int(state.timestamp.batch)
+
+    batches, weighted = Batches(), set()
+    weigh = LinUpper.weigh
+    monkeypatch.setattr(LinUpper, 'weigh', lambda self, *given: (weighted.add(batches.number), weigh(self, *given))[1])
+    data = torch.utils.data.Subset(problem, range(128))
+    trainer = make_trainer([LinUpper(burn_in=burn_in)], dataset=data, batch_size=16, max_duration=duration, callbacks=[batches])
+    trainer.fit()
+    assert sorted(weighted) == list(range(first, {'1ep': 8, '2ep': 16, '8ba': 8}[duration]))
+
+
 def test_on_a_streaming_data_loader(make_trainer, weights_of, tmp_path, sentences):
     streaming = pytest.importorskip('streaming')
     with streaming.MDSWriter(out=str(tmp_path / 'remote'), columns={'row': 'int'}, size_limit=64) as out:

@@ -42,7 +42,8 @@ def gradmatch(problem: Problem) -> Selection:
     the batches' mean gradients, matched by a subset of these means.
     """
     candidates = problem.gradients
-    target = _target(problem.reference if problem.options.valid else candidates, problem.batch_size)
+    reference, scale = (problem.reference, problem.reference_scale) if problem.options.valid else (candidates, 1.0)
+    target = _target(reference, problem.batch_size) * scale
     column: Callable[[Tensor], Tensor]
     if problem.batch_size is None:
         squares = candidates.squared_norms()
