@@ -197,7 +197,8 @@ def worker_loader(loader: DataLoader, dataset: Dataset, tasks: Tasks, *, seed: i
 class WorkerReader:
     """Reads with the user's dataset, collate function, workers and memory settings.
 
-    The worker processes persist for the whole run, while the samples, their order and the batch size change.
+    With ``persistent_workers=True`` the worker processes persist for the whole run, while the samples, their order and the batch size
+    change. Otherwise each epoch and each pass over the data starts new ones, which see what has changed in the dataset.
 
     Args:
         loader: The user's loader.
@@ -211,9 +212,13 @@ class WorkerReader:
         self._checked = 0  # batches read by position so far
         maker = _BatchMaker(loader.dataset, loader.collate_fn)
         self._inner = worker_loader(loader, maker, self._tasks, seed=seed, persistent=loader.num_workers > 0)
+        self._persistent, self._seed = loader.persistent_workers, -1
 
     def read_batches(self, reading: Reading) -> Iterator[Any]:
         self._tasks.tasks = self._tasks_of(reading)
+        if not self._persistent and reading.seed != self._seed:  # another epoch or pass, not the rest of an epoch in another batch size
+            self._inner._iterator = None  # ends the workers
+        self._seed = reading.seed
         for batch in self._inner:
             if isinstance(batch, InputError):
                 raise batch

@@ -104,9 +104,10 @@ def test_workers_survive_a_growth_within_an_epoch(make_trainer):
         [AdaBatch(policy=AtBatches(4, 6, 9))], dataset=Pids(), num_workers=2, max_duration='2ep', callbacks=[seen], lr=0.0
     )
     trainer.fit()
-    pids = {float(pid) for epoch in seen.epochs for rows in epoch for pid in rows.unique()}
-    assert len(pids) == 2
-    assert os.getpid() not in pids
+    epochs = [{float(pid) for rows in epoch for pid in rows.unique()} for epoch in seen.epochs]
+    assert [len(pids) for pids in epochs] == [2, 2]
+    assert not epochs[0] & epochs[1]  # persistent_workers=False
+    assert os.getpid() not in epochs[0] | epochs[1]
     assert flat(trainer.recorder.sizes)[:11] == [16] * 4 + [32] * 2 + [32, 43] + [64, 64, 75]
 
 

@@ -3,6 +3,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from composer import Callback
 from composer.utils import dist
 from torch.utils.data import (
     DataLoader,
@@ -13,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from composer_effalgos import InputError
+from composer_effalgos import InfoBatch, InputError, LinUpper
 from composer_effalgos.plan import PlannedDataLoader, plan_epoch
 
 
@@ -49,7 +50,7 @@ def test_yields_the_plan():
 
 
 def test_workers_survive_changes_of_subset_weights_and_batch_size():
-    loader = planned(DataLoader(Noisy(), batch_size=8, num_workers=2))
+    loader = planned(DataLoader(Noisy(), batch_size=8, num_workers=2, persistent_workers=True))
     pids = []
     for epoch, (kept, batch_size) in enumerate([(None, 8), (torch.arange(0, 40, 2), 8), (torch.arange(13), 3), (None, 16)]):
         pids.append({pid.item() for batch in epoch_of(loader, epoch, kept, batch_size) for pid in batch[1]})
@@ -57,6 +58,37 @@ def test_workers_survive_changes_of_subset_weights_and_batch_size():
     assert pids[0] == pids[1] == pids[2] == pids[3] == reading
     assert len(reading) == 2
     assert os.getpid() not in reading
+
+
+class Epochs(Dataset):
+    """Samples that are the number of the epoch, which a callback sets."""
+
+    epoch = 0
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return torch.full((8,), float(self.epoch)), index % 3
+
+
+@pytest.mark.parametrize('persistent', [False, True])
+def test_workers_see_the_dataset_as_in_plain_composer(make_trainer, persistent):
+    def seen(*algorithms):
+        dataset, found = Epochs(), []
+
+        class SetEpoch(Callback):
+            def epoch_start(self, state, logger):
+                dataset.epoch = int(state.timestamp.epoch)
+
+            def batch_start(self, state, logger):
+                found.append(state.batch[0][0, 0].item())
+
+        loader = DataLoader(dataset, batch_size=16, num_workers=1, shuffle=True, persistent_workers=persistent)
+        make_trainer(algorithms, train_loader=loader, callbacks=[SetEpoch()], max_duration='3ep').fit()
+        return found
+
+    assert seen() == seen(LinUpper(burn_in=None)) == seen(InfoBatch(prune_ratio=0)) == ([0] * 6 if persistent else [0, 0, 1, 1, 2, 2])
 
 
 def test_augmentation_is_the_same_with_any_number_of_workers_and_history():

@@ -86,7 +86,7 @@ def test_checkpoints_at_epoch_ends_are_small(make_trainer, save):
     assert plan['plan'] is None
 
 
-def test_workers_survive_the_run(make_trainer):
+def test_workers_survive_the_run(make_trainer, problem):
     class Watch(Callback):
         def __init__(self):
             self.epochs = []
@@ -96,7 +96,8 @@ def test_workers_survive_the_run(make_trainer):
             self.epochs.append({worker.pid for worker in loader._path._inner._iterator._workers})
 
     watch = Watch()
-    trainer = make_trainer(all_three(), num_workers=2, callbacks=[watch], max_duration='5ep')
+    loader = DataLoader(problem, 16, shuffle=True, num_workers=2, persistent_workers=True)
+    trainer = make_trainer(all_three(), train_loader=loader, callbacks=[watch], max_duration='5ep')
     trainer.fit()
     trainer.fit(duration='1ep')
     assert len(watch.epochs) == 6
