@@ -154,6 +154,34 @@ def test_checkpoints_of_finished_runs(recipe_file, tmp_path, capfd):
     assert main([*saving, 'save_overwrite=true']) == 0
 
 
+def test_a_run_goes_on_with_its_own_settings_only(recipe_file, tmp_path, capfd):
+    run = [str(recipe_file), 'save_interval=1ep', 'autoresume=true', 'scheduler=null', 'algorithms.infobatch=null']
+    assert main([*run, 'max_duration=1ep']) == 0
+    folder = tmp_path / 'runs' / 'small'
+    path = folder / 'summary.json'
+    before = path.read_bytes()
+    capfd.readouterr()
+    for override, difference in {
+        'dataset.batch_size=8': 'dataset.batch_size: 16 there, 8 now',
+        'optimizer.lr=0.001': 'optimizer.lr: 0.05 there, 0.001 now',
+        'optimizer.nesterov=true': 'optimizer.nesterov: None there, True now',
+        'seed=5': 'seed: 3 there, 5 now',
+        'dataset.num_samples=80': 'dataset.num_samples: 64 there, 80 now',
+        'algorithms=null': 'algorithms.infobatch: {} there, None now',
+    }.items():
+        for duration in ('1ep', '2ep'):
+            line = refused(capfd, *run, f'max_duration={duration}', override)
+            assert line == (
+                f'error: {recipe_file}: autoresume: {path}: {difference}; set it back, choose another run_name, or remove {folder}'
+            )
+    assert path.read_bytes() == before
+    free = ['dataset.eval_batch_size=4', 'dataset.num_workers=1', 'eval_interval=2ep', 'device=cpu', 'callbacks.lr_monitor={}']
+    assert main([*run, *free, 'max_duration=2ep']) == 0
+    assert [entry['samples'] for entry in summary(tmp_path)['epochs']] == [64, 64]
+    path.unlink()  # as in a run killed before its first epoch ended
+    assert main([*run, 'max_duration=3ep', 'optimizer.lr=0.01']) == 0
+
+
 @contextmanager
 def room(size: int) -> Iterator[None]:
     """No file of this process can grow beyond ``size`` bytes."""

@@ -113,7 +113,8 @@ def decode_image(data: bytes | None, source: str) -> Image.Image:
         An RGB image.
 
     Raises:
-        InputError: The data is not one of :data:`FORMATS`, is corrupt, or has more than :data:`MOST_PIXELS`.
+        InputError: The data is not one of :data:`FORMATS`, is corrupt, has more than :data:`MOST_PIXELS`, or is one channel of more than 8
+            bits.
     """
     with open_image(data, source) as image:
         return image.convert('RGB')
@@ -131,6 +132,7 @@ def open_image(data: bytes | None, source: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_pixels(image.width, image.height, source)
+            check_depth(image.mode, source)
             yield image
     except InputError:
         raise
@@ -146,6 +148,16 @@ def check_pixels(width: int, height: int, source: str) -> None:
     """
     if width * height > MOST_PIXELS:
         raise InputError(f'{source}: expected an image of at most {MOST_PIXELS} pixels, got {width}x{height}; scale it down first')
+
+
+def check_depth(mode: str, source: str) -> None:
+    """Reject Pillow's modes of 16 and 32 bits, whose values above 255 it clips in the conversion to RGB.
+
+    Raises:
+        InputError: The mode is F, I, or I;16 in any byte order.
+    """
+    if mode == 'F' or mode.startswith('I'):
+        raise InputError(f'{source}: expected 8 bits per channel, got an image of mode {mode}; convert it first')
 
 
 class Cutout(torch.nn.Module):

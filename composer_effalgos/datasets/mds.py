@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from composer_effalgos.datasets.images import MOST_SIDE, StoredImages, check_at_least, check_pixels, data_folder, limited
+from composer_effalgos.datasets.images import MOST_SIDE, StoredImages, check_at_least, check_depth, check_pixels, data_folder, limited
 from composer_effalgos.datasets.mds_index import COMPRESSIONS, INDEX, check_index
 from composer_effalgos.datasets.packed import DESCRIPTION, Description, class_names, pipeline
 from composer_effalgos.utils.errors import InputError
@@ -151,7 +151,9 @@ def _decode_pil(data: bytes) -> np.ndarray:
     """Decode MDS type ``pil``: width, height and length of the mode name as uint32, then the mode name and the pixels."""
     width, height, length = np.frombuffer(data[:12], '<u4').tolist()
     check_pixels(width, height, 'image')  # before Pillow, which allocates before it checks the length
-    image = Image.frombytes(data[12 : 12 + length].decode(), (width, height), data[12 + length :])
+    mode = data[12 : 12 + length].decode()
+    check_depth(mode, 'image')
+    image = Image.frombytes(mode, (width, height), data[12 + length :])
     return np.asarray(image.convert('RGB'))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,24 @@ class _AutocastForward:
         return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
+class _EvalInFloat32:
+    """The forward pass of an evaluation, with outputs in fp32, so that metrics are computed and summed in fp32."""
+
+    def __init__(self, eval_forward: Callable[..., Any]) -> None:
+        self._eval_forward = eval_forward  # bound, as above
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self._eval_forward(*args, **kwargs)
+        if isinstance(outputs, Mapping) and isinstance(outputs.get('logits'), Tensor):  # Hugging Face without use_logits
+            return type(outputs)(**{**outputs, 'logits': outputs['logits'].float()})
+        return outputs.float() if isinstance(outputs, Tensor) and outputs.is_floating_point() else outputs
+
+
 def autocast_forward(model: ComposerModel) -> None:
     """Run a model's forward pass under bfloat16 autocast on the CPU, as ``amp_bf16`` does on a GPU.
 
-    Weights, gradients and optimizer state stay in fp32. The model is changed in place. Call this before the Trainer wraps or compiles it.
+    Weights, gradients, optimizer state and metrics stay in fp32. The model is changed in place.
+    Call this before the Trainer wraps or compiles it.
     """
     model.forward = _AutocastForward(model.forward)  # type: ignore[method-assign]
+    model.eval_forward = _EvalInFloat32(model.eval_forward)  # type: ignore[method-assign]

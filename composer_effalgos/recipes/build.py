@@ -21,7 +21,7 @@ from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS, build_language_model, build_text_classifier
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import EpochPlanner
-from composer_effalgos.recipes.checkpoints import checkpoint_folder, loading, trainer_arguments
+from composer_effalgos.recipes.checkpoints import check_settings, checkpoint_folder, loading, trainer_arguments
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.errors import InputError
@@ -49,6 +49,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
     on_gpu = device.name == 'gpu'
     loaded = loading(recipe)
     if loaded is not None:
+        if loaded.is_autoresume:
+            check_settings(recipe)
         loaded.check()
     saves = 'save_interval' in recipe.trainer or recipe.trainer.get('autoresume', False)
 

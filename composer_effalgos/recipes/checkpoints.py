@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_effalgos.models.pretrained import differences
+from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.recipes.faults import modules
 from composer_effalgos.recipes.schema import Recipe
+from composer_effalgos.recipes.settings import first_difference
 from composer_effalgos.utils.errors import CheckpointError, InputError
+from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line, shown
 
 # State required to resume. Composer ignores missing entries, so a run would silently restart them from scratch.
@@ -32,6 +36,16 @@ _STATE: dict[str, type | tuple[type, ...]] = {
     'rank_zero_seed': int,
 }
 _COUNTS = ('epoch', 'batch', 'sample', 'token', 'batch_in_epoch', 'sample_in_epoch', 'token_in_epoch')
+# Settings that may change when a run is resumed: its length, what is measured, logged and saved, where data is, and how it is computed
+_FREE = {
+    'run_name', 'max_duration', 'autoresume', 'device', 'dist_timeout', 'device_train_microbatch_size', 'compile_config',
+    'parallelism_config', 'ddp_sync_strategy', 'deterministic_mode', 'progress_bar', 'load_progress_bar', 'python_log_level',
+    'auto_log_hparams', 'model.train_metrics', 'dataset.path', 'dataset.remote', 'dataset.download', 'dataset.num_workers',
+    'dataset.pin_memory', 'dataset.prefetch_factor',
+}  # fmt: skip
+_FREE_SECTIONS = (
+    'eval_', 'save_', 'log_', 'console_', 'callbacks', 'loggers', 'dataset.eval_', 'compile_config.', 'parallelism_config.',
+)  # fmt: skip
 _LOADERS = ('composer.utils.checkpoint', 'composer.utils.file_helpers', 'composer.utils.object_store')
 
 
@@ -56,6 +70,27 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     return arguments
 
 
+def check_settings(recipe: Recipe) -> None:
+    """Check that ``autoresume`` continues a run with the settings it was trained with, as far as they decide what is trained.
+
+    The earlier settings are those in the summary; a run stopped before its first epoch ended has none.
+    """
+    path = recipe.run_folder / SUMMARY
+    try:
+        before = json.loads(read_text(path))['recipe']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # the run will write it anew
+    if not isinstance(before, dict) or not before:  # a script wrote it
+        return
+    differs = first_difference(before, recipe.settings, lambda key: key in _FREE or key.startswith(_FREE_SECTIONS))
+    if differs is not None:
+        key, there, now = differs
+        raise InputError(
+            f'{recipe.source}: autoresume: {path}: {key}: {shown(there)} there, {shown(now)} now; '
+            f'set it back, choose another run_name, or remove {recipe.run_folder}'
+        )
+
+
 @dataclass(frozen=True)
 class Loading:
     """A checkpoint that a run starts from.
@@ -76,6 +111,11 @@ class Loading:
     def is_local(self) -> bool:
         """Whether the file is local and can be read before Composer loads it."""
         return '://' not in self.path and not self.path.startswith('dbfs:')
+
+    @property
+    def is_autoresume(self) -> bool:
+        """Whether this is the run's own latest checkpoint."""
+        return self.key.endswith('autoresume')
 
     def check(self) -> None:
         """Check the file if it is local; raises as :func:`check_checkpoint`."""
@@ -117,7 +157,7 @@ class Loading:
         names = {name for name, _ in _pairs(saved['algorithms'])}
         ours = [type(algorithm).__name__ for algorithm in state.algorithms if type(algorithm).__module__.startswith('composer_effalgos.')]
         lost = [name for name in ours if name not in names]
-        if lost and self.key.endswith('autoresume'):
+        if lost and self.is_autoresume:
             raise InputError(
                 f'{self.key}: {self.path}: state.algorithms: expected {lost[0]}, which the recipe has, '
                 f'got {", ".join(sorted(names)) or "none"}; another run_name starts from scratch'

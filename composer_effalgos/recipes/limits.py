@@ -15,6 +15,7 @@ from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.text import shown
 
 _FLOAT32_MAX = 3.4e38
+_LATEST = 'latest-rank{rank}.pt'  # Composer's default
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
 
 
@@ -42,10 +43,16 @@ def check_trainer(source: str, trainer: Mapping[str, Any]) -> None:
     microbatch = trainer.get('device_train_microbatch_size')
     if microbatch not in (None, 'auto') and (not isinstance(microbatch, int) or microbatch < 1):
         raise InputError(f'{source}: device_train_microbatch_size: expected a whole number of samples from 1, or auto, got {microbatch!r}')
-    for key in ('save_filename', 'save_latest_filename'):
-        name = trainer.get(key)
-        if name is not None and (Path(name).is_absolute() or '..' in Path(name).parts):
-            raise InputError(f'{source}: {key}: expected a name inside the folder of checkpoints, got {name!r}; set save_folder instead')
+    name = trainer.get('save_filename')
+    if name is not None and (Path(name).is_absolute() or '..' in Path(name).parts):
+        raise InputError(
+            f'{source}: save_filename: expected a name inside the folder of checkpoints, got {name!r}; set save_folder instead'
+        )
+    if trainer.get('save_latest_filename', _LATEST) != _LATEST:  # resuming, sweeps and frontier look for this one
+        raise InputError(
+            f'{source}: save_latest_filename: expected {_LATEST}, which names the checkpoint to resume from, '
+            f'got {shown(trainer["save_latest_filename"])}; leave it out'
+        )
     for key in ('train_subset_num_batches', 'eval_subset_num_batches'):
         batches = trainer.get(key)
         if batches is not None and batches < 1 and batches != -1:

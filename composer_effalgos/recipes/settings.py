@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ MOST_LEVELS = 50
 MOST_CHARACTERS = 4000  # per value; about the longest path on Linux
 _MOST_VALUES = 100_000
 _REFERENCE = re.compile(r'\$\{([^${}]*)\}')  # an interpolation without nested ones
+_NAMED = ('algorithms.', 'callbacks.', 'loggers.')  # sections of names with arguments
 TOO_DEEP = f'expected at most {MOST_LEVELS} levels of nesting'
 
 
@@ -48,6 +49,27 @@ def list_recipes(folder: Path) -> list[tuple[Path, str]]:
     if not paths:
         raise InputError(f'{folder}: no recipe (*.yaml) in it')
     return [(path, _first_comment(path)) for path in paths]
+
+
+def first_difference(before: Any, now: Any, ignored: Callable[[str], bool]) -> tuple[str, Any, Any] | None:
+    """Find the first key, in dot notation, in which two recipes differ; keys for which ``ignored`` is true do not count.
+
+    Returns the key and its two values, or ``None``. Null is the same as a missing key.
+    """
+    flat_before, flat_now = _flat(before), _flat(now)
+    for key in [*flat_now, *flat_before]:
+        values = flat_before.get(key), flat_now.get(key)
+        if values[0] != values[1] and not ignored(key):
+            return key, *values
+    return None
+
+
+def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
+    if settings is None and prefix.startswith(_NAMED) and prefix.count('.') == 1:
+        settings = {}  # no arguments, but not a missing key
+    if not isinstance(settings, dict) or not settings:
+        return {prefix: settings}
+    return {key: value for name, item in settings.items() for key, value in _flat(item, f'{prefix}.{name}' if prefix else name).items()}
 
 
 def _first_comment(path: Path) -> str:

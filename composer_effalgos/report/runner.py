@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from composer_effalgos.monitor import SUMMARY, quality_text
 from composer_effalgos.recipes.checkpoints import checkpoint_folder
+from composer_effalgos.recipes.settings import first_difference
 from composer_effalgos.report.runs import read_summary
 from composer_effalgos.report.sweep import Job
 from composer_effalgos.utils.checks import check_number
@@ -184,15 +185,13 @@ def prepare(job: Job, *, fresh: bool = False) -> None:
     if not path.exists() and not path.is_symlink():
         return
     try:
-        before = _flat(yaml.safe_load(read_text(path)))
+        before = yaml.safe_load(read_text(path))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f'{path}: expected the settings of an earlier run, got {one_line(error)}; remove it, or give --fresh') from error
-    now = _flat(job.recipe.settings)
-    for key in [*now, *before]:
-        if key != 'save_folder' and before.get(key) != now.get(key):
-            raise InputError(
-                f'{path}: {key}: {before.get(key)!r} there, {now.get(key)!r} now; give another --out, or --fresh to train these runs anew'
-            )
+    differs = first_difference(before, job.recipe.settings, lambda key: key == 'save_folder')
+    if differs is not None:
+        key, there, now = differs
+        raise InputError(f'{path}: {key}: {there!r} there, {now!r} now; give another --out, or --fresh to train these runs anew')
 
 
 def _clear(folder: Path) -> None:
@@ -201,12 +200,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _flat(settings: Any, prefix: str = '') -> dict[str, Any]:
-    if not isinstance(settings, dict) or not settings:
-        return {prefix: settings}
-    return {key: value for name, item in settings.items() for key, value in _flat(item, f'{prefix}.{name}' if prefix else name).items()}
 
 
 class _Training:

@@ -93,6 +93,10 @@ def test_pixels_in_mds_are_counted_before_room_is_made(tmp_path):
     assert np.array_equal(build_dataset('mds', 'train', path=str(tmp_path / 'good')).stored(0), np.asarray(image))
     with pytest.raises(InputError, match=r'sample 0 cannot be read .*at most 89478485 pixels, got 60000x60000'):
         build_dataset('mds', 'train', path=str(tmp_path / 'bad'))[0]
+    with streaming.MDSWriter(out=str(tmp_path / 'deep' / 'train'), columns={'image': 'pil', 'label': 'uint8'}) as writer:
+        writer.write({'image': Image.fromarray(np.arange(20, dtype=np.uint16).reshape(4, 5)), 'label': np.uint8(3)})
+    with pytest.raises(InputError, match=r'sample 0.*expected 8 bits per channel, got an image of mode I;16'):
+        build_dataset('mds', 'train', path=str(tmp_path / 'deep'))[0]
 
 
 @pytest.mark.parametrize(('kind', 'message'), [('json', r'type bytes, .*, got .image. of type .json'), ('list[jpeg]', r'of type .list')])

@@ -29,11 +29,23 @@ def test_decode_image_gives_rgb(kind: str, pixels: Callable, encode: Callable) -
     assert np.abs(np.asarray(image).astype(int) - flat).max() <= 3  # JPEG loses a little
 
 
-@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'CMYK', '1', 'I;16'])
+@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'CMYK', '1'])
 def test_decode_image_turns_every_mode_into_rgb(mode: str) -> None:
     buffer = io.BytesIO()
     Image.new(mode, (5, 4), 1).save(buffer, 'TIFF' if mode == 'CMYK' else 'PNG')
     assert decode_image(buffer.getvalue(), 'here').mode == 'RGB'
+
+
+@pytest.mark.parametrize(
+    ('values', 'kind', 'mode'),
+    [(np.uint16, 'PNG', 'I'), (np.uint16, 'TIFF', 'I'), (np.int32, 'TIFF', 'I'), (np.uint16, 'PPM', 'I'), (np.float32, 'TIFF', 'F')],
+)
+def test_images_of_more_than_8_bits_are_refused(values: type, kind: str, mode: str) -> None:
+    """Pillow clips them at 255 when it converts them to RGB: this ramp would be white."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 20).reshape(4, 5).astype(values)).save(buffer, kind)
+    with pytest.raises(InputError, match=rf'^there: expected 8 bits per channel, got an image of mode {mode}'):
+        decode_image(buffer.getvalue(), 'there')
 
 
 @given(data=st.binary(max_size=200))

@@ -7,6 +7,7 @@ from composer.models import ComposerClassifier
 from composer_effalgos import InfoBatch
 from composer_effalgos.models import autocast
 from composer_effalgos.models.autocast import autocast_forward
+from composer_effalgos.models.language import build_language_model, build_text_classifier
 
 
 def classifier() -> ComposerClassifier:
@@ -30,6 +31,42 @@ def test_forward_is_that_of_torch_autocast_and_the_loss_is_in_fp32(problem):
     assert {parameter.grad.dtype for parameter in ours.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize('name', ['gpt2', 'hf_sequence_classification'])
+def test_metrics_of_text_models_are_in_fp32(name):
+    """Equal to the metrics of the same bfloat16 logits in float64; the training outputs stay as they are."""
+    torch.manual_seed(0)
+    labels = tokens = torch.randint(0, 128, (48, 64))
+    if name == 'gpt2':
+        model = build_language_model('gpt2', 128, 64, layers=1, width=32)
+    else:
+        config = {'n_layer': 1, 'n_embd': 32, 'n_head': 2}
+        model = build_text_classifier(name, 5, 64, 128, pretrained_model_name_or_path='gpt2', config_overrides=config)
+        labels = torch.randint(0, 5, (48,))
+    autocast_forward(model)
+    model.eval()
+
+    def batch() -> dict[str, torch.Tensor]:
+        return {'input_ids': tokens.clone(), 'labels': labels.clone()}
+
+    with torch.no_grad():
+        trained = model(batch())
+        assert trained['logits'].dtype == torch.bfloat16
+        logits = trained['logits'].double()
+        for outputs in (None, trained):
+            evaluated = batch()
+            found = model.eval_forward(evaluated, outputs)
+            assert found.dtype == torch.float32
+            assert torch.equal(found.double(), logits)
+            for key, metric in model.get_metrics(is_train=False).items():
+                metric.reset()
+                model.update_metric(evaluated, found, metric)
+                if key.endswith('CrossEntropy'):
+                    scored, right = (logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) if name == 'gpt2' else (logits, labels)
+                    expected = torch.nn.functional.cross_entropy(scored, right).item()
+                    assert metric.compute().item() == pytest.approx(expected, abs=1e-5)
+        assert trained['logits'].dtype == torch.bfloat16
+
+
 def test_a_copy_runs_on_its_own_weights(problem):
     batch = [problem.tensors[0][:4], problem.tensors[1][:4]]
     model = classifier()
@@ -39,6 +76,7 @@ def test_a_copy_runs_on_its_own_weights(problem):
     with torch.no_grad():
         other.module[2].bias += 1
     assert torch.equal(model(batch), before)
+    assert torch.equal(other.eval_forward(batch), other(batch))
     assert not torch.equal(other(batch), before)
 
 

@@ -117,7 +117,11 @@ def test_the_file_names_the_run_where_the_recipe_does_not(recipe_file):
         ('save_interval=0ba', "save_interval: expected a time above 0 such as '1ep', or no such key for no checkpoints, got '0ba'"),
         ('save_interval=0', 'save_interval: expected a time above 0'),
         ('save_filename=../../x.pt', "save_filename: expected a name inside the folder of checkpoints, got '../../x.pt'"),
-        ('save_latest_filename=/x.pt', "save_latest_filename: expected a name inside the folder of checkpoints, got '/x.pt'"),
+        (
+            'save_latest_filename=newest.pt',
+            'save_latest_filename: expected latest-rank{rank}.pt, which names the checkpoint to resume from',
+        ),
+        ('save_latest_filename=null', 'save_latest_filename: expected latest-rank{rank}.pt'),
         ('train_subset_num_batches=0', 'train_subset_num_batches: expected a number of batches from 1, or -1 for all, got 0'),
         ('eval_subset_num_batches=-2', 'eval_subset_num_batches: expected a number of batches from 1, or -1 for all, got -2'),
         ('device_train_microbatch_size=0', 'device_train_microbatch_size: expected a whole number of samples from 1, or auto, got 0'),
