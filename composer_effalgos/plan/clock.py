@@ -135,8 +135,13 @@ class EpochClock:
         loader = self._loader
         assert loader is not None
         assert state.max_duration is not None
-        if state.max_duration.unit == TimeUnit.EPOCH:
-            steps = self._virtual(int(state.timestamp.batch_in_epoch) - 1) - self.batches_done
+        if state.max_duration.unit != TimeUnit.EPOCH:
+            self.batches_done = 0  # schedulers follow real time
+        else:
+            batch = int(state.timestamp.batch_in_epoch) - 1
+            if batch > 0 and self.batches_done == 0:  # an earlier fit began the epoch in real time
+                self.batches_done = self._virtual(batch - 1) + 1
+            steps = self._virtual(batch) - self.batches_done
             for scheduler in state.schedulers:
                 if not is_composer_schedule(scheduler) and _steps(scheduler) > self._steps_seen.get(id(scheduler), 0):
                     for _ in range(steps):

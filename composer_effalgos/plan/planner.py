@@ -32,8 +32,8 @@ class EpochPlanner(Callback):
 
     Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` to ``selectors`` or set ``batch_size``, and change nothing else in
     the trainer. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all algorithms have registered, whatever the order of
-    ``algorithms=[...]``, and after callbacks that prepare the epoch, such as those that call ``sampler.set_epoch``. The planner then queries the selectors, installs the epoch's plan in the loader, sets the clock and passes the
-    weights to the loss.
+    ``algorithms=[...]``, and callbacks that prepare the epoch, such as by ``sampler.set_epoch``, have run. The planner then queries the
+    selectors, installs the epoch's plan in the loader, sets the clock and passes the weights to the loss.
 
     Args:
         tail: How the samples that do not fill an epoch's last batch are handled. ``'shared'`` merges a small remainder with the batch

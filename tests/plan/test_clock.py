@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
-from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos import AdaBatch, InfoBatch, LinUpper, SubsetSelection
 from composer_effalgos.plan import EpochPlanner, split_batches
 from composer_effalgos.plan.clock import virtual_batch
 
@@ -196,6 +196,29 @@ def test_a_second_fit_goes_on_where_the_full_run_would(make_trainer):
         lrs.append([epoch[0] for epoch in trainer.recorder.lrs] + [lr_of(trainer)])
     assert lrs[1] == pytest.approx(lrs[0], rel=1e-6, abs=1e-9)
     assert len([c for c in trainer.state.callbacks if isinstance(c, EpochPlanner)]) == 1
+
+
+@pytest.mark.parametrize('durations', [('3ba', '1ep'), ('1ep', '40sp', '1ep'), ('3ba', '1ep', '2ba', '20sp', '2ep'), ('3ba', '30ba')])
+def test_pytorch_schedulers_get_one_step_a_batch_in_fits_of_any_unit(make_trainer, durations):
+    lrs = []
+    for algorithms in ([], [LinUpper(burn_in=None)]):
+        trainer = make_trainer(algorithms, scheduler_of=lambda o: lr_scheduler.ExponentialLR(o, 0.5), step_schedulers_every_batch=True)
+        for duration in durations:
+            trainer.fit(duration=duration)
+        lrs.append(trainer.recorder.lrs)
+    assert lrs[1] == lrs[0]
+
+
+def test_a_checkpoint_in_another_unit_goes_on_in_epochs(make_trainer, tmp_path):
+    arguments = {'scheduler_of': lambda o: lr_scheduler.ExponentialLR(o, 0.5), 'step_schedulers_every_batch': True}
+    trainer = make_trainer([InfoBatch(0.6)], max_duration='4ba', **arguments)
+    trainer.fit()
+    trainer.save_checkpoint(str(tmp_path / 'saved.pt'))
+    trainer.fit(duration='2ep')
+    resumed = make_trainer([InfoBatch(0.6)], max_duration='2ep', load_path=str(tmp_path / 'saved.pt'), **arguments)
+    resumed.fit()
+    assert resumed.recorder.lrs[0] == trainer.recorder.lrs[0][4:]
+    assert resumed.recorder.lrs[0] == [0.1 * 0.5**b for b in range(4, 13)]
 
 
 def test_reset_time_starts_the_clock_anew(make_trainer):
