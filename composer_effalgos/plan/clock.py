@@ -17,22 +17,25 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from composer_effalgos.plan.loader import PlannedDataLoader
 
 
-def virtual_batch(samples: int, samples_before_last: int, full_batches: int, batches_left: int = 1) -> int:
+def virtual_batch(samples: int, samples_before_last: int, full_batches: int, batches_left: int | None = 1) -> int:
     """Maps a batch of the planned epoch to a batch of the full epoch, by the number of samples before it.
 
     The mapping is ``s -> s (L - 1) / S``, rounded. Schedules are stepped *after* a batch's update and *before* the timestamp advances, so
     the last planned batch must map to the last full batch. Every remaining batch needs a step of its own, so a small batch before the last
-    must not map to the same step as the last.
+    must not map to the same step as the last. If the planned epoch has more batches than the full one, several share a step; the mapping is
+    then rounded down, so that only the last planned batch maps to the last full one.
 
     Args:
         samples: Samples of the planned epoch before the batch, ``s``.
         samples_before_last: Samples before the planned epoch's last batch, ``S``.
         full_batches: Batches of the full epoch, ``L``.
-        batches_left: Batches of the planned epoch from this one on.
+        batches_left: Batches of the planned epoch from this one on; ``None`` if it has more batches than the full epoch.
 
     Returns:
         Batch number in the full epoch, 0 to ``L - 1``.
     """
+    if batches_left is None:
+        return min(samples * (full_batches - 1) // samples_before_last, full_batches - 1) if samples_before_last else full_batches - 1
     batch = round(samples * (full_batches - 1) / samples_before_last) if samples_before_last else full_batches - 1
     return max(0, min(batch, full_batches - batches_left))
 
@@ -132,8 +135,13 @@ class EpochClock:
         loader = self._loader
         assert loader is not None
         assert state.max_duration is not None
-        if state.max_duration.unit == TimeUnit.EPOCH:
-            steps = self._virtual(int(state.timestamp.batch_in_epoch) - 1) - self.batches_done
+        if state.max_duration.unit != TimeUnit.EPOCH:
+            self.batches_done = 0  # schedulers follow real time
+        else:
+            batch = int(state.timestamp.batch_in_epoch) - 1
+            if batch > 0 and self.batches_done == 0:  # an earlier fit began the epoch in real time
+                self.batches_done = self._virtual(batch - 1) + 1
+            steps = self._virtual(batch) - self.batches_done
             for scheduler in state.schedulers:
                 if not is_composer_schedule(scheduler) and _steps(scheduler) > self._steps_seen.get(id(scheduler), 0):
                     for _ in range(steps):
@@ -158,7 +166,8 @@ class EpochClock:
         if loader.plan is None:  # before an epoch
             return batch
         before, before_last = loader.samples_before(batch), loader.samples_before(len(loader) - 1)
-        return virtual_batch(before, before_last, loader.full_batches, len(loader) - batch)
+        left = len(loader) - batch if len(loader) <= loader.full_batches else None
+        return virtual_batch(before, before_last, loader.full_batches, left)
 
     def _note_steps(self, state: State) -> None:
         self._steps_seen = {id(s): _steps(s) for s in state.schedulers}

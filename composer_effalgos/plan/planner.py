@@ -32,8 +32,8 @@ class EpochPlanner(Callback):
 
     Algorithms add a :class:`~composer_effalgos.plan.selector.Selector` to ``selectors`` or set ``batch_size``, and change nothing else in
     the trainer. Composer runs callbacks after algorithms, so at ``EPOCH_START`` all algorithms have registered, whatever the order of
-    ``algorithms=[...]``. The planner then queries the selectors, installs the epoch's plan in the loader, sets the clock and passes the
-    weights to the loss.
+    ``algorithms=[...]``, and callbacks that prepare the epoch, such as by ``sampler.set_epoch``, have run. The planner then queries the
+    selectors, installs the epoch's plan in the loader, sets the clock and passes the weights to the loss.
 
     Args:
         tail: How the samples that do not fill an epoch's last batch are handled. ``'shared'`` merges a small remainder with the batch
@@ -67,6 +67,7 @@ class EpochPlanner(Callback):
         self._given_loss: tuple[str, PerSampleLoss] | None = None  # who gave a per-sample loss, and which
         self.whole_batches = self.may_lengthen = self.exchanges = self.full_budget = False
         self.clock, self.horizon = EpochClock(), Horizon()
+        self._advance = _Advance(self)
         self.by_position: list[str] = []
         self._loaded: dict[str, Any] | None = None
         self.expects_state = False
@@ -80,8 +81,13 @@ class EpochPlanner(Callback):
         if planner is None:
             planner = cls()
             state.callbacks.append(planner)
-        planner._state = state
+        planner._join(state)
         return planner
+
+    def _join(self, state: State) -> None:
+        self._state = state
+        if self._advance not in state.callbacks:
+            state.callbacks.insert(0, self._advance)
 
     @classmethod
     def find(cls, state: State) -> EpochPlanner | None:
@@ -138,7 +144,7 @@ class EpochPlanner(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Stores the state, for a planner that the user passed as a callback."""
-        self._state = state
+        self._join(state)
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Records the Trainer's ``max_duration``."""
@@ -250,16 +256,6 @@ class EpochPlanner(Callback):
         """Makes the loss pass calls through to the original again."""
         if self.loss is not None:
             self.loss.end_batch()
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Steps PyTorch schedulers that lag behind the clock."""
-        self.clock.batch_end(state)
-        self.horizon.check_tokens(state)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """Advances the clock by one full epoch."""
-        self.clock.epoch_end(state)
-        self._in_epoch = False
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Restores the user's loader in the state, so that later users see all samples and not those of the last plan."""
@@ -384,3 +380,22 @@ class EpochPlanner(Callback):
         rest, done = loader.resume(plan, batches, self.current_batch_size(), world_size=world_size, even=self.in_step(state))
         self._done = (*self._done, *done) if world_size == loader.world_size else ()
         self._take(rest, state)
+
+
+class _Advance(Callback):
+    """Advances the planner's clock before all other callbacks of the run, one of which may save a checkpoint at the same event."""
+
+    __qualname__ = 'EpochPlanner'  # under which Composer saves a callback: the planner's own entry then replaces this one, which is empty
+
+    def __init__(self, planner: EpochPlanner) -> None:
+        self._planner = planner
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Steps PyTorch schedulers that lag behind the clock."""
+        self._planner.clock.batch_end(state)
+        self._planner.horizon.check_tokens(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Advances the clock by one full epoch."""
+        self._planner.clock.epoch_end(state)
+        self._planner._in_epoch = False

@@ -63,7 +63,7 @@ def test_beta2_keeps_its_half_life_in_samples(make_trainer, tmp_path, weights_of
             optimizer_of=lambda p: AdamW(p, lr=0.01, betas=(0.8, 0.95)),
             **arguments,
         )
-        trainer.state.callbacks[0].batch_end = lambda state, logger: seen.append(state.optimizers[0].param_groups[0]['betas'])
+        trainer.recorder.batch_end = lambda state, logger: seen.append(state.optimizers[0].param_groups[0]['betas'])
         trainer.fit()
         return trainer
 

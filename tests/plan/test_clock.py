@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
-from composer_effalgos import AdaBatch, InfoBatch, SubsetSelection
+from composer_effalgos import AdaBatch, InfoBatch, LinUpper, SubsetSelection
 from composer_effalgos.plan import EpochPlanner, split_batches
 from composer_effalgos.plan.clock import virtual_batch
 
@@ -118,6 +118,42 @@ def test_virtual_batches(planned, full):
         assert times == list(range(full))
 
 
+@given(st.integers(1, 200), st.integers(1, 400))
+def test_virtual_batches_of_a_longer_epoch(full, more):
+    planned = full + more
+    times = [virtual_batch(16 * b, 16 * (planned - 1), full, None) for b in range(planned)]
+    assert times.count(full - 1) == 1 or full == 1
+    assert times == sorted(times)
+    assert set(times) == set(range(full))
+
+
+SMALL_BATCHES = {
+    'halved': '0:8',
+    'a ramp': {'start': 4, 'stop': 16, 'increment': 4, 'over': '64sp'},
+    'halved, then doubled': '0:8 1ep:32',
+}
+
+
+@pytest.mark.parametrize('schedule', SMALL_BATCHES.values(), ids=SMALL_BATCHES)
+def test_batches_smaller_than_the_loaders_share_the_steps_of_the_schedule(make_trainer, problem, schedule):
+    trainers = []
+    for algorithms in ([], [AdaBatch(schedule=schedule)]):
+        data = TensorDataset(*(t[:128] for t in problem.tensors))
+        trainer = make_trainer(algorithms, dataset=data, max_duration='2ep', schedulers=LinearWithWarmupScheduler('2ba'))
+        trainer.fit()
+        trainers.append(trainer)
+    plain, small = (trainer.recorder for trainer in trainers)
+    assert len(small.lrs[0]) > len(plain.lrs[0]) == 8
+    assert [lrs[0] for lrs in small.lrs] == pytest.approx([lrs[0] for lrs in plain.lrs])
+    assert lr_of(trainers[1]) == pytest.approx(lr_of(trainers[0]), abs=1e-9)
+    assert small.lrs[0][-1] == pytest.approx(plain.lrs[0][-1])
+    assert sorted(set(small.lrs[0])) == pytest.approx(sorted(set(plain.lrs[0])))  # every value, none skipped
+    top = small.lrs[0].index(max(small.lrs[0]))
+    assert small.lrs[0] == sorted(small.lrs[0][:top]) + sorted(small.lrs[0][top:], reverse=True)
+    if schedule == '0:8':
+        assert small.lrs[0] == pytest.approx([lr for lr in plain.lrs[0] for _ in range(2)])
+
+
 @given(st.integers(40, 3000), st.integers(2, 130), st.integers(1, 4), st.floats(0.3, 1), st.integers(1, 4))
 def test_an_epoch_takes_the_steps_of_the_full_one(n, batch_size, world, kept, growth):
     full = split_batches(n, batch_size, world)
@@ -160,6 +196,29 @@ def test_a_second_fit_goes_on_where_the_full_run_would(make_trainer):
         lrs.append([epoch[0] for epoch in trainer.recorder.lrs] + [lr_of(trainer)])
     assert lrs[1] == pytest.approx(lrs[0], rel=1e-6, abs=1e-9)
     assert len([c for c in trainer.state.callbacks if isinstance(c, EpochPlanner)]) == 1
+
+
+@pytest.mark.parametrize('durations', [('3ba', '1ep'), ('1ep', '40sp', '1ep'), ('3ba', '1ep', '2ba', '20sp', '2ep'), ('3ba', '30ba')])
+def test_pytorch_schedulers_get_one_step_a_batch_in_fits_of_any_unit(make_trainer, durations):
+    lrs = []
+    for algorithms in ([], [LinUpper(burn_in=None)]):
+        trainer = make_trainer(algorithms, scheduler_of=lambda o: lr_scheduler.ExponentialLR(o, 0.5), step_schedulers_every_batch=True)
+        for duration in durations:
+            trainer.fit(duration=duration)
+        lrs.append(trainer.recorder.lrs)
+    assert lrs[1] == lrs[0]
+
+
+def test_a_checkpoint_in_another_unit_goes_on_in_epochs(make_trainer, tmp_path):
+    arguments = {'scheduler_of': lambda o: lr_scheduler.ExponentialLR(o, 0.5), 'step_schedulers_every_batch': True}
+    trainer = make_trainer([InfoBatch(0.6)], max_duration='4ba', **arguments)
+    trainer.fit()
+    trainer.save_checkpoint(str(tmp_path / 'saved.pt'))
+    trainer.fit(duration='2ep')
+    resumed = make_trainer([InfoBatch(0.6)], max_duration='2ep', load_path=str(tmp_path / 'saved.pt'), **arguments)
+    resumed.fit()
+    assert resumed.recorder.lrs[0] == trainer.recorder.lrs[0][4:]
+    assert resumed.recorder.lrs[0] == [0.1 * 0.5**b for b in range(4, 13)]
 
 
 def test_reset_time_starts_the_clock_anew(make_trainer):

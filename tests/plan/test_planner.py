@@ -9,7 +9,8 @@ import torch
 from composer import DataSpec
 from composer.core import Callback
 from composer.optim import LinearScheduler
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
 from composer_effalgos.plan import EpochPlanner
@@ -31,6 +32,80 @@ def save(make_trainer, tmp_path):
         return str(sorted((tmp_path / 'saved').glob('[0-9]*.pt'), key=lambda path: int(path.stem.split('-')[1]))[number])
 
     return run
+
+
+class Save(Callback):
+    """Saves a checkpoint from a user's own callback, once."""
+
+    def __init__(self, path, event: str, when):
+        setattr(self, event, self._save)
+        self.path, self.when, self.trainer, self.batch = str(path), when, None, None
+
+    def _save(self, state, logger):
+        if self.batch is None and self.when(state):
+            self.batch = int(state.timestamp.batch)
+            self.trainer.save_checkpoint(self.path)
+
+
+MOMENTS = {
+    'end of an epoch': ('epoch_end', lambda state: state.timestamp.epoch == 2),
+    'within an epoch': ('batch_end', lambda state: state.timestamp.epoch == 1 and state.timestamp.batch_in_epoch == 3),
+    'last batch': ('batch_end', lambda state: state.timestamp.epoch == 1 and state.timestamp.batch_in_epoch == state.dataloader_len),
+}
+
+
+@pytest.mark.parametrize('passed', [False, True], ids=['', 'planner passed'])
+@pytest.mark.parametrize('kind', ['composer', 'torch'])
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_a_callback_that_saves_at_the_end_of_a_batch_or_epoch(make_trainer, tmp_path, weights_of, kind, moment, passed):
+    def run(callbacks=(), **load):
+        schedule = {'schedulers': LinearScheduler()} if kind == 'composer' else {'scheduler_of': lambda o: ExponentialLR(o, 0.95)}
+        algorithms = [InfoBatch(delta=1.0)]
+        return make_trainer(algorithms, callbacks=callbacks, max_duration='4ep', step_schedulers_every_batch=True, **schedule, **load)
+
+    save = Save(tmp_path / 'saved.pt', *MOMENTS[moment])
+    whole = save.trainer = run([save, EpochPlanner()] if passed else [save])
+    whole.fit()
+    (path,) = tmp_path.iterdir()
+    resumed = run(load_path=str(path))
+    resumed.fit()
+    lrs = [lr for epoch in whole.recorder.lrs for lr in epoch][save.batch :]
+    assert [lr for epoch in resumed.recorder.lrs for lr in epoch] == lrs
+    assert torch.equal(weights_of(whole), weights_of(resumed))
+    callbacks = torch.load(path, weights_only=False)['state']['callbacks']
+    assert set(callbacks) == {'Recorder', 'Save', 'EpochPlanner'}
+    assert (callbacks['EpochPlanner']['plan'] is None) == (moment == 'end of an epoch')
+
+
+def test_callbacks_prepare_an_epoch_before_it_is_planned(make_trainer, problem):
+    class Half(Sampler):
+        first = 0
+
+        def __iter__(self):
+            return iter(range(self.first, self.first + 96))
+
+        def __len__(self):
+            return 96
+
+    class Prepare(Callback):
+        def __init__(self):
+            self.sampler, self.seen, self.lengths = Half(), [], []
+
+        def epoch_start(self, state, logger):
+            self.sampler.first = 48 * int(state.timestamp.epoch)
+            self.lengths.append(int(state.dataloader_len))
+
+        def batch_start(self, state, logger):
+            self.seen.append(state.batch[0])
+
+    runs = []
+    for algorithms in ([], [AdaBatch(2, '9ep')]):
+        prepare = Prepare()
+        loader = DataLoader(problem, batch_size=16, sampler=prepare.sampler)
+        make_trainer(algorithms, train_loader=loader, callbacks=[prepare], max_duration='3ep').fit()
+        runs.append(prepare)
+    assert torch.equal(*(torch.cat(run.seen) for run in runs))
+    assert runs[0].lengths == runs[1].lengths == [6, 6, 6]
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(make_trainer, save, problem):
