@@ -75,7 +75,8 @@ def run_search(
 
     Optuna's tree-structured Parzen estimator suggests combinations, starting with the first choice on every axis. A run ends as soon as it
     exceeds the target, or has taken as long as the best trial so far, so that it cannot win. Trained combinations are kept: calling again
-    continues, and a larger ``trials`` extends the search. Times are compared, so nothing else should run on the machine.
+    continues, and a larger ``trials`` extends the search; other settings than theirs are refused. Times are compared, so nothing else
+    should run on the machine.
 
     Seconds to one accuracy rank combinations like the equivalent-budget factor at that accuracy: the seconds of the fastest plain
     combination of any length over those of the combination.
@@ -108,14 +109,16 @@ def run_search(
         while len(done) + len(failures) < trials:
             asked, choices = next(suggestions)
             job = _job(sweep, choices, out, overrides, seed)
-            if job.method not in done and job.method not in failures and (fresh or not finished(job)):
-                best = min((trial.seconds for trial in done.values() if trial.seconds is not None), default=float('inf'))
-                failure = _train(job, target, best, deadline, lock, fresh=fresh)
-                if failure is None:
-                    over = True
-                    break
-                if failure:
-                    failures[job.method] = f'{job.recipe.run_name}: {failure}'
+            if job.method not in done and job.method not in failures:
+                prepare(job, fresh=fresh)  # before its result counts: an earlier run may have had other settings
+                if not finished(job):
+                    best = min((trial.seconds for trial in done.values() if trial.seconds is not None), default=float('inf'))
+                    failure = _train(job, target, best, deadline, lock)
+                    if failure is None:
+                        over = True
+                        break
+                    if failure:
+                        failures[job.method] = f'{job.recipe.run_name}: {failure}'
             if job.method in failures:
                 study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 continue
@@ -199,9 +202,7 @@ def _combination(sweep: Sweep, choices: Mapping[str, str]) -> tuple[str, list[An
     return combine({choice: sweep.search[axis][choice] for axis, choice in choices.items()})
 
 
-def _train(job: Job, target: float, best: float, deadline: float | None, lock: int, *, fresh: bool) -> str | None:
-    prepare(job, fresh=fresh)
-
+def _train(job: Job, target: float, best: float, deadline: float | None, lock: int) -> str | None:
     def should_stop(_: Job, epochs: list[dict[str, Any]]) -> bool:
         reached = any(entry['eval_accuracy'] is not None and entry['eval_accuracy'] > target for entry in epochs)
         return reached or sum(entry['seconds'] for entry in epochs) >= best

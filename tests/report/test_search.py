@@ -138,6 +138,18 @@ def test_runs_stopped_at_one_target_do_not_pass_for_another(space, tmp_path):
         run_sweep(best, out, console=quiet())
 
 
+def test_finished_runs_with_other_settings_are_refused_not_reused(space, tmp_path):
+    out = tmp_path / 'out'
+    run_search(space, out, ['optimizer.lr=0.3'], trials=2, console=quiet())
+    ran, before = (out / 'ran.txt').read_text(), (out / 'search.json').read_text()
+    with pytest.raises(InputError, match=r'baseline_seed17/recipe\.yaml: optimizer\.lr: 0\.3 there, 0\.2 now; .*--fresh'):
+        run_search(space, out, ['optimizer.lr=0.2'], trials=2, console=quiet())
+    assert ((out / 'ran.txt').read_text(), (out / 'search.json').read_text()) == (ran, before)
+    run_search(space, out, ['optimizer.lr=0.2'], trials=2, fresh=True, console=quiet())
+    assert (out / 'ran.txt').read_text().split() == 2 * ran.split()
+    assert {json.loads(path.read_text())['recipe']['optimizer']['lr'] for path in out.glob('*/summary.json')} == {0.2}
+
+
 def test_a_run_that_cannot_win_is_stopped(space, tmp_path):
     """The first needs 3 epochs of 16 s; one with epochs of 64 s is slower before its first evaluation is known to fail."""
     space.write_text(
