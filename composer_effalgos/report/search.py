@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.recipes.settings import read_settings
 from composer_effalgos.report.runner import TARGET, Outcome, deadline_in, finished, locked, prepare, train_jobs
 from composer_effalgos.report.runs import Run, first_above, read_summary
-from composer_effalgos.report.sweep import Job, Sweep, combine, load_sweep
+from composer_effalgos.report.sweep import Job, Method, Sweep, combine, load_sweep
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text, write_texts
 from composer_effalgos.utils.tables import markdown_table
@@ -127,7 +127,7 @@ def run_search(
                 console.print(f'[{len(done)}/{trials}] {_line(trial)}', highlight=False, markup=False, soft_wrap=True)
             study.tell(asked, done[job.method].cost)
         if done:
-            _write(sweep, list(done.values()), first, out, target, overrides)
+            _write(sweep, list(done.values()), first, out, target, overrides, seed)
             console.print(f'\n{_table(list(done.values()), target)}', highlight=False, markup=False, soft_wrap=True)
             console.print(f'Confirm with: effalgos bench {out / "best.yaml"}', highlight=False, markup=False, soft_wrap=True)
     return Outcome(list(failures.values()), [f'{trials - len(done) - len(failures)} trials'] if over else [])
@@ -244,15 +244,12 @@ def _table(trials: Sequence[Trial], target: float) -> str:
     return f'{markdown_table(header, rows, left=(0, 6))}Factor: {_FACTOR}\n'
 
 
-def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str]) -> None:
+def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str], seed: int) -> None:
     order = sorted(trials, key=lambda trial: trial.cost)
-    methods = {}
-    for choices in [first, *(trial.choices for trial in order[:BEST])]:
-        name, layers = _combination(sweep, choices)
-        method = sweep.method(name, layers)
-        merged = OmegaConf.merge(*method.layers, OmegaConf.from_dotlist(list(overrides)))
-        methods[name] = {'recipe': str(method.recipe.resolve()), **OmegaConf.to_container(merged)}  # type: ignore[dict-item]
-    best = {'seeds': [17, 18, 19], 'targets': [target], 'methods': methods}
+    chosen = [first, *(trial.choices for trial in order[:BEST])]
+    jobs = [_job(sweep, choices, out, overrides, seed) for choices in chosen]
+    methods = [sweep.method(*_combination(sweep, choices)) for choices in chosen]
+    best = _sweep_of(jobs, methods, overrides) | {'seeds': [17, 18, 19], 'targets': [target]}
     content = {
         'sweep': str(sweep.path),
         'target': target,
@@ -263,6 +260,27 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
     texts = {
         'search.json': json.dumps(content, indent=2) + '\n',
         'search.md': _table(trials, target),
-        'best.yaml': f'{title}\n{yaml.safe_dump(best, sort_keys=False)}',
+        'best.yaml': f'{title}\n{OmegaConf.to_yaml(best)}',  # quotes text that OmegaConf reads as a number
     }
     write_texts({out / name: text for name, text in texts.items()}, 'the search')
+
+
+def _sweep_of(jobs: Sequence[Job], methods: Sequence[Method], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the content of a sweep whose methods train what these jobs do, as plain data.
+
+    A sweep merges two layers into a recipe, its ``settings`` and a method's, but these methods have several. Merging their layers with
+    each other first can lose a ``null`` that removed a section before a later layer set it. A section where this makes a difference is
+    removed in ``settings`` and given as a whole, as is one with an interpolation, which would refer to the keys of the sweep.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    whole = set[str]()
+    for job, method in zip(jobs, methods, strict=True):
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(*method.layers, OmegaConf.from_dotlist(list(overrides))))
+        trained = job.recipe.settings
+        again = read_settings(method.recipe, [merged, {key: trained[key] for key in ('run_name', 'seed', 'save_folder')}])
+        whole |= {key for key, value in merged.items() if again.get(key) != trained.get(key) or '${' in json.dumps(value)}
+        layers[job.method] = {'recipe': str(method.recipe.resolve()), **merged}
+    for job in jobs:
+        layers[job.method] |= {key: job.recipe.settings[key] for key in sorted(whole & job.recipe.settings.keys())}
+    sections = sorted(key for key in whole if any(isinstance(job.recipe.settings.get(key), dict) for job in jobs))
+    return {'settings': dict.fromkeys(sections), 'methods': layers}

@@ -203,6 +203,29 @@ def test_best_yaml_is_a_sweep_with_its_overrides(space, tmp_path):
     assert content['methods']['baseline']['max_duration'] == '5ep'
 
 
+def test_best_yaml_trains_what_the_search_trained(space, tmp_path):
+    """Layers that remove the recipe's sections before they set them, overrides that do, and interpolations."""
+    (tmp_path / 'tiny.yaml').write_text(
+        RECIPE + 'scheduler: {name: linear, t_max: "${max_duration}"}\nalgorithms: {infobatch: {delta: 0.5}}\n'
+    )
+    space.write_text(
+        SPACE.replace('search:', 'settings: {algorithms: null, max_duration: 5ep}\nsearch:')
+        .replace('r2: {optimizer: {lr: 0.2}}', 'blurpool: {algorithms: {blurpool: {}}}')
+        .replace('r3: {optimizer: {lr: 0.3}}', 'device: {loader: {name: device}}')
+    )
+    overrides = ['model=null', 'model.name=resnet18_cifar', 'optimizer.weight_decay=${optimizer.lr}']
+    for given in ([], overrides):
+        out = tmp_path / f'out{len(given)}'
+        run_search(space, out, given, target=0.5, trials=9, console=quiet())
+        jobs = load_sweep(out / 'best.yaml').jobs(tmp_path / 'confirmed', seeds=[17])
+        assert len(jobs) == 4
+        for job in jobs:
+            trained = json.loads((out / job.recipe.run_name / 'summary.json').read_text())['recipe']
+            found = {key: value for key, value in job.recipe.settings.items() if key in trained or value is not None}
+            assert found == trained | {'save_folder': str(tmp_path / 'confirmed')}
+        assert {tuple(job.recipe.settings['algorithms'] or ()) for job in jobs} == {(), ('blurpool',)}
+
+
 def test_a_trial_without_an_accuracy_says_so(space, tmp_path):
     fake = tmp_path / 'fake.py'
     fake.write_text(fake.read_text().replace('eval_accuracy=min(1, 0.05 + lr * (epoch + 1))', 'eval_accuracy=None'))
