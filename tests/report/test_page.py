@@ -106,6 +106,19 @@ def test_charts_hold_the_runs_numbers(runs):
     assert len({trace['line']['color'] for trace in drawn['Batch size']}) == 2
 
 
+def test_the_share_left_out_of_a_part_of_an_epoch_is_of_that_part(tmp_path, write_run):
+    for name in ('new', 'old'):
+        path = write_run(name, settings={'max_duration': '25ba'}) / 'summary.json'
+        summary = json.loads(path.read_text())
+        for entry, full in zip(summary['epochs'], (100, 100, 50), strict=True):
+            entry |= {'samples': full} | ({'samples_full': full} if name == 'new' else {})
+        summary['epochs'][1]['samples'] = 75
+        summary['totals']['samples_full'] = 250
+        path.write_text(json.dumps(summary))
+    drawn = {chart['title']: chart['traces'] for chart in charts(table_rows(read_runs(tmp_path / 'runs')[0]))}
+    assert [trace['y'] for trace in drawn['Samples left out']] == [[0, 25, 0], [-20, 10, 40]]
+
+
 def test_charts_without_a_value_are_left_out(tmp_path, write_run):
     write_run('a', accuracies=(None, None))
     assert [chart['title'] for chart in charts(table_rows(read_runs(tmp_path / 'runs')[0]))] == [
