@@ -96,8 +96,8 @@ class EfficiencyMonitor(Callback):
     ``efficiency/tokens_per_second`` (of the epoch). The algorithms log their own decisions (``infobatch/*``, ``pruning/*``, ``adabatch/*``,
     ``subset_selection/*``).
 
-    Each epoch in the summary also has ``cpu_seconds``: CPU time of rank 0 and its child processes (data workers, compilers), without
-    evaluation. On a machine with other load it varies less than ``seconds``.
+    Each epoch in the summary also has ``samples_full``, its samples without pruning, and ``cpu_seconds``: CPU time of rank 0 and its child
+    processes (data workers, compilers), without evaluation. On a machine with other load it varies less than ``seconds``.
 
     Global rank 0 replaces the summary as a whole after every epoch, after every evaluation and at the end of ``fit``; an epoch that
     ``max_duration`` cut short is included. All of it is part of the checkpoint: a resumed run continues the same list of epochs. Work lost
@@ -333,9 +333,6 @@ class EfficiencyMonitor(Callback):
     def _write(self, state: State) -> None:
         if dist.get_global_rank() != 0:
             return
-        epochs = [asdict(entry) for entry in self._epochs.values()]
-        for entry in epochs:
-            del entry['samples_full']
         summary = {
             'run_name': state.run_name,
             'recipe': self.recipe,
@@ -343,7 +340,7 @@ class EfficiencyMonitor(Callback):
             'world_size': dist.get_world_size(),
             'device': torch.cuda.get_device_name() if state.device.name == 'gpu' else state.device.name,
             'versions': versions(),
-            'epochs': epochs,
+            'epochs': [asdict(entry) for entry in self._epochs.values()],
             'totals': self._totals(),
         }
         if self._scores:

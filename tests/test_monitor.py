@@ -37,6 +37,7 @@ EPOCH_KEYS = [
     'train_loss',
     'eval_accuracy',
     'selection_seconds',
+    'samples_full',
     'cpu_seconds',
     'eval_loss',
     'tokens',
@@ -229,6 +230,7 @@ def test_an_epoch_cut_short_is_recorded_and_replaced_when_it_is_finished(tmp_pat
     run.fit()
     cut = summary(tmp_path)
     assert [(entry['epoch'], entry['samples'], entry['batches']) for entry in cut['epochs']] == [(0, 30, 3), (1, 20, 2)]
+    assert [entry['samples_full'] for entry in cut['epochs']] == [40, round(40 * 2 / 3)]
     assert cut['totals']['samples_full'] == 40 + round(40 * 2 / 3)
     # A run that ends in mid-epoch evaluates after FIT_END.
     assert cut['epochs'][1]['eval_accuracy'] is not None

@@ -235,10 +235,11 @@ def _seconds(run: Run) -> list[float]:
 
 
 def _left_out(run: Run) -> list[float]:
-    """Percentage of samples left out per epoch; all full epochs have the same size, ``samples_full`` over the number of epochs."""
-    samples = _column(run, 'samples')
-    full = run.summary['totals']['samples_full'] / len(samples)
-    return [round(100 * (1 - value / full), 2) if full else 0.0 for value in samples]
+    """Percentage of samples left out per epoch; in older summaries, all full epochs are taken to have the same size."""
+    entries = run.summary['epochs']
+    even = run.summary['totals']['samples_full'] / len(entries)
+    full = [even if entry.get('samples_full') is None else entry['samples_full'] for entry in entries]
+    return [round(100 * (1 - entry['samples'] / of), 2) if of else 0.0 for entry, of in zip(entries, full, strict=True)]
 
 
 def _accuracy(run: Run) -> list[float | None]:

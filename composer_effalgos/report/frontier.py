@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from composer.core import TimeUnit, ensure_time
+from composer.core import Time, TimeUnit, ensure_time
 
 from composer_effalgos.recipes.components import algorithms
 from composer_effalgos.report.equal_budget import Cell, Curve, Factor, compare
 from composer_effalgos.report.runner import FINISHED
-from composer_effalgos.report.runs import Run
+from composer_effalgos.report.runs import Run, data_of
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.text import one_line, plain
@@ -27,11 +27,20 @@ MOST_LEFT = 0.1  # last over highest learning rate per sample; above this the sc
 
 _ENDINGS = ('.npy', '.parquet', '.safetensors')  # of files that algorithms read
 
-# Recipe settings that define a training run, except its length
-_TRAINING = ('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'scheduler')
-# Dataset options that do not change the data; and datasets that are identified by their path, not their name
-_BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
-_BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
+# Recipe settings that define a training run, except its length, with their defaults. Compilation changes only the time, and microbatches
+# mostly so, but time is a budget: a curve of plain runs must not mix them.
+_TRAINING = {
+    **dict.fromkeys(('dataset', 'model', 'optimizer', 'loader', 'algorithms', 'precision', 'precision_config', 'scheduler')),
+    'train_subset_num_batches': -1,
+    'scale_schedule_ratio': 1.0,
+    'step_schedulers_every_batch': None,
+    'accumulate_train_batch_on_tokens': False,
+    'device_train_microbatch_size': None,
+    'compile_config': None,
+    'parallelism_config': None,
+}
+# What a run starts from
+_LOADING = {'load_path': None, 'load_weights_only': False, 'load_ignore_keys': None, 'load_exclude_algorithms': None}
 _READERS: Mapping[str, Callable[[dict[str, Any]], float]] = {
     'cpu_seconds': lambda summary: summary['totals']['train_cpu_seconds'],
     'seconds': lambda summary: summary['totals']['train_seconds'],
@@ -162,10 +171,23 @@ def _cells(runs: Sequence[Run], source: str) -> list[list[Run]]:
 
 def is_finished(folder: Path, run: Run) -> bool:
     """Whether a run in a folder of runs is finished: a sweep has marked it so, or it has all the epochs of its recipe."""
-    if (folder / run.folder / FINISHED).exists():
-        return True
+    epochs = _epochs(run)
+    return (folder / run.folder / FINISHED).exists() or (epochs is not None and len(run.summary['epochs']) >= epochs)
+
+
+def is_unfinished(folder: Path, run: Run) -> bool:
+    """Whether a run in a folder of runs is known to be unfinished: without a mark, and with fewer epochs than its recipe.
+
+    A run whose length is not in epochs may be either, as may one that a callback may stop early.
+    """
+    stops = any('stopper' in plain(str(name)) for name in run.summary['recipe'].get('callbacks') or {})
+    return _epochs(run) is not None and not stops and not is_finished(folder, run)
+
+
+def _epochs(run: Run) -> int | None:
+    """The length of a run by its recipe; None if it is not in epochs."""
     duration = _duration(run.summary['recipe'])
-    return duration is not None and duration.unit == TimeUnit.EPOCH and len(run.summary['epochs']) >= int(duration)
+    return int(duration) if duration is not None and duration.unit == TimeUnit.EPOCH else None
 
 
 def plain_lengths(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> list[int]:
@@ -215,7 +237,8 @@ def is_plain(recipe: Mapping[str, Any]) -> bool:
 
 def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that determine a run, except its length and the path of its data."""
-    kept = {key: recipe.get(key) for key in _TRAINING}
+    named = _TRAINING if recipe.get('load_path') is None else _TRAINING | _LOADING
+    kept = {key: default if recipe.get(key) is None else recipe[key] for key, default in named.items()}
     if isinstance(kept['dataset'], dict):
         kept['dataset'] = {key: value for key, value in kept['dataset'].items() if key != 'path'}
     return kept
@@ -225,9 +248,19 @@ def _without_length(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that plain runs of different lengths share: without times in the schedule, which depend on the length."""
     kept = _training(recipe)
     if isinstance(kept['scheduler'], dict):
-        scheduler = kept['scheduler']
-        kept['scheduler'] = {key: value for key, value in scheduler.items() if key == 'name' or isinstance(value, int | float)}
+        kept['scheduler'] = {key: value for key, value in kept['scheduler'].items() if not _is_time(value)}
     return kept
+
+
+def _is_time(value: Any) -> bool:
+    """Whether a value of a schedule is a time, such as ``'10ep'``, or a list of times."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_time, value))
+    try:
+        Time.from_timestring(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _duration(recipe: Mapping[str, Any]) -> Any:
@@ -250,12 +283,7 @@ def _check_data(methods: Sequence[tuple[str, Mapping[str, Any]]], source: str) -
     """Raises unless all methods train on the same data; otherwise their quality is not comparable."""
     found: dict[str, str] = {}
     for name, recipe in methods:
-        dataset = recipe.get('dataset')
-        dataset = dataset if isinstance(dataset, dict) else {}
-        kept = {key: value for key, value in dataset.items() if key not in _BATCHING}
-        if dataset.get('name') in _BY_PATH:
-            kept['path'] = dataset.get('path')
-        found.setdefault(', '.join(f'{key}={value}' for key, value in sorted(kept.items())), name)
+        found.setdefault(', '.join(f'{key}={value}' for key, value in sorted(data_of(recipe).items())), name)
     _check_one('dataset', found, source)
 
 

@@ -11,7 +11,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from composer_effalgos.report.charts import charts, published_for
-from composer_effalgos.report.frontier import Frontier, frontier, is_finished
+from composer_effalgos.report.frontier import Frontier, frontier, is_finished, is_unfinished
 from composer_effalgos.report.frontier_figure import chart
 from composer_effalgos.report.frontier_table import LEGEND, cells_of, header, markdown
 from composer_effalgos.report.results import read_targets
@@ -29,7 +29,8 @@ def write_report(
     """Writes the report on all runs in a folder, or on one run: an HTML page, and its table in a Markdown file next to it.
 
     The page is self-contained (plotly is inlined), follows the reader's light or dark setting and fits a phone. Unusable ``summary.json``
-    files are skipped, with a warning and a line in the report.
+    files are skipped, with a warning and a line in the report. Unfinished runs of a folder are left out, with a line; a run whose length is
+    not in epochs is shown, as nothing says whether it is finished.
 
     ``out``, the path of the page, must end in ``.html`` or ``.htm`` and is ``report.html`` in the folder by default. ``targets`` are
     accuracies in (0, 1]; if empty, those of the folder's ``results.json``. Without ``equal_budget``, the frontier of the finished runs is
@@ -43,11 +44,25 @@ def write_report(
     runs, problems = read_runs(runs_dir)
     for problem in problems:
         log.warning('%s', problem)
+    runs, unfinished = _finished(runs, Path(runs_dir))
+    problems += unfinished
     rows = table_rows(runs, targets or read_targets(Path(runs_dir)))
     equal_budget = equal_budget or _frontier(runs, Path(runs_dir))
     pages = {out: _html(rows, problems, equal_budget), out.with_suffix('.md'): _markdown(rows, problems, equal_budget)}
     write_texts(pages, 'the report')
     return out
+
+
+def _finished(runs: Sequence[Run], folder: Path) -> tuple[list[Run], list[str]]:
+    """Returns the runs that are not known to be unfinished, and a line for each of the others; a run that was given alone stays."""
+    if [run.folder for run in runs] == [Path()]:
+        return list(runs), []
+    left_out = [run for run in runs if is_unfinished(folder, run)]
+    if len(left_out) == len(runs):
+        raise InputError(f'{folder}: expected a finished run, got {len(runs)} unfinished; give the folder of one run to see how far it is')
+    found = [(run.summary['run_name'], len(run.summary['epochs']), run.summary['recipe']['max_duration']) for run in left_out]
+    lines = [f'{name}: not finished ({epochs} epochs of max_duration {duration})' for name, epochs, duration in found]
+    return [run for run in runs if run not in left_out], lines
 
 
 def _stacks(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:

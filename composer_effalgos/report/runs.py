@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +29,11 @@ _NUMBERS = {
         'peak_memory_bytes',
     ),
 }
-_LATER = ('eval_loss', 'tokens', 'tokens_seen', 'tokens_full')  # summaries of older versions lack some of these
+_LATER = ('eval_loss', 'samples_full', 'tokens', 'tokens_seen', 'tokens_full')  # summaries of older versions lack some of these
+
+# Dataset options that do not change the data; and datasets that are identified by their path, not their name
+_BATCHING = ('batch_size', 'eval_batch_size', 'num_workers', 'drop_last', 'pin_memory', 'prefetch_factor', 'path')
+_BY_PATH = ('beton', 'image_folder', 'image_parquet', 'mds')
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,20 @@ class Run:
 
     @property
     def task(self) -> str:
-        """Key of dataset, limit, model and duration, as far as the recipe has them; runs of one task share a baseline."""
+        """Key of dataset with its options, model and duration, as far as the recipe has them; runs of one task share a baseline."""
         recipe = self.summary['recipe']
-        dataset, model = (section if isinstance(section, dict) else {} for section in (recipe.get('dataset'), recipe.get('model')))
+        model = recipe.get('model') if isinstance(recipe.get('model'), dict) else {}
         duration = recipe.get('max_duration')
         duration = f'{duration}ep' if isinstance(duration, int) else duration  # a plain number is in epochs
-        return json.dumps([dataset.get('name'), dataset.get('limit'), model.get('name'), duration])
+        return json.dumps([data_of(recipe), model.get('name'), duration], sort_keys=True)
+
+
+def data_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a recipe's dataset that determine its data; runs with equal ones can be compared."""
+    dataset = recipe.get('dataset')
+    dataset = dataset if isinstance(dataset, dict) else {}
+    kept = {key: value for key, value in dataset.items() if key not in _BATCHING and (key, value) != ('limit', None)}
+    return kept | ({'path': dataset.get('path')} if dataset.get('name') in _BY_PATH else {})
 
 
 def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:

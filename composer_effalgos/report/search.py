@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from composer_effalgos.monitor import SUMMARY
+from composer_effalgos.recipes.settings import read_settings
 from composer_effalgos.report.runner import TARGET, Outcome, deadline_in, finished, locked, prepare, train_jobs
 from composer_effalgos.report.runs import Run, first_above, read_summary
-from composer_effalgos.report.sweep import Job, Sweep, combine, load_sweep
+from composer_effalgos.report.sweep import Job, Method, Sweep, combine, load_sweep
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text, write_texts
 from composer_effalgos.utils.tables import markdown_table
@@ -75,7 +75,8 @@ def run_search(
 
     Optuna's tree-structured Parzen estimator suggests combinations, starting with the first choice on every axis. A run ends as soon as it
     exceeds the target, or has taken as long as the best trial so far, so that it cannot win. Trained combinations are kept: calling again
-    continues, and a larger ``trials`` extends the search. Times are compared, so nothing else should run on the machine.
+    continues, and a larger ``trials`` extends the search; other settings than theirs are refused. Times are compared, so nothing else
+    should run on the machine.
 
     Seconds to one accuracy rank combinations like the equivalent-budget factor at that accuracy: the seconds of the fastest plain
     combination of any length over those of the combination.
@@ -108,14 +109,16 @@ def run_search(
         while len(done) + len(failures) < trials:
             asked, choices = next(suggestions)
             job = _job(sweep, choices, out, overrides, seed)
-            if job.method not in done and job.method not in failures and (fresh or not finished(job)):
-                best = min((trial.seconds for trial in done.values() if trial.seconds is not None), default=float('inf'))
-                failure = _train(job, target, best, deadline, lock, fresh=fresh)
-                if failure is None:
-                    over = True
-                    break
-                if failure:
-                    failures[job.method] = f'{job.recipe.run_name}: {failure}'
+            if job.method not in done and job.method not in failures:
+                prepare(job, fresh=fresh)  # before its result counts: an earlier run may have had other settings
+                if not finished(job):
+                    best = min((trial.seconds for trial in done.values() if trial.seconds is not None), default=float('inf'))
+                    failure = _train(job, target, best, deadline, lock)
+                    if failure is None:
+                        over = True
+                        break
+                    if failure:
+                        failures[job.method] = f'{job.recipe.run_name}: {failure}'
             if job.method in failures:
                 study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 continue
@@ -124,7 +127,7 @@ def run_search(
                 console.print(f'[{len(done)}/{trials}] {_line(trial)}', highlight=False, markup=False, soft_wrap=True)
             study.tell(asked, done[job.method].cost)
         if done:
-            _write(sweep, list(done.values()), first, out, target, overrides)
+            _write(sweep, list(done.values()), first, out, target, overrides, seed)
             console.print(f'\n{_table(list(done.values()), target)}', highlight=False, markup=False, soft_wrap=True)
             console.print(f'Confirm with: effalgos bench {out / "best.yaml"}', highlight=False, markup=False, soft_wrap=True)
     return Outcome(list(failures.values()), [f'{trials - len(done) - len(failures)} trials'] if over else [])
@@ -199,9 +202,7 @@ def _combination(sweep: Sweep, choices: Mapping[str, str]) -> tuple[str, list[An
     return combine({choice: sweep.search[axis][choice] for axis, choice in choices.items()})
 
 
-def _train(job: Job, target: float, best: float, deadline: float | None, lock: int, *, fresh: bool) -> str | None:
-    prepare(job, fresh=fresh)
-
+def _train(job: Job, target: float, best: float, deadline: float | None, lock: int) -> str | None:
     def should_stop(_: Job, epochs: list[dict[str, Any]]) -> bool:
         reached = any(entry['eval_accuracy'] is not None and entry['eval_accuracy'] > target for entry in epochs)
         return reached or sum(entry['seconds'] for entry in epochs) >= best
@@ -243,15 +244,12 @@ def _table(trials: Sequence[Trial], target: float) -> str:
     return f'{markdown_table(header, rows, left=(0, 6))}Factor: {_FACTOR}\n'
 
 
-def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str]) -> None:
+def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, target: float, overrides: Sequence[str], seed: int) -> None:
     order = sorted(trials, key=lambda trial: trial.cost)
-    methods = {}
-    for choices in [first, *(trial.choices for trial in order[:BEST])]:
-        name, layers = _combination(sweep, choices)
-        method = sweep.method(name, layers)
-        merged = OmegaConf.merge(*method.layers, OmegaConf.from_dotlist(list(overrides)))
-        methods[name] = {'recipe': str(method.recipe.resolve()), **OmegaConf.to_container(merged)}  # type: ignore[dict-item]
-    best = {'seeds': [17, 18, 19], 'targets': [target], 'methods': methods}
+    chosen = [first, *(trial.choices for trial in order[:BEST])]
+    jobs = [_job(sweep, choices, out, overrides, seed) for choices in chosen]
+    methods = [sweep.method(*_combination(sweep, choices)) for choices in chosen]
+    best = _sweep_of(jobs, methods, overrides) | {'seeds': [17, 18, 19], 'targets': [target]}
     content = {
         'sweep': str(sweep.path),
         'target': target,
@@ -262,6 +260,27 @@ def _write(sweep: Sweep, trials: list[Trial], first: dict[str, str], out: Path, 
     texts = {
         'search.json': json.dumps(content, indent=2) + '\n',
         'search.md': _table(trials, target),
-        'best.yaml': f'{title}\n{yaml.safe_dump(best, sort_keys=False)}',
+        'best.yaml': f'{title}\n{OmegaConf.to_yaml(best)}',  # quotes text that OmegaConf reads as a number
     }
     write_texts({out / name: text for name, text in texts.items()}, 'the search')
+
+
+def _sweep_of(jobs: Sequence[Job], methods: Sequence[Method], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the content of a sweep whose methods train what these jobs do, as plain data.
+
+    A sweep merges two layers into a recipe, its ``settings`` and a method's, but these methods have several. Merging their layers with
+    each other first can lose a ``null`` that removed a section before a later layer set it. A section where this makes a difference is
+    removed in ``settings`` and given as a whole, as is one with an interpolation, which would refer to the keys of the sweep.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    whole = set[str]()
+    for job, method in zip(jobs, methods, strict=True):
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(*method.layers, OmegaConf.from_dotlist(list(overrides))))
+        trained = job.recipe.settings
+        again = read_settings(method.recipe, [merged, {key: trained[key] for key in ('run_name', 'seed', 'save_folder')}])
+        whole |= {key for key, value in merged.items() if again.get(key) != trained.get(key) or '${' in json.dumps(value)}
+        layers[job.method] = {'recipe': str(method.recipe.resolve()), **merged}
+    for job in jobs:
+        layers[job.method] |= {key: job.recipe.settings[key] for key in sorted(whole & job.recipe.settings.keys())}
+    sections = sorted(key for key in whole if any(isinstance(job.recipe.settings.get(key), dict) for job in jobs))
+    return {'settings': dict.fromkeys(sections), 'methods': layers}

@@ -184,7 +184,7 @@ def note(rows: Sequence[Row], *, brief: bool = False) -> str:
             parts.append(f's to same %: the same for the baseline’s mean accuracy less {100 * PARITY:g} points')
         if any(column.title.startswith('s to ') for column in shown):
             parts.append('in parentheses: how many runs reach it, if not all do')
-    rule = 'A baseline is a run with “baseline” in its name, for those of the same dataset, limit, model and max_duration.'
+    rule = 'A baseline is a run with “baseline” in its name, for those of the same dataset and options, model and max_duration.'
     return f'{"; ".join(parts)}. {rule}'
 
 
@@ -230,8 +230,8 @@ def table_rows(runs: Sequence[Run], targets: Sequence[float] = ()) -> list[Row]:
     """Compares runs with their baseline; one row per method, baselines first, otherwise in the order of the runs.
 
     Runs with the same name, settings, device and number of ranks that differ only in the seed share a row. The baseline of a row is the
-    first method with the same dataset, limit, model and duration whose name contains ``baseline``. ``targets`` are accuracies in [0, 1] for
-    which to find the first epoch above.
+    first method with the same dataset, its options except batching, model and duration whose name contains ``baseline``. ``targets`` are
+    accuracies in [0, 1] for which to find the first epoch above.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:

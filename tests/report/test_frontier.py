@@ -99,6 +99,38 @@ def test_plain_runs_are_alike_but_for_their_length():
 
 
 @pytest.mark.parametrize(
+    'other',
+    [
+        {'load_path': 'pretrained.pt', 'load_weights_only': True},
+        {'train_subset_num_batches': 3},
+        {'scale_schedule_ratio': 0.5},
+        {'device_train_microbatch_size': 16},
+        {'compile_config': {}},
+        {'scheduler': {'name': 'one_cycle', 'max_lr': 0.1, 'anneal_strategy': 'linear', 't_warmup': '3ep'}},
+        {'scheduler': {'name': 'one_cycle', 'max_lr': 0.1, 'anneal_strategy': 'cos', 't_warmup': '3ep', 'gammas': [1, 2]}},
+    ],
+)
+def test_a_run_of_other_training_is_no_length_of_the_baseline(other):
+    def recipe(epochs, **more):
+        scheduler = {'name': 'one_cycle', 'max_lr': 0.1, 'anneal_strategy': 'cos', 't_warmup': f'{epochs}ba'}
+        return {'max_duration': f'{epochs}ep', 'scheduler': scheduler, **more}
+
+    short, long = ('baseline+10', recipe(10)), ('baseline+20', recipe(20))
+    assert plain_lengths([short, ('other', recipe(12, **other)), long], 's') == [0, 2]
+
+
+def test_defaults_that_are_written_out_make_no_other_run():
+    defaults = {'train_subset_num_batches': -1, 'scale_schedule_ratio': 1.0, 'load_weights_only': False, 'compile_config': None}
+    times = [{'name': 'multistep', 'milestones': milestones, 'gamma': 0.1} for milestones in (['2ep', '3ep'], ['4ep', '60ba'])]
+    methods = [
+        ('short', {'max_duration': '4ep', 'scheduler': times[0]}),
+        ('long', {'max_duration': '8ep', 'scheduler': times[1], **defaults}),
+        ('random', {'max_duration': '8ep', 'algorithms': {'pruning': {}}}),
+    ]
+    assert plain_lengths(methods, 's') == [0, 1]
+
+
+@pytest.mark.parametrize(
     ('methods', 'message'),
     [
         ([('a', {'algorithms': {'infobatch': {}}, 'max_duration': 4})], 'expected a baseline, runs without an algorithm.*got none'),

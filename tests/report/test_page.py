@@ -106,6 +106,19 @@ def test_charts_hold_the_runs_numbers(runs):
     assert len({trace['line']['color'] for trace in drawn['Batch size']}) == 2
 
 
+def test_the_share_left_out_of_a_part_of_an_epoch_is_of_that_part(tmp_path, write_run):
+    for name in ('new', 'old'):
+        path = write_run(name, settings={'max_duration': '25ba'}) / 'summary.json'
+        summary = json.loads(path.read_text())
+        for entry, full in zip(summary['epochs'], (100, 100, 50), strict=True):
+            entry |= {'samples': full} | ({'samples_full': full} if name == 'new' else {})
+        summary['epochs'][1]['samples'] = 75
+        summary['totals']['samples_full'] = 250
+        path.write_text(json.dumps(summary))
+    drawn = {chart['title']: chart['traces'] for chart in charts(table_rows(read_runs(tmp_path / 'runs')[0]))}
+    assert [trace['y'] for trace in drawn['Samples left out']] == [[0, 25, 0], [-20, 10, 40]]
+
+
 def test_charts_without_a_value_are_left_out(tmp_path, write_run):
     write_run('a', accuracies=(None, None))
     assert [chart['title'] for chart in charts(table_rows(read_runs(tmp_path / 'runs')[0]))] == [
@@ -188,6 +201,29 @@ def test_a_broken_summary_is_named_in_the_report_and_in_a_warning(runs, write_ru
     assert '04/summary.json: not the summary of a run' in record.getMessage()
     assert '04/summary.json: not the summary of a run' in out.read_text()
     assert '04/summary.json: not the summary of a run' in out.with_suffix('.md').read_text()
+
+
+def test_unfinished_runs_are_listed_and_not_averaged(tmp_path, write_run):
+    lengths = {'max_duration': '3ep'}
+    write_run('infobatch_seed17', 17, (0.5, 0.8, 0.9), settings=lengths)
+    cut = write_run('infobatch_seed18', 18, (0.1, 0.2), settings=lengths)
+    write_run('marked_seed17', 17, (0.1, 0.3), settings=lengths).joinpath('finished').touch()
+    write_run('in_batches_seed17', 17, (0.1, 0.4), settings={'max_duration': '90ba'})
+    write_run('may_stop_seed17', 17, (0.1, 0.6), settings=lengths | {'callbacks': {'early_stopper': {'monitor': 'loss'}}})
+    page = write_report(tmp_path / 'runs')
+    text = page.with_suffix('.md').read_text()
+    assert '| infobatch | 1 | 90.00 |' in text
+    assert all(f'{name} | 1 | {value}.00 |' in text for name, value in (('marked', 30), ('in_batches', 40), ('may_stop', 60)))
+    line = 'infobatch_seed18: not finished (2 epochs of max_duration 3ep)'
+    assert f'Left out:\n\n- {line}\n' in text
+    assert f'<p class="warning">{line}</p>' in page.read_text()
+    assert '| infobatch | 1 | 20.00 |' in write_report(cut).with_suffix('.md').read_text(), 'a run given alone is shown'
+    for path in (tmp_path / 'runs').iterdir():
+        if path.is_dir() and path != cut:
+            shutil.rmtree(path)
+    write_run('other_seed17', settings={'max_duration': 8})
+    with pytest.raises(InputError, match='expected a finished run, got 2 unfinished'):
+        write_report(tmp_path / 'runs')
 
 
 def test_mixed_machines_are_pointed_out(tmp_path, write_run):

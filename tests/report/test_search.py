@@ -138,6 +138,18 @@ def test_runs_stopped_at_one_target_do_not_pass_for_another(space, tmp_path):
         run_sweep(best, out, console=quiet())
 
 
+def test_finished_runs_with_other_settings_are_refused_not_reused(space, tmp_path):
+    out = tmp_path / 'out'
+    run_search(space, out, ['optimizer.lr=0.3'], trials=2, console=quiet())
+    ran, before = (out / 'ran.txt').read_text(), (out / 'search.json').read_text()
+    with pytest.raises(InputError, match=r'baseline_seed17/recipe\.yaml: optimizer\.lr: 0\.3 there, 0\.2 now; .*--fresh'):
+        run_search(space, out, ['optimizer.lr=0.2'], trials=2, console=quiet())
+    assert ((out / 'ran.txt').read_text(), (out / 'search.json').read_text()) == (ran, before)
+    run_search(space, out, ['optimizer.lr=0.2'], trials=2, fresh=True, console=quiet())
+    assert (out / 'ran.txt').read_text().split() == 2 * ran.split()
+    assert {json.loads(path.read_text())['recipe']['optimizer']['lr'] for path in out.glob('*/summary.json')} == {0.2}
+
+
 def test_a_run_that_cannot_win_is_stopped(space, tmp_path):
     """The first needs 3 epochs of 16 s; one with epochs of 64 s is slower before its first evaluation is known to fail."""
     space.write_text(
@@ -189,6 +201,29 @@ def test_best_yaml_is_a_sweep_with_its_overrides(space, tmp_path):
     content = yaml.safe_load((tmp_path / 'out' / 'best.yaml').read_text())
     assert content['targets'] == [0.8]
     assert content['methods']['baseline']['max_duration'] == '5ep'
+
+
+def test_best_yaml_trains_what_the_search_trained(space, tmp_path):
+    """Layers that remove the recipe's sections before they set them, overrides that do, and interpolations."""
+    (tmp_path / 'tiny.yaml').write_text(
+        RECIPE + 'scheduler: {name: linear, t_max: "${max_duration}"}\nalgorithms: {infobatch: {delta: 0.5}}\n'
+    )
+    space.write_text(
+        SPACE.replace('search:', 'settings: {algorithms: null, max_duration: 5ep}\nsearch:')
+        .replace('r2: {optimizer: {lr: 0.2}}', 'blurpool: {algorithms: {blurpool: {}}}')
+        .replace('r3: {optimizer: {lr: 0.3}}', 'device: {loader: {name: device}}')
+    )
+    overrides = ['model=null', 'model.name=resnet18_cifar', 'optimizer.weight_decay=${optimizer.lr}']
+    for given in ([], overrides):
+        out = tmp_path / f'out{len(given)}'
+        run_search(space, out, given, target=0.5, trials=9, console=quiet())
+        jobs = load_sweep(out / 'best.yaml').jobs(tmp_path / 'confirmed', seeds=[17])
+        assert len(jobs) == 4
+        for job in jobs:
+            trained = json.loads((out / job.recipe.run_name / 'summary.json').read_text())['recipe']
+            found = {key: value for key, value in job.recipe.settings.items() if key in trained or value is not None}
+            assert found == trained | {'save_folder': str(tmp_path / 'confirmed')}
+        assert {tuple(job.recipe.settings['algorithms'] or ()) for job in jobs} == {(), ('blurpool',)}
 
 
 def test_a_trial_without_an_accuracy_says_so(space, tmp_path):

@@ -71,6 +71,8 @@ def test_every_task_has_a_baseline_of_its_own_and_times_compare_on_one_device_on
         ({'dataset': {'name': 'digits'}}, False),
         ({'dataset': {'name': 'digits', 'limit': 400}}, False),
         ({'dataset': {'name': 'cifar10', 'limit': 500}}, False),
+        ({'dataset': {'name': 'digits', 'limit': 500, 'label_noise': 0.4}}, False),
+        ({'dataset': {'name': 'digits', 'limit': 500, 'path': '/elsewhere', 'num_workers': 2, 'drop_last': True}}, True),
         ({'model': {'name': 'resnet20'}}, False),
     ],
 )
@@ -80,6 +82,18 @@ def test_only_a_run_of_the_same_data_model_and_duration_is_set_against_the_basel
     write_run('method', settings=same | settings)
     row = table_rows(read_runs(tmp_path / 'runs')[0])[1]
     assert (cells(row)['Δ'], cells(row)['time %']) == (('+0.00', '100') if compared else ('–', '–'))
+
+
+def test_runs_on_noisy_labels_have_their_own_baseline_and_folders_of_images_are_told_apart(tmp_path, write_run):
+    noisy = {'dataset': {'name': 'digits', 'label_noise': 0.4}}
+    write_run('baseline', accuracies=(0.9,))
+    write_run('noisy_baseline', accuracies=(0.6,), settings=noisy)
+    write_run('noisy_method', accuracies=(0.62,), settings={'dataset': {**noisy['dataset'], 'limit': None}})
+    write_run('flowers_baseline', accuracies=(0.5,), settings={'dataset': {'name': 'image_folder', 'path': 'flowers'}})
+    write_run('birds_method', accuracies=(0.5,), settings={'dataset': {'name': 'image_folder', 'path': 'birds'}})
+    rows = {row.method: row for row in table_rows(read_runs(tmp_path / 'runs')[0])}
+    assert rows['noisy_method'].accuracy_gain == pytest.approx(0.02)
+    assert rows['birds_method'].accuracy_gain is None
 
 
 def test_a_run_without_accuracy_has_a_dash(tmp_path, write_run):
