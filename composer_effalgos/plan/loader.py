@@ -22,6 +22,7 @@ from composer_effalgos.plan.epoch import (
     split_batches,
     stream_seed,
 )
+from composer_effalgos.plan.order import GivenBatch
 from composer_effalgos.plan.readers import BatchReader, Reading, WorkerReader
 from composer_effalgos.plan.samples import Samples, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
@@ -92,15 +93,17 @@ class PlannedDataLoader(DataLoader):
         given: The user's loader.
         metrics: Metrics of the epoch, set by the selectors.
         by_position: Whether samples are identified by their position in a batch, so that the loader's batches must keep their order.
-        given_batch: The last batch that was yielded, as the loader made it; stored until the order check takes it, if ``by_position`` is
-            set.
+        given_batch: Of the last batch that was yielded, as the loader made it; stored until the order check takes it, if ``by_position``
+            is set.
+        check_next: Whether the next batch will be checked.
 
     Raises:
         InputError: For a loader that cannot be planned, or that has fewer samples than ranks.
     """
 
     by_position = False
-    given_batch: Any = None
+    given_batch: GivenBatch | None = None
+    check_next = True
     tail: Tail = 'shared'  # how an incomplete last batch is handled
     microbatch: int | None = None  # samples per rank, if smaller than a batch
 
@@ -348,8 +351,10 @@ class PlannedDataLoader(DataLoader):
             yield None
         while batch < self.plan.num_batches:
             plan = self.plan
+            begins = True  # the first batch of another fit is checked, too
             for read in self._path.read_batches(self._rest(batch)):
-                self.given_batch = read if self.by_position else None
+                self.given_batch = GivenBatch(read, self.check_next or begins) if self.by_position else None
+                begins = False
                 yield read
                 batch += 1
                 if self.plan is not plan:  # discard prefetched batches and read them again in the new size

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from composer import Trainer
 from composer.core import DataSpec, State
+from composer.core.data_spec import default_split_batch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import default_collate
@@ -28,6 +29,7 @@ _WRONG_ORDER = (
     '(a model may sort them and undo it) and mix them only at random, since scores and weights are assigned by position'
 )
 _CLONED = 2**20  # elements up to which a tensor is cloned for comparison; for larger ones only a replacement is noticed
+_COMPARED = 256  # rows of a microbatch that are looked for in its batch
 
 
 def is_due(count: int) -> bool:
@@ -55,8 +57,34 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
         raise InputError(f'collate_fn: {_WRONG_ORDER}')
 
 
+class GivenBatch:
+    """What the check needs of a batch as the loader made it, copied because transforms and algorithms may change it in place.
+
+    Args:
+        batch: The batch.
+        due: Whether the batch may be checked; otherwise nothing is copied.
+
+    Attributes:
+        size: Number of samples; 0 if the batch is not checked.
+        whole: Whether all rows are copied, not only the first.
+        rows: The samples, or the first ones of a large batch; ``None`` if they cannot be copied.
+        sums: A checksum of each row for each of the batch's leaves, float64 ``[size]``; ``None`` for other leaves than tensors with one row
+            per sample.
+    """
+
+    def __init__(self, batch: Any, due: bool) -> None:
+        self.size = num_rows(batch) if due else 0
+        if self.size:
+            self.whole = all(leaf.numel() <= _CLONED for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
+            kept = self.size if self.whole else min(self.size, _MOST)
+            self.rows = None
+            with contextlib.suppress(Exception):  # of types that cannot be indexed by row: their transforms are not checked
+                self.rows = rows_of(batch, list(range(kept)), self.size)
+            self.sums = _row_sums(batch, self.size, self.size)
+
+
 class OrderCheck:
-    """Checks that the transforms of the training ``DataSpec``, and the model, keep the order of the samples.
+    """Checks that the transforms of the training ``DataSpec``, algorithms and the model keep the order of the samples.
 
     Runs in batches 1, 2, 4, ... of a fit. Without transforms it costs one comparison.
 
@@ -71,24 +99,37 @@ class OrderCheck:
         self._spec: DataSpec | None = None
         self._looked = False
         self._noted: list[tuple[Tensor, int, Tensor]] = []  # tensors of a batch with version and content before the forward pass
+        self._given: GivenBatch | None = None  # of the batch whose microbatches are checked
+        self._sums: list[Tensor | None] = []  # its checksums after the transforms
+        self._rows = slice(0, 0)  # the rows of it that are in the microbatch
+        self._microbatch_size: Any = None
 
     def before_forward(self, loader: Any) -> None:
-        """Checks the result of the transforms on a batch.
+        """Checks what transforms, ``split_batch`` and algorithms have made of a batch.
 
         Args:
             loader: The planned loader, which stores the batch it yielded until it is taken here.
 
         Raises:
-            InputError: If a transform changes the order of the samples.
+            InputError: If one of them changes the order of the samples.
         """
         given, loader.given_batch = loader.given_batch, None
-        if given is None:  # not the first microbatch of a batch
-            return
-        self._batches += 1
-        if is_due(self._batches):
-            self._check(given)
-            tensors = [leaf for leaf in leaves_of(self._state.batch) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) > 1]
+        if given is not None:  # the first microbatch of a batch
+            self._batches += 1
+            loader.check_next = is_due(self._batches + 1)
+            due = is_due(self._batches)
+            self._given, self._rows = given if due and given.size > 1 else None, slice(0, 0)
+            leaves = leaves_of(self._state.batch) if due else []
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) > 1]
             self._noted = [(t, t._version, t.clone() if t.numel() <= _CLONED else t) for t in tensors]
+        if self._given is None:
+            return
+        self._advance(self._given.size)
+        if given is not None:
+            self._sums = given.sums
+            self._check(given)
+        if self._rows.stop <= self._given.size and _has_other_rows(self._sums, self._microbatch_sums(self._given), self._rows):
+            raise InputError(f'{self._culprit()}: {_WRONG_ORDER}')
 
     def after_forward(self) -> None:
         """Checks that the model left the rows of the batch, which its loss reads, in place.
@@ -106,22 +147,55 @@ class OrderCheck:
                     'called, since scores and weights are assigned by position'
                 )
 
-    def _check(self, given: Any) -> None:
-        size = num_rows(given)
-        if size < 2 or _begins_with(given, self._state.batch):
-            return
-        if not self._looked:  # a transform or an algorithm has changed the batch
+    def _advance(self, size: int) -> None:
+        """Finds the rows of the batch that should be in this microbatch, which may be one of a repeated pass (SAM, out of memory)."""
+        start = self._rows.stop
+        if start >= size or self._microbatch_size != self._state.device_train_microbatch_size:
+            start = 0
+        self._microbatch_size = self._state.device_train_microbatch_size
+        self._rows = slice(start, start + num_rows(self._state.batch))
+
+    def _microbatch_sums(self, given: GivenBatch) -> list[Tensor | None]:
+        return _row_sums(self._state.batch, self._rows.stop - self._rows.start, given.size)
+
+    def _culprit(self) -> str:
+        """The argument that names what has changed the order."""
+        assert self._given is not None
+        spec = self._find_spec()
+        if spec is not None and spec.split_batch is not default_split_batch and self._rows != slice(0, self._given.size):
+            return 'train_dataloader: split_batch of the DataSpec'
+        ours = ('composer.', 'composer_effalgos.')
+        names = [type(item).__name__ for item in self._state.algorithms if not type(item).__module__.startswith(ours)]
+        return f'algorithms: {", ".join(names)}' if names else 'algorithms'
+
+    def _find_spec(self) -> DataSpec | None:
+        if not self._looked:
             self._looked, self._spec = True, training_data_spec(self._state)
-        spec = self._spec
-        if spec is None or (_is_default(spec.batch_transforms) and _is_default(spec.microbatch_transforms)):
+        return self._spec
+
+    def _check(self, given: GivenBatch) -> None:
+        now = self._microbatch_sums(given)
+        if len(now) == len(given.sums) and all(_is_begin(*pair) for pair in zip(given.sums, now, strict=True)):
+            return
+        spec = self._find_spec()  # a transform or an algorithm has changed the batch
+        if given.rows is None or spec is None or (_is_default(spec.batch_transforms) and _is_default(spec.microbatch_transforms)):
             return
 
-        def transformed(batch: Any) -> Any:
-            return spec.microbatch_transforms(self._state.device.batch_to_device(spec.batch_transforms(batch)))
+        def transformed(batch: Any, on_batch: Any = spec.batch_transforms, on_microbatch: Any = spec.microbatch_transforms) -> Any:
+            return on_microbatch(self._state.device.batch_to_device(on_batch(batch)))
 
-        given, size = rows_of(given, list(range(size))[:_MOST], size), min(size, _MOST)
-        if not keeps_order(transformed, given, size, lambda batch, order: rows_of(batch, order, size), self._seed):
+        kept = given.size if given.whole else min(given.size, _MOST)
+        size = min(kept, _MOST)
+        rows = rows_of(given.rows, list(range(size)), kept)
+        if not keeps_order(transformed, rows, size, lambda batch, order: rows_of(batch, order, size), self._seed):
             raise InputError(f'train_dataloader: transforms of the DataSpec: {_WRONG_ORDER}')
+        if given.whole:  # what split_batch and algorithms were given
+            on_batch, on_microbatch = (
+                transform if _is_default(transform) else _copied(transform)
+                for transform in (spec.batch_transforms, spec.microbatch_transforms)
+            )
+            with _seeded(self._seed):
+                self._sums = _row_sums(transformed(given.rows, on_batch, on_microbatch), given.size, given.size)
 
 
 def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Callable[[Any, Sequence[int]], Any], seed: int) -> bool:
@@ -230,19 +304,72 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _begins_with(given: Any, microbatch: Any) -> bool:
-    """Whether a microbatch consists of the first rows of the loader's batch, unchanged."""
+def _row_sums(batch: Any, size: int, of: int) -> list[Tensor | None]:
+    """A checksum of each row, on the CPU, for each leaf of a batch.
 
-    def unchanged(ours: Any, theirs: Any) -> bool:
-        if not isinstance(ours, Tensor) or ours is theirs:
-            return True
-        if not isinstance(theirs, Tensor):
-            return False
-        begin = ours[: len(theirs)] if ours.ndim and theirs.ndim else ours
-        return torch.equal(begin, theirs.to(begin.device))
+    Args:
+        batch: A batch or microbatch.
+        size: Its number of samples.
+        of: The number of samples of the whole batch. It determines which columns of a large tensor are read.
 
-    before, after = leaves_of(given), leaves_of(microbatch)
-    return len(before) == len(after) and all(map(unchanged, before, after))
+    Returns:
+        Float64 ``[size]`` for tensors with one row per sample, ``None`` for other leaves.
+    """
+
+    def sums(leaf: Any) -> Tensor | None:
+        if not isinstance(leaf, Tensor) or leaf.layout != torch.strided or leaf.is_quantized or leaf.is_nested:
+            return None
+        if not leaf.ndim or len(leaf) != size or not leaf.numel():
+            return None
+        rows = (torch.view_as_real(leaf.detach().resolve_conj()) if leaf.is_complex() else leaf.detach()).reshape(size, -1)
+        rows = rows[:, :: 1 + rows.shape[1] * of // _CLONED]
+        rows = (rows.cpu() if rows.device.type == 'mps' else rows).double()  # mps has no float64
+        return (rows * torch.linspace(1, 2, rows.shape[1], dtype=torch.float64, device=rows.device)).sum(dim=1).cpu()
+
+    return [sums(leaf) for leaf in leaves_of(batch)]
+
+
+def _near_sums(ours: Tensor, theirs: Tensor) -> Tensor:
+    return torch.isclose(ours, theirs, rtol=1e-9, atol=1e-12)  # summed in another order, on another device
+
+
+def _is_begin(given: Tensor | None, now: Tensor | None) -> bool:
+    """Whether a microbatch has the first rows of the batch, by their checksums."""
+    if given is None or now is None:
+        return given is now
+    return len(now) <= len(given) and bool(_near_sums(given[: len(now)], now).all())
+
+
+def _has_other_rows(given: Sequence[Tensor | None], now: Sequence[Tensor | None], rows: slice) -> bool:
+    """Whether a microbatch consists of rows of the batch, but not of those in this place.
+
+    A change of content is not a permutation: at least two tensors must have moved in the same way, or the only one. Exchanging the inputs
+    alone, as ``CutMix`` may where images have a margin, leaves the labels in place.
+
+    Args:
+        given: Checksums of the batch's rows (:func:`_row_sums`).
+        now: Those of the microbatch.
+        rows: Where its rows should come from.
+    """
+    size = rows.stop - rows.start
+    pairs = [(before, after) for before, after in zip(given, now, strict=False) if before is not None and after is not None]
+    pairs = [(before, after[:_COMPARED]) for before, after in pairs if len(after) == size]
+    places = slice(rows.start, rows.start + min(size, _COMPARED))
+    in_place = [bool(_near_sums(before[places], after).all()) for before, after in pairs]
+    if all(in_place):
+        return False
+    joint: Tensor | None = None
+    moved = 0
+    for (before, after), stays in zip(pairs, in_place, strict=True):
+        same = _near_sums(after[:, None], before)
+        if bool(same.any(dim=1).all()):  # otherwise it has other content
+            moved += not stays
+            joint = same if joint is None else joint & same
+    if joint is None or not moved or moved < min(2, sum(before is not None for before in given)):
+        return False
+    found, first = joint.max(dim=1)
+    uses = torch.bincount(first, minlength=joint.shape[1])[first]
+    return bool(found.all()) and bool((uses <= joint.sum(dim=1)).all())
 
 
 def _is_default(transform: Any) -> bool:

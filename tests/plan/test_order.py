@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from composer.core import DataSpec
+from composer.algorithms import SAM
+from composer.core import Algorithm, DataSpec, Event
 from composer.models import ComposerClassifier
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
@@ -178,6 +179,169 @@ def test_transforms_of_a_data_spec(make_trainer, where, microbatch):
     fit(sort_batch, [AdaBatch(2, '1ep')])
     fit(noise, [InfoBatch()])
     fit(lambda batch: [2 * batch[0], batch[1]], [InfoBatch()])
+
+
+def named(samples):
+    inputs, labels = default_collate(samples)
+    return {'x': inputs, 'labels': labels}
+
+
+class Named(ComposerClassifier):
+    """A classifier of batches that are mappings."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 2), num_classes=2)
+
+    def get_metrics(self, is_train):
+        return {}
+
+    def forward(self, batch):
+        return self.module(batch['x'])
+
+    def loss(self, outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch['labels'])
+
+
+def taken(batch, order):
+    return {key: value[order] for key, value in batch.items()}
+
+
+def sort_in_place(batch):
+    order = batch['x'][:, 0].argsort()
+    for key in batch:
+        batch[key] = batch[key][order]
+    return batch
+
+
+def sort_content(batch):
+    order = batch['x'][:, 0].argsort()
+    for value in batch.values():
+        value.copy_(value[order])
+    return batch
+
+
+def scale_in_place(batch):
+    batch['x'] *= 2
+    return batch
+
+
+def strided(batch, size):
+    count = -(-len(batch['labels']) // size)
+    return [taken(batch, slice(number, None, count)) for number in range(count)]
+
+
+def last_reversed(batch, size):
+    first, *rest = in_order(batch, size)
+    return [first, *(taken(part, torch.arange(len(part['labels'])).flip(0)) for part in rest)]
+
+
+def in_order(batch, size):
+    return [taken(batch, slice(start, start + size)) for start in range(0, len(batch['labels']), size)]
+
+
+class Changing(Algorithm):
+    """Changes the batch at some events."""
+
+    def __init__(self, **changes):
+        self.changes = {Event[name]: change for name, change in changes.items()}
+
+    def match(self, event, state):
+        return event in self.changes
+
+    def apply(self, event, state, logger):
+        self.changes[event](state)
+
+
+def by_first_column(state):
+    state.batch = taken(state.batch, state.batch['x'][:, 0].argsort())
+
+
+def by_first_column_in_place(state):
+    sort_content(state.batch)
+
+
+@pytest.fixture
+def score_errors(make_trainer):
+    """How far scores are from the true losses, with a learning rate of 0."""
+
+    def fit(changing=None, *, factor=1.0, microbatch=None, dataset=DATA, more=(), **spec):
+        loader = DataSpec(DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=named), **spec)
+        ours, model = InfoBatch(), Named()
+        algorithms = [ours, *more, *([] if changing is None else [changing])]
+        settings = {'max_duration': '1ep', 'lr': 0.0, 'device_train_microbatch_size': microbatch}
+        make_trainer(algorithms, model=model, train_loader=loader, **settings).fit()
+        inputs, labels = (torch.stack(list(column)) for column in zip(*map(dataset.__getitem__, range(len(dataset))), strict=True))
+        true = nn.functional.cross_entropy(model.module(factor * inputs), labels, reduction='none')
+        return (ours.scores - true).abs().max().item()
+
+    return fit
+
+
+@pytest.mark.parametrize('microbatch', [None, 4])
+def test_transforms_in_place(score_errors, microbatch):
+    for transform in (sort_in_place, sort_content):
+        with pytest.raises(InputError, match=r'^train_dataloader: transforms of the DataSpec: expected row i of each'):
+            score_errors(batch_transforms=transform, microbatch=microbatch)
+    assert score_errors(batch_transforms=scale_in_place, factor=2, microbatch=microbatch) < 1e-5
+
+
+def test_split_batch_of_a_data_spec(score_errors):
+    for transform in ({}, {'batch_transforms': scale_in_place}):
+        for split in (strided, last_reversed):
+            with pytest.raises(InputError, match=r'^train_dataloader: split_batch of the DataSpec: expected row i of each'):
+                score_errors(split_batch=split, microbatch=3, **transform)
+        assert score_errors(split_batch=in_order, microbatch=3, factor=2 if transform else 1, **transform) < 1e-5
+    assert score_errors(split_batch=strided, microbatch=8) < 1e-5
+
+
+@pytest.mark.parametrize('microbatch', [None, 3])
+@pytest.mark.parametrize('event', ['AFTER_DATALOADER', 'BATCH_START', 'BEFORE_FORWARD'])
+def test_algorithms_that_permute_the_batch(score_errors, event, microbatch):
+    for change in (by_first_column, by_first_column_in_place):
+        with pytest.raises(InputError, match=r'^algorithms: Changing: expected row i of each tensor'):
+            score_errors(Changing(**{event: change}), microbatch=microbatch)
+    with pytest.raises(InputError, match=r'^algorithms: Changing: expected row i of each tensor'):
+        score_errors(Changing(**{event: by_first_column}), microbatch=microbatch, batch_transforms=scale_in_place)
+
+
+def test_algorithms_that_change_the_content(score_errors):
+    def scale(state):
+        state.batch['x'] = 2 * state.batch['x']
+
+    assert score_errors(Changing(AFTER_DATALOADER=scale), factor=2) < 1e-5
+    exchanged = []
+
+    def exchange(state):  # as CutMix, if the box covers all that is not margin
+        exchanged.append(state.batch['x'])
+        state.batch['x'] = state.batch['x'].roll(1, 0)
+
+    score_errors(Changing(BEFORE_FORWARD=exchange))
+    assert len(exchanged) == 5
+    alike = TensorDataset(INPUTS, torch.ones(40, dtype=torch.int64))
+    score_errors(Changing(BEFORE_FORWARD=exchange), dataset=alike)
+
+    def other_labels(state):
+        state.batch['labels'] = state.batch['labels'].flip(0)
+
+    score_errors(Changing(AFTER_DATALOADER=other_labels))
+
+
+@pytest.mark.parametrize('microbatch', [None, 3])
+def test_an_algorithm_that_sorts_the_inputs_and_restores_the_outputs(score_errors, microbatch):
+    orders = []
+
+    def sort(state):
+        orders.append(state.batch['x'][:, 0].argsort())
+        state.batch['x'] = state.batch['x'][orders[-1]]
+
+    def restore(state):
+        state.outputs = state.outputs[orders[-1].argsort()]
+
+    assert score_errors(Changing(BEFORE_FORWARD=sort, AFTER_FORWARD=restore), microbatch=microbatch) < 1e-5
+
+
+def test_repeated_passes_over_a_batch(score_errors):
+    assert score_errors(more=[SAM(rho=1e-7)], microbatch=3) < 1e-5
 
 
 class Counting:
