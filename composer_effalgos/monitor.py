@@ -4,6 +4,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from composer.utils import dist
 
 from composer_effalgos.plan import EpochMetrics, EpochPlanner
 from composer_effalgos.plan.sharded import pack, unpack
-from composer_effalgos.utils.errors import InputError
-from composer_effalgos.utils.files import whole_file
+from composer_effalgos.utils.errors import CheckpointError, InputError
+from composer_effalgos.utils.files import read_text, whole_file
 from composer_effalgos.utils.machine import cpu_seconds, peak_memory_bytes, versions
 from composer_effalgos.utils.restore import check_entries, restored
 
@@ -137,6 +138,7 @@ class EfficiencyMonitor(Callback):
         self._running = _Running()
         self._evaluated: dict[str, tuple[float | None, float | None]] = {}  # accuracy and loss by evaluator
         self._no_quality_warned = False
+        self._ends_run = False  # whether a standalone evaluation is that of the end of the run
         self._peak_memory = 0
         self._scores: dict[int, _Scores] = {}
         self._cpu_mark: float | None = None  # CPU time already included in _running; None outside training
@@ -252,7 +254,75 @@ class EfficiencyMonitor(Callback):
         )
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        if self._ends_run:
+            self.eval_after_all(state, logger)
+            self._cpu_mark = None
         self._evaluated = {}  # trainer.eval() is not part of the run
+
+    def lacks_end(self, state: State, *, evaluated: bool, by_epoch: bool) -> bool:
+        """Whether the summary of a run that was resumed at its end lacks its last epoch, or the evaluation after it.
+
+        Args:
+            state: The trainer's state after loading.
+            evaluated: Whether the run is evaluated.
+            by_epoch: Whether it is evaluated at the ends of epochs only. Otherwise a value equal to that in the checkpoint may be older.
+
+        Returns:
+            The same on every rank. False for a damaged summary.
+        """
+        found: list[Any] = [self._lacks_end(state, evaluated, by_epoch) if dist.get_global_rank() == 0 else None]
+        dist.broadcast_object_list(found)
+        lacks, entry = found[0]
+        if lacks and entry is not None:
+            self._epochs[entry.epoch] = entry
+        return lacks
+
+    def _lacks_end(self, state: State, evaluated: bool, by_epoch: bool) -> tuple[bool, _Epoch | None]:
+        """Also returns the summary's entry of a last epoch that was cut short, as the checkpoint was written before it."""
+        batches = int(state.timestamp.batch_in_epoch)
+        epoch = int(state.timestamp.epoch) - (batches == 0)
+        try:
+            summary = json.loads(read_text(self._folder(state) / SUMMARY))
+            entry = {entry['epoch']: entry for entry in summary['epochs']}.get(epoch)
+            if entry is None or batches not in (0, entry['batches']):
+                return True, None
+            written = entry['eval_accuracy'], entry['eval_loss']
+            cut = None
+            if batches:
+                full = summary['totals']['samples_full'] - sum(
+                    other.samples_full for other in self._epochs.values() if other.epoch != epoch
+                )
+                loss = float('nan') if entry['train_loss'] is None else entry['train_loss']
+                cut = restored(_Epoch, entry | {'samples_full': full, 'train_loss': loss})
+        except FileNotFoundError:
+            return True, None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
+            return False, None
+        saved = self._running if batches else self._epochs.get(epoch, self._running)
+        lacks = evaluated and (written == (None, None) or (not by_epoch and written == (saved.eval_accuracy, saved.eval_loss)))
+        return lacks, cut
+
+    def record_end(self, state: State, logger: Logger, evaluate: Callable[[], None] | None) -> None:
+        """Records the last epoch of a run that was resumed at its end, after ``evaluate``, a standalone evaluation by the trainer.
+
+        Raises:
+            InputError: The run ended within a planned epoch that is not in the summary; its plan, and so the samples saved in it, exists in
+                training only.
+        """
+        if int(state.timestamp.batch_in_epoch) > 0 and int(state.timestamp.epoch) not in self._epochs:
+            if EpochPlanner.find(state) is not None:
+                raise InputError(
+                    f'{self._folder(state) / SUMMARY}: the run was stopped in its last evaluation, within an epoch, which cannot be made '
+                    f'up for; give a larger max_duration, or remove {self._folder(state)} to train it anew'
+                )
+            self.fit_end(state, logger)
+        self._ends_run = True
+        try:
+            if evaluate is not None:
+                evaluate()
+        finally:
+            self._ends_run = False
+        self._write(state)
 
     def _observe_scores(self, state: State, epoch: int) -> None:
         """Records the score histogram. Composer runs callbacks after algorithms, so the epoch's scores are complete here."""

@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+from composer import Trainer
+from composer.core import Time, TimeUnit
 from composer.utils import dist
 
-from composer_effalgos.monitor import SUMMARY, quality_text
+from composer_effalgos.monitor import SUMMARY, EfficiencyMonitor, quality_text
 from composer_effalgos.recipes.build import build_trainer
 from composer_effalgos.recipes.checkpoints import loading
 from composer_effalgos.recipes.faults import explain, print_any_text, print_once, reported_by_another_rank
@@ -20,30 +22,42 @@ from composer_effalgos.utils.text import one_line
 
 
 def train(recipe: Recipe) -> None:
-    """Trains a recipe to its end; does nothing if autoresume finds that the run is finished."""
+    """Trains a recipe to its end; if autoresume finds nothing left to train, at most evaluates and records the end."""
     loaded = loading(recipe)
     trainer = build_trainer(recipe)
     state = trainer.state
     assert state.max_duration is not None, 'every recipe has one'
     elapsed = state.timestamp.get(state.max_duration.unit)
-    if elapsed < state.max_duration:
-        try:
-            trainer.fit()
-        except FileExistsError as error:
-            raise InputError(
-                f'{recipe.source}: {recipe.run_folder} holds later checkpoints of a run with this name; '
-                'choose another run_name, or set save_overwrite=true or autoresume=true'
-            ) from error
-        except Exception as error:
-            refused = (loaded and loaded.refused(error)) or recipe.refused(error)
-            if refused is None:
-                raise
-            raise refused from error
-    elif not recipe.trainer.get('autoresume', False):
+    if elapsed >= state.max_duration and not recipe.trainer.get('autoresume', False):
         raise InputError(
             f'{recipe.source}: max_duration: expected more than the {elapsed.to_timestring()} of the checkpoint, got {recipe.max_duration}'
         )
+    try:
+        if elapsed < state.max_duration:
+            trainer.fit()
+        else:
+            _record_end(trainer, recipe)
+    except FileExistsError as error:
+        raise InputError(
+            f'{recipe.source}: {recipe.run_folder} holds later checkpoints of a run with this name; '
+            'choose another run_name, or set save_overwrite=true or autoresume=true'
+        ) from error
+    except Exception as error:
+        refused = (loaded and loaded.refused(error)) or recipe.refused(error)
+        if refused is None:
+            raise
+        raise refused from error
     trainer.close()
+
+
+def _record_end(trainer: Trainer, recipe: Recipe) -> None:
+    """Evaluates and records the end of a run that was stopped after its last checkpoint, which Composer writes before both."""
+    (monitor,) = (callback for callback in trainer.state.callbacks if isinstance(callback, EfficiencyMonitor))
+    interval = '1ep' if recipe.trainer.get('eval_interval') is None else recipe.trainer['eval_interval']
+    never = interval == 0
+    by_epoch = not never and Time.from_input(interval, TimeUnit.EPOCH).unit == TimeUnit.EPOCH
+    if monitor.lacks_end(trainer.state, evaluated=not never, by_epoch=by_epoch):
+        monitor.record_end(trainer.state, trainer.logger, None if never else trainer.eval)
 
 
 def summary_line(recipe: Recipe) -> str:

@@ -182,6 +182,66 @@ def test_a_run_goes_on_with_its_own_settings_only(recipe_file, tmp_path, capfd):
     assert main([*run, 'max_duration=3ep', 'optimizer.lr=0.01']) == 0
 
 
+@pytest.mark.parametrize(
+    'settings',
+    [
+        ['max_duration=3ep', 'eval_interval=2ep', 'algorithms.infobatch.delta=1.0'],
+        ['max_duration=1ep', 'eval_interval=2ep'],
+        ['max_duration=10ba', 'eval_interval=1ep'],
+        ['max_duration=10ba', 'eval_interval=3ba'],
+        ['max_duration=6ba', 'eval_interval=0'],
+    ],
+)
+def test_a_run_stopped_in_its_last_evaluation_is_evaluated_when_resumed(recipe_file, tmp_path, monkeypatch, capfd, settings):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    run = [str(recipe_file), 'save_interval=1ep', 'autoresume=true', 'dataset.noise=1.0', *settings]
+    assert main([*run, 'run_name=whole']) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(EfficiencyMonitor, 'fit_end', stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(run)
+
+    def measured(name: str) -> list[tuple]:
+        keys = ('epoch', 'samples', 'batches', 'lr', 'train_loss', 'eval_accuracy', 'eval_loss')
+        written = summary(tmp_path, name)
+        totals = [written['totals'][key] for key in ('eval_accuracy', 'eval_loss', 'samples_seen', 'samples_full')]
+        return [*(tuple(entry[key] for key in keys) for entry in written['epochs']), totals]
+
+    stopped = tmp_path / 'runs' / 'small' / 'summary.json'
+    assert not stopped.exists() or measured('small') != measured('whole')
+    capfd.readouterr()
+    assert main(run) == 0
+    assert measured('small') == measured('whole')
+    quality = f'accuracy {summary(tmp_path)["totals"]["eval_accuracy"]:.4f}' if settings[-1] != 'eval_interval=0' else 'no evaluation'
+    assert capfd.readouterr().out.splitlines()[-1].startswith(f'small: {quality}, ')
+    before = stopped.stat().st_mtime_ns
+    assert main(run) == 0
+    assert stopped.stat().st_mtime_ns == before  # it is complete now
+
+
+def test_a_run_stopped_at_its_end_within_a_planned_epoch_says_so(recipe_file, tmp_path, monkeypatch, capfd):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    run = [str(recipe_file), 'save_interval=1ep', 'autoresume=true', 'max_duration=6ba', 'algorithms.infobatch={}', 'scheduler=null']
+    with monkeypatch.context() as patch:
+        patch.setattr(EfficiencyMonitor, 'fit_end', stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(run)
+    capfd.readouterr()
+    assert 'the run was stopped in its last evaluation' in refused(capfd, *run)
+    assert main([*run, 'max_duration=7ba', 'eval_interval=7ba']) == 0
+    finished = summary(tmp_path)
+    assert finished['epochs'][-1]['eval_accuracy'] is not None
+    # That evaluation is in the checkpoint as well, so it cannot be told from an older one and is repeated
+    assert main([*run, 'max_duration=7ba', 'eval_interval=7ba']) == 0
+    again = summary(tmp_path)
+    assert again['epochs'] == finished['epochs']
+    assert again['totals'] == finished['totals'] | {'peak_memory_bytes': again['totals']['peak_memory_bytes']}
+
+
 @contextmanager
 def room(size: int) -> Iterator[None]:
     """No file of this process can grow beyond ``size`` bytes."""
