@@ -13,7 +13,7 @@ from composer_effalgos.report.frontier import Frontier, check_unit, frontier, is
 from composer_effalgos.report.frontier_table import terminal, write_frontier
 from composer_effalgos.report.page import write_report
 from composer_effalgos.report.results import write_results
-from composer_effalgos.report.runner import Outcome, finished, run_jobs
+from composer_effalgos.report.runner import Outcome, finished, is_search, run_jobs
 from composer_effalgos.report.runs import Run, read_runs
 from composer_effalgos.report.sweep import Job, Sweep, load_sweep
 from composer_effalgos.report.table import note, rich_table, table_rows
@@ -79,6 +79,8 @@ def show_frontier(folder: str | Path, by: str | None = None, *, console: Console
     """Prints and writes the frontier of the finished runs in a folder, and writes the report; ``by`` is the unit of the budget."""
     folder, console = Path(folder), console or Console()
     runs, problems = read_runs(folder)
+    if is_search(folder):
+        raise InputError(f'{folder}: holds runs of effalgos search, which stops them early; train its best.yaml with effalgos bench')
     found = frontier([run for run in runs if is_finished(folder, run)], str(folder), by)
     unfinished = [run.summary['run_name'] for run in runs if not is_finished(folder, run)]
     for line in [*problems, *(f'{name}: not finished, left out' for name in unfinished)]:

@@ -15,6 +15,7 @@ from composer_effalgos.report.frontier import Frontier, frontier, is_finished, i
 from composer_effalgos.report.frontier_figure import chart
 from composer_effalgos.report.frontier_table import LEGEND, cells_of, header, markdown
 from composer_effalgos.report.results import read_targets
+from composer_effalgos.report.runner import is_search
 from composer_effalgos.report.runs import Run, read_runs
 from composer_effalgos.report.table import Row, columns, markdown_table, note, table_rows
 from composer_effalgos.utils.errors import InputError
@@ -34,7 +35,7 @@ def write_report(
 
     ``out``, the path of the page, must end in ``.html`` or ``.htm`` and is ``report.html`` in the folder by default. ``targets`` are
     accuracies in (0, 1]; if empty, those of the folder's ``results.json``. Without ``equal_budget``, the frontier of the finished runs is
-    shown if they include plain runs of several lengths.
+    shown if they include plain runs of several lengths and no search stopped them early.
     """
     out = Path(runs_dir) / 'report.html' if out is None else Path(out)
     if out.suffix.lower() not in ('.html', '.htm'):
@@ -80,6 +81,8 @@ def _stacks(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
 
 
 def _frontier(runs: Sequence[Run], folder: Path) -> Frontier | None:
+    if is_search(folder):
+        return None
     try:
         return frontier([run for run in runs if is_finished(folder, run)], str(folder))
     except InputError:  # most folders hold runs of one length

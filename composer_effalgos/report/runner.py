@@ -80,7 +80,7 @@ def run_jobs(
     deadline = deadline_in(minutes)
     console = console or Console()
     with locked(out) as lock:
-        if (out / TARGET).exists():
+        if is_search(out):
             raise InputError(f'{out}: holds runs of effalgos search, which stops them early; give another --out')
         for job in jobs:
             prepare(job, fresh=fresh)
@@ -138,6 +138,11 @@ def deadline_in(minutes: float | None) -> float | None:
         return None
     check_number('--minutes', minutes, least=0)
     return time.monotonic() + 60 * minutes
+
+
+def is_search(out: Path) -> bool:
+    """Whether a folder holds the runs of ``effalgos search``, which are marked as finished where it stopped them."""
+    return (out / TARGET).exists()
 
 
 def finished(job: Job) -> bool:

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from composer_effalgos import cli
-from composer_effalgos.report import load_sweep, read_runs, write_report
+from composer_effalgos.report import load_sweep, read_runs, show_frontier, write_report
 from composer_effalgos.report.frontier import frontier, is_finished, is_plain, plain_lengths
 from composer_effalgos.report.frontier_figure import chart
 from composer_effalgos.report.frontier_table import header, markdown, terminal, write_frontier
-from composer_effalgos.report.runner import FINISHED
+from composer_effalgos.report.runner import FINISHED, TARGET
 from composer_effalgos.train import train
 from composer_effalgos.utils.errors import InputError
 
@@ -254,6 +254,17 @@ def test_the_files_and_the_report_say_the_same(write_frontier_runs, loss):
     assert [len(trace['x']) for trace in drawn['traces'][2:]] == [3, 1]
     scale = 1 if loss else 100
     assert drawn['traces'][3]['y'] == pytest.approx([scale * result.points[-1].quality], rel=1e-5)
+
+
+def test_runs_that_a_search_stopped_have_no_frontier(write_frontier_runs):
+    folder = write_frontier_runs()
+    assert 'Equal budgets:' in write_report(folder).with_suffix('.md').read_text()
+    (folder / TARGET).write_text('0.9')
+    text = write_report(folder).with_suffix('.md').read_text()
+    assert 'Equal budgets:' not in text
+    assert '| infobatch+4ep | 3 |' in text
+    with pytest.raises(InputError, match=r'holds runs of effalgos search, which stops them early; .*best\.yaml'):
+        show_frontier(folder)
 
 
 def test_lengths_of_a_method_are_joined_and_combined_methods_are_not(write_frontier_runs, write_run):
