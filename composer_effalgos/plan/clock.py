@@ -110,7 +110,7 @@ class EpochClock:
         real, real_len = state.timestamp, state._dataloader_len
         state.max_duration = length if self.budget is None else self.budget
         # as long as nothing has been pruned, real time is virtual time
-        if len(loader) != loader.full_batches or self.batch_base != int(real.batch - real.batch_in_epoch):
+        if loader.num_batches != loader.full_batches or self.batch_base != int(real.batch - real.batch_in_epoch):
             state.timestamp = self._virtual_timestamp(real, loader)
             state._dataloader_len = Time(loader.full_batches, TimeUnit.BATCH)  # type: ignore[assignment]  # the setter would clip it to the planned epoch
         try:
@@ -161,12 +161,12 @@ class EpochClock:
         """Maps a batch of the planned epoch to a batch of the full epoch; the end of the former to the end of the latter."""
         loader = self._loader
         assert loader is not None
-        if batch >= len(loader):
+        if batch >= loader.num_batches:
             return loader.full_batches
         if loader.plan is None:  # before an epoch
             return batch
-        before, before_last = loader.samples_before(batch), loader.samples_before(len(loader) - 1)
-        left = len(loader) - batch if len(loader) <= loader.full_batches else None
+        before, before_last = loader.samples_before(batch), loader.samples_before(loader.num_batches - 1)
+        left = loader.num_batches - batch if loader.num_batches <= loader.full_batches else None
         return virtual_batch(before, before_last, loader.full_batches, left)
 
     def _note_steps(self, state: State) -> None:

@@ -102,6 +102,7 @@ class PlannedDataLoader(DataLoader):
     """
 
     by_position = False
+    between_fits = False  # then Composer clips the next train_subset_num_batches to the user's loader, not to the last plan
     given_batch: GivenBatch | None = None
     check_next = True
     tail: Tail = 'shared'  # how an incomplete last batch is handled
@@ -333,8 +334,13 @@ class PlannedDataLoader(DataLoader):
         position = batch - self.plan.first_batch
         return slice(self.rank_offsets[position], self.rank_offsets[position + 1])
 
-    def __len__(self) -> int:
+    @property
+    def num_batches(self) -> int:
+        """Batches of the planned epoch, or of a full one before there is a plan."""
         return self.full_batches if self.plan is None else self.plan.num_batches
+
+    def __len__(self) -> int:
+        return max(len(self.given), self.num_batches) if self.between_fits else self.num_batches
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yields the epoch's batches.

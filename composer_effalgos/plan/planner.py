@@ -20,6 +20,7 @@ from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import WeightedLoss
 from composer_effalgos.plan.order import OrderCheck
 from composer_effalgos.plan.per_sample import PerSampleLoss
+from composer_effalgos.plan.samples import length_of
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -63,6 +64,7 @@ class EpochPlanner(Callback):
         self.batch_size: Callable[[], BatchSize] | None = None
         self.selectors = Selectors()
         self._loader: PlannedDataLoader | None = None
+        self._last_length: Time | None = None  # of the epoch when the last fit ended: this very object, unless another was given since
         self.loss: WeightedLoss | None = None
         self._given_loss: tuple[str, PerSampleLoss] | None = None  # who gave a per-sample loss, and which
         self.whole_batches = self.may_lengthen = self.exchanges = self.full_budget = False
@@ -260,6 +262,7 @@ class EpochPlanner(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         """Restores the user's loader in the state, so that later users see all samples and not those of the last plan."""
         state.train_dataloader = self.loader.given
+        self.loader.between_fits, self._last_length = True, state.dataloader_len
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -300,8 +303,7 @@ class EpochPlanner(Callback):
         if isinstance(state.dataloader, PlannedDataLoader):
             if state.dataloader is not self._loader:
                 raise InputError("train_dataloader: this is another run's planned loader; give fit() the DataLoader it was made from")
-            if state.dataloader_len is not None and int(state.dataloader_len) < len(self.loader):
-                self.loader.limit(int(state.dataloader_len))
+            self._limit(state.dataloader_len)
             state.train_dataloader = self.loader
             return
         before = self._loader
@@ -328,6 +330,22 @@ class EpochPlanner(Callback):
             self.selectors.new_data(first=before is None)
         state.set_dataloader(self.loader, state.dataloader_label)
         state.train_dataloader = self.loader
+
+    def _limit(self, length: Time | None) -> None:
+        """Limits the epochs if ``train_subset_num_batches`` was given to this ``fit``.
+
+        Args:
+            length: Composer's length of the epoch, which is still that of the last plan if nothing was given.
+        """
+        loader = self.loader
+        given, loader.between_fits = loader.between_fits and length is not self._last_length, False
+        if length is None:
+            return
+        batches = int(length)
+        if batches < loader.num_batches:
+            loader.limit(batches)
+        elif given:
+            loader.limit(None if batches == length_of(loader.given) else batches)
 
     def in_step(self, state: State) -> bool:
         """Whether ranks communicate at every microbatch, so that all of them need the same number of microbatches.

@@ -121,7 +121,8 @@ class SampleTable:
             return self.of_this_rank()
         orders = self._planner.loader.rank_orders()
         padded = state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
-        padded[: len(self._noted)] = self._noted
+        noted = self._noted[: len(padded)]  # a batch size that changed within the epoch may have shortened it since
+        padded[: len(noted)] = noted
         gathered = dist.all_gather(padded)
         return self._with([scores_of(order, values[: len(order)]) for order, values in zip(orders, gathered, strict=True)])
 
@@ -171,7 +172,12 @@ class SampleTable:
 
 
 def scores_of(order: Tensor, noted: Tensor) -> tuple[Tensor, Tensor]:
-    """The samples for which scores were recorded, int64 ``[n]``, and these scores, float32 ``[n]``."""
-    noted = noted.cpu()
+    """The samples for which scores were recorded, int64 ``[n]``, and these scores, float32 ``[n]``.
+
+    Args:
+        order: The samples of the epoch, int64 ``[m]``.
+        noted: Their scores, NaN if not trained, float32; longer if the epoch has lost its last samples since, which were not trained.
+    """
+    noted = noted[: len(order)].cpu()
     trained = ~torch.isnan(noted)
     return order[trained], noted[trained]

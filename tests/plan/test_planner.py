@@ -12,7 +12,7 @@ from composer.optim import LinearScheduler
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
-from composer_effalgos import AdaBatch, InfoBatch, InputError, SubsetSelection
+from composer_effalgos import AdaBatch, InfoBatch, InputError, LinUpper, SubsetSelection
 from composer_effalgos.plan import EpochPlanner
 
 
@@ -194,6 +194,54 @@ def test_some_batches_an_epoch_in_a_later_fit(make_trainer):
     trainer.fit()
     trainer.fit(duration='2ep', train_subset_num_batches=3)
     assert [len(sizes) for sizes in trainer.recorder.sizes][2:] == [3, 3]
+
+
+class Numbers(IterableDataset):
+    def __init__(self, problem):
+        self.problem = problem
+
+    def __iter__(self):
+        return iter(self.problem)
+
+
+class Counted(Numbers):
+    def __len__(self):
+        return len(self.problem)
+
+
+LOADERS = {
+    'shuffled': lambda problem: DataLoader(problem, batch_size=16, shuffle=True),
+    'own order': lambda problem: DataLoader(problem, batch_size=16, sampler=range(202, -1, -1)),
+    'stream': lambda problem: DataLoader(Numbers(problem), batch_size=16),
+    'stream with a length': lambda problem: DataLoader(Counted(problem), batch_size=16),
+}
+
+
+@pytest.mark.parametrize(
+    ('loader', 'limits'),
+    [(loader, (3, 6, None, 50, 2)) for loader in LOADERS] + [(loader, (None, 6, 13)) for loader in LOADERS if loader != 'stream'],
+)
+@pytest.mark.filterwarnings('ignore')
+def test_another_number_of_batches_in_every_fit(make_trainer, problem, loader, limits):
+    lengths = []
+    for algorithms in ([], [LinUpper(burn_in=None)]):
+        trainer = make_trainer(algorithms, train_loader=LOADERS[loader](problem))
+        for limit in limits:
+            trainer.fit(duration='2ep', **({} if limit is None else {'train_subset_num_batches': limit}))
+        trainer.eval(DataLoader(problem, batch_size=50))
+        trainer.fit(duration='3ba', train_subset_num_batches=5)
+        trainer.fit(duration='2ep')
+        lengths.append([len(sizes) for sizes in trainer.recorder.sizes])
+    assert lengths[1] == lengths[0]
+
+
+def test_more_batches_than_the_last_pruned_epoch_had(make_trainer):
+    trainer = make_trainer([InfoBatch(prune_ratio=0.95, delta=0.5)], max_duration='6ep')
+    trainer.fit(duration='3ep')
+    last = len(trainer.recorder.sizes[-1])
+    assert last < 9
+    trainer.fit(duration='3ep', train_subset_num_batches=9)
+    assert [len(sizes) for sizes in trainer.recorder.sizes[3:]] == [9, 9, 9]
 
 
 def test_another_loader_within_an_epoch(make_trainer, problem):

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from composer.core import Callback
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
-from composer_effalgos.plan import EpochPlan, SampleTable
+from composer_effalgos import AdaBatch, InfoBatch
+from composer_effalgos.plan import EpochPlan, EpochPlanner, SampleTable
 
 
 def run(table: SampleTable, plan: SimpleNamespace, draw: np.random.Generator, size: int, epochs: int, batch: int = 7):
@@ -83,3 +86,25 @@ def test_what_is_saved_within_an_epoch_is_loaded_and_does_not_change():
     assert again.rows.offered.tolist() == [True] * 5 + [False] * 7
     assert torch.equal(again.rows.trained + 1, table.rows.trained)
     assert again.rows.take(torch.tensor([2, 5])).scores.tolist() == [3.0, 3.0]
+
+
+def test_a_batch_size_that_changes_within_the_epoch_drops_its_last_samples(make_trainer, problem):
+    class Count(Callback):
+        batches = 0
+
+        def batch_end(self, state, logger):
+            self.batches += 1
+
+    count, infobatch = Count(), InfoBatch()
+    trainer = make_trainer(
+        [infobatch, AdaBatch(2, policy=lambda progress: int(count.batches >= 3))],
+        dataset=TensorDataset(*(t[:128] for t in problem.tensors)),
+        batch_size=12,
+        max_duration='1ep',
+        callbacks=[EpochPlanner(tail='half'), count],
+    )
+    trainer.fit()
+    assert trainer.recorder.sizes == [[12] * 3 + [24] * 3 + [12]]  # planned: ten of 12 and one of 6
+    rows = infobatch._table.rows
+    assert int(rows.scored.sum()) == int(rows.trained.sum()) == 120
+    assert torch.equal(rows.scored, rows.trained == 1)
