@@ -48,7 +48,7 @@ def test_by_class_each_class_is_pruned_by_its_own_mean():
 
 
 @given(st.integers(1, 300), st.integers(1, 5), st.floats(0, 0.95), st.integers(0, 50))
-def test_by_class_equals_class_after_class(n, classes, ratio, seed):
+def test_by_class_is_class_after_class_up_to_rounding(n, classes, ratio, seed):
     draw = np.random.default_rng(seed)
     scores, labels = torch.tensor(draw.random(n)), torch.tensor(draw.integers(0, classes, n))
     kept, weights = ef.prune(scores, ratio, generator(seed), labels=labels)
@@ -56,8 +56,10 @@ def test_by_class_equals_class_after_class(n, classes, ratio, seed):
         rows = (labels == label).nonzero().flatten()
         alone, alone_weights = ef.prune(scores[rows], ratio, generator())
         mine = labels[kept] == label
-        assert int(mine.sum()) == len(alone)
-        assert weights[mine].sort().values.tolist() == alone_weights.sort().values.tolist()
+        more = int(mine.sum()) - len(alone)
+        assert more in (0, 1)  # by class, the number is rounded at random
+        expected = [*alone_weights.sort().values.tolist(), *[float(np.float32(1 / (1 - ratio)))] * more]
+        assert weights[mine].sort().values.tolist() == expected
 
 
 @given(st.integers(1, 400), st.floats(0.01, 0.95), st.integers(0, 30), st.integers(1, 16))
@@ -169,7 +171,7 @@ def test_classes_come_from_the_data_set(make_trainer, problem, kind):
     for label in range(3):
         scores = note.scores[0][classes == label]
         below = int((scores.double() < scores.double().mean()).sum())
-        assert int((classes[kept] == label).sum()) == len(scores) - below + below // 2
+        assert int((classes[kept] == label).sum()) - (len(scores) - below) in (below // 2, (below + 1) // 2)  # rounded at random
     if kind == 'given':
         with pytest.raises(
             InputError, match=r'labels: expected the class of every sample, got none, and Plain has no targets; pass InfoBatch\(labels'
