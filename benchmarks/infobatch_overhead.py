@@ -317,7 +317,8 @@ def wrap_hooks(trainer: Trainer, around: Callable[[str], AbstractContextManager[
     plan = EpochPlanner.of(trainer.state)
     assert plan.loss is not None
     for name in STEP_HOOKS:
-        setattr(plan, name, wrapped(f'plan: {name}', getattr(plan, name)))
+        owner = plan._advance if name == 'batch_end' else plan
+        setattr(owner, name, wrapped(f'plan: {name}', getattr(owner, name)))
     plan.loss.subscribers[:] = [wrapped('scores', subscriber) for subscriber in plan.loss.subscribers]
     trainer.state.model.loss = wrapped('weighted loss', plan.loss)  # type: ignore[method-assign,assignment]
 
@@ -343,7 +344,7 @@ def time_hooks(settings: Settings) -> dict[str, Any]:
     wrap_hooks(trainer, timed)
     with timed('epoch'):
         trainer.fit(duration='1ep')
-    epoch, steps = sum(seconds.pop('epoch')), len(plan.loader)
+    epoch, steps = sum(seconds.pop('epoch')), plan.loader.num_batches
     hooks = [
         {'hook': name, 'calls': len(times), 'microseconds_per_step': 1e6 * sum(times) / steps, 'share': sum(times) / epoch}
         for name, times in seconds.items()
