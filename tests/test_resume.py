@@ -45,7 +45,7 @@ def test_killed_at_random_batches_on_two_ranks(train_small):
     whole = train_small('whole', *arguments, ranks=2)
     draw = random.Random(0)
     # checkpoints are three batches apart: each kill comes after the last one's checkpoint
-    kill_ats = sorted(draw.choices(range(4, whole['batches']), k=8))
+    kill_ats = sorted(draw.choices(range(4, whole['batches']), k=5))
     for kill_at in kill_ats:
         train_small('killed', *arguments, '--kill-at', str(kill_at), ranks=2)
     assert_identical(whole, train_small('killed', *arguments, ranks=2))

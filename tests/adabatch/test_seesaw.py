@@ -93,7 +93,7 @@ def test_follows_the_runs_own_schedule_exactly(make_trainer, data, schedule, opt
         assert size == BATCH * 2**count or step in epoch_ends
         # and the schedule's rate is that of the run with a fixed batch, where it has seen as many samples, but for two batches: Composer
         # sets a batch's rate by the time at which the batch before it began
-        same = [batch for batch, expected in enumerate(scheduled) if rate == pytest.approx(expected, rel=1e-9, abs=1e-15)]
+        same = [batch for batch, expected in enumerate(scheduled) if math.isclose(rate, expected, rel_tol=1e-9, abs_tol=1e-15)]
         assert min(abs(batch * BATCH - seen) for batch in same) <= 2 * max(BATCH * 2**count, BATCH * 2 ** growths[step - 1]), step
         seen += size
     if schedule == 'constant':
