@@ -233,8 +233,11 @@ class _Forgetting(Source):
         if not bool(rows.scored.any()):
             raise InputError('strategy: forgetting has counted nothing yet; train with this strategy and kappa above 0 first')
         learnt = (self.events > 0) | (rows.scores == 1)
-        scores = torch.where(learnt, self.events.float(), math.inf)
-        scores[~rows.scored] = math.inf if self.settings.keep == 'lowest' else -1.0  # never trained on: the last to be chosen
+        lowest = self.settings.keep == 'lowest'
+        # never trained on: the last to be chosen, with keep='lowest' after those that were never learned
+        never_learnt, unseen = (torch.finfo(torch.float32).max, math.inf) if lowest else (math.inf, -1.0)
+        scores = torch.where(learnt, self.events.float(), never_learnt)
+        scores[~rows.scored] = unseen
         scores = scores if context.candidates is None else scores[context.candidates]
         return self._select_without_gradients(context, None if inputs is None else self._classes(inputs.train), scores=scores)
 

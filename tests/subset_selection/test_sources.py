@@ -228,8 +228,9 @@ def test_forgetting_beside_pruning(fit):
     assert set(subsets.trained[4].tolist()) < set(algorithm.indices.tolist())
 
 
-def test_samples_never_trained_on_are_chosen_last(fit):
-    algorithm = SubsetSelection('forgetting', 0.9, kappa=0.5, selection_type='Supervised')
+@pytest.mark.parametrize('keep', ['highest', 'lowest'])
+def test_samples_never_trained_on_are_chosen_last(fit, keep):
+    algorithm = SubsetSelection('forgetting', 0.9, kappa=0.5, selection_type='Supervised', keep=keep)
     subsets = fit(algorithm, max_duration='2ep', drop_last=True)  # 192 of 203 samples in 12 batches of 16
     order = subsets.orders[0]
     assert len(order) == 192
