@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import re
 import resource
@@ -46,10 +47,13 @@ def peak_resident_bytes() -> int:
 
 def versions(packages: Iterable[str] = ('composer-effalgos', 'mosaicml', 'torch', 'torchvision', 'cords')) -> dict[str, str]:
     """The versions of Python and of the installed ones among some packages, by name, with underscores for hyphens."""
-    found = {'python': platform.python_version()}
-    for name in packages:
-        try:
-            found[name.replace('-', '_')] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name.replace('-', '_'): _version(name) for name in packages}
+    return {'python': platform.python_version()} | {name: version for name, version in found.items() if version is not None}
+
+
+@functools.cache  # a look takes milliseconds, and summaries are written several times an epoch
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -18,7 +18,7 @@ TINY = [
     '2',
     '--models',
     'resnet20_cifar',
-    'torchvision/resnet18',
+    'torchvision/shufflenet_v2_x0_5',
 ]
 SAVING = ['--saving-samples', '128', '--saving-epochs', '3', '--saving-repeats', '1']
 

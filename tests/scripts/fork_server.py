@@ -12,6 +12,7 @@ and receives one line, the list of the ranks' exit statuses. As with a launcher,
 theirs is then 0.
 """
 
+import contextlib
 import functools
 import gc
 import json
@@ -102,11 +103,12 @@ def main() -> None:
         if sys.stdin in select.select([sys.stdin, listener], [], [])[0]:
             return
         connection, _ = listener.accept()
-        with connection, connection.makefile('rw') as stream:
-            request = json.loads(stream.readline())
+        with connection:
+            request = json.loads(connection.makefile().readline())
             statuses = fork(request)
             if statuses is not None:
-                stream.write(json.dumps(statuses) + '\n')
+                with contextlib.suppress(BrokenPipeError):  # a client that was killed
+                    connection.sendall(json.dumps(statuses).encode() + b'\n')
                 continue
         break  # out of the loop, so that a forked process ends as any script does
     listener.close()
