@@ -99,10 +99,11 @@ def frontier(
     minutes: Minutes = None,
     jobs: Jobs = 1,
     ranks: Ranks = 1,
+    fresh: Fresh = False,
 ) -> None:
     """Does a method pay? Train a sweep, or the rest of it, and compare each method with plain training at equal budget."""
     if sweep.is_dir():
-        if overrides or out or seed or only or minutes is not None or (jobs, ranks) != (1, 1):
+        if overrides or out or seed or only or fresh or minutes is not None or (jobs, ranks) != (1, 1):
             raise InputError(f'{sweep}: expected a sweep, got a folder of runs; it is only evaluated, so give only --by')
         show_frontier(sweep, by)
         return
@@ -115,6 +116,7 @@ def frontier(
         max_parallel=jobs,
         minutes=minutes,
         ranks=ranks,
+        fresh=fresh,
         equal_budget=True,
         by=by,
     )

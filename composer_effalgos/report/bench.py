@@ -13,11 +13,13 @@ from composer_effalgos.report.frontier import Frontier, check_unit, frontier, is
 from composer_effalgos.report.frontier_table import terminal, write_frontier
 from composer_effalgos.report.page import write_report
 from composer_effalgos.report.results import write_results
-from composer_effalgos.report.runner import Outcome, finished, is_search, run_jobs
+from composer_effalgos.report.runner import Outcome, deadline_in, finished, is_search, run_jobs
 from composer_effalgos.report.runs import Run, read_runs
 from composer_effalgos.report.sweep import Job, Sweep, load_sweep
 from composer_effalgos.report.table import note, rich_table, table_rows
 from composer_effalgos.utils.errors import InputError
+
+_CONTINUE = 'Run the same command again to continue.'
 
 
 def run_sweep(
@@ -44,15 +46,27 @@ def run_sweep(
     :func:`composer_effalgos.report.runner.run_jobs`.
     """
     console = console or Console()
+    deadline_in(minutes)  # checks it
     sweep = load_sweep(path)
     out = Path('runs') / sweep.name if out is None else Path(out)
     jobs = sweep.jobs(out, overrides, seeds=seeds, only=only)  # checks every recipe before the first run
     if equal_budget:
         _check_frontier(sweep, sweep.jobs(out, overrides), by)
     _say_what_is_left([job for job in jobs if fresh or not finished(job)], out, console)
-    outcome = run_jobs(
-        jobs, out, max_parallel=max_parallel, fresh=fresh, ranks=ranks, minutes=minutes, keep_checkpoints=keep_checkpoints, console=console
-    )
+    try:
+        outcome = run_jobs(
+            jobs,
+            out,
+            max_parallel=max_parallel,
+            fresh=fresh,
+            ranks=ranks,
+            minutes=minutes,
+            keep_checkpoints=keep_checkpoints,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        console.print(_CONTINUE, highlight=False)
+        raise
     about = {'sweep': str(path), 'overrides': list(overrides), 'failed': outcome.failures, 'pending': outcome.pending}
     names = {job.recipe.run_name for job in jobs if finished(job)}
     if equal_budget:
@@ -71,7 +85,7 @@ def run_sweep(
         console.print(f'Report: {report}', soft_wrap=True, markup=False, highlight=False)
     if outcome.pending:
         _say_what_is_left([job for job in jobs if job.recipe.run_name in outcome.pending], out, console)
-        console.print('Run the same command again to continue.', highlight=False)
+        console.print(_CONTINUE, highlight=False)
     return outcome
 
 
@@ -81,11 +95,7 @@ def show_frontier(folder: str | Path, by: str | None = None, *, console: Console
     runs, problems = read_runs(folder)
     if is_search(folder):
         raise InputError(f'{folder}: holds runs of effalgos search, which stops them early; train its best.yaml with effalgos bench')
-    found = frontier([run for run in runs if is_finished(folder, run)], str(folder), by)
-    unfinished = [run.summary['run_name'] for run in runs if not is_finished(folder, run)]
-    for line in [*problems, *(f'{name}: not finished, left out' for name in unfinished)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _show_frontier(found, folder, {}, console)
+    _show_frontier(_frontier_of(runs, problems, folder, by), folder, {}, console)
 
 
 def _check_frontier(sweep: Sweep, jobs: Sequence[Job], by: str | None) -> None:
@@ -99,11 +109,17 @@ def _frontier_so_far(sweep: Sweep, out: Path, by: str | None, console: Console) 
     """Returns the frontier of a sweep's finished runs; if there are too few, prints the reason and returns None."""
     try:
         methods = sweep.all_methods()
-        runs = [run for run in read_runs(out)[0] if run.method in methods and is_finished(out, run)]
-        return frontier(runs, str(out), by)
+        runs, problems = read_runs(out)
+        return _frontier_of([run for run in runs if run.method in methods], problems, out, by)
     except InputError as error:
         console.print(f'No frontier yet: {error}', highlight=False, markup=False, soft_wrap=True)
         return None
+
+
+def _frontier_of(runs: Sequence[Run], problems: Sequence[str], folder: Path, by: str | None) -> Frontier:
+    """Returns the frontier of the finished runs; its notes name the others, and the summaries that cannot be read."""
+    unfinished = [f'{run.summary["run_name"]}, not finished' for run in runs if not is_finished(folder, run)]
+    return frontier([run for run in runs if is_finished(folder, run)], str(folder), by, left_out=[*problems, *unfinished])
 
 
 def _show_frontier(found: Frontier, out: Path, about: dict[str, Any], console: Console) -> None:
@@ -123,7 +139,7 @@ def _say_what_is_left(jobs: Sequence[Job], out: Path, console: Console) -> None:
         done = read_runs(out)[0]
     except InputError:
         return
-    text = f'{len(jobs)} runs left'
+    text = f'{len(jobs)} run{"s" if len(jobs) > 1 else ""} left'
     if all(job.epochs for job in jobs):  # the length of others, in batches or tokens, is not known here
         seconds = sum((job.epochs or 0) * _epoch_seconds(job.method, done) for job in jobs)
         time = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{seconds / 60:.1f} minutes'

@@ -6,7 +6,8 @@ import functools
 import html
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ COLORS = ('#7f7f7f', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#b8860b', '#56
 DASHES = ('solid', 'dash', 'dot', 'dashdot')
 SHOWN = 8  # number of methods that are visible initially
 MOST_HISTOGRAMS = 4  # maximum number of score charts in a report
+_LENGTH = re.compile(r'\+\d[^+]*$')  # of a method's name, such as +30ep; other parts are methods that are combined
 _Values = Callable[[Run], list[Any]]
 
 
@@ -40,10 +42,11 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ('Selection time', 'epoch', 'seconds in the epoch', _epochs, lambda run: _column(run, 'selection_seconds'), 'hv'),
     ]
     shown = _shown(rows)
+    styles = _styles(rows)
     result = []
     for title, x_title, y_title, x_of, y_of, shape in drawn:
         traces = [
-            _trace(row, number, run, shown=row in shown) | {'x': x_of(run), 'y': y_of(run)}
+            _trace(row, number, run, styles[number], shown=row in shown) | {'x': x_of(run), 'y': y_of(run)}
             for number, row in enumerate(rows)
             for run in row.runs
         ]
@@ -59,7 +62,22 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
             'yaxis': _counts(traces, 'y') if title == 'Batch size' else {'rangemode': 'tozero' if shape == 'hv' else 'normal'},
         }
         result.append({'title': title, 'x': x_title, 'y': y_title, 'traces': traces, 'legend': False} | axes)
-    return [*result, *_histograms(rows), *_beside_published(rows, shown)]
+    return [*result, *_histograms(rows), *_beside_published(rows, shown, styles)]
+
+
+def family(method: str) -> str:
+    """Returns a method's name without its length: ``infobatch`` for ``infobatch+30ep``."""
+    return _LENGTH.sub('', method)
+
+
+def numbered(methods: Iterable[str]) -> dict[str, int]:
+    """Numbers the families of some methods from 0, in order; a family has one colour in all charts of a report."""
+    return {name: number for number, name in enumerate(dict.fromkeys(map(family, methods)))}
+
+
+def color_of(number: int) -> str:
+    """Returns the colour of a family: grey for the first, the baseline, then the other colours in turn."""
+    return COLORS[0] if number == 0 else COLORS[1 + (number - 1) % (len(COLORS) - 1)]
 
 
 @functools.cache
@@ -99,7 +117,19 @@ def scatter(group: str, name: str = '', *, mode: str = 'lines', **more: Any) -> 
     return common | ({'name': name} if name else {}) | more
 
 
-def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
+def _styles(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Returns the line style of each row: its family's colour, and dashes that tell the lengths of a family, and equal colours, apart."""
+    numbers = numbered(row.method for row in rows)
+    places: dict[str, int] = {}
+    styles = []
+    for row in rows:
+        number = numbers[family(row.method)]
+        place = places[family(row.method)] = places.get(family(row.method), -1) + 1
+        styles.append({'color': color_of(number), 'dash': DASHES[(number + place) % len(DASHES)]})
+    return styles
+
+
+def _trace(row: Row, number: int, run: Run, style: dict[str, str], *, shown: bool) -> dict[str, Any]:
     """Returns the style and hover text of a run's line."""
     first = run is row.runs[0]
     name = html.escape(row.method)  # plotly interprets text as HTML
@@ -109,7 +139,7 @@ def _trace(row: Row, number: int, run: Run, *, shown: bool) -> dict[str, Any]:
         mode='lines+markers',
         visible=shown,
         showlegend=first,
-        line={'color': COLORS[number % len(COLORS)], 'dash': DASHES[(number + number // len(COLORS)) % len(DASHES)], 'width': 2},
+        line=style | {'width': 2},
         marker={'size': 4},
         opacity=1.0 if first else 0.45,
         connectgaps=True,
@@ -160,14 +190,14 @@ def _histograms(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _beside_published(rows: Sequence[Row], shown: Sequence[Row]) -> list[dict[str, Any]]:
+def _beside_published(rows: Sequence[Row], shown: Sequence[Row], styles: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """Our and published accuracies, each over the percentage of its own epochs, as lengths and hardware differ."""
     theirs = [record for record in published_for(rows) if record['accuracy']]
     tasks = {(record['dataset'], record['model']) for record in theirs}
     found = []
     for dataset, model in sorted(tasks):
         ours = [
-            _trace(row, number, run, shown=row in shown)
+            _trace(row, number, run, styles[number], shown=row in shown)
             | {'x': _progress(len(run.summary['epochs'])), 'y': _accuracy(run), 'showlegend': run is row.runs[0]}
             for number, row in enumerate(rows)
             for run in row.runs

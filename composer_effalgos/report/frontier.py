@@ -97,7 +97,7 @@ class Frontier:
     notes: list[str]
 
 
-def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: bool = True) -> Frontier:
+def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: bool = True, left_out: Sequence[str] = ()) -> Frontier:
     """Compares the methods with the plain runs.
 
     Plain runs use no algorithm of this package and no SelectiveBackprop, and differ only in length. Of several such groups (e.g. with
@@ -108,6 +108,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
         source: Origin of the runs; prefix of error messages.
         by: The budget unit of the verdicts, a key of :data:`UNITS`; None for CPU seconds of runs on a CPU and seconds of other runs.
         timed: Whether the runs' times are comparable; False for several machines, or one machine under varying load.
+        left_out: A line for each run that is not among ``runs``, although it is in the same place; each becomes a note.
 
     Returns:
         The frontier.
@@ -147,7 +148,8 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
     curve = compared[by].curve
     if is_loss:
         curve = Curve(curve.budget, -curve.quality, -curve.high, -curve.low)
-    return Frontier(by, units, is_loss, points, curve, [*notes, *_notes(ordered, baseline)])
+    left = [f'Left out: {line}.' for line in left_out]
+    return Frontier(by, units, is_loss, points, curve, [*left, *notes, *_notes(ordered, baseline)])
 
 
 def check_unit(by: str | None) -> None:

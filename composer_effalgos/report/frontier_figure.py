@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import html
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from composer_effalgos.report.charts import COLORS, scatter
+from composer_effalgos.report.charts import color_of, family, scatter
 from composer_effalgos.report.frontier import UNITS, Frontier, Point
 
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 _SYMBOLS = ('circle', 'square', 'triangle-up', 'diamond', 'triangle-down', 'cross', 'x', 'star')  # plotly's names of MARKERS
-_GREY = COLORS[0]
-_LENGTH = re.compile(r'\+\d[^+]*$')  # of a method's name, such as +30ep; other parts are methods that are combined
+_GREY = color_of(0)
 TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # per decade
 
 
@@ -28,7 +26,7 @@ def draw(found: Frontier) -> Figure:
     axes.fill_between(curve.budget, scale * curve.low, scale * curve.high, color=_GREY, alpha=0.18, linewidth=0)
     axes.plot(curve.budget, scale * curve.quality, color=_GREY, linewidth=1.6)
     for number, (name, points) in enumerate(_families(found)):
-        style: dict[str, Any] = {'color': _color(number), 'marker': MARKERS[number % len(MARKERS)], 'markersize': 6.5}
+        style: dict[str, Any] = {'color': color_of(number), 'marker': MARKERS[number % len(MARKERS)], 'markersize': 6.5}
         style |= {'capsize': 3, 'linewidth': 1.2}
         style |= {'linestyle': 'none'} if points[0].plain or len(points) == 1 else {'linestyle': ':'}
         places, heights = [point.budgets[found.by] for point in points], [scale * point.quality for point in points]
@@ -46,8 +44,8 @@ def draw(found: Frontier) -> Figure:
     return figure
 
 
-def chart(found: Frontier) -> dict[str, Any]:
-    """Returns the plot for the report, in the format of :func:`composer_effalgos.report.charts.charts`."""
+def chart(found: Frontier, numbers: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the plot for the report, in the format of :func:`composer_effalgos.report.charts.charts`; ``numbers`` colour the families."""
     scale, curve = _scale(found), found.curve
     x = _rounded([*curve.budget, *curve.budget[::-1]])
     y = _rounded([*(scale * curve.high), *(scale * curve.low)[::-1]])
@@ -62,7 +60,8 @@ def chart(found: Frontier) -> dict[str, Any]:
             + (f'<br>factor {html.escape(str(point.factors[found.by]))}<br>{point.factors[found.by].verdict}' if point.factors else '')
             for point in points
         ]
-        line = {'color': _color(number), 'width': 1.5, 'dash': 'solid' if points[0].plain else 'dot'}
+        color = _GREY if points[0].plain else color_of(numbers.get(name, number))
+        line = {'color': color, 'width': 1.5, 'dash': 'solid' if points[0].plain else 'dot'}
         bars = {
             'array': _rounded([scale * (point.high - point.quality) for point in points]),
             'arrayminus': _rounded([scale * (point.quality - point.low) for point in points]),
@@ -104,13 +103,8 @@ def _families(found: Frontier) -> list[tuple[str, list[Point]]]:
     families: dict[str, list[Point]] = {'plain training': [point for point in found.points if point.plain]}
     for point in found.points:
         if not point.plain:
-            families.setdefault(_LENGTH.sub('', point.method), []).append(point)
+            families.setdefault(family(point.method), []).append(point)
     return [(name, sorted(points, key=lambda point: point.budgets[found.by])) for name, points in families.items()]
-
-
-def _color(number: int) -> str:
-    """Grey for the plain runs (group 0), then the other colours in turn."""
-    return _GREY if number == 0 else COLORS[1 + (number - 1) % (len(COLORS) - 1)]
 
 
 def _scale(found: Frontier) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from composer_effalgos.report.charts import charts, published_for
+from composer_effalgos.report.charts import charts, numbered, published_for
 from composer_effalgos.report.frontier import Frontier, frontier, is_finished, is_unfinished
 from composer_effalgos.report.frontier_figure import chart
 from composer_effalgos.report.frontier_table import LEGEND, cells_of, header, markdown
@@ -43,7 +43,7 @@ def write_report(
     if not all(0 < target <= 1 for target in targets):
         raise InputError(f'target: expected accuracies in (0, 1], got {", ".join(map(str, targets))}')
     runs, problems = read_runs(runs_dir)
-    for problem in problems:
+    for problem in problems if equal_budget is None else ():  # whose notes name them
         log.warning('%s', problem)
     runs, unfinished = _finished(runs, Path(runs_dir))
     problems += unfinished
@@ -101,7 +101,7 @@ def _html(rows: Sequence[Row], problems: Sequence[str], equal_budget: Frontier |
         columns=[column.title for column in shown],
         note=note(rows),
         rows=[[(column.text(row), column.value(row)) for column in shown] for row in rows],
-        charts=([] if equal_budget is None else [chart(equal_budget)]) + charts(rows),
+        charts=([] if equal_budget is None else [chart(equal_budget, numbered(row.method for row in rows))]) + charts(rows),
         frontier=frontier_table,
         frontier_notes=[] if equal_budget is None else equal_budget.notes,
         frontier_legend=LEGEND,

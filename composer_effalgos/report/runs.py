@@ -94,9 +94,9 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
         except InputError as error:
             problems.append(str(error))
     if not runs:
-        raise InputError(
-            problems[0] if problems else f'{folder}: no {SUMMARY} in any folder in it; train a recipe with save_folder={folder} first'
-        )
+        deeper = next(folder.glob(f'*/*/{SUMMARY}'), None)
+        hint = f'train a recipe with save_folder={folder} first' if deeper is None else f'its folder {deeper.parent.parent} holds runs'
+        raise InputError(problems[0] if problems else f'{folder}: no {SUMMARY} in any folder in it; {hint}')
     return runs, problems
 
 

@@ -10,10 +10,12 @@ from rich.console import Console
 
 from composer_effalgos import cli
 from composer_effalgos.report import load_sweep, read_runs, show_frontier, write_report
+from composer_effalgos.report.charts import charts, family, numbered
 from composer_effalgos.report.frontier import frontier, is_finished, is_plain, plain_lengths
 from composer_effalgos.report.frontier_figure import chart
 from composer_effalgos.report.frontier_table import header, markdown, terminal, write_frontier
 from composer_effalgos.report.runner import FINISHED, TARGET
+from composer_effalgos.report.table import table_rows
 from composer_effalgos.train import train
 from composer_effalgos.utils.errors import InputError
 
@@ -250,10 +252,41 @@ def test_the_files_and_the_report_say_the_same(write_frontier_runs, loss):
     assert 'Does it pay?' in page
     odd = replace(result, points=[replace(result.points[-1], method='a|b')])
     assert markdown(odd).splitlines()[2].startswith(r'| a\|b | 3 | ')
-    drawn = chart(result)
+    drawn = chart(result, {})
     assert [len(trace['x']) for trace in drawn['traces'][2:]] == [3, 1]
     scale = 1 if loss else 100
     assert drawn['traces'][3]['y'] == pytest.approx([scale * result.points[-1].quality], rel=1e-5)
+
+
+def test_runs_that_are_left_out_are_named_in_every_file(write_frontier_runs, capsys):
+    folder = write_frontier_runs()
+    paths = {run.summary['run_name']: folder / run.folder / 'summary.json' for run in read_runs(folder)[0]}
+    unfinished, damaged = paths['infobatch+4ep_seed17'], paths['baseline+8ep_seed18']
+    summary = json.loads(unfinished.read_text())
+    summary['epochs'].pop()
+    unfinished.write_text(json.dumps(summary))
+    damaged.write_text(damaged.read_text()[:100])
+    show_frontier(folder)
+    out, err = capsys.readouterr()
+    texts = {name: (folder / name).read_text() for name in ('frontier.md', 'frontier.json', 'report.md', 'report.html')}
+    for text in (*texts.values(), ' '.join(out.split())):
+        assert 'infobatch+4ep_seed17, not finished' in text
+    for text in (*texts.values(), out.replace('\n', '')):
+        assert str(damaged) in text
+    assert not err
+
+
+def test_a_method_has_one_colour_in_all_charts(write_frontier_runs, write_run):
+    folder = write_frontier_runs()
+    for name in ('adabatch', 'seta+4ep'):
+        write_run(f'{name}_seed17', accuracies=(0.1,) * 4, settings={'max_duration': '4ep', 'algorithms': {'pruning': {'seed': len(name)}}})
+    rows = table_rows(read_runs(folder)[0])
+    drawn = charts(rows)[0]['traces']
+    colors = {family(trace['name']): trace['line']['color'] for trace in drawn}
+    beside = chart(found(folder), numbered(row.method for row in rows))['traces'][2:]
+    assert {trace['name'].replace('plain training', 'baseline'): trace['line']['color'] for trace in beside} == colors
+    assert len(set(colors.values())) == len(colors) == 4
+    assert len({(trace['line']['color'], trace['line']['dash']) for trace in drawn}) == len(rows)
 
 
 def test_runs_that_a_search_stopped_have_no_frontier(write_frontier_runs):
@@ -271,7 +304,7 @@ def test_lengths_of_a_method_are_joined_and_combined_methods_are_not(write_front
     for name, epochs in (('glister+blurpool', 3), ('glister+mixup', 3), ('seta+3ep', 3), ('seta+5ep', 5)):
         settings = {'max_duration': f'{epochs}ep', 'algorithms': {'pruning': {'seed': len(name) + epochs}}}
         write_run(f'{name}_seed17', accuracies=(0.1,) * epochs, settings=settings)
-    drawn = chart(found(write_frontier_runs(), 'samples'))
+    drawn = chart(found(write_frontier_runs(), 'samples'), {})
     assert [trace['name'] for trace in drawn['traces'][3:]] == ['glister+blurpool', 'glister+mixup', 'seta', 'infobatch']
 
 
