@@ -81,14 +81,15 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
     """Reads the ``summary.json`` of every run in a folder, or of a single run.
 
     ``folder`` is the runs' ``save_folder``, with one folder per run (deeper folders are not read), or a single run's folder. Returns the
-    runs in the order of their paths, and one line for each unusable summary, with its path and the reason; at least one must be usable.
+    runs in the order of their paths, numbers in them by value, and one line for each unusable summary, with its path and the reason; at
+    least one must be usable.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder; give one that holds runs, each with a {SUMMARY}')
     runs, problems = [], []
     own = folder / SUMMARY
-    for path in [own] if own.exists() else sorted(folder.glob(f'*/{SUMMARY}')):
+    for path in [own] if own.exists() else sorted(folder.glob(f'*/{SUMMARY}'), key=_natural):
         try:
             runs.append(Run(path.parent.relative_to(folder), read_summary(path)))
         except InputError as error:
@@ -98,6 +99,11 @@ def read_runs(folder: str | Path) -> tuple[list[Run], list[str]]:
         hint = f'train a recipe with save_folder={folder} first' if deeper is None else f'its folder {deeper.parent.parent} holds runs'
         raise InputError(problems[0] if problems else f'{folder}: no {SUMMARY} in any folder in it; {hint}')
     return runs, problems
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key of a path by which a number comes before a larger one: ``baseline+8ep`` before ``baseline+15ep``."""
+    return [(int(part), '') if part.isdecimal() else (-1, part) for part in re.split(r'(\d+)', path.parent.name)]
 
 
 def read_summary(path: Path) -> dict[str, Any]:

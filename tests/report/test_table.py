@@ -129,6 +129,15 @@ def test_markdown_and_terminal_tables_say_the_same(tmp_path, write_run):
     assert '[bold]' in text
 
 
+def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path, write_run):
+    names = ['a', 'baseline+8ep', 'baseline+15ep', 'baseline+120ep', 'b_2', 'b_10']
+    for name in sorted(names):
+        folder = write_run(name)
+        folder.rename(folder.parent / name)
+    found = [str(run.folder) for run in read_runs(tmp_path / 'runs')[0]]
+    assert found == ['a', 'b_2', 'b_10', 'baseline+8ep', 'baseline+15ep', 'baseline+120ep']
+
+
 def test_broken_summaries_are_named_and_left_out(tmp_path, write_run):
     write_run('good')
     for content in ('', '{"run_name": "cut', '[]', '{}', '\ufeff\x00'):
