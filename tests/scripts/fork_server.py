@@ -107,7 +107,7 @@ def main() -> None:
             request = json.loads(connection.makefile().readline())
             statuses = fork(request)
             if statuses is not None:
-                with contextlib.suppress(BrokenPipeError):  # a client that was killed
+                with contextlib.suppress(ConnectionError):  # to a client that was killed
                     connection.sendall(json.dumps(statuses).encode() + b'\n')
                 continue
         break  # out of the loop, so that a forked process ends as any script does
