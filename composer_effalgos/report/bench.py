@@ -118,8 +118,9 @@ def _frontier_so_far(sweep: Sweep, out: Path, by: str | None, console: Console) 
 
 def _frontier_of(runs: Sequence[Run], problems: Sequence[str], folder: Path, by: str | None) -> Frontier:
     """Returns the frontier of the finished runs; its notes name the others, and the summaries that cannot be read."""
-    unfinished = [f'{run.summary["run_name"]}, not finished' for run in runs if not is_finished(folder, run)]
-    return frontier([run for run in runs if is_finished(folder, run)], str(folder), by, left_out=[*problems, *unfinished])
+    done = [run for run in runs if is_finished(folder, run)]
+    unfinished = [f'{run.summary["run_name"]}, not finished' for run in runs if run not in done]
+    return frontier(done, str(folder), by, left_out=[*problems, *unfinished])
 
 
 def _show_frontier(found: Frontier, out: Path, about: dict[str, Any], console: Console) -> None:
