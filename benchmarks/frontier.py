@@ -21,7 +21,7 @@ from pathlib import Path
 import record
 
 from composer_effalgos.report import frontier, read_runs
-from composer_effalgos.report.frontier import UNITS, is_finished
+from composer_effalgos.report.frontier import UNITS, finished_among
 from composer_effalgos.report.frontier_table import as_json, markdown, write_figure
 from composer_effalgos.report.runs import Run, check_summary
 from composer_effalgos.utils.errors import InputError
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--note', default='', help='a sentence below the table')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'))
     args = parser.parse_args(argv)
-    runs = [run for path in args.runs for run in finished_runs(path)]
-    found = frontier(runs, ', '.join(map(str, args.runs)), args.by, timed=not args.untimed)
+    parts = [finished_runs(path) for path in args.runs]
+    runs = [run for done, _ in parts for run in done]
+    left_out = [line for _, lines in parts for line in lines]
+    found = frontier(runs, ', '.join(map(str, args.runs)), args.by, timed=not args.untimed, left_out=left_out)
     picture = f'![Quality over budget: the curve of plain runs with its 95 % band, and each method]({args.name}.svg)\n\n'
     results = as_json(found) | {'runs': [record.without_paths(run.summary) for run in runs]}
     record.write(args.out, args.name, results, f'{picture}{markdown(found)}\n{args.note}', title='Equivalent-budget factors')
@@ -51,17 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def finished_runs(path: Path) -> list[Run]:
-    """The finished runs of a folder, or those of an earlier record."""
+def finished_runs(path: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs of a folder, with a line for each other one; or the runs of an earlier record."""
     if path.suffix != '.json':
-        return [run for run in read_runs(path)[0] if is_finished(path, run)]
+        runs, problems = read_runs(path)
+        done, unfinished = finished_among(runs, path)
+        return done, [*problems, *unfinished]
     try:
         summaries = json.loads(read_text(path))['runs']
         for summary in summaries:
             check_summary(summary)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'{path}: expected a record of runs, as this script writes it, got {one_line(error)}') from error
-    return [Run(Path(summary['run_name']), summary) for summary in summaries]
+    return [Run(Path(summary['run_name']), summary) for summary in summaries], []
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ LARGEST = 2.0  # factor at the end of the colours
 
 def factors(path: Path, method: str, by: str | None) -> list[dict[str, Any]]:
     """The factors of a method's lengths in a folder of runs or a record of them, with the size of the training set in samples."""
-    runs = finished_runs(path)
+    runs, _ = finished_runs(path)
     found = frontier(runs, str(path), by)
     summary = runs[0].summary
     plain = next(point for point in found.points if point.plain)

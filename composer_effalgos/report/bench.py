@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from composer_effalgos.report.frontier import Frontier, check_unit, frontier, is_finished, plain_lengths
+from composer_effalgos.report.frontier import Frontier, check_unit, finished_among, frontier, plain_lengths
 from composer_effalgos.report.frontier_table import terminal, write_frontier
 from composer_effalgos.report.page import write_report
 from composer_effalgos.report.results import write_results
@@ -118,8 +118,7 @@ def _frontier_so_far(sweep: Sweep, out: Path, by: str | None, console: Console) 
 
 def _frontier_of(runs: Sequence[Run], problems: Sequence[str], folder: Path, by: str | None) -> Frontier:
     """Returns the frontier of the finished runs; its notes name the others, and the summaries that cannot be read."""
-    done = [run for run in runs if is_finished(folder, run)]
-    unfinished = [f'{run.summary["run_name"]}, not finished' for run in runs if run not in done]
+    done, unfinished = finished_among(runs, folder)
     return frontier(done, str(folder), by, left_out=[*problems, *unfinished])
 
 

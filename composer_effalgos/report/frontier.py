@@ -177,6 +177,12 @@ def is_finished(folder: Path, run: Run) -> bool:
     return (folder / run.folder / FINISHED).exists() or (epochs is not None and len(run.summary['epochs']) >= epochs)
 
 
+def finished_among(runs: Sequence[Run], folder: Path) -> tuple[list[Run], list[str]]:
+    """Returns the finished runs of a folder, and a line for each of the others."""
+    done = [run for run in runs if is_finished(folder, run)]
+    return done, [f'{run.summary["run_name"]}, not finished' for run in runs if run not in done]
+
+
 def is_unfinished(folder: Path, run: Run) -> bool:
     """Whether a run in a folder of runs is known to be unfinished: without a mark, and with fewer epochs than its recipe.
 

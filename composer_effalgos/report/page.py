@@ -11,7 +11,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from composer_effalgos.report.charts import charts, numbered, published_for
-from composer_effalgos.report.frontier import Frontier, frontier, is_finished, is_unfinished
+from composer_effalgos.report.frontier import Frontier, finished_among, frontier, is_unfinished
 from composer_effalgos.report.frontier_figure import chart
 from composer_effalgos.report.frontier_table import LEGEND, cells_of, header, markdown
 from composer_effalgos.report.results import read_targets
@@ -84,7 +84,7 @@ def _frontier(runs: Sequence[Run], folder: Path) -> Frontier | None:
     if is_search(folder):
         return None
     try:
-        return frontier([run for run in runs if is_finished(folder, run)], str(folder))
+        return frontier(finished_among(runs, folder)[0], str(folder))
     except InputError:  # most folders hold runs of one length
         return None
 

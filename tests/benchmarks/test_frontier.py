@@ -7,6 +7,9 @@ def test_finished_runs_of_several_folders_are_recorded(script, write_run, tmp_pa
         for epochs in (8, 16, 32, 64):
             write_run(tmp_path / 'a', f'baseline+{epochs}ep', seed, 0.1 * math.log2(epochs) + 0.001 * (seed - 18), epochs, {})
         write_run(tmp_path / 'b', 'method+16ep', seed, 0.5 + 0.001 * (seed - 18), 16, {'infobatch': {}})
+    write_run(tmp_path / 'b', 'method+32ep', 17, 0.5, 16, {'infobatch': {}})
+    summary = tmp_path / 'b/method+32ep_seed17/summary.json'
+    summary.write_text(summary.read_text().replace('"16ep"', '"32ep"'))
     arguments = [str(tmp_path / 'a'), str(tmp_path / 'b'), '--name', 'record', '--out', str(tmp_path), '--note', 'A note.']
     assert script('frontier').main(arguments) == 0
     content = json.loads((tmp_path / 'record.json').read_text())
@@ -17,6 +20,7 @@ def test_finished_runs_of_several_folders_are_recorded(script, write_run, tmp_pa
     text = (tmp_path / 'record.md').read_text()
     assert own['factor_samples'] in text
     assert 'A note.' in text
+    assert 'Left out: method+32ep_seed17, not finished.' in text
     assert 'last learning rate is above 10% of the highest (for the same batch size) in baseline+8ep:' in text  # an eighth
     assert (tmp_path / 'record.svg').exists()
     assert capsys.readouterr().err == ''
