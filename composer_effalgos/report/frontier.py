@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,12 +245,27 @@ def is_plain(recipe: Mapping[str, Any]) -> bool:
 
 
 def _training(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that determine a run, except its length and the path of its data."""
+    """Returns the settings that determine a run, except its seed, its length and the path of its data.
+
+    The seed in the name of a file that the run reads is left out too: every seed may have a checkpoint or scores of its own.
+    """
     named = _TRAINING if recipe.get('load_path') is None else _TRAINING | _LOADING
     kept = {key: default if recipe.get(key) is None else recipe[key] for key, default in named.items()}
     if isinstance(kept['dataset'], dict):
         kept['dataset'] = {key: value for key, value in kept['dataset'].items() if key != 'path'}
-    return kept
+    seed = recipe.get('seed')
+    return kept if seed is None else _without_seed_in_files(kept, seed)
+
+
+def _without_seed_in_files(value: Any, seed: int, *, of_file: bool = False) -> Any:
+    """Returns settings in which a run's seed is replaced in the paths of files; other texts, such as ``17ep``, stay."""
+    if isinstance(value, dict):
+        return {key: _without_seed_in_files(item, seed, of_file=key == 'load_path') for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_seed_in_files(item, seed) for item in value]
+    if isinstance(value, str) and (of_file or Path(value).suffix in _ENDINGS):
+        return re.sub(rf'(?<!\d){seed}(?!\d)', '${seed}', value)
+    return value
 
 
 def _without_length(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,7 +378,7 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
     few = [group[0].method for group in cells if len(group) < SEEDS]
     if few:
         notes.append(f'Fewer than {SEEDS} seeds: {", ".join(few)}.')
-    files = dict.fromkeys(path for group in cells for path in _files(group[0]))
+    files = dict.fromkeys(path for group in cells for run in group for path in _files(run))
     counted, unknown = ([str(path) for path in files if (_cost(path) is None) == missing] for missing in (False, True))
     if counted:
         notes.append(f'The cost of making {", ".join(counted)} is included in the budgets of the runs that read it.')

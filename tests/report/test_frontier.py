@@ -121,6 +121,19 @@ def test_a_run_of_other_training_is_no_length_of_the_baseline(other):
     assert plain_lengths([short, ('other', recipe(12, **other)), long], 's') == [0, 2]
 
 
+def test_seeds_with_checkpoints_and_files_of_their_own_are_one_method(write_run, tmp_path):
+    for seed in (17, 18):
+        shared = {'load_path': f'pretrained/seed{seed}/ep4.pt', 'max_duration': '4ep'}
+        for epochs in (2, 4, 8):
+            write_run(f'baseline+{epochs}ep_seed{seed}', seed, (0.1 * epochs,) * epochs, settings={**shared, 'max_duration': f'{epochs}ep'})
+        rho = {'rule': {'name': 'rho', 'irreducible': f'irreducible_{seed}.npy'}, 'start': '4ep'}
+        write_run(f'rho+4ep_seed{seed}', seed, (0.4,) * 4, settings={**shared, 'algorithms': {'pruning': rho}})
+    points = found(tmp_path / 'runs').points
+    assert [(point.method, point.seeds) for point in points] == [
+        (method, [17, 18]) for method in ('baseline+2ep', 'baseline+4ep', 'baseline+8ep', 'rho+4ep')
+    ]
+
+
 def test_defaults_that_are_written_out_make_no_other_run():
     defaults = {'train_subset_num_batches': -1, 'scale_schedule_ratio': 1.0, 'load_weights_only': False, 'compile_config': None}
     times = [{'name': 'multistep', 'milestones': milestones, 'gamma': 0.1} for milestones in (['2ep', '3ep'], ['4ep', '60ba'])]
