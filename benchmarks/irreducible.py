@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from composer_effalgos.landscape.study import without_augmentation
 from composer_effalgos.monitor import SUMMARY
 from composer_effalgos.pruning.irreducible import irreducible_losses
-from composer_effalgos.recipes.build import build_split, build_trainer
+from composer_effalgos.recipes.build import build_split, build_trainer, without_augmentation
 from composer_effalgos.recipes.schema import load_recipe
 from composer_effalgos.report.frontier import COST, UNITS, spent
 from composer_effalgos.report.runs import Run, read_summary

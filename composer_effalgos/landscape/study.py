@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from composer.utils import get_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from composer_effalgos.datasets import DATASETS
 from composer_effalgos.landscape.curve import Batches, Point, alphas, evaluate, line
 from composer_effalgos.landscape.figure import draw
 from composer_effalgos.landscape.sharpness import as_vector, random_basis, sharpness, trainable, training_loss
 from composer_effalgos.models.pretrained import differences, read_weights
-from composer_effalgos.recipes.arguments import parameters
-from composer_effalgos.recipes.build import build_network, build_split
+from composer_effalgos.recipes.build import build_network, build_split, without_augmentation
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
 from composer_effalgos.utils.checks import check_number
@@ -224,13 +222,6 @@ def _checked(settings: Settings) -> list[float]:
     for epsilon in settings.epsilons:
         check_number('epsilon', epsilon, above=0)
     return alphas(settings.points)
-
-
-def without_augmentation(recipe: Recipe) -> Recipe:
-    """Returns the recipe without augmentation of the training images, for a dataset that has the option ``augment``."""
-    if 'augment' not in parameters(DATASETS[recipe.dataset.name]):
-        return recipe
-    return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))
 
 
 def _network(recipe: Recipe, dataset: Any, device: Device) -> nn.Module:

@@ -13,7 +13,7 @@ from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
-from composer_effalgos.datasets import build_dataset
+from composer_effalgos.datasets import DATASETS, build_dataset
 from composer_effalgos.datasets.registry import LABELLED_TEXT, TEXT
 from composer_effalgos.loaders import DeviceDataLoader
 from composer_effalgos.models import build_model
@@ -21,6 +21,7 @@ from composer_effalgos.models.autocast import autocast_forward, has_bf16
 from composer_effalgos.models.language import LANGUAGE_MODELS, TEXT_CLASSIFIERS, build_language_model, build_text_classifier
 from composer_effalgos.monitor import EfficiencyMonitor
 from composer_effalgos.plan import EpochPlanner
+from composer_effalgos.recipes.arguments import parameters
 from composer_effalgos.recipes.checkpoints import check_settings, checkpoint_folder, loading, trainer_arguments
 from composer_effalgos.recipes.components import Component
 from composer_effalgos.recipes.schema import Recipe
@@ -128,6 +129,13 @@ def build_split(recipe: Recipe, split: str) -> Any:
     # One process per node downloads
     with dist.run_local_rank_zero_first():
         return component.build(data.name, split)
+
+
+def without_augmentation(recipe: Recipe) -> Recipe:
+    """Returns the recipe without augmentation of the training images, for a dataset that has the option ``augment``."""
+    if 'augment' not in parameters(DATASETS[recipe.dataset.name]):
+        return recipe
+    return replace(recipe, dataset=replace(recipe.dataset, options=recipe.dataset.options | {'augment': False}))
 
 
 def _loader(recipe: Recipe, dataset: Dataset[Any], *, train: bool, on_gpu: bool) -> DataLoader[Any]:
