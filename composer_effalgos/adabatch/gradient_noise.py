@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.plan import EpochPlanner
+from composer_effalgos.plan.order import trainer_of, training_data_spec
 from composer_effalgos.plan.progress import Progress
 from composer_effalgos.utils.checks import LARGEST, check_number, check_whole
 from composer_effalgos.utils.errors import InputError
@@ -53,7 +55,7 @@ class GradientNoise(Watching):
     A measured batch with only one part (one rank without microbatches) is trained in two halves. With FSDP, where each rank holds a shard
     of the gradient, a part is a microbatch over all ranks, and a copy of the shard is kept while a batch is measured. The norms stay on the
     device; only the decision at the end of a window synchronises with the host. They are computed before gradient clipping, and the loss
-    scale of mixed precision is divided out.
+    scale of mixed precision is divided out. With ``Trainer(accumulate_train_batch_on_tokens=True)`` a part counts by its tokens.
 
     Args:
         window: Time between decisions: epochs, batches, samples, tokens or a fraction of the run.
@@ -95,6 +97,10 @@ class GradientNoise(Watching):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         super().fit_start(state, logger)
+        trainer = trainer_of(state)
+        on_tokens = trainer is not None and trainer.accumulate_train_batch_on_tokens
+        spec = training_data_spec(state) if on_tokens else None
+        self._tokens_in = None if spec is None else partial(spec.get_num_tokens_in_batch, token_type='loss_generating')
         strategy = str(getattr(state.fsdp_config, 'sharding_strategy', '')) if state.fsdp_enabled else 'FULL_SHARD'
         if strategy not in ('FULL_SHARD', 'SHARD_GRAD_OP'):
             raise InputError(
@@ -128,8 +134,9 @@ class GradientNoise(Watching):
         """Restarts the measurement when a batch is replayed."""
         self._norms: list[Tensor] = []
         self._shards: list[Tensor | None] = []  # this rank's shards of the gradient before this microbatch
-        self._seen = self._parts = 0
-        self._weighted_squares: Any = 0.0
+        self._seen = 0
+        self._squares: list[Tensor] = []  # of the gradient of each microbatch, as Composer weights it
+        self._sizes: list[float] = []  # of each microbatch, as Composer counts it: in samples or tokens
 
     def _see(self, gradient: Tensor) -> None:
         """Receives a parameter's gradient of one microbatch on this rank, before accumulation and reduction over ranks."""
@@ -141,35 +148,30 @@ class GradientNoise(Watching):
             return
         part = min(int(state.device_train_microbatch_size), self._rank_samples - self._seen)  # type: ignore[arg-type]
         self._seen += part
-        self._parts += 1
+        self._sizes.append(float(self._tokens_in(state.batch)) if self._tokens_in is not None else part)
         if state.fsdp_enabled:
-            self._see_shards(state, part)
+            self._see_shards(state)
             return
-        # Composer weights a microbatch's loss by its fraction of the ranks' mean batch; this restores the mean over its samples
-        weight = (self._batch_size / dist.get_world_size()) ** 2 / part
-        self._weighted_squares = self._weighted_squares + _sum_of_squares(self._norms) * weight
+        self._squares.append(_sum_of_squares(self._norms))
         self._norms = []
         model = state.model
         if self._seen < self._rank_samples or (isinstance(model, DistributedDataParallel) and not model.require_backward_grad_sync):
             return
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-        self._measurement = torch.stack([self._weighted_squares, _sum_of_squares(norms)]) / _loss_scale(state) ** 2
+        self._measurement = torch.stack([*self._squares, _sum_of_squares(norms)]) / _loss_scale(state) ** 2
 
-    def _see_shards(self, state: State, part: int) -> None:
+    def _see_shards(self, state: State) -> None:
         """This rank's part of the norms of a microbatch over all ranks, from the change of the sharded gradient."""
         gradients = [p.grad for p in state.model.parameters()]
         before = self._shards or [None] * len(gradients)
         added = [g if b is None else g - b for g, b in zip(gradients, before, strict=True) if g is not None]
-        # Composer weights a microbatch by its fraction of the batch, and FSDP averages over the ranks
-        weight = self._batch_size**2 / (part * dist.get_world_size())
         device = next(state.model.parameters()).device
-        squares = _sum_of_squares([torch.linalg.vector_norm(g, dtype=torch.float32) for g in added], device)
-        self._weighted_squares = self._weighted_squares + squares * weight
+        self._squares.append(_sum_of_squares([torch.linalg.vector_norm(g, dtype=torch.float32) for g in added], device))
         if self._seen < self._rank_samples:
             self._shards = [None if g is None else g.clone() for g in gradients]
             return
         square = _sum_of_squares([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None], device)
-        self._measurement = torch.stack([self._weighted_squares, square]) / _loss_scale(state) ** 2
+        self._measurement = torch.stack([*self._squares, square]) / _loss_scale(state) ** 2
         self._shards = []
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -187,12 +189,17 @@ class GradientNoise(Watching):
             raise InputError(
                 f"policy: {type(self).__name__} saw no gradient summed over the ranks; use ddp_sync_strategy 'single_auto_sync'"
             )
-        weighted_squares, square = self._measurement
-        over_ranks = torch.stack([weighted_squares, torch.full_like(weighted_squares, self._parts), square])
-        dist.all_reduce(over_ranks)
-        weighted_squares, parts, square = over_ranks[0], over_ranks[1], over_ranks[2] if sharded else square
+        squares, square, ranks = self._measurement[:-1], self._measurement[-1], dist.get_world_size()
+        # Composer weights a microbatch by its size over the ranks' mean size of a batch, and averages the ranks' gradients
+        sizes = torch.tensor(self._sizes, dtype=squares.dtype, device=squares.device)
+        divisors = sizes * ranks**2
         if sharded:  # a part is a microbatch over all ranks
-            parts = parts / dist.get_world_size()
+            dist.all_reduce(divisors := sizes.clone())
+        over_ranks = torch.stack([(squares / divisors).sum(), torch.full_like(square, len(squares)), square, sizes.sum()])
+        dist.all_reduce(over_ranks)
+        weighted_squares, parts = over_ranks[0] * self._batch_size * over_ranks[3], over_ranks[1]
+        if sharded:
+            parts, square = parts / ranks, over_ranks[2]
         measured = torch.stack(noise_and_signal(weighted_squares, square, parts, self._batch_size))
         before = torch.zeros_like(measured) if self._averages is None else self._averages.to(measured.device)
         # with mixed precision a gradient may overflow: skip the measurement

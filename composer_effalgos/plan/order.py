@@ -74,10 +74,10 @@ class GivenBatch:
 
     def __init__(self, batch: Any, due: bool) -> None:
         self.size = num_rows(batch) if due else 0
+        self.whole, self.rows, self.sums = False, None, []
         if self.size:
             self.whole = all(leaf.numel() <= _CLONED for leaf in leaves_of(batch) if isinstance(leaf, Tensor))
             kept = self.size if self.whole else min(self.size, _MOST)
-            self.rows = None
             with contextlib.suppress(Exception):  # of types that cannot be indexed by row: their transforms are not checked
                 self.rows = rows_of(batch, list(range(kept)), self.size)
             self.sums = _row_sums(batch, self.size, self.size)
@@ -377,23 +377,22 @@ def _is_default(transform: Any) -> bool:
 
 
 def training_data_spec(state: State) -> DataSpec | None:
-    """The ``DataSpec`` whose transforms the Trainer applies to training batches.
+    """The ``DataSpec`` whose transforms the Trainer applies to training batches; ``None`` if no Trainer has this state."""
+    trainer = trainer_of(state)
+    return None if trainer is None else next((value for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
 
-    Composer gives algorithms only the loader. The state refers neither to the ``DataSpec`` nor to the Trainer that holds it, so this
-    searches the live objects for the Trainer with this state.
 
-    Args:
-        state: The Trainer's state.
+def trainer_of(state: State) -> Trainer | None:
+    """The Trainer of a state, or ``None``.
 
-    Returns:
-        The ``DataSpec``; ``None`` if no Trainer has this state.
+    Composer gives algorithms the state, which does not refer to the Trainer, so this searches the live objects for the Trainer with this
+    state.
     """
     trainer = _TRAINERS[state]() if state in _TRAINERS else None
     if trainer is None:
         # issubclass(type()): on lazy modules, isinstance() triggers an import
         found = (item for item in gc.get_objects() if issubclass(type(item), Trainer))
         trainer = next((item for item in found if getattr(item, 'state', None) is state), None)
-        if trainer is None:
-            return None
-        _TRAINERS[state] = weakref.ref(trainer)
-    return next((value for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
+        if trainer is not None:
+            _TRAINERS[state] = weakref.ref(trainer)
+    return trainer

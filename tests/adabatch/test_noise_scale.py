@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from composer.algorithms import SAM, GradientClipping
-from composer.core import Callback, Precision
+from composer.core import Callback, DataSpec, Precision
 from composer.loggers import InMemoryLogger
+from composer.models import ComposerModel
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
 from composer_effalgos import AdaBatch, InfoBatch, InputError
 from composer_effalgos.adabatch import NoiseScale, NormTest, Progress, gradient_noise, noise_and_signal
@@ -59,6 +61,54 @@ def test_measures_what_the_samples_gradients_say(make_trainer, distance, points,
     for found, expected in zip(watch.found, watch.expected, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert watch.part == {None: 5, 16: 5, 5: 5, 8: 8, 1: 1}[microbatch]  # one part is halved: 9 into 5 and 4
+
+
+class TokenDistance(ComposerModel):
+    """``|w - x|^2 / 2``, as a mean over the tokens of a batch, of which every sample has its own number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+
+    def forward(self, batch):
+        return 0.5 * (self.weights - batch[0]).square().sum(dim=1)
+
+    def loss(self, outputs, batch):
+        return (outputs * batch[1]).sum() / batch[1].sum()
+
+
+@pytest.mark.parametrize('microbatch', [None, 5])
+def test_parts_count_by_their_tokens_if_the_trainer_accumulates_on_tokens(make_trainer, points, microbatch):
+    class Check(Callback):
+        checked = 0
+
+        def batch_start(self, state, logger):
+            self.batch, self.part = state.batch, microbatch or (len(state.batch[0]) + 1) // 2
+
+        def batch_end(self, state, logger):
+            x, tokens = (tensor.double() for tensor in self.batch)
+            gradients = torch.linspace(-1, 1, 6).double() - x
+            mean = (gradients * tokens[:, None]).sum(dim=0) / tokens.sum()
+            parts = list(zip(gradients.split(self.part), tokens.split(self.part), strict=True))
+            distances = [((g * t[:, None]).sum(dim=0) / t.sum() - mean).square().sum() * t.sum() for g, t in parts]
+            noise = sum(distances) * len(x) / tokens.sum() / (len(parts) - 1)
+            expected = torch.stack([noise, mean.square().sum() - noise / len(x)]).float()
+            assert torch.allclose(policy._averages, expected, rtol=1e-3, atol=1e-3), (policy._averages, expected)
+            self.checked += 1
+
+    dataset = TensorDataset(points(60, 6).tensors[0], torch.arange(60) % 7 + 1)
+    policy, check = NoiseScale(ratio=1e9, measure_every=1, decay=0.0), Check()
+    loader = DataSpec(
+        DataLoader(dataset, batch_size=16, shuffle=True),
+        get_num_tokens_in_batch=lambda batch: {'total': 7 * len(batch[1]), 'loss_generating': int(batch[1].sum())},
+    )
+    trainer = make_trainer(
+        [AdaBatch(policy=policy)], model=TokenDistance(), train_loader=loader, lr=0.0, max_duration='2ep',
+        device_train_microbatch_size=microbatch, accumulate_train_batch_on_tokens=True,
+    )  # fmt: skip
+    trainer.state.callbacks.append(check)  # after the policy
+    trainer.fit()
+    assert check.checked == 8
 
 
 def test_the_estimate_is_right_where_it_is_known_in_closed_form(make_trainer, distance, points):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from composer.core import DataSpec
 from composer.models import HuggingFaceModel
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from composer_effalgos import AdaBatch, InfoBatch
 
@@ -74,6 +75,26 @@ def test_without_pruning_it_trains_on_the_models_own_loss(make_trainer, weights_
         trainers[-1].fit()
     assert torch.allclose(*map(weights_of, trainers), atol=1e-5)
     assert int(trainers[0].state.timestamp.token) > 0
+
+
+@pytest.mark.parametrize('kind', ['causal', 'masked'])
+def test_microbatches_that_count_by_tokens_train_on_the_mean_over_the_batch(make_trainer, weights_of, kind):
+    """As LLM Foundry sets it; with pruning the weighted samples of a batch keep the whole batch's number of tokens."""
+
+    def tokens(batch):
+        labels = batch['labels'][:, 1:] if kind == 'causal' else batch['labels']
+        return {'total': labels.numel(), 'loss_generating': int((labels != -100).sum())}
+
+    trainers, saved = [], []
+    for microbatch in (None, 3):
+        algorithm = InfoBatch(delta=1.0)
+        loader = DataSpec(DataLoader(Sentences(kind), batch_size=8, shuffle=True), get_num_tokens_in_batch=tokens)
+        arguments = {'accumulate_train_batch_on_tokens': True, 'device_train_microbatch_size': microbatch, 'max_duration': '2ep'}
+        trainers.append(make_trainer([algorithm], model=model_of(kind), train_loader=loader, **arguments))
+        trainers[-1].fit()
+        saved.append(algorithm.samples_saved)
+    assert saved[0] == saved[1] > 0
+    assert torch.allclose(*map(weights_of, trainers), atol=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['causal', 'masked', 'classification'])
