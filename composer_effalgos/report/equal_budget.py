@@ -7,6 +7,7 @@ divided by the method's own budget. Above 1 the method pays; below 1, train shor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ _DRAWS = 4000
 _PRIOR_DOF = 4  # degrees of freedom of the prior variance, from all other cells
 _MOST_SHIFT = 9.0  # clip of log-budget errors: with one degree of freedom some draws would overflow
 _ENDS = (0.025, 0.975)
+_LENGTHS = 3  # plain lengths that a verdict needs
+_MOST_GAP = 2.5  # ratio of neighbouring plain budgets above which the interpolation may be off by more than a twentieth
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -52,6 +55,7 @@ class Factor:
         high: Upper end; inf if the spread is unknown.
         least: The smallest measurable factor: the shortest plain budget over the method's.
         most: The largest measurable factor: the longest plain budget over the method's.
+        doubt: Why the interval allows no verdict, e.g. because the plain lengths are too far apart; empty if it does.
     """
 
     value: float
@@ -59,6 +63,7 @@ class Factor:
     high: float
     least: float
     most: float
+    doubt: str = ''
 
     def __str__(self) -> str:
         return f'{self.text(self.value)} ({self.text(self.low)} to {self.text(self.high)})'
@@ -72,6 +77,8 @@ class Factor:
         """The verdict in words, based on the interval; an end beyond the plain runs is replaced by its bound."""
         low = self.most if np.isinf(self.low) else self.low
         high = self.least if self.high == 0 else self.high
+        if self.doubt and (low > 1 or high < 1):
+            return f'not resolved: {self.doubt}'
         if low > 1:
             return 'pays'
         if high < 1:
@@ -163,10 +170,25 @@ def compare(baseline: Sequence[Cell], methods: Sequence[Cell], *, seed: int = 0)
         found = curves.budget(quality[number]) / np.exp(x[number] + shifts[number])
         # inverted_cdf returns draws without interpolating: those beyond the curve are 0 or inf
         low, high = np.quantile(found[1:], _ENDS, method='inverted_cdf') if repeated else (0.0, np.inf)
-        factors.append(Factor(float(found[0]), float(low), float(high), float(ends[0] / own), float(ends[1] / own)))
+        doubt = _doubt(np.exp(lengths), low * own, high * own)
+        factors.append(Factor(float(found[0]), float(low), float(high), float(ends[0] / own), float(ends[1] / own), doubt))
     intervals = np.quantile(quality[:, 1:], _ENDS, axis=1).T
     found = np.hstack([means, intervals])
     return Comparison(curves.band(), factors, np.concatenate([found[: len(plain)][np.argsort(order)], found[len(plain) :]]))
+
+
+def _doubt(lengths: Array, low: float, high: float) -> str:
+    """Why the curve is not known well enough between two budgets; the interval has no term for the error of the interpolation.
+
+    A curve that flattens lies above its interpolation, so a method between two distant plain lengths would seem to pay. For power laws and
+    exponentials, lengths that double give factors right to 3 %; lengths that grow fourfold, only to 14 % or worse.
+    """
+    if len(lengths) < _LENGTHS:
+        return f'needs {_LENGTHS} plain lengths'
+    low, high = np.clip([low, high], lengths[0], lengths[-1])
+    spans = itertools.pairwise(lengths)
+    wide = any(right / left > _MOST_GAP and low <= right and high >= left for left, right in spans)
+    return 'needs closer plain lengths' if wide else ''
 
 
 def _errors(values: Sequence[Array], rng: np.random.Generator) -> Array:

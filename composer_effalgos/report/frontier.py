@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,10 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
         InputError: There are fewer than two plain lengths or no method, the runs use several datasets or machines, or lack the unit.
     """
     check_unit(by)
-    runs, is_loss, notes = _with_quality(runs, source)
+    runs, is_loss, missing = _with_quality(runs, source)
+    what = 'held-out loss' if is_loss else 'accuracy'
+    lost = [run.summary['run_name'] for run in missing]
+    notes = [f'Left out, without {what} (not evaluated at its end, or not a finite number): {", ".join(lost)}.'] if lost else []
     cells = _cells(runs, source)
     _check_machine(runs, source)
     chosen = plain_lengths([(group[0].method, group[0].summary['recipe']) for group in cells], source)
@@ -129,6 +132,10 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
     sign = -1 if is_loss else 1
     found = {unit: [_cell(group, unit, is_loss=is_loss) for group in ordered] for unit in units}
     compared = {unit: compare(own[: len(baseline)], own[len(baseline) :]) for unit, own in found.items()}
+
+    def doubted(factor: Factor, method: str) -> Factor:
+        return replace(factor, doubt=f'a seed has no {what}') if method in {run.method for run in missing} else factor
+
     points = []
     for number, group in enumerate(ordered):
         cell = found[by][number]
@@ -143,7 +150,9 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
                 low=float(min(ends)),
                 high=float(max(ends)),
                 budgets={unit: float(own[number].budget.mean()) for unit, own in found.items()},
-                factors={unit: compared[unit].factors[number - len(baseline)] for unit in units if number >= len(baseline)},
+                factors={
+                    unit: doubted(compared[unit].factors[number - len(baseline)], cell.name) for unit in units if number >= len(baseline)
+                },
             )
         )
     curve = compared[by].curve
@@ -292,14 +301,12 @@ def _duration(recipe: Mapping[str, Any]) -> Any:
     return None if duration is None else ensure_time(duration, TimeUnit.EPOCH)
 
 
-def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, list[str]]:
-    """Returns the runs with an accuracy, or with a held-out loss if none has one; whether it is a loss; and a note on the others."""
+def _with_quality(runs: Sequence[Run], source: str) -> tuple[list[Run], bool, list[Run]]:
+    """Returns the runs with an accuracy, or with a held-out loss if none has one; whether it is a loss; and the other runs."""
     for key, is_loss in (('eval_accuracy', False), ('eval_loss', True)):
         found = [run for run in runs if run.summary['totals'].get(key) is not None]
         if found:
-            missing = [run.summary['run_name'] for run in runs if run not in found]
-            what = 'held-out loss' if is_loss else 'accuracy'
-            return found, is_loss, [f'Left out, without {what}: {", ".join(missing)}.'] if missing else []
+            return found, is_loss, [run for run in runs if run not in found]
     raise InputError(f'{source}: expected finished runs with an accuracy or a held-out loss, got {len(runs)} without; see eval_interval')
 
 
@@ -375,6 +382,9 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
     notes = []
     if len(baseline) < LENGTHS:
         notes.append(f'Only {len(baseline)} plain lengths: the curve between them is uncertain; train {LENGTHS} or more.')
+    others = {group[0].method: _differences(group[0], baseline[0][0]) for group in cells[len(baseline) :]}
+    if named := [f'{method} ({", ".join(keys)})' for method, keys in others.items() if keys]:
+        notes.append(f'Differs from the plain runs not only in the algorithms of this package: {", ".join(named)}.')
     few = [group[0].method for group in cells if len(group) < SEEDS]
     if few:
         notes.append(f'Fewer than {SEEDS} seeds: {", ".join(few)}.')
@@ -394,6 +404,19 @@ def _notes(cells: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]) ->
             'a run whose schedule has not decayed is worse than it could be at its length.'
         )
     return notes
+
+
+def _differences(run: Run, plain: Run) -> list[str]:
+    """Returns the recipe keys, besides the length and the algorithms that save training, in which a method differs from the plain runs."""
+    ours, theirs = (_without_length(item.summary['recipe']) for item in (run, plain))
+    keys = []
+    for key, value in ours.items():
+        one, other = (item if isinstance(item, dict) else {'': item} for item in (value or {}, theirs[key] or {}))
+        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        if key == 'algorithms':
+            names = [name for name in names if is_plain({'algorithms': {name: None}})]
+        keys += [f'{key}.{name}'.rstrip('.') for name in names]
+    return keys
 
 
 def _last_share(run: Run) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +66,8 @@ def as_rows(found: Frontier) -> list[dict[str, Any]]:
         row |= {quality: point.quality, 'sd': point.sd, 'low': point.low, 'high': point.high} | point.budgets
         for unit in found.units:
             factor = point.factors.get(unit)
-            for name, value in asdict(factor).items() if factor else dict.fromkeys(('value', 'low', 'high', 'least', 'most')).items():
+            for name in ('value', 'low', 'high', 'least', 'most'):
+                value = None if factor is None else getattr(factor, name)
                 row[f'factor_{unit}_{name}'] = None if value is None or value == 0 or math.isinf(value) else value
             row[f'factor_{unit}'] = None if factor is None else str(factor)
         row['verdict'] = point.factors[found.by].verdict if point.factors else 'baseline'

@@ -114,6 +114,42 @@ def test_the_interval_decides(value, low, high, verdict):
     assert Factor(value, low, high, least=0.25, most=2.0).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    'true',
+    [
+        lambda t: 0.75 - 0.9 * t**-0.55,
+        lambda t: 0.9 - 0.9 * t**-0.3,
+        lambda t: 0.75 - 3 / t,
+        lambda t: 0.1 * np.log(t),
+        lambda t: 0.7 - 0.7 * np.exp(-t / 25),
+    ],
+)
+def test_with_lengths_that_double_the_interpolation_costs_at_most_three_percent(true):
+    lengths = (8.0, 16.0, 32.0, 64.0)
+    baseline = [Cell(f'{length}', np.array([length]), np.array([true(length)])) for length in lengths]
+    budgets = np.geomspace(9, 60, 30)
+    methods = [Cell('m', np.array([budget]), np.array([true(budget)])) for budget in budgets]
+    assert [factor.value for factor in compare(baseline, methods).factors] == pytest.approx([1.0] * 30, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ('lengths', 'own', 'verdict'),
+    [
+        ((10, 40), 20, 'not resolved: needs 3 plain lengths'),
+        ((10, 20), 12, 'not resolved: needs 3 plain lengths'),
+        ((8, 30, 60), 16, 'not resolved: needs closer plain lengths'),
+        ((8, 30, 60), 40, 'pays'),
+        ((8, 15, 30, 60), 16, 'pays'),
+    ],
+)
+def test_distant_plain_lengths_give_no_verdict(lengths, own, verdict):
+    assert factor_of(*cells(np.random.default_rng(4), 1.4, noise=0.001, lengths=lengths, own=own)).verdict == verdict
+
+
+def test_between_two_distant_lengths_a_plain_run_itself_would_seem_to_pay():
+    assert factor_of(*cells(np.random.default_rng(4), 1.0, noise=0.001, lengths=(10, 40), own=20)).low > 1
+
+
 def test_beyond_the_plain_runs_a_bound_may_decide_nothing():
     assert Factor(np.inf, np.inf, np.inf, least=0.1, most=0.7).verdict == 'not resolved: needs a longer plain run'
     assert Factor(0.0, 0.0, 0.0, least=1.3, most=9.0).verdict == 'not resolved: needs a shorter plain run'

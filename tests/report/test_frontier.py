@@ -197,7 +197,7 @@ def test_what_makes_a_frontier_weak_is_said(write_frontier_runs, write_run):
     write_run('flat+3ep_seed17', settings={'max_duration': '3ep', 'algorithms': {'pruning': {}}})
     write_run('blind+3ep_seed17', accuracies=(None, None), settings={'max_duration': '3ep', 'algorithms': {'pruning': {}}})
     notes = found(folder).notes
-    assert notes[0] == 'Left out, without accuracy: blind+3ep_seed17.'
+    assert notes[0] == 'Left out, without accuracy (not evaluated at its end, or not a finite number): blind+3ep_seed17.'
     few = {'baseline+2ep', 'baseline+4ep', 'baseline+8ep', 'flat+3ep', 'infobatch+4ep'}
     assert set(notes[2].removeprefix('Fewer than 3 seeds: ').rstrip('.').split(', ')) == few
     assert len(notes) == 3  # the batch of the fixture's runs grows fourfold as the learning rate falls to a third
@@ -206,6 +206,30 @@ def test_what_makes_a_frontier_weak_is_said(write_frontier_runs, write_run):
     summary['epochs'][-1]['lr'] = 0.05
     path.write_text(json.dumps(summary))
     assert 'The last learning rate is above 10% of the highest' in found(folder).notes[-1]
+
+
+def test_a_method_of_which_a_seed_has_no_accuracy_gets_no_verdict(write_frontier_runs, write_run):
+    folder = write_frontier_runs(factor=1.5)
+    assert found(folder).points[-1].factors['samples'].verdict == 'pays'
+    write_run('infobatch+4ep_seed20', 20, (0.1, 0.1, 0.1, None), settings={'max_duration': '4ep', 'algorithms': {'infobatch': {}}})
+    own = found(folder).points[-1]
+    assert own.seeds == [17, 18, 19]
+    assert own.factors['samples'].verdict == 'not resolved: a seed has no accuracy'
+
+
+def test_what_else_a_method_changes_is_said(write_frontier_runs, write_run):
+    folder = write_frontier_runs()
+    shared = {'max_duration': '3ep', 'algorithms': {'pruning': {}}}
+    write_run('adam+3ep', 17, settings={**shared, 'optimizer': {'name': 'adam', 'lr': 0.1}, 'dataset': {'name': 'digits', 'batch_size': 8}})
+    write_run(
+        'blur+3ep', 17, settings={'max_duration': '3ep', 'algorithms': {'pruning': {}, 'blurpool': {}}, 'model': {'name': 'resnet20'}}
+    )
+    write_run('own+3ep', 17, settings=shared)
+    said = next(note for note in found(folder).notes if note.startswith('Differs from the plain runs'))
+    assert said == (
+        'Differs from the plain runs not only in the algorithms of this package: '
+        'adam+3ep (dataset.batch_size, optimizer.name, optimizer.lr), blur+3ep (model.name, algorithms.blurpool).'
+    )
 
 
 def test_what_a_file_took_to_make_is_in_the_budget(write_frontier_runs, write_run, tmp_path):
