@@ -17,6 +17,7 @@ from composer_effalgos.adabatch.learning_rate import (
     rescale_beta2,
     rescale_schedules,
     scale_learning_rate,
+    scale_new_schedules,
 )
 from composer_effalgos.adabatch.memory import MemorySearch
 from composer_effalgos.adabatch.policies import Every, Milestones, Policy, find_policy
@@ -141,7 +142,6 @@ class AdaBatch(Algorithm):
     def _reset(self) -> None:
         self._size = Size()  # size of the last batch
         self._lr_scale = 1.0  # total factor of the learning rate so far
-        self._lrs: list[float] = []  # learning rates of the parameter groups at the end of the last fit
         self._memory = MemorySearch()
         self._warned = False
 
@@ -189,7 +189,6 @@ class AdaBatch(Algorithm):
             self._memory.after_batch(state, self._planner, self._sizes.smallest(self._planner.loader))
         else:
             self._memory.stop(state, self._planner)
-            self._lrs = [group['lr'] for group in state.optimizers[0].param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), 'growths': self._size.asked, 'lr_scale': self._lr_scale, 'fits': self._memory.fits}
@@ -219,7 +218,7 @@ class AdaBatch(Algorithm):
         self._memory.fit_start(state)
         if self.lr is not None:
             lr_exponent(self.lr, state)  # raises now, not at the first growth, for an unknown optimizer
-        rescale_schedules(state, self._lr_scale, scaled=self._lrs)
+        scale_new_schedules(state, self._lr_scale)
 
     def _size_at(self, progress: Progress) -> Size:
         return self._sizes.at(progress, self._planner.loader, self._planner.num_candidates, self._size.asked)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from composer.core import State
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 
 from composer_effalgos.utils.errors import InputError
 
@@ -82,17 +83,14 @@ def rescale_beta2(state: State, ratio: float) -> None:
         group['betas'] = (beta1, group.setdefault('initial_beta2', beta2) ** ratio)
 
 
-def rescale_schedules(state: State, scale: float, *, scaled: Sequence[float] | None = None) -> None:
+def rescale_schedules(state: State, scale: float) -> None:
     """Makes every schedule set ``scale`` times its original learning rates.
 
-    The scale is stored in the schedule and its checkpoint, so a restored schedule is not scaled twice, and a schedule that is passed to a
-    later ``fit`` is scaled too.
+    The scale is stored in the schedule and its checkpoint, so a restored schedule is not scaled twice.
 
     Args:
         state: The trainer's state.
         scale: The factor.
-        scaled: The learning rates of the parameter groups that contain the scale already; others, which a new scheduler has set, are scaled
-            too. ``None`` for all current ones.
     """
     for scheduler in state.schedulers:
         factor = scale / getattr(scheduler, 'adabatch_lr_scale', 1.0)
@@ -100,13 +98,48 @@ def rescale_schedules(state: State, scale: float, *, scaled: Sequence[float] | N
             continue
         _scale_base(scheduler, factor)
         scheduler.adabatch_lr_scale = scale  # type: ignore[attr-defined]
-        for number, group in enumerate(scheduler.optimizer.param_groups):
-            # some schedulers set the rate from the original one, others leave it as it was
-            if scaled is not None and group['lr'] not in scaled[number : number + 1]:
-                group['lr'] = group['lr'] * factor
+        for group in scheduler.optimizer.param_groups:
             if 'max_lr' in group and 'min_lr' in group:  # OneCycleLR keeps its base here
                 for key in ('initial_lr', 'max_lr', 'min_lr'):
                     group[key] = group[key] * factor
+
+
+def scale_new_schedules(state: State, scale: float) -> None:
+    """Scales schedulers that a later ``fit`` was given, and the learning rates that they have set.
+
+    A scheduler sets its first rate when it is created, either from the original rate (``LambdaLR``, ``OneCycleLR``) or from the current one
+    (``LinearLR``, ``StepLR``), which contains the scale already.
+
+    Args:
+        state: The trainer's state at the start of the fit.
+        scale: The factor of the learning rate so far.
+    """
+    new = [scheduler for scheduler in state.schedulers if getattr(scheduler, 'adabatch_lr_scale', 1.0) != scale]
+    if not all(map(_follows_current_rate, new)):
+        scale_learning_rate(state, scale)
+    rescale_schedules(state, scale)
+
+
+def _follows_current_rate(scheduler: Any) -> bool:
+    """Whether the first rate of a new scheduler is a multiple of the optimizer's current one."""
+    if isinstance(scheduler, ChainedScheduler):
+        return all(map(_follows_current_rate, scheduler._schedulers))
+    groups = scheduler.optimizer.param_groups
+    before = [dict(group) for group in groups]
+    rates = []
+    try:
+        scheduler._get_lr_called_within_step = True  # get_lr() warns otherwise
+        for factor in (1, 2):
+            for group, kept in zip(groups, before, strict=True):
+                group['lr'] = factor * kept['lr']
+            rates.append([float(rate) for rate in scheduler.get_lr()])
+    except (AttributeError, NotImplementedError):  # SequentialLR starts from the original rate
+        return False
+    finally:
+        scheduler._get_lr_called_within_step = False
+        for group, kept in zip(groups, before, strict=True):
+            group.update(kept)
+    return all(math.isclose(twice, 2 * once) for once, twice in zip(*rates, strict=True))
 
 
 def _scale_base(scheduler: LRScheduler, factor: float) -> None:

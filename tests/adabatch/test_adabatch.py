@@ -103,20 +103,29 @@ def test_a_later_fit_keeps_the_factor(make_trainer):
     assert epoch_sizes(trainer) == [16, 16, 32, 32, 64, 64]
 
 
+LATER = {  # name: schedulers of a later fit, and the rate that they set at first for a rate of 0.1
+    'composer': (lambda _: ConstantScheduler(), 0.1),
+    'StepLR': (lambda optimizer: lr_scheduler.StepLR(optimizer, 100), 0.1),
+    'CosineAnnealingLR': (lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 10**6), 0.1),
+    'LambdaLR': (lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 0.5), 0.05),
+    'LinearLR': (lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.5, 0.5), 0.05),
+    'ConstantLR': (lambda optimizer: lr_scheduler.ConstantLR(optimizer, 0.5, 100), 0.05),
+    'OneCycleLR': (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 10**7, div_factor=2), 0.05),
+    'SequentialLR': (lambda optimizer: lr_scheduler.SequentialLR(optimizer, [lr_scheduler.LinearLR(optimizer, 0.5, 0.5)], []), 0.05),
+    'ChainedScheduler': (lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(optimizer, 0.5, 0.5)]), 0.05),
+    'two': (lambda optimizer: [lr_scheduler.LambdaLR(optimizer, lambda step: 0.5) for _ in range(2)], 0.05),
+}
+
+
 @pytest.mark.parametrize('before', [None, ConstantScheduler()])
-@pytest.mark.parametrize('kind', ['composer', 'StepLR', 'CosineAnnealingLR', 'LambdaLR'])
+@pytest.mark.parametrize('kind', LATER)
 def test_schedulers_of_a_later_fit_are_scaled_once(make_trainer, before, kind):
     trainer = make_trainer([AdaBatch(milestones=['1ep'], lr_factor=2)], max_duration='2ep', schedulers=before)
     trainer.fit()
-    optimizer = trainer.state.optimizers[0]
-    later = {
-        'composer': ConstantScheduler,
-        'StepLR': lambda: torch.optim.lr_scheduler.StepLR(optimizer, 100),
-        'CosineAnnealingLR': lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10**6),
-        'LambdaLR': lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
-    }[kind]()
-    trainer.fit(duration='1ep', schedulers=later)
-    assert [epoch[0] for epoch in trainer.recorder.lrs] == pytest.approx([0.1, 0.2, 0.2])
+    make, rate = LATER[kind]
+    trainer.fit(duration='1ep', schedulers=make(trainer.state.optimizers[0]), step_schedulers_every_batch=True)
+    assert [epoch[0] for epoch in trainer.recorder.lrs[:2]] == pytest.approx([0.1, 0.2])
+    assert trainer.recorder.lrs[2] == pytest.approx([2 * rate] * len(trainer.recorder.lrs[2]))
 
 
 @pytest.mark.parametrize(('duration', 'pieces', 'half'), [('1ep', 1, 101.5), ('4ep', 1, 406), ('4ep', 4, 406), ('24ba', 2, 192)])
