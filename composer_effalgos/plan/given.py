@@ -168,10 +168,12 @@ class GivenOrder(PlannedDataLoader):
     def _sampled(self, epoch: int) -> Tensor:
         """The order drawn by the samplers of all ranks, interleaved: rank ``r`` of ``w`` has every ``w``-th sample."""
         batches = [list(batch) for batch in self._batches(epoch)]
-        if self._unit > 1 and any(len(batch) != self._unit for batch in batches[:-1]):
+        own = type(self.given.batch_sampler) is not BatchSampler
+        wrong = [len(batch) for batch in batches[:-1] if len(batch) != self._unit] + [len(b) for b in batches[-1:] if len(b) > self._unit]
+        if own and wrong:
             raise InputError(
-                f'train_dataloader: expected batches of {self._unit} from batch_sampler {type(self.given.batch_sampler).__name__}, got '
-                f'{next(len(batch) for batch in batches if len(batch) != self._unit)}'
+                f'train_dataloader: expected batches of {self._unit}, its batch_size, from batch_sampler '
+                f'{type(self.given.batch_sampler).__name__}, only the last one smaller, got one of {wrong[0]}'
             )
         mine = torch.tensor([index for batch in batches for index in batch], dtype=torch.int64)
         if self.world_size == 1:
@@ -210,6 +212,7 @@ class StreamLoader(PlannedDataLoader):
     """
 
     tail = 'own'
+    may_fall_short = True
 
     def __init__(self, loader: Any, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         batch_size = getattr(loader, 'batch_size', None)

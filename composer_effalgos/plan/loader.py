@@ -37,14 +37,14 @@ def class_labels(dataset: Any) -> Tensor | None:
         dataset: A map-style dataset.
 
     Returns:
-        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset``, int64 ``[N]``; ``None`` unless they are one integer per
-        sample (not class names, several labels per sample, regression targets or a method).
+        Its ``targets`` or ``labels``, or the second tensor of a ``TensorDataset`` of two, int64 ``[N]``; ``None`` unless they are one
+        integer per sample (not class names, several labels per sample, regression targets or a method).
     """
     if isinstance(dataset, Subset):
         labels = class_labels(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
     if isinstance(dataset, TensorDataset):
-        found = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+        found = dataset.tensors[1] if len(dataset.tensors) == 2 else None  # of several, any may be the labels
     else:
         found = getattr(dataset, 'targets', getattr(dataset, 'labels', None))
     try:
@@ -102,6 +102,7 @@ class PlannedDataLoader(DataLoader):
     """
 
     by_position = False
+    may_fall_short = False  # whether a batch may have fewer samples than planned
     between_fits = False  # then Composer clips the next train_subset_num_batches to the user's loader, not to the last plan
     given_batch: GivenBatch | None = None
     check_next = True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from composer_effalgos.plan.graph import OpaqueGraphError, are_nested, edge_of
 from composer_effalgos.plan.order import is_due
-from composer_effalgos.plan.outputs import NotReadableError, is_near, same_structure, tensors_of, total_of, with_added
+from composer_effalgos.plan.outputs import NotReadableError, is_near, num_rows, same_structure, tensors_of, total_of, with_added
 from composer_effalgos.plan.per_sample import Called, PerSampleLoss, SampleLosses, reduction_form
 from composer_effalgos.plan.probe import Comparison, Probe, compare_gradients
 from composer_effalgos.plan.read_loss import ReadFromGraph
@@ -80,7 +80,8 @@ class WeightedLoss:
         self._weights: Tensor | None = None
         self._window: slice | None = None  # position of the current batch in the rank's epoch; None outside training steps
         self._position = self._next_position = 0
-        self._first_call = True
+        self._first_call, self._rows = True, 0  # rows of the outputs in the first call for a microbatch
+        self._awaited, self._inside = True, False
         self._batches = 0  # started in this fit
         self.check_due = True
         self._read: list[int] | None = None  # positions of the outputs whose gradients are weighted; None if a correction is added instead
@@ -145,14 +146,19 @@ class WeightedLoss:
         Args:
             window: The batch's position in the rank's epoch.
         """
-        self._window, self._position, self._first_call = window, 0, True
+        self._window, self._position, self._first_call, self._awaited = window, 0, True, False
         self._hooked.clear()
         self._logger = getattr(self._model, 'logger', None)
         self._batches += 1
         self.check_due |= is_due(self._batches)
 
+    def start_microbatch(self) -> None:
+        """Called before the loss of a microbatch is computed. Calls before it, as in ``forward()`` or a callback, get the original loss."""
+        self._awaited = True
+
     def end_microbatch(self) -> None:
         """Called after the backward pass of a microbatch."""
+        self._awaited = False
         self._position, self._first_call = self._next_position, True
         self._hooked.clear()
         self._form.forget()
@@ -198,9 +204,28 @@ class WeightedLoss:
         raise InputError(f'{self._name}.loss: {reason}; pass {self._user}(per_sample_loss=callable(outputs, batch) -> [B])')
 
     def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or not self._is_of_training_step(outputs):
+            return self.original(outputs, batch, *args, **kwargs)
+        self._inside = True  # a loss() may call itself for its parts
+        try:
+            return self._weighted(outputs, batch, *args, **kwargs)
+        finally:
+            self._inside = False
+
+    def _is_of_training_step(self, outputs: Any) -> bool:
+        """Whether a call computes the loss that is trained on; a callback may call it too, on a part of the batch or without a graph."""
         # A run that failed within a batch leaves its window open, and another Trainer may reuse the model.
         if self._window is None or not self._active or getattr(self._model, 'logger', None) is not self._logger:
-            return self.original(outputs, batch, *args, **kwargs)
+            return False
+        if not self._awaited or not torch.is_grad_enabled():
+            return False
+        rows = num_rows(outputs)
+        if self._first_call:
+            self._rows = rows
+        return rows == self._rows
+
+    def _weighted(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self._window is not None
         if self.weigher is not None and not self._first_call:
             raise InputError(
                 f'algorithms: {type(self.weigher).__name__} cannot be combined with a second loss for the same microbatch, as in MixUp and '

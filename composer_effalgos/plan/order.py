@@ -57,6 +57,23 @@ def check_collate(collate: Callable[[list[Any]], Any], samples: Any, size: int, 
         raise InputError(f'collate_fn: {_WRONG_ORDER}')
 
 
+def check_together(read: Callable[[list[int]], Any], collate: Callable[[Any], Any], indices: Sequence[int], seed: int) -> None:
+    """Checks that a dataset's ``__getitems__`` returns the samples in the order in which it was asked for them.
+
+    Args:
+        read: The dataset's ``__getitems__``, called again for the first samples.
+        collate: The collate function.
+        indices: The samples of a batch.
+        seed: Seed of the random numbers that both draw.
+
+    Raises:
+        InputError: If it returns another order.
+    """
+    some = list(indices[:_MOST])
+    if not keeps_order(lambda chosen: collate(read(chosen)), some, len(some), lambda given, order: [given[index] for index in order], seed):
+        raise InputError(f'dataset.__getitems__: {_WRONG_ORDER}')
+
+
 class GivenBatch:
     """What the check needs of a batch as the loader made it, copied because transforms and algorithms may change it in place.
 
@@ -204,7 +221,8 @@ def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Cal
     The function is called on the samples in their order and in two permutations, a rotation and a transposition, which together generate
     all permutations. Consider a tensor with one row per sample. If it does not depend on the random numbers, its rows must move exactly as
     the samples did. Otherwise (masked tokens, randomly mixed images) the transposition must change the rows of its two samples. A tensor
-    that no permutation changes is inconclusive if another one moves with the samples.
+    that no permutation changes is inconclusive if another one moves with the samples. Rows that are those of the samples alone, but in
+    another order, are refused too: a shuffle that draws from a generator of its own looks random.
 
     Args:
         function: Maps samples to tensors in any structure.
@@ -224,10 +242,11 @@ def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Cal
     def tensors(chosen: Sequence[int], stream: int) -> list[Tensor]:
         with _seeded(seed + stream):
             result = function(_copied(take(batch, chosen)))
-        return [leaf.detach() for leaf in leaves_of(result) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size]
+        return [leaf.detach() for leaf in leaves_of(result) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == len(chosen)]
 
     even, rotated, exchanged = tensors(order, 0), tensors(rotation, 0), tensors(exchange, 0)
     others = [tensors(order, 1)]
+    singles: list[list[Tensor]] | None = None  # what the function makes of each sample alone
     moves = unmoved = False
     for number, (ours, second, third) in enumerate(zip(even, rotated, exchanged, strict=False)):
         if ours.shape != second.shape or ours.shape != third.shape:
@@ -241,6 +260,10 @@ def keeps_order(function: Callable[[Any], Any], batch: Any, size: int, take: Cal
                 others += [tensors(order, stream) for stream in range(2, 10)]
             if all(len(found) > number and _near(ours, found[number]) for found in others):
                 return False
+            if singles is None:
+                singles = [tensors([index], 0) for index in order]
+            if _is_permutation(ours, [found[number] for found in singles if len(found) > number]):
+                return False
             changed = {index for index in order if not _near(ours[index], third[index])}
             if changed and not changed <= {0, other} and not changed >= {0, other}:
                 return False
@@ -252,6 +275,15 @@ def _moved(before: Tensor, after: Tensor, order: list[int]) -> bool:
     if _near(after, before[order]):
         return True
     return before.ndim > 1 and before.shape[1] == len(order) and _near(after, before[order][:, order])
+
+
+def _is_permutation(together: Tensor, alone: Sequence[Tensor]) -> bool:
+    """Whether a tensor has the rows that its samples give alone, all of them, in another order."""
+    if len(alone) != len(together) or any(row.shape != together[:1].shape or row.dtype != together.dtype for row in alone):
+        return False
+    rows = torch.cat(list(alone))
+    same = torch.tensor([[_near(ours, theirs) for theirs in rows] for ours in together])
+    return not bool(same.diagonal().all()) and bool(same.any(dim=0).all()) and bool(same.any(dim=1).all())
 
 
 def _is_reordered(before: Tensor, after: Tensor) -> bool:

@@ -18,7 +18,7 @@ from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import WeightedLoss
-from composer_effalgos.plan.order import OrderCheck
+from composer_effalgos.plan.order import OrderCheck, trainer_of
 from composer_effalgos.plan.per_sample import PerSampleLoss
 from composer_effalgos.plan.samples import length_of
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
@@ -75,6 +75,7 @@ class EpochPlanner(Callback):
         self.expects_state = False
         self._done: tuple[int, ...] = ()  # sizes of the batches trained before a resume, which the loader's plan does not contain
         self._started = self._in_epoch = self._duration_warned = False
+        self._counts = True  # whether the samples that Composer counts in a batch are still to be checked
 
     @classmethod
     def of(cls, state: State) -> EpochPlanner:
@@ -165,6 +166,7 @@ class EpochPlanner(Callback):
         self.loader.note_microbatch(state)
         if self.loss is not None:
             self.loss.begin_fit()
+        self._counts = True
         self._order = OrderCheck(state, self.loader.seed)
         self._warn_of_duration(state)
         in_epoch = int(state.timestamp.batch_in_epoch)
@@ -245,6 +247,11 @@ class EpochPlanner(Callback):
         """Checks the transforms between loader and model."""
         self._order.before_forward(self.loader)
 
+    def before_loss(self, state: State, logger: Logger) -> None:
+        """Makes the loss take the next call as that of the training step."""
+        if self.loss is not None:
+            self.loss.start_microbatch()
+
     def after_forward(self, state: State, logger: Logger) -> None:
         """Checks that the model kept the order of the batch."""
         self._order.after_forward()
@@ -253,6 +260,22 @@ class EpochPlanner(Callback):
         """Advances the loss to the next microbatch."""
         if self.loss is not None:
             self.loss.end_microbatch()
+
+    def _check_count(self, state: State) -> None:
+        """Checks after the first batch of a fit that Composer counts samples as the plan does, if an algorithm depends on it."""
+        counts, self._counts = self._counts, False
+        weighs = self.loss is not None and self.loss.weigher is not None
+        if not counts or not (self.batch_size is not None or weighs or self.full_budget):
+            return
+        plan, batch = self.loader.plan, int(state.timestamp.batch_in_epoch) - 1
+        assert plan is not None
+        assert state.previous_timestamp is not None
+        counted, planned = int(state.timestamp.sample - state.previous_timestamp.sample), plan.sizes[batch - plan.first_batch]
+        if counted > planned or (counted < planned and not self.loader.may_fall_short):
+            raise InputError(
+                f'train_dataloader: expected the number of dataset items from get_num_samples_in_batch of the DataSpec, {planned} in this '
+                f'batch, got {counted}; times in samples and shares of the run count items'
+            )
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Makes the loss pass calls through to the original again."""
@@ -380,7 +403,12 @@ class EpochPlanner(Callback):
 
     def _resume(self, state: State) -> None:
         """Continues within an epoch, with the plan from the checkpoint, or with the present one if ``fit`` is called again."""
-        loader = self.loader
+        loader, trainer = self.loader, trainer_of(state)
+        if trainer is not None and not trainer.spin_dataloaders:
+            raise InputError(
+                'spin_dataloaders: expected True for a run that continues within an epoch, got False, with which Composer would train on '
+                'the finished batches again; the planned loader skips them without reading them'
+            )
         if self._loaded is not None and (saved := self._loaded['plan']) is not None:
             loader.metrics = EpochMetrics(**self._loaded['metrics'])
             plan, world_size = loader.plan_from_state(saved), saved['world_size']
@@ -412,6 +440,7 @@ class _Advance(Callback):
         """Steps PyTorch schedulers that lag behind the clock."""
         self._planner.clock.batch_end(state)
         self._planner.horizon.check_tokens(state)
+        self._planner._check_count(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Advances the clock by one full epoch."""

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from composer_effalgos.plan.epoch import stream_seed
-from composer_effalgos.plan.order import check_collate, is_due
+from composer_effalgos.plan.order import check_collate, check_together, is_due
 from composer_effalgos.plan.randomness import RandomStream
 from composer_effalgos.utils.errors import InputError
 
@@ -122,17 +122,21 @@ class _BatchMaker(Dataset):
 
     def __init__(self, dataset: Dataset, collate_fn: Callable[[Any], Any]) -> None:
         self.dataset, self._collate = dataset, collate_fn
+        inner: Any = dataset
+        while isinstance(inner, Subset):
+            inner = inner.dataset
+        self._reads_together = hasattr(inner, '__getitems__')  # a Subset has it anyway, but keeps the order
 
     def __getitems__(self, task: _Task) -> Any:
         """The batch, or an error as a value: PyTorch would add the worker's traceback to the message of a raised one."""
         with RandomStream(task.seed):
-            if callable(getattr(self.dataset, '__getitems__', None)):
-                samples = self.dataset.__getitems__(task.indices)  # type: ignore[attr-defined]
-            else:
-                samples = [self.dataset[index] for index in task.indices]
+            together = getattr(self.dataset, '__getitems__', None)
+            samples = together(task.indices) if callable(together) else [self.dataset[index] for index in task.indices]
             if task.check:
                 try:
                     check_collate(self._collate, samples, len(task.indices), task.seed)
+                    if callable(together) and self._reads_together:
+                        check_together(together, self._collate, task.indices, task.seed)
                 except InputError as error:
                     return error
             return self._collate(samples)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from composer_effalgos.plan.randomness import is_random_state, random_states, restore_random
 
@@ -87,7 +88,13 @@ def _contents(name: str, value: Any, levels: int, known: set[int]) -> Iterator[U
     if isinstance(value, Tensor):
         if type(value) is Tensor and not value.requires_grad and not value.is_inference():  # others may be views of FSDP's parameters
             version, content = value._version, value.clone()
-            yield name, _undo(lambda: value._version != version, lambda: value.copy_(content))
+            preserved = _unsafe_preserve_version_counter(value)
+
+            def restore() -> None:
+                value.copy_(content)
+                preserved.__exit__()  # a graph that saved the tensor at this version finds the content of this version
+
+            yield name, _undo(lambda: value._version != version, restore)
     elif isinstance(value, np.ndarray):
         array = value.copy()
         yield name, _undo(lambda: value.tobytes() != array.tobytes(), lambda: value.__setitem__(..., array))

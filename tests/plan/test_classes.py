@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from composer_effalgos.plan.classes import NO_CLASS, labels_of, logits_and_classes
+from composer_effalgos.plan.loader import class_labels
 from composer_effalgos.utils.errors import InputError
 
 
@@ -28,3 +30,9 @@ def test_only_rows_that_are_distributions_are_soft_labels(rows, expected):
 def test_refuses_what_is_no_classifier(hint, ending):
     with pytest.raises(InputError, match=f'^rule: expected a classifier for this rule, .* {ending}'):
         logits_and_classes(torch.zeros(4, 3, 2, 2), (None, torch.zeros(4, dtype=torch.int64)), 'rule', hint)
+
+
+def test_the_classes_of_a_dataset_are_not_guessed_from_several_tensors():
+    inputs, auxiliary, labels = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(class_labels(TensorDataset(inputs, labels)), labels)
+    assert class_labels(TensorDataset(inputs, auxiliary, labels)) is None

@@ -60,6 +60,14 @@ class Pairs(BatchSampler):
         return (list(range(start, min(start + 16, 203))) for start in [starts[i] for i in torch.randperm(12).tolist()] + starts[12:])
 
 
+class LastMerged(BatchSampler):
+    """The remainder joins the last batch."""
+
+    def __iter__(self):
+        *batches, last = super().__iter__()
+        return iter([*batches, [*last, *range(len(self) * 16, 203)]])
+
+
 class Wrapping(DataLoader):
     def __iter__(self):
         for x, y in super().__iter__():
@@ -307,6 +315,10 @@ class Endless(IterableDataset):
             'expected a batch_size, of the DataLoader or as an attribute of DataLoader, got None',
         ),
         (lambda data: DataLoader(data, batch_sampler=[[0, 1], [2]]), 'expected a batch_sampler with the attribute batch_size, got list'),
+        (
+            lambda data: DataLoader(data, batch_sampler=LastMerged(SequentialSampler(data), 16, True)),
+            'expected batches of 16, its batch_size, from batch_sampler LastMerged, only the last one smaller, got one of 27',
+        ),
         (lambda data: DataLoader(data, 16, sampler=iter(range(9))), 'expected a sampler with __len__'),
     ],
 )

@@ -41,10 +41,12 @@ def test_weighted_mean_by_hand_and_positions_by_event():
     each = nn.functional.cross_entropy(outputs, BATCH[1], reduction='none')
     for _ in range(2):  # replayed, as after an out-of-memory error
         loss.start_batch(slice(3, 9))
+        loss.start_microbatch()
         first = loss(outputs[:4], (BATCH[0][:4], BATCH[1][:4]))
         swapped = loss(outputs[:4], (BATCH[0][:4], BATCH[1][:4].flip(0)))  # MixUp's second call
         loss.end_microbatch()
         loss.end_microbatch()  # two algorithms may pass the same event on
+        loss.start_microbatch()
         second = loss(outputs[4:], (BATCH[0][4:], BATCH[1][4:]))
         loss.end_microbatch()
         loss.end_batch()
@@ -53,6 +55,102 @@ def test_weighted_mean_by_hand_and_positions_by_event():
         assert not torch.isclose(first, swapped)
     assert [where for _, where in shown] == [slice(3, 7), slice(7, 9)] * 2
     assert shown[0][0] == pytest.approx(each[:4].tolist())
+
+
+def test_other_calls_in_a_training_step_get_the_original_loss_and_are_not_scored():
+    """As of a callback that logs the loss of one class, or of a forward pass that computes it."""
+    model, shown = classifier(), []
+    loss = WeightedLoss(model)
+    loss.subscribers.append(lambda losses, where, outputs, batch: shown.append((losses, where)))
+    loss.start_epoch(torch.arange(1.0, 7.0))
+    outputs = model(BATCH)
+    each = nn.functional.cross_entropy(outputs, BATCH[1], reduction='none')
+    part = (BATCH[0][:2], BATCH[1][:2])
+
+    def others() -> None:
+        assert torch.equal(loss(outputs[:2], part), nn.functional.cross_entropy(outputs[:2], part[1]))
+        with torch.no_grad():
+            assert torch.equal(loss(outputs, BATCH), nn.functional.cross_entropy(outputs, BATCH[1]))
+
+    loss.start_batch(slice(0, 6))
+    others()
+    assert loss(outputs, BATCH) == nn.functional.cross_entropy(outputs, BATCH[1])
+    loss.start_microbatch()
+    own = loss(outputs, BATCH)
+    others()
+    own.backward()
+    others()
+    loss.end_microbatch()
+    others()
+    loss.end_batch()
+    assert torch.isclose(own, (each * torch.arange(1.0, 7.0)).mean())
+    assert len(shown) == 1
+    assert torch.allclose(shown[0][0], each)
+
+
+class DeeplySupervised(ComposerModel):
+    """The loss of two outputs is the sum of their losses, computed by ``loss()`` itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+    def forward(self, batch):
+        return [head(batch[0]) for head in self.heads]
+
+    def loss(self, outputs, batch):
+        if isinstance(outputs, list):
+            return sum(self.loss(output, batch) for output in outputs)
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class Normalised(ComposerModel):
+    """Divides its loss by a moving average of it, which it updates in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.register_buffer('average', torch.ones(()))
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch):
+        loss = nn.functional.cross_entropy(outputs, batch[1])
+        self.average.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.average
+
+
+def test_a_loss_that_changes_a_tensor_of_its_graph_in_place_is_refused():
+    model = Normalised()
+    loss = WeightedLoss(model)
+    loss.start_epoch(torch.arange(1.0, 7.0))
+    loss.start_batch(slice(0, 6))
+    loss.start_microbatch()
+    with pytest.raises(InputError, match=r'^Normalised.loss: it gives a different value each time'):
+        loss(model(BATCH), BATCH)
+
+
+def test_a_loss_that_calls_itself_is_scored_as_a_whole():
+    model, shown, weights = DeeplySupervised(), [], torch.arange(1.0, 7.0)
+    loss = WeightedLoss(model)
+    model.loss = loss
+    loss.subscribers.append(lambda losses, where, outputs, batch: shown.append(losses))
+    loss.start_epoch(weights)
+    loss.start_batch(slice(0, 6))
+    loss.start_microbatch()
+    outputs = model(BATCH)
+    own = model.loss(outputs, BATCH)
+    own.backward()
+    each = sum(nn.functional.cross_entropy(head(BATCH[0]), BATCH[1], reduction='none') for head in model.heads)
+    assert len(shown) == 1
+    assert torch.allclose(shown[0], each)
+    assert torch.isclose(own, (weights * each).mean())
+    gradients = [head.weight.grad.clone() for head in model.heads]
+    model.zero_grad()
+    (weights * each).mean().backward()
+    assert all(torch.allclose(ours, head.weight.grad, atol=1e-6) for ours, head in zip(gradients, model.heads, strict=True))
 
 
 def test_dimensions_beyond_the_batch_are_averaged():
@@ -68,11 +166,14 @@ def test_another_number_of_samples_is_refused():
     loss.start_epoch(torch.ones(20))
     outputs = model(BATCH)
     loss.start_batch(slice(0, 5))
+    loss.start_microbatch()
     with pytest.raises(InputError, match='5 samples in this batch, the loss saw 6'):
         loss(outputs, BATCH)
     loss.start_batch(slice(0, 7))
+    loss.start_microbatch()
     loss(outputs, BATCH)
     loss.end_microbatch()
+    loss.start_microbatch()
     with pytest.raises(InputError, match='7 samples in this batch, the loss saw 6'):
         loss.end_batch()
 
@@ -121,6 +222,7 @@ def test_weights_with_class_weights_by_hand():
     weights = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0])
     loss.start_epoch(weights)
     loss.start_batch(slice(0, 6))
+    loss.start_microbatch()
     outputs = model(BATCH)
     raw = nn.functional.cross_entropy(outputs, BATCH[1], weight=class_weights, reduction='none')
     assert torch.isclose(loss(outputs, BATCH), (weights * raw).sum() / class_weights[BATCH[1]].sum())
@@ -290,6 +392,7 @@ def test_a_per_sample_loss_that_is_not_the_models_own_is_said_once_and_enters_as
     weights = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0])
     loss.start_epoch(weights)
     loss.start_batch(slice(0, 6))
+    loss.start_microbatch()
     with pytest.warns(UserWarning, match='per_sample_loss'):
         loss(model(BATCH), BATCH).backward()
     ours = model.module.weight.grad.clone()
@@ -332,9 +435,12 @@ def test_a_batch_without_a_finite_loss_postpones_the_check():
     loss.subscribers.append(lambda *shown: None)
     nans = (BATCH[0] * torch.nan, BATCH[1])
     loss.start_batch(slice(0, 6))
+    loss.start_microbatch()
     assert loss(model(nans), nans).isnan()
     loss.start_batch(slice(6, 12))
+    loss.start_microbatch()
     loss.start_batch(slice(12, 18))
+    loss.start_microbatch()
     with pytest.raises(InputError, match='another gradient'):
         loss(model(BATCH), BATCH)
 
@@ -348,6 +454,7 @@ def test_gradients_that_are_mostly_rounding_are_no_mismatch():
     loss = WeightedLoss(model)
     loss.start_epoch(torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]))
     loss.start_batch(slice(0, 6))
+    loss.start_microbatch()
     loss(outputs, (BATCH[0], soft))
     assert loss._read == [0]
 
@@ -358,6 +465,7 @@ def test_half_precision_is_compared_as_it_rounds():
         loss = WeightedLoss(model)
         loss.start_epoch(torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]))
         loss.start_batch(slice(0, 6))
+        loss.start_microbatch()
         with torch.autocast('cpu', precision):
             outputs = model(BATCH)
             assert outputs.dtype == precision
@@ -390,6 +498,7 @@ def test_outputs_that_ddp_passes_on(tmp_path):
             loss = WeightedLoss(model)
             loss.start_epoch(weights)
             loss.start_batch(slice(0, 6))
+            loss.start_microbatch()
             wrapped = wrap(model)
             loss(wrapped(BATCH), BATCH).backward()
             assert loss._read == [0]
@@ -407,6 +516,7 @@ def test_a_loss_that_is_asked_for_twice_is_weighed_once():
         loss = WeightedLoss(model)
         loss.start_epoch(torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]))
         loss.start_batch(slice(0, 6))
+        loss.start_microbatch()
         outputs = model(BATCH)
         losses = [loss(outputs, BATCH) for _ in range(calls)]
         losses[-1].backward()
@@ -455,6 +565,7 @@ def test_a_loss_that_cannot_be_looked_into_gets_a_correction():
     loss = WeightedLoss(model)
     loss.start_epoch(weights)
     loss.start_batch(slice(0, 3))
+    loss.start_microbatch()
     value = loss(model(batch), batch)
     value.backward()
     ours = model.net.weight.grad.clone()
@@ -468,6 +579,7 @@ def test_a_loss_that_cannot_be_looked_into_gets_a_correction():
     other = WeightedLoss(Closed(smoothing=0.01))
     other.start_epoch(weights)
     other.start_batch(slice(0, 3))
+    other.start_microbatch()
     with pytest.raises(InputError, match=r"Closed.loss: it takes no reduction='none', and neither"):
         other(other._model(batch), batch)
 

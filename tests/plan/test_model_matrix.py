@@ -706,6 +706,7 @@ def test_the_loss_of_routers_is_one_of_the_batch():
     weighted.subscribers.append(lambda losses, *_: seen.append(losses))
     weighted.begin_fit()
     weighted.start_batch(slice(0, BATCH))
+    weighted.start_microbatch()
     assert weighted(outputs, batch) is outputs['loss']
     (losses,) = seen
     expected = F.cross_entropy(outputs['logits'].transpose(1, 2), words, reduction='none').mean(dim=1)

@@ -143,6 +143,12 @@ def test_our_checkpoints_go_on_without_us(make_trainer, save):
     assert [sum(sizes) for sizes in trainer.recorder.sizes] == [203]
 
 
+def test_a_resume_that_would_train_on_finished_batches_again_is_refused(make_trainer, save):
+    trainer = make_trainer([InfoBatch()], load_path=save([InfoBatch()], '5ba', 3), spin_dataloaders=False)
+    with pytest.raises(InputError, match=r'^spin_dataloaders: expected True for a run that continues within an epoch, got False'):
+        trainer.fit()
+
+
 @pytest.mark.parametrize('number', [1, 6, 9, 13])
 def test_resuming_within_this_process(make_trainer, save, weights_of, number):
     whole = make_trainer(all_three(), schedulers=LinearScheduler(), max_duration='5ep')
@@ -316,6 +322,19 @@ def test_data_specs_keep_their_transforms(make_trainer, problem):
     trainer.fit(train_dataloader=spec, duration='2ep')
     # some samples of batches 1, 2, 4, ... go through it again, in several orders
     assert not Counter(itertools.chain(*trainer.recorder.sizes)) - Counter(seen)
+
+
+def test_samples_that_are_counted_otherwise_are_refused_where_the_plan_counts_them(make_trainer, problem):
+    def train(algorithm, **arguments):
+        loader = DataSpec(DataLoader(problem, 16, shuffle=True), get_num_samples_in_batch=lambda batch: 2 * len(batch[0]))
+        trainer = make_trainer([algorithm], train_loader=loader, **{'max_duration': '2ep'} | arguments)
+        trainer.fit()
+        return trainer
+
+    for algorithm in (AdaBatch(2, milestones=['0.5dur']), LinUpper(burn_in='0.5dur')):
+        with pytest.raises(InputError, match=r'^train_dataloader: expected the number of dataset items .*, 16 in this batch, got 32'):
+            train(algorithm)
+    assert sum(map(sum, train(InfoBatch(delta=1.0)).recorder.sizes)) < 2 * 203  # counts nothing
 
 
 def test_one_plan_a_run_found_again_in_later_fits(make_trainer, problem):
