@@ -96,7 +96,7 @@ class ShardPlan(EpochPlan):
             part[self.kept] = True
             flags = self.shard.whole(part)
             if self.kept_weights is not None:
-                weights = self.shard.whole(torch.zeros(len(self.shard)).index_copy(0, self.kept, self.kept_weights))
+                weights = self.shard.whole(torch.zeros(len(self.shard), dtype=torch.float32).index_copy(0, self.kept, self.kept_weights))
         return {'kept': flags, 'weights': weights, 'seed': self.seed, **self._batches_with(done)}
 
 

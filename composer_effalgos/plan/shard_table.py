@@ -44,7 +44,7 @@ class ShardTable(SampleTable):
             return None
         positions, weights = (torch.arange(len(self.shard)), None) if choice is None else (choice.positions, choice.weights)
         if weighted and weights is None:
-            weights = torch.ones(len(positions))
+            weights = torch.ones(len(positions), dtype=torch.float32)
         return Choice(positions, weights, self.total(len(positions)))
 
     def of_this_rank(self) -> SampleRows:

@@ -37,7 +37,7 @@ class SampleRows:
     def empty(cls, history: int, num_samples: int) -> SampleRows:
         """Rows for samples without any records."""
         flags = torch.zeros(2, num_samples, dtype=torch.bool)
-        return cls(torch.zeros(history, num_samples), flags[0], flags[1], torch.zeros(num_samples, dtype=torch.int32))
+        return cls(torch.zeros(history, num_samples, dtype=torch.float32), flags[0], flags[1], torch.zeros(num_samples, dtype=torch.int32))
 
     @property
     def scores(self) -> Tensor:
@@ -120,7 +120,7 @@ class SampleTable:
         if self._noted is None or dist.get_world_size() == 1:
             return self.of_this_rank()
         orders = self._planner.loader.rank_orders()
-        padded = state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan))
+        padded = state.device.tensor_to_device(torch.full((max(map(len, orders)),), math.nan, dtype=torch.float32))
         noted = self._noted[: len(padded)]  # a batch size that changed within the epoch may have shortened it since
         padded[: len(noted)] = noted
         gathered = dist.all_gather(padded)

@@ -170,3 +170,15 @@ def test_given_twice(make_trainer):
 def test_refuses_arguments(arguments, name):
     with pytest.raises(InputError, match=f'^{name}: expected'):
         InfoBatch(**arguments)
+
+
+def test_another_default_dtype(make_trainer, problem):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        algorithm = InfoBatch(delta=1.0)
+        inputs, targets = problem.tensors
+        make_trainer([algorithm], dataset=TensorDataset(inputs.double(), targets), max_duration='3ep').fit()
+    finally:
+        torch.set_default_dtype(before)
+    assert algorithm.samples_saved > 0
