@@ -19,7 +19,6 @@ from typing import Any
 
 import record
 
-from composer_effalgos.monitor import perplexity
 from composer_effalgos.report.frontier import UNITS
 from composer_effalgos.utils.errors import InputError
 from composer_effalgos.utils.files import read_text
@@ -85,18 +84,11 @@ def epochs(point: Mapping[str, Any]) -> int:
 
 
 def table(task: str) -> str:
-    """All points of a task: plain runs by length, then the methods, the largest factor first."""
+    """The table of a task's record: plain runs by length, then the methods, the largest factor first."""
+    header, rule, *lines = re.findall(r'^\| .*\n', read_text(ROOT / f'benchmarks/results/{RECORDS[task][0]}.md'), flags=re.MULTILINE)
+    rows = {line.split(' | ')[0].removeprefix('| '): line for line in lines}
     points = points_of(task).values()
-    first = next(iter(points))
-    units = [unit for unit in UNITS if unit in first]
-    by = units[0]
-    is_loss = 'eval_loss' in first
-    scale, digits = (1, 3) if is_loss else (100, 2)
-
-    def quality(point: Mapping[str, Any]) -> str:
-        mean = point['eval_loss' if is_loss else 'eval_accuracy']
-        text = f'{scale * mean:.{digits}f}' + ('' if point['sd'] is None else f' ± {scale * point["sd"]:.{digits}f}')
-        return f'{text} ({perplexity(mean):.2f})' if is_loss else text
+    by = next(unit for unit in UNITS if unit in next(iter(points)))
 
     def rank(point: Mapping[str, Any]) -> float:
         """The factor; a bound counts as beyond all others."""
@@ -105,15 +97,7 @@ def table(task: str) -> str:
 
     plain = sorted((point for point in points if point['plain']), key=lambda point: point['samples'])
     methods = sorted((point for point in points if not point['plain']), key=rank, reverse=True)
-    header = ['method', 'seeds', 'held-out loss (perplexity)' if is_loss else 'accuracy %', f'verdict by {UNITS[by]}']
-    header += [f'factor by {UNITS[unit]}' for unit in units] + [UNITS[unit] for unit in units]
-    rows = [
-        [point['method'], str(seeds(point)), quality(point), point['verdict']]
-        + [point[f'factor_{unit}'] or NONE for unit in units]
-        + [f'{point[unit]:,.0f}' for unit in units]
-        for point in [*plain, *methods]
-    ]
-    return markdown_table(header, rows, left=(0, 3))
+    return ''.join([header, rule, *(rows[point['method']] for point in [*plain, *methods])])
 
 
 def overview() -> str:

@@ -168,8 +168,8 @@ class GivenOrder(PlannedDataLoader):
     def _sampled(self, epoch: int) -> Tensor:
         """The order drawn by the samplers of all ranks, interleaved: rank ``r`` of ``w`` has every ``w``-th sample."""
         batches = [list(batch) for batch in self._batches(epoch)]
-        own = type(self.given.batch_sampler) is not BatchSampler
-        wrong = [len(batch) for batch in batches[:-1] if len(batch) != self._unit] + [len(b) for b in batches[-1:] if len(b) > self._unit]
+        own, last = type(self.given.batch_sampler) is not BatchSampler, len(batches) - 1
+        wrong = [size for number, size in enumerate(map(len, batches)) if size > self._unit or (size < self._unit and number < last)]
         if own and wrong:
             raise InputError(
                 f'train_dataloader: expected batches of {self._unit}, its batch_size, from batch_sampler '

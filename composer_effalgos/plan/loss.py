@@ -81,7 +81,7 @@ class WeightedLoss:
         self._window: slice | None = None  # position of the current batch in the rank's epoch; None outside training steps
         self._position = self._next_position = 0
         self._first_call, self._rows = True, 0  # rows of the outputs in the first call for a microbatch
-        self._awaited, self._inside = True, False
+        self._awaited = self._inside = False  # whether the next call is of the training step; whether one is being computed
         self._batches = 0  # started in this fit
         self.check_due = True
         self._read: list[int] | None = None  # positions of the outputs whose gradients are weighted; None if a correction is added instead

@@ -125,17 +125,17 @@ class _BatchMaker(Dataset):
         inner: Any = dataset
         while isinstance(inner, Subset):
             inner = inner.dataset
-        self._reads_together = hasattr(inner, '__getitems__')  # a Subset has it anyway, but keeps the order
+        self._reads_together = callable(getattr(inner, '__getitems__', None))  # a Subset has it anyway, but keeps the order
 
     def __getitems__(self, task: _Task) -> Any:
         """The batch, or an error as a value: PyTorch would add the worker's traceback to the message of a raised one."""
         with RandomStream(task.seed):
-            together = getattr(self.dataset, '__getitems__', None)
+            together: Any = getattr(self.dataset, '__getitems__', None)
             samples = together(task.indices) if callable(together) else [self.dataset[index] for index in task.indices]
             if task.check:
                 try:
                     check_collate(self._collate, samples, len(task.indices), task.seed)
-                    if callable(together) and self._reads_together:
+                    if self._reads_together:
                         check_together(together, self._collate, task.indices, task.seed)
                 except InputError as error:
                     return error

@@ -132,13 +132,13 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
     sign = -1 if is_loss else 1
     found = {unit: [_cell(group, unit, is_loss=is_loss) for group in ordered] for unit in units}
     compared = {unit: compare(own[: len(baseline)], own[len(baseline) :]) for unit, own in found.items()}
-
-    def doubted(factor: Factor, method: str) -> Factor:
-        return replace(factor, doubt=f'a seed has no {what}') if method in {run.method for run in missing} else factor
-
+    incomplete = {run.method for run in missing}
     points = []
     for number, group in enumerate(ordered):
         cell = found[by][number]
+        factors = {unit: compared[unit].factors[number - len(baseline)] for unit in units if number >= len(baseline)}
+        if cell.name in incomplete:
+            factors = {unit: replace(factor, doubt=f'a seed has no {what}') for unit, factor in factors.items()}
         mean, *ends = (sign * value for value in compared[by].quality[number])
         points.append(
             Point(
@@ -150,9 +150,7 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
                 low=float(min(ends)),
                 high=float(max(ends)),
                 budgets={unit: float(own[number].budget.mean()) for unit, own in found.items()},
-                factors={
-                    unit: doubted(compared[unit].factors[number - len(baseline)], cell.name) for unit in units if number >= len(baseline)
-                },
+                factors=factors,
             )
         )
     curve = compared[by].curve

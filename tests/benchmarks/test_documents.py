@@ -6,6 +6,18 @@ import pytest
 PAGES = ('README.md', 'docs/*.md', 'composer_effalgos/*/*.md', 'yamls/*.md', 'benchmarks/*.md')
 
 
+RECORD = """# Equivalent-budget factors
+
+| method | seeds | accuracy % | verdict by samples | factor by samples | factor by steps | samples | steps |
+| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |
+| baseline+10ep | 2 | 50.00 | baseline | – | – | 1,000 | 8 |
+| craig+10ep | 2 | 50.00 ± 1.00 | train shorter instead | 0.50 (0.40 to 0.60) | 0.50 (0.40 to 0.60) | 700 | 8 |
+| infobatch+10ep | 2 | 50.00 ± 1.00 | pays | > 1.43 (1.02 to > 1.43) | 0.90 (0.80 to 1.00) | 700 | 8 |
+
+A note.
+"""
+
+
 @pytest.fixture
 def documents(script):
     return script('documents')
@@ -42,6 +54,7 @@ def test_a_record_that_changed_is_written_into_the_documents(documents, tmp_path
     points[1:] = [{**points[1], 'method': 'craig+10ep', 'factor_samples': '0.50 (0.40 to 0.60)', 'factor_samples_value': 0.5}, points[1]]
     for name, *_ in documents.RECORDS.values():
         (tmp_path / f'benchmarks/results/{name}.json').write_text(json.dumps({'points': points}))
+        (tmp_path / f'benchmarks/results/{name}.md').write_text(RECORD)
     text = '# Title\n\n<!-- measured: {} -->\nold\n<!-- end -->\n\nAfter.\n'
     (tmp_path / 'a.md').write_text(text.format('table few'))
     (tmp_path / 'b.md').write_text(text.format('infobatch'))
