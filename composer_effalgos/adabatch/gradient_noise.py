@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_effalgos.adabatch.schedules import SizePolicy
 from composer_effalgos.adabatch.watching import Watching
 from composer_effalgos.plan import EpochPlanner
-from composer_effalgos.plan.order import trainer_of, training_data_spec
 from composer_effalgos.plan.progress import Progress
+from composer_effalgos.plan.trainer import trainer_of, training_data_spec
 from composer_effalgos.utils.checks import LARGEST, check_number, check_whole
 from composer_effalgos.utils.errors import InputError
 

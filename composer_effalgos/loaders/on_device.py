@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from composer_effalgos.loaders.augment import steps_of
-from composer_effalgos.plan import BatchReader
+from composer_effalgos.plan import BatchReader, full_dataset
 from composer_effalgos.utils.errors import InputError
 
 
@@ -36,9 +36,7 @@ class OnDevice(BatchReader):
     @property
     def images(self) -> Any:
         """The dataset that has the transform: ``dataset``, or the one that it is a ``Subset`` of."""
-        dataset: Any = self.dataset
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
+        dataset = full_dataset(self.dataset)
         if getattr(dataset, 'transform', None) is None:
             raise InputError(
                 f'{type(self).__name__}: expected a dataset whose attribute `transform` is a torchvision pipeline over PIL images, got '

@@ -9,6 +9,7 @@ from composer_effalgos.plan.per_sample import PerSampleLoss, check_per_sample_lo
 from composer_effalgos.plan.planner import EpochPlanner
 from composer_effalgos.plan.ranks import Ranks
 from composer_effalgos.plan.readers import BatchReader, Reading
+from composer_effalgos.plan.samples import full_dataset
 from composer_effalgos.plan.selector import Choice, EpochMetrics, Selector, Selectors
 from composer_effalgos.plan.shard import Shard
 from composer_effalgos.plan.shard_table import ShardTable
@@ -40,6 +41,7 @@ __all__ = [
     'check_per_sample_loss',
     'check_seed',
     'class_labels',
+    'full_dataset',
     'per_sample_mean',
     'plan_epoch',
     'resume_epoch',

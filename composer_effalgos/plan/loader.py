@@ -24,7 +24,7 @@ from composer_effalgos.plan.epoch import (
 )
 from composer_effalgos.plan.order import GivenBatch
 from composer_effalgos.plan.readers import BatchReader, Reading, WorkerReader
-from composer_effalgos.plan.samples import Samples, samples_of
+from composer_effalgos.plan.samples import Samples, full_dataset, samples_of
 from composer_effalgos.plan.selector import EpochMetrics
 from composer_effalgos.plan.singles import leave_out, num_surplus, spread, unpruned_has_single
 from composer_effalgos.utils.errors import CheckpointError, InputError
@@ -64,9 +64,7 @@ def tokens_per_sample(dataset: Any) -> int | None:
     Returns:
         Its ``seq_len``, which the text datasets of this package have; ``None`` if there is no such positive integer.
     """
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    length = getattr(dataset, 'seq_len', None)
+    length = getattr(full_dataset(dataset), 'seq_len', None)
     return length if type(length) is int and length > 0 else None
 
 

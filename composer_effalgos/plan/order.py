@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from composer import Trainer
 from composer.core import DataSpec, State
 from composer.core.data_spec import default_split_batch
 from torch import Tensor
@@ -20,9 +17,9 @@ from torch.utils.data import default_collate
 
 from composer_effalgos.plan.outputs import leaves_of, num_rows, rows_of
 from composer_effalgos.plan.randomness import RandomStream
+from composer_effalgos.plan.trainer import training_data_spec
 from composer_effalgos.utils.errors import InputError
 
-_TRAINERS: weakref.WeakKeyDictionary[State, weakref.ref[Trainer]] = weakref.WeakKeyDictionary()  # a search takes a tenth of a second
 _MOST = 13  # samples per check; an unusual length for any other dimension
 _WRONG_ORDER = (
     'expected row i of each tensor to belong to sample i, got another order, or a fixed mixture of rows; keep the order of the samples '
@@ -406,25 +403,3 @@ def _has_other_rows(given: Sequence[Tensor | None], now: Sequence[Tensor | None]
 
 def _is_default(transform: Any) -> bool:
     return getattr(transform, '__func__', None) is DataSpec._default_transforms
-
-
-def training_data_spec(state: State) -> DataSpec | None:
-    """The ``DataSpec`` whose transforms the Trainer applies to training batches; ``None`` if no Trainer has this state."""
-    trainer = trainer_of(state)
-    return None if trainer is None else next((value for value in vars(trainer).values() if isinstance(value, DataSpec)), None)
-
-
-def trainer_of(state: State) -> Trainer | None:
-    """The Trainer of a state, or ``None``.
-
-    Composer gives algorithms the state, which does not refer to the Trainer, so this searches the live objects for the Trainer with this
-    state.
-    """
-    trainer = _TRAINERS[state]() if state in _TRAINERS else None
-    if trainer is None:
-        # issubclass(type()): on lazy modules, isinstance() triggers an import
-        found = (item for item in gc.get_objects() if issubclass(type(item), Trainer))
-        trainer = next((item for item in found if getattr(item, 'state', None) is state), None)
-        if trainer is not None:
-            _TRAINERS[state] = weakref.ref(trainer)
-    return trainer

@@ -18,11 +18,12 @@ from composer_effalgos.plan.given import planned_loader
 from composer_effalgos.plan.horizon import Horizon
 from composer_effalgos.plan.loader import PlannedDataLoader, tokens_per_sample
 from composer_effalgos.plan.loss import WeightedLoss
-from composer_effalgos.plan.order import OrderCheck, trainer_of
+from composer_effalgos.plan.order import OrderCheck
 from composer_effalgos.plan.per_sample import PerSampleLoss
 from composer_effalgos.plan.samples import length_of
 from composer_effalgos.plan.selector import EpochMetrics, Selectors
 from composer_effalgos.plan.sharded import pack, unpack
+from composer_effalgos.plan.trainer import trainer_of
 from composer_effalgos.utils.errors import CheckpointError, InputError
 
 _ENDLESS = 2**62  # placeholder for the epoch length in batches; the loader itself ends the epoch

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from composer_effalgos.plan.epoch import stream_seed
 from composer_effalgos.plan.order import check_collate, check_together, is_due
 from composer_effalgos.plan.randomness import RandomStream
+from composer_effalgos.plan.samples import full_dataset
 from composer_effalgos.utils.errors import InputError
 
 
@@ -122,10 +123,8 @@ class _BatchMaker(Dataset):
 
     def __init__(self, dataset: Dataset, collate_fn: Callable[[Any], Any]) -> None:
         self.dataset, self._collate = dataset, collate_fn
-        inner: Any = dataset
-        while isinstance(inner, Subset):
-            inner = inner.dataset
-        self._reads_together = callable(getattr(inner, '__getitems__', None))  # a Subset has it anyway, but keeps the order
+        own = getattr(full_dataset(dataset), '__getitems__', None)  # a Subset has one anyway, but keeps the order
+        self._reads_together = callable(own)
 
     def __getitems__(self, task: _Task) -> Any:
         """The batch, or an error as a value: PyTorch would add the worker's traceback to the message of a raised one."""

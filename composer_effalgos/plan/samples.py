@@ -113,6 +113,13 @@ def samples_of(loader: Any, *, rank: int = 0, world_size: int = 1) -> Samples:
     return Samples(dataset, len(dataset), batches.batch_size, batches.drop_last, indices, shuffle, starts)  # type: ignore[arg-type]
 
 
+def full_dataset(dataset: Any) -> Any:
+    """The dataset of which this is a ``Subset``, through all levels; ``dataset`` itself if it is none."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 def length_of(given: Any) -> int | None:
     """The length of a loader, sampler or dataset; ``None`` if it has none."""
     try:

@@ -147,8 +147,8 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
                 seeds=[run.summary['seed'] for run in group],
                 quality=float(mean),
                 sd=float(cell.quality.std(ddof=1)) if len(group) > 1 else None,
-                low=float(min(ends)),
-                high=float(max(ends)),
+                low=float(min(ends) if is_loss else max(0.0, min(ends))),  # a normal distribution goes beyond what an accuracy can be
+                high=float(max(ends) if is_loss else min(1.0, max(ends))),
                 budgets={unit: float(own[number].budget.mean()) for unit, own in found.items()},
                 factors=factors,
             )
@@ -156,6 +156,8 @@ def frontier(runs: Sequence[Run], source: str, by: str | None = None, *, timed: 
     curve = compared[by].curve
     if is_loss:
         curve = Curve(curve.budget, -curve.quality, -curve.high, -curve.low)
+    else:
+        curve = Curve(curve.budget, *(edge.clip(0, 1) for edge in (curve.quality, curve.low, curve.high)))
     left = [f'Left out: {line}.' for line in left_out]
     return Frontier(by, units, is_loss, points, curve, [*left, *notes, *_notes(ordered, baseline)])
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_effalgos.plan import PlannedDataLoader, WeightedLoss, class_labels
 from composer_effalgos.plan.classes import NO_CLASS, labels_of, logits_and_classes
-from composer_effalgos.plan.order import training_data_spec
+from composer_effalgos.plan.trainer import training_data_spec
 from composer_effalgos.subset_selection.gradients import WITHOUT_GRADIENTS, LastLayerGradients, last_layer_gradients
 from composer_effalgos.utils.errors import InputError
 

@@ -337,6 +337,16 @@ def test_runs_that_a_search_stopped_have_no_frontier(write_frontier_runs):
         show_frontier(folder)
 
 
+def test_no_interval_of_an_accuracy_leaves_what_is_possible(write_frontier_runs, write_run):
+    for rule, accuracies in (('seta', (0.0, 0.02, 0.3)), ('pdd', (1.0, 0.98, 0.7))):
+        for seed, accuracy in zip((17, 18, 19), accuracies, strict=True):
+            settings = {'max_duration': '3ep', 'algorithms': {'pruning': {'rule': rule}}}
+            write_run(f'{rule}+3ep_seed{seed}', seed, (accuracy,) * 3, settings=settings)
+    points = {point.method: point for point in found(write_frontier_runs(), 'samples').points}
+    assert points['seta+3ep'].low == 0 < points['seta+3ep'].high
+    assert points['pdd+3ep'].high == 1 > points['pdd+3ep'].low
+
+
 def test_lengths_of_a_method_are_joined_and_combined_methods_are_not(write_frontier_runs, write_run):
     for name, epochs in (('glister+blurpool', 3), ('glister+mixup', 3), ('seta+3ep', 3), ('seta+5ep', 5)):
         settings = {'max_duration': f'{epochs}ep', 'algorithms': {'pruning': {'seed': len(name) + epochs}}}
