@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ from composer.loggers import Logger
 from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import collect_env
 from hypothesis import settings
+from torch.distributed.checkpoint import state_dict
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 SCRIPTS = Path(__file__).parent / 'scripts'
@@ -71,11 +73,13 @@ _ENDED = itertools.count(1)
 
 
 def pytest_runtest_logfinish() -> None:
-    """Free the Trainers of the last tests, which refer to themselves, and with them their worker processes.
+    """Free the Trainers of the last tests, and with them their worker processes: those of all tests would take 11 GB.
 
-    They are large but few objects, so that Python itself would collect them rarely: hundreds would add up to gigabytes.
+    PyTorch keeps every model of which it has saved a state in a cache. Trainers refer to themselves, and are large but few objects, which
+    Python itself would rarely collect.
     """
-    if next(_ENDED) % 10 == 0:
+    if next(_ENDED) % 10 == 0 or multiprocessing.active_children():
+        state_dict._get_fqns.cache_clear()
         gc.collect()
 
 
