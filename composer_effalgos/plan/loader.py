@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -354,16 +355,26 @@ class PlannedDataLoader(DataLoader):
         batch = self.plan.first_batch
         for _ in range(batch):
             yield None
-        while batch < self.plan.num_batches:
-            plan = self.plan
-            begins = True  # the first batch of another fit is checked, too
-            for read in self._path.read_batches(self._rest(batch)):
-                self.given_batch = GivenBatch(read, self.check_next or begins) if self.by_position else None
-                begins = False
-                yield read
-                batch += 1
-                if self.plan is not plan:  # discard prefetched batches and read them again in the new size
-                    break
+        with self._workers():
+            while batch < self.plan.num_batches:
+                plan = self.plan
+                begins = True  # the first batch of another fit is checked, too
+                for read in self._path.read_batches(self._rest(batch)):
+                    self.given_batch = GivenBatch(read, self.check_next or begins) if self.by_position else None
+                    begins = False
+                    yield read
+                    batch += 1
+                    if self.plan is not plan:  # discard prefetched batches and read them again in the new size
+                        break
+
+    @contextlib.contextmanager
+    def _workers(self) -> Iterator[None]:
+        """Ends worker processes that are not persistent with an epoch or pass, also an unfinished one, as a ``DataLoader`` does."""
+        try:
+            yield
+        finally:
+            if isinstance(self._path, WorkerReader):
+                self._path.end_workers()
 
     def _rest(self, batch: int) -> Reading:
         """The reading from batch number ``batch`` on."""
@@ -385,4 +396,5 @@ class PlannedDataLoader(DataLoader):
             Batches as the data path returns them, on the host or on the training device.
         """
         batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
-        yield from self._path.read_batches(Reading.of_batches(batches, self.seed, 3, seed, by_position=True))
+        with self._workers():
+            yield from self._path.read_batches(Reading.of_batches(batches, self.seed, 3, seed, by_position=True))

@@ -201,7 +201,7 @@ class WorkerReader:
     """Reads with the user's dataset, collate function, workers and memory settings.
 
     With ``persistent_workers=True`` the worker processes persist for the whole run, while the samples, their order and the batch size
-    change. Otherwise each epoch and each pass over the data starts new ones, which see what has changed in the dataset.
+    change. Otherwise they end with each epoch and each pass over the data; new ones see what has changed in the dataset.
 
     Args:
         loader: The user's loader.
@@ -219,13 +219,18 @@ class WorkerReader:
 
     def read_batches(self, reading: Reading) -> Iterator[Any]:
         self._tasks.tasks = self._tasks_of(reading)
-        if not self._persistent and reading.seed != self._seed:  # another epoch or pass, not the rest of an epoch in another batch size
-            self._inner._iterator = None  # ends the workers
+        if reading.seed != self._seed:  # another epoch or pass, not the rest of an epoch in another batch size
+            self.end_workers()
         self._seed = reading.seed
         for batch in self._inner:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+
+    def end_workers(self) -> None:
+        """Ends the worker processes, unless they are persistent."""
+        if not self._persistent:
+            self._inner._iterator = None
 
     def _tasks_of(self, reading: Reading) -> Iterator[_Task]:
         for seed, batch in zip(reading.batch_seeds, reading.batches, strict=True):

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 import numpy as np
@@ -89,6 +90,24 @@ def test_workers_see_the_dataset_as_in_plain_composer(make_trainer, persistent):
         return found
 
     assert seen() == seen(LinUpper(burn_in=None)) == seen(InfoBatch(prune_ratio=0)) == ([0] * 6 if persistent else [0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize('persistent', [False, True])
+@pytest.mark.parametrize('duration', ['2ep', '3ba'])
+def test_workers_end_with_the_epoch_as_in_plain_composer(make_trainer, persistent, duration):
+    def alive(*algorithms):
+        others, found = set(multiprocessing.active_children()), []
+
+        class Count(Callback):
+            def epoch_end(self, state, logger):
+                found.append(len(set(multiprocessing.active_children()) - others))
+
+        loader = DataLoader(Epochs(), batch_size=16, num_workers=1, shuffle=True, persistent_workers=persistent)
+        trainer = make_trainer(algorithms, train_loader=loader, callbacks=[Count()], max_duration=duration)
+        trainer.fit()
+        return [*found, len(set(multiprocessing.active_children()) - others)]
+
+    assert alive(InfoBatch()) == alive() == ([1] if persistent else [0]) * (3 if duration == '2ep' else 2)
 
 
 def test_augmentation_is_the_same_with_any_number_of_workers_and_history():
