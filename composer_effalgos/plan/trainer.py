@@ -23,8 +23,9 @@ def trainer_of(state: State) -> Trainer | None:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get('self')
-        if isinstance(caller, Trainer) and getattr(caller, 'state', None) is state:
-            return caller
+        if frame.f_globals.get('__name__') == Trainer.__module__:  # of no other frame: f_locals keeps what it has alive
+            caller = frame.f_locals.get('self')
+            if isinstance(caller, Trainer) and getattr(caller, 'state', None) is state:
+                return caller
         frame = frame.f_back
     return None
