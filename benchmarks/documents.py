@@ -25,7 +25,10 @@ from composer_effalgos.utils.files import read_text
 from composer_effalgos.utils.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ('README.md', 'docs/frontier.md', 'composer_effalgos/pruning/README.md', 'composer_effalgos/pruning/infobatch.md')
+DOCUMENTS = (
+    *('README.md', 'docs/frontier.md'),
+    *('composer_effalgos/adabatch/README.md', 'composer_effalgos/pruning/README.md', 'composer_effalgos/pruning/infobatch.md'),
+)
 RECORDS = {  # by the name of the task, its title as a column of README and after "on"
     'few': ('frontier_small_cpu', '5,000 images of CIFAR-10', '5,000 images'),
     'all': ('frontier_cifar10_cpu', 'all 50,000', '50,000 images'),
@@ -44,6 +47,7 @@ METHODS = {  # rows of README's table
     'rho': '`rho`',
     'small_batch': 'batch size halved, fixed',
     'seesaw': 'AdaBatch with Seesaw, from half the batch size to twice',
+    'seesaw_full': 'AdaBatch with Seesaw, from the whole batch size to four times',
     'adabatch': 'AdaBatch from half the batch size, doubled three times',
     'random_subset': 'random subset of 30 % (text: 50 %), new each epoch',
     'gradmatch': 'GradMatch, 30 %',
@@ -100,14 +104,17 @@ def table(task: str) -> str:
     return ''.join([header, rule, *(rows[point['method']] for point in [*plain, *methods])])
 
 
-def overview() -> str:
-    """README's table: the factor by samples of every method on every task, in bold where it lies above 1."""
-    tasks = {task: points_of(task) for task in RECORDS}
-    rows = []
-    for method, label in METHODS.items():
-        found = [shown(points, task, method) for task, points in tasks.items()]
-        rows.append([label, *(NONE if point is None else _bold_if_above_one(point['factor_samples']) for point in found)])
-    text = markdown_table(['method', *(title for _, title, _ in RECORDS.values())], rows)
+def overview(unit: str = 'samples', *methods: str) -> str:
+    """The factor by a unit of methods, all by default, on every task that has one of them, in bold where it lies above 1."""
+    found = {task: {method: shown(points_of(task), task, method) for method in methods or METHODS} for task in RECORDS}
+    tasks = [task for task, own in found.items() if any(own.values())]
+
+    def cell(task: str, method: str) -> str:
+        point = found[task][method]
+        return NONE if point is None else _bold_if_above_one(point[f'factor_{unit}'])
+
+    rows = [[METHODS[method], *(cell(task, method) for task in tasks)] for method in methods or METHODS]
+    text = markdown_table(['method', *(RECORDS[task][1] for task in tasks)], rows)
     return text.replace('\\', '')  # the cells are Markdown, which the table has escaped
 
 
